@@ -1,0 +1,305 @@
+"""Configuration: one class, presets by dataset, tiers by GPU memory, and a flag for every attribute.
+
+    class MyConfig(DDPMConfig):
+        IMAGE_SIZE = 64
+        DIM = 128
+
+    python train_optimized.py --config my_config.py:MyConfig --batch_size 32 --dry_run
+
+Where a value is set in several places the last of these wins: the script's default, the dataset's preset
+limited by the tier, the subclass, the flag. `--dry_run` shows which it was.
+"""
+
+import argparse
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import torch
+
+from engine import checkpoints
+from engine.command_line import Parser, Setting, nearest
+from engine.errors import UserError
+from engine.sources import DATASETS, resolve_auto
+
+
+class DDPMConfig:
+    """Every setting of a training run. Subclass it and overwrite what should differ."""
+
+    # data
+    DATASET: Annotated[str, Setting("what to train on", choices=DATASETS)] = "auto"
+    DATA_DIR: Annotated[str, Setting("where data sets lie, or the folder of images of --dataset folder")] = "data"
+    IMAGE_SIZE: Annotated[int, Setting("side of the square images, pixels", 4, 1024)] = 32
+    HORIZONTAL_FLIP: Annotated[bool, Setting("mirror half of the training images")] = True
+    NUM_WORKERS: Annotated[int, Setting("threads that decode and load images", 1, 256)] = 8
+
+    # model
+    DIM: Annotated[int, Setting("width of the Unet's first level, channels", 8, 1024)] = 64
+    DIM_MULTS: Annotated[tuple, Setting("width of each level, as multiples of dim", 1, 64)] = (1, 2, 4, 8)
+    DROPOUT: Annotated[float, Setting("dropout in the residual blocks, fraction", 0, 0.9)] = 0.0
+    TIMESTEPS: Annotated[int, Setting("steps of the diffusion process", 2, 100_000)] = 1000
+    SAMPLING_TIMESTEPS: Annotated[int, Setting("network evaluations of a sample (NFE)", 1, 100_000)] = 50
+    OBJECTIVE: Annotated[str, Setting("what the network predicts", choices=("pred_v", "pred_noise", "pred_x0"))] = (
+        "pred_v"
+    )
+    BETA_SCHEDULE: Annotated[str, Setting("noise schedule", choices=("cosine", "linear", "sigmoid"))] = "cosine"
+    MIN_SNR_GAMMA: Annotated[float, Setting("limit of the loss weight's SNR (arXiv:2303.09556), 0: none", 0)] = 5.0
+
+    # length: the last of the three that is set counts
+    EPOCHS: Annotated[int, Setting("passes over the training images", 0)] = 50
+    MAX_STEPS: Annotated[int, Setting("optimiser steps instead of epochs", 0)] = 0
+    MINUTES: Annotated[float, Setting("minutes instead of epochs", 0)] = 0.0
+
+    # optimisation
+    BATCH_SIZE: Annotated[int, Setting("images in one forward pass (the micro-batch)", 1)] = 128
+    GRADIENT_ACCUMULATION: Annotated[int, Setting("forward passes in one optimiser step", 1)] = 1
+    LEARNING_RATE: Annotated[float, Setting("Adam's learning rate after warm-up", 1e-8, 1.0)] = 3e-4
+    LR_SCHEDULE: Annotated[str, Setting("learning rate after warm-up", choices=("cosine", "constant"))] = "cosine"
+    WARMUP_STEPS: Annotated[int, Setting("steps over which the learning rate rises", 0)] = 500
+    GRAD_CLIP: Annotated[float, Setting("largest norm of the gradient, 0: no limit", 0)] = 1.0
+    EMA_DECAY: Annotated[float, Setting("decay of the averaged weights per step, 0: no averaging", 0, 0.999999)] = 0.999
+    USE_AMP: Annotated[bool, Setting("mixed precision: bf16, or fp16 on GPUs without bf16")] = False
+    COMPILE_MODEL: Annotated[bool, Setting("compile the training step with torch.compile")] = False
+    SEED: Annotated[int, Setting("seed of everything random", 0, 2**31 - 1)] = 0
+
+    # output
+    RUN_NAME: Annotated[str, Setting("name of the run's folders; data set, size and date unless given")] = ""
+    CHECKPOINT_EVERY: Annotated[int, Setting("epochs between kept checkpoints, 0: none", 0)] = 10
+    SAVE_MINUTES: Annotated[float, Setting("minutes between updates of last.pt", 0)] = 2.0
+    SAMPLE_GRIDS: Annotated[int, Setting("sample grids over the whole run, 0: none", 0, 1000)] = 10
+    NUM_SAMPLES: Annotated[int, Setting("images in a sample grid", 1, 1024)] = 64
+
+    @classmethod
+    def settings(cls) -> dict[str, tuple[type, Setting]]:
+        """Type and meaning of each attribute by name, in order."""
+        hints = get_type_hints(DDPMConfig, include_extras=True)
+        return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Annotated}
+
+    @classmethod
+    def values(cls) -> dict[str, Any]:
+        """Value of each attribute by name."""
+        return {name: getattr(cls, name) for name in cls.settings()}
+
+
+@dataclass(frozen=True)
+class Tier:
+    """What a class of machines gets: the widest model it should train. `memory` is in GiB, 0 without a GPU."""
+
+    name: str
+    dim: int
+    memory: float
+
+
+TIERS = (("Tiny", 32), ("Small", 64), ("Medium", 128), ("Large", 256))  # below 4, 4 to 8, 8 to 16, above 16 GiB
+LENGTHS = ("EPOCHS", "MAX_STEPS", "MINUTES")
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "cifar10": dict(IMAGE_SIZE=32, DIM=64, BATCH_SIZE=256, LEARNING_RATE=4e-4),
+    "celeba": dict(IMAGE_SIZE=64, DIM=128, BATCH_SIZE=128, LEARNING_RATE=2e-4),
+    "stl10": dict(IMAGE_SIZE=96, DIM=160, BATCH_SIZE=64, LEARNING_RATE=1e-4),
+    "shapes": dict(IMAGE_SIZE=32, DIM=64, HORIZONTAL_FLIP=False, EPOCHS=20),
+}
+# Without a GPU: small enough that the shapes can be named after five minutes on two cores. Neither compilation
+# (60 to 100 s before the first step) nor AMP pays in that time.
+CPU_PRESETS: dict[str, dict[str, Any]] = {
+    "shapes": dict(
+        IMAGE_SIZE=16, DIM=24, DIM_MULTS=(1, 2, 2), BATCH_SIZE=32, LEARNING_RATE=2e-3, WARMUP_STEPS=100,
+        EMA_DECAY=0.998, MINUTES=4.75, SAMPLE_GRIDS=5, NUM_SAMPLES=36,
+    ),
+}  # fmt: skip
+CPU_LIMITS = dict(USE_AMP=False, COMPILE_MODEL=False)
+
+
+def detect_tier() -> Tier:
+    """The tier of the current GPU by its memory, or the CPU's."""
+    if not torch.cuda.is_available():
+        return Tier("CPU", 32, 0.0)
+    return tier_of(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30)
+
+
+def tier_of(memory: float) -> Tier:
+    """The tier of a GPU with so many GiB. Cards report slightly less than their name says, hence the rounding."""
+    rounded = round(memory)
+    index = (rounded >= 4) + (rounded >= 8) + (rounded > 16)
+    name, dim = TIERS[index]
+    return Tier(name, dim, memory)
+
+
+def memory_gib(dim: int, image_size: int, batch_size: int, parameters: int, use_amp: bool) -> float:
+    """Estimated peak memory of a training step in GiB.
+
+    Weights, gradients, both Adam moments and EMA take 20 bytes a parameter; what the backward pass needs grows
+    with dim * pixels. The constants were measured for dim_mults (1,2,4,8) on an H100.
+    """
+    activations = (ACTIVATION_BYTES_AMP if use_amp else ACTIVATION_BYTES) * dim * image_size**2 * batch_size
+    return (20 * parameters + activations) / 2**30
+
+
+ACTIVATION_BYTES = 900
+ACTIVATION_BYTES_AMP = 550
+
+
+class Resolved(argparse.Namespace):
+    """A configuration with every attribute set; `origin` says where each value came from."""
+
+    origin: dict[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The attributes alone, as plain values."""
+        return {name: getattr(self, name) for name in DDPMConfig.settings()}
+
+    def table(self) -> str:
+        """One line for each attribute: name, value, where it came from."""
+        return "\n".join(f"{name:22} {getattr(self, name)!s:14} {self.origin[name]}" for name in self.origin)
+
+
+def resolve(
+    dataset: str,
+    tier: Tier,
+    script: Mapping[str, Any] | None = None,
+    subclass: type[DDPMConfig] | None = None,
+    flags: Mapping[str, Any] | None = None,
+    checkpoint: Mapping[str, Any] | None = None,
+) -> Resolved:
+    """Lays the sources of configuration over each other and checks the result.
+
+    dataset: one of DATASETS but not `auto`. checkpoint: the configuration of a run that goes on; it stands in
+    for script, preset and tier. Raises UserError for a name that does not exist or a value out of range.
+    """
+    preset = PRESETS.get(dataset, {})
+    for_cpu = CPU_PRESETS.get(dataset, {}) if tier.name == "CPU" else {}
+    own, flags = own_values(subclass) if subclass else {}, flags or {}
+    layers = [("default", DDPMConfig.values())]
+    if checkpoint:
+        layers += [("checkpoint", checkpoint)]
+    else:
+        layers += [("script", script or {}), (f"preset {dataset}", preset), (f"preset {dataset} (CPU)", for_cpu)]
+        layers += [("tier", {})]
+    layers += [(getattr(subclass, "__name__", ""), own), ("flag", flags)]
+
+    settings = DDPMConfig.settings()
+    value: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for source, layer in layers:
+        lengths = [name for name in LENGTHS if layer.get(name)]
+        if source not in ("default", "checkpoint") and len(lengths) > 1:
+            raise UserError(f"{' and '.join(lengths)} are set together ({source}): choose one")
+        if lengths:  # a length set here replaces another kind of length set before
+            value.update(dict.fromkeys(LENGTHS, 0))
+            origin.update(dict.fromkeys(LENGTHS, source))
+        for name, given in layer.items():
+            if name not in settings:
+                raise UserError(f"{source} sets {name}, which does not exist{nearest(name, settings)}")
+            kind, setting = settings[name]
+            value[name], origin[name] = setting.check(name, given, kind), source
+        if source == "tier":
+            apply_tier(value, origin, tier, has_width="DIM" in preset)
+    value["DATASET"] = dataset
+    if "BATCH_SIZE" in {**own, **flags} and "GRADIENT_ACCUMULATION" not in {**own, **flags}:
+        value["GRADIENT_ACCUMULATION"] = 1  # who names the batch means that batch
+    check_together(value)
+    config = Resolved(**value)
+    config.origin = origin
+    return config
+
+
+def apply_tier(value: dict[str, Any], origin: dict[str, str], tier: Tier, has_width: bool) -> None:
+    """Caps the width and splits the batch into micro-batches that fit; the effective batch stays."""
+    changes: dict[str, Any] = dict(CPU_LIMITS) if tier.name == "CPU" else {}
+    if not has_width or value["DIM"] > tier.dim:
+        changes["DIM"] = tier.dim
+    if tier.memory:
+        dim, micro = changes.get("DIM", value["DIM"]), value["BATCH_SIZE"]
+        parameters = 35_700_000 * (dim / 64) ** 2 * sum(m * m for m in value["DIM_MULTS"]) / 85
+        while micro % 2 == 0 and memory_gib(dim, value["IMAGE_SIZE"], micro, int(parameters), value["USE_AMP"]) > (
+            0.8 * tier.memory
+        ):
+            micro //= 2
+        if micro < value["BATCH_SIZE"]:
+            changes["GRADIENT_ACCUMULATION"] = value["BATCH_SIZE"] // micro
+            changes["BATCH_SIZE"] = micro
+    for name, new in changes.items():
+        if value[name] != new:
+            value[name], origin[name] = new, f"tier {tier.name}"
+
+
+def own_values(subclass: type[DDPMConfig]) -> dict[str, Any]:
+    """What a subclass, and any class between it and DDPMConfig, sets itself."""
+    own: dict[str, Any] = {}
+    for cls in reversed(subclass.__mro__):
+        if issubclass(cls, DDPMConfig) and cls is not DDPMConfig:
+            own.update({name: v for name, v in vars(cls).items() if name.isupper()})
+    return own
+
+
+def check_together(value: Mapping[str, Any]) -> None:
+    """Raises UserError where two values cannot go together."""
+    factor = 2 ** (len(value["DIM_MULTS"]) - 1)
+    if value["IMAGE_SIZE"] % factor:
+        raise UserError(f"IMAGE_SIZE is {value['IMAGE_SIZE']}, but the levels of DIM_MULTS need a multiple of {factor}")
+    if value["SAMPLING_TIMESTEPS"] > value["TIMESTEPS"]:
+        raise UserError(
+            f"SAMPLING_TIMESTEPS is {value['SAMPLING_TIMESTEPS']}, but must be at most TIMESTEPS, {value['TIMESTEPS']}"
+        )
+    if not any(value[name] for name in LENGTHS):
+        raise UserError("EPOCHS, MAX_STEPS and MINUTES are all 0: set one of them")
+
+
+def load_subclass(reference: str) -> type[DDPMConfig]:
+    """The class that `file.py:Class` names, which must derive from DDPMConfig."""
+    file, _, name = reference.rpartition(":")
+    if not file or not name:
+        raise UserError(f"--config is {reference!r}, but must look like my_config.py:MyConfig")
+    if not Path(file).is_file():
+        raise UserError(f"--config names {file}, which does not exist")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config names {file}, which is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as problem:
+        raise UserError(f"{file} cannot be loaded: {type(problem).__name__}: {problem}") from problem
+    subclasses = {k: v for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, DDPMConfig)}
+    if name not in subclasses:
+        known = [k for k, v in subclasses.items() if v is not DDPMConfig]
+        raise UserError(f"{file} has no subclass of DDPMConfig named {name}{nearest(name, known)}")
+    return subclasses[name]
+
+
+def from_command_line(
+    description: str | None, script: Mapping[str, Any], argv: Sequence[str] | None = None
+) -> tuple[Resolved, argparse.Namespace]:
+    """Reads a training script's command line.
+
+    Returns the configuration and the options that are not part of it: `dry_run` and `resume` (a Path or None).
+    """
+    parser = Parser(description)
+    parser.add_argument("--config", metavar="FILE.py:CLASS", help="a subclass of DDPMConfig")
+    parser.add_argument("--dry_run", action="store_true", help="show what would be done, and how long it takes; stop")
+    parser.add_argument(
+        "--resume", nargs="?", const="newest", metavar="CHECKPOINT",
+        help="go on with a run: a checkpoint, a run's folder, or nothing for the newest run",
+    )  # fmt: skip
+    for name, (kind, setting) in DDPMConfig.settings().items():
+        parser.add_setting(name, kind, setting, script.get(name, getattr(DDPMConfig, name)))
+    options = parser.parse_args(argv)
+    flags = {name: getattr(options, name) for name in DDPMConfig.settings() if hasattr(options, name)}
+    subclass = load_subclass(options.config) if options.config else None
+
+    checkpoint = None
+    if options.resume:
+        options.resume = checkpoints.find(options.resume)
+        checkpoint = checkpoints.load_training(options.resume)["config"]
+    layers = [script, checkpoint or {}, own_values(subclass) if subclass else {}, flags]
+    settings = DDPMConfig.settings()
+    dataset, data_dir = (
+        settings[name][1].check(name, next((v[name] for v in reversed(layers) if name in v), default), str)
+        for name, default in (("DATASET", DDPMConfig.DATASET), ("DATA_DIR", DDPMConfig.DATA_DIR))
+    )
+    tier = detect_tier()
+    if dataset == "auto":
+        dataset = resolve_auto(Path(data_dir), tier.name != "CPU", print)
+    return resolve(dataset, tier, script, subclass, flags, checkpoint), options

@@ -1,0 +1,336 @@
+"""DDPMModel: the library's Unet and GaussianDiffusion behind one small interface.
+
+model = DDPMModel().load_model("checkpoints/ddpm_final.pt")
+images = model.sample(batch_size=16, seed=0)         # (16, 3, 32, 32), floats in [0, 1]
+"""
+
+import contextlib
+import inspect
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+from torch import Tensor, nn
+
+from engine import checkpoints
+from engine.errors import UserError
+from engine.samplers import SAMPLERS, SeededNoise, ddim, ddim_encode, slerp, uniform_timesteps
+
+OBJECTIVES = ("pred_v", "pred_noise", "pred_x0")
+BETA_SCHEDULES = ("cosine", "linear", "sigmoid")
+
+
+class DDPMModel(nn.Module):
+    """A Unet and the diffusion process it was trained for.
+
+    Images at this boundary are float tensors (B, C, H, W) in [0, 1]. Any further keyword goes to the library's
+    Unet (`dropout`, `self_condition`, `attn_heads`, ...). Raises UserError for sizes that do not go together.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 32,
+        dim: int = 64,
+        dim_mults: Sequence[int] = (1, 2, 4, 8),
+        channels: int = 3,
+        timesteps: int = 1000,
+        sampling_timesteps: int = 50,
+        objective: str = "pred_v",
+        beta_schedule: str = "cosine",
+        min_snr_gamma: float = 5.0,
+        **unet_kwargs: Any,
+    ):
+        super().__init__()
+        if image_size % 2 ** (len(dim_mults) - 1):
+            raise UserError(f"image_size {image_size} is not a multiple of {2 ** (len(dim_mults) - 1)}")
+        if not 1 <= sampling_timesteps <= timesteps:
+            raise UserError(f"sampling_timesteps is {sampling_timesteps}, but must be between 1 and {timesteps}")
+        self.architecture: dict[str, Any] = {
+            "image_size": image_size,
+            "dim": dim,
+            "dim_mults": list(dim_mults),
+            "channels": channels,
+            "timesteps": timesteps,
+            "sampling_timesteps": sampling_timesteps,
+            "objective": objective,
+            "beta_schedule": beta_schedule,
+            "min_snr_gamma": min_snr_gamma,
+            **unet_kwargs,
+        }
+        self._build()
+
+    def _build(self) -> None:
+        """Makes the network and the process that `architecture` describes, with new weights."""
+        a = dict(self.architecture)
+        own = {name: a.pop(name) for name in inspect.signature(DDPMModel).parameters if name in a}
+        # lists, as JSON has them, where the library wants tuples
+        rest = {name: tuple(value) if isinstance(value, list) else value for name, value in a.items()}
+        self.image_size, self.channels = own["image_size"], own["channels"]
+        self.sampling_timesteps, self.num_timesteps = own["sampling_timesteps"], own["timesteps"]
+        unet = Unet(own["dim"], dim_mults=tuple(own["dim_mults"]), channels=own["channels"], **rest)
+        self.diffusion = GaussianDiffusion(
+            unet,
+            image_size=own["image_size"],
+            timesteps=own["timesteps"],
+            sampling_timesteps=own["sampling_timesteps"],
+            objective=own["objective"],
+            beta_schedule=own["beta_schedule"],
+            min_snr_loss_weight=own["min_snr_gamma"] > 0,
+            min_snr_gamma=own["min_snr_gamma"],
+        )
+
+    @classmethod
+    def from_config(cls, config: Any) -> "DDPMModel":
+        """The model of a configuration, with weights that are a function of its SEED."""
+        torch.manual_seed(config.SEED)
+        return cls(
+            image_size=config.IMAGE_SIZE,
+            dim=config.DIM,
+            dim_mults=config.DIM_MULTS,
+            timesteps=config.TIMESTEPS,
+            sampling_timesteps=config.SAMPLING_TIMESTEPS,
+            objective=config.OBJECTIVE,
+            beta_schedule=config.BETA_SCHEDULE,
+            min_snr_gamma=config.MIN_SNR_GAMMA,
+            dropout=config.DROPOUT,
+        )
+
+    @property
+    def unet(self) -> Unet:
+        """The network alone: the library's Unet, (B, C, H, W) and timesteps (B,) to (B, C, H, W)."""
+        return self.diffusion.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.diffusion.betas.device
+
+    def forward(self, images: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """The training loss of images (B, C, H, W) in [0, 1] at timesteps t (B,), noised with `noise`: a scalar.
+
+        The squared error of what the objective predicts, weighted by timestep: min-SNR, Hang et al.
+        (arXiv:2303.09556), unless min_snr_gamma is 0.
+        """
+        process = self.diffusion
+        x_0 = images * 2 - 1
+        x_t = process.q_sample(x_0, t, noise)
+        previous = None
+        if self.unet.self_condition and random.random() < 0.5:  # Chen et al. (arXiv:2208.04202)
+            with torch.no_grad():
+                previous = process.model_predictions(x_t, t).pred_x_start
+        prediction = self.unet(x_t, t, previous).float()
+        if process.objective == "pred_noise":
+            target = noise
+        elif process.objective == "pred_x0":
+            target = x_0
+        else:
+            target = process.predict_v(x_0, t, noise)
+        per_image = (prediction - target).square().mean(dim=(1, 2, 3))
+        return (process.loss_weight[t] * per_image).mean()
+
+    def denoiser(self, clip: bool = True) -> "ModelDenoiser":
+        """This model as the samplers see it; a new one for every sample, since self-conditioning remembers."""
+        return ModelDenoiser(self.diffusion, clip)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        batch_size: int = 16,
+        return_all_timesteps: bool = False,
+        sampler: str | Callable | None = None,
+        steps: int | None = None,
+        seed: int | None = None,
+        progress: Callable[[], None] | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Draws images, (batch_size, C, H, W) in [0, 1].
+
+        sampler: `ddim`, `ddpm` or a function like those of engine.samplers; by default DDIM if the model's
+        sampling_timesteps are fewer than its timesteps, as in the library. steps: network evaluations. Image i is
+        drawn from seed + i, whatever the batch; without a seed it is a new one each time. return_all_timesteps:
+        also x at every step, (batch_size, steps + 1, C, H, W), pure noise first. progress: called after each step.
+        options go to the sampler (`eta` of DDIM). Raises UserError for an unknown sampler or too many steps.
+        """
+        steps = self.sampling_timesteps if steps is None else steps
+        if not 1 <= steps <= self.num_timesteps:
+            raise UserError(f"steps is {steps}, but this model has between 1 and {self.num_timesteps}")
+        if sampler is None:
+            sampler = "ddim" if steps < self.num_timesteps else "ddpm"
+        if isinstance(sampler, str):
+            if sampler not in SAMPLERS:
+                raise UserError(f"there is no sampler {sampler}; there are {', '.join(SAMPLERS)}")
+            sampler = SAMPLERS[sampler]
+        first = random.SystemRandom().randrange(2**31) if seed is None else seed
+        randn = SeededNoise(range(first, first + batch_size))
+        frames = [randn.draw((self.channels, self.image_size, self.image_size), self.device)]
+        timesteps = uniform_timesteps(self.num_timesteps, steps)
+        with evaluating(self):
+            for x, _ in sampler(self.denoiser(), frames[0], timesteps, randn, **options):
+                frames = [*frames, x] if return_all_timesteps else [x]
+                if progress:
+                    progress()
+        return to_unit(torch.stack(frames, dim=1) if return_all_timesteps else frames[0])
+
+    @torch.no_grad()
+    def interpolate(self, image1: Tensor, image2: Tensor, num_steps: int = 10) -> Tensor:
+        """Images between two given ones, each (C, H, W) or (1, C, H, W) in [0, 1]: (num_steps, C, H, W).
+
+        Both are encoded to x_T by DDIM run backwards; spherical interpolation between the codes is decoded.
+        Raises UserError for images of another size or fewer than 2 steps.
+        """
+        shape = (self.channels, self.image_size, self.image_size)
+        pair = torch.stack([image.reshape(image.shape[-3:]) for image in (image1, image2)]).to(self.device)
+        if pair.shape[1:] != shape:
+            raise UserError(f"the images are {tuple(pair.shape[1:])}, but this model draws {shape}")
+        if num_steps < 2:
+            raise UserError(f"num_steps is {num_steps}, but an interpolation has at least its 2 ends")
+        timesteps = uniform_timesteps(self.num_timesteps, min(100, self.num_timesteps))
+        with evaluating(self):
+            code1, code2 = ddim_encode(self.denoiser(clip=False), pair * 2 - 1, timesteps)
+            codes = slerp(code1, code2, torch.linspace(0, 1, num_steps, device=self.device))
+            *_, (images, _) = ddim(self.denoiser(clip=False), codes, timesteps, randn=torch.randn_like)
+        return to_unit(images)
+
+    def save_model(self, path: str | Path) -> None:
+        """Writes weights and architecture: `.safetensors`, or a `.pt` that load_model reads."""
+        path = Path(path)
+        state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        if path.suffix == ".safetensors":
+            metadata = {"format": "pt", "architecture": json.dumps(self.architecture)}
+            checkpoints.write_atomically(path, lambda file: file.write(safetensors.torch.save(state, metadata)))
+        else:
+            checkpoints.save(path, {"architecture": self.architecture, "model": state})
+
+    def load_model(self, path: str | Path) -> "DDPMModel":
+        """Takes architecture and weights from a file and returns itself, on the device it was on.
+
+        Reads our checkpoints (their EMA weights), what save_model writes, and checkpoints of the library's own
+        Trainer, which do not say the image size: for those it stays what this model was made with. Raises
+        UserError if the file is missing, damaged, not a model or needs another class of model.
+        """
+        path, device = Path(path), self.device
+        if path.suffix == ".safetensors":
+            architecture, state = read_safetensors(path)
+        else:
+            file = checkpoints.load(path)
+            if "architecture" in file:
+                architecture, state = file["architecture"], file.get("ema") or file["model"]
+            else:
+                architecture, state = from_library(file, self.image_size, path)
+        try:
+            self.architecture = dict(architecture)
+            self._build()
+            self.load_state_dict(state)
+        except (RuntimeError, TypeError, KeyError) as problem:
+            reason = str(problem).splitlines()[0].rstrip(":")
+            raise UserError(f"{path} does not fit {type(self).__name__}: {reason}") from problem
+        return self.to(device)
+
+
+class ModelDenoiser:
+    """Predicts x_0 with a model's network, converting from whatever it predicts. See engine.samplers.Denoiser."""
+
+    def __init__(self, process: GaussianDiffusion, clip: bool):
+        self.process, self.clip = process, clip
+        self.alpha_bar: list[float] = process.alphas_cumprod.double().tolist()
+        self.previous: Tensor | None = None
+
+    def __call__(self, x: Tensor, t: int) -> Tensor:
+        """x_0 (B, C, H, W) from x_t, limited to [-1, 1] if this denoiser clips; t in [0, T)."""
+        times = torch.full((len(x),), t, device=x.device, dtype=torch.long)
+        x_0 = self.process.model_predictions(x, times, self.previous, clip_x_start=self.clip).pred_x_start
+        if self.process.self_condition:
+            self.previous = x_0
+        return x_0
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode for a block and back into what it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def to_unit(x: Tensor) -> Tensor:
+    """[-1, 1] to [0, 1]; what lies outside is clipped."""
+    return ((x + 1) / 2).clamp(0, 1)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Architecture and weights of a file that save_model wrote."""
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}: train one with `python train_optimized.py`")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        return json.loads(metadata["architecture"]), state
+    except (safetensors.SafetensorError, KeyError, ValueError) as problem:
+        raise UserError(f"{path} is damaged, or not a .safetensors file of this project") from problem
+
+
+def from_library(file: dict[str, Any], image_size: int, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Architecture and weights (EMA, where there are any) of a checkpoint of the library's Trainer.
+
+    Width, levels, attention and channels are read off the shapes of the weights, the schedule off the betas and
+    the objective off the loss weights that the library stores beside them.
+    """
+    source, prefix = (file["ema"], "ema_model.") if file.get("ema") else (file.get("model"), "")
+    if not isinstance(source, dict) or f"{prefix}model.init_conv.weight" not in source:
+        raise UserError(f"{path} is neither a checkpoint of this project nor one of the library's Trainer")
+    state = {name[len(prefix) :]: value for name, value in source.items() if name.startswith(prefix)}
+    unet = {name[len("model.") :]: value for name, value in state.items() if name.startswith("model.")}
+    dim = unet["time_mlp.1.weight"].shape[1]
+    levels = 1 + max(int(name.split(".")[1]) for name in unet if name.startswith("downs."))
+    widths = [unet[f"downs.{i}.3.{'1.' if i < levels - 1 else ''}weight"].shape[0] for i in range(levels)]
+    channels = unet["final_conv.weight"].shape[0]
+    full = [f"downs.{i}.2.to_out.weight" in unet for i in range(levels)]  # linear attention has a norm there
+    memory = [unet[f"downs.{i}.2.mem_kv"].shape for i in range(levels)]  # (2, heads, ...)
+    alpha_bar, weight = state["alphas_cumprod"].double(), state["loss_weight"].double()
+    snr = alpha_bar / (1 - alpha_bar)
+    share = {"pred_noise": 1 / snr, "pred_x0": torch.ones_like(snr), "pred_v": 1 / (snr + 1)}
+    objective, gamma = next(
+        ((name, limit) for name in OBJECTIVES for limit in (0.0, 5.0) if torch.allclose(
+            weight, share[name] * (snr.clamp(max=limit) if limit else snr), rtol=1e-2, atol=1e-6
+        )),
+        (None, 0.0),
+    )  # fmt: skip
+    timesteps = len(alpha_bar)
+    schedule = next(
+        (name for name in BETA_SCHEDULES if torch.allclose(betas_of(name, timesteps), state["betas"])), None
+    )
+    if not objective or not schedule:
+        raise UserError(f"{path} uses an objective or a beta schedule that this project does not know")
+    architecture = {
+        "image_size": image_size,
+        "dim": dim,
+        "dim_mults": [width // dim for width in widths],
+        "channels": channels,
+        "timesteps": timesteps,
+        "sampling_timesteps": min(50, timesteps),
+        "objective": objective,
+        "beta_schedule": schedule,
+        "min_snr_gamma": gamma,
+        "init_dim": unet["init_conv.weight"].shape[0],
+        "self_condition": unet["init_conv.weight"].shape[1] == 2 * channels,
+        "full_attn": full,
+        "attn_heads": [shape[1] for shape in memory],
+        "attn_dim_head": [shape[3] if is_full else shape[2] for shape, is_full in zip(memory, full, strict=True)],
+    }
+    return architecture, {f"diffusion.{name}": value for name, value in state.items()}
+
+
+def betas_of(schedule: str, timesteps: int) -> Tensor:
+    """The library's betas of a schedule, float32 (T,)."""
+    smallest = Unet(8, dim_mults=(1,))
+    return GaussianDiffusion(smallest, image_size=8, timesteps=timesteps, beta_schedule=schedule).betas

@@ -1,0 +1,93 @@
+"""Checkpoints: written whole or not at all, and read without unpickling."""
+
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from engine.errors import UserError
+
+FOLDER = Path("checkpoints")
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Calls `write` with a temporary file in the same folder, flushes it to disk and renames it to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Writes a checkpoint; a crash or a full disk leaves the old file, never half of a new one."""
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def publish(path: Path, name: Path) -> None:
+    """Makes `name` another name of the finished file `path`, replacing what it named before."""
+    temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+    try:
+        os.link(path, temporary)
+        os.replace(temporary, name)
+    except OSError:  # a file system without hard links
+        with open(path, "rb") as source:
+            write_atomically(name, lambda file: shutil.copyfileobj(source, file))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads a .pt file onto the CPU with `weights_only=True`.
+
+    Raises UserError if it is missing, cut short, or holds more than tensors and plain values.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}: train one with `python train_optimized.py`")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as problem:
+        raise UserError(f"{path} is not a checkpoint of plain tensors and is not opened") from problem
+    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as problem:
+        raise UserError(f"{path} is damaged or cut short: use another checkpoint of the run") from problem
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint")
+    return state
+
+
+def load_training(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint that a run can go on from."""
+    state = load(path)
+    if missing := {"model", "ema", "optimizer", "progress", "config"} - state.keys():
+        raise UserError(f"{path} cannot be resumed: it holds no {', '.join(sorted(missing))}")
+    return state
+
+
+def find(what: str) -> Path:
+    """The checkpoint meant by `what`: a file, a run's folder or name (its last.pt), or `newest` for any run's."""
+    if what == "newest":
+        found = sorted(FOLDER.glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise UserError(f"there is no {FOLDER}/*/last.pt to resume: train without --resume first")
+        return found[-1]
+    for path in (Path(what), Path(what) / "last.pt", FOLDER / what / "last.pt"):
+        if path.is_file():
+            return path
+    raise UserError(f"--resume names {what}, but there is neither such a file nor a run with a last.pt")
+
+
+def newest() -> Path:
+    """The checkpoint written last, of any run: what inference uses unless told otherwise."""
+    found = [path for path in FOLDER.rglob("*") if path.suffix in (".pt", ".safetensors") and path.name[0] != "."]
+    if not found:
+        raise UserError(f"there is no checkpoint in {FOLDER}/: train one with `python train_optimized.py`")
+    # a finished run's final.pt is also called ddpm_final.pt: the shorter name is the one to show
+    return max(found, key=lambda path: (path.stat().st_mtime_ns, -len(path.parts)))

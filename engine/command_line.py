@@ -1,0 +1,105 @@
+"""The command line that every script shares: flags made from settings, one-line errors, exit codes."""
+
+import argparse
+import difflib
+import errno
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from engine.errors import UserError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a configuration attribute means and which values it may take; bounds are inclusive."""
+
+    help: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+
+    def check(self, name: str, value: Any, kind: type) -> Any:
+        """Returns the value as `kind` (bool, int, float, str or a tuple of int), or raises UserError naming it."""
+        if kind is tuple:
+            good = isinstance(value, tuple | list) and value and all(type(v) is int and v > 0 for v in value)
+            value = tuple(value) if good else value
+        elif kind is float:
+            good = type(value) in (int, float)
+            value = float(value) if good else value
+        else:
+            good = type(value) is kind
+        if not good:
+            expected = {tuple: "whole numbers such as 1,2,4,8", int: "a whole number", float: "a number"}
+            raise UserError(f"{name} is {value!r}, but must be {expected.get(kind, kind.__name__)}")
+        if self.choices and value not in self.choices:
+            raise UserError(f"{name} is {value!r}{nearest(value, self.choices)}; it can be {', '.join(self.choices)}")
+        for part in value if kind is tuple else (value,):
+            if self.low is not None and not part >= self.low:
+                raise UserError(f"{name} is {value}, but must be at least {self.low:g}")
+            if self.high is not None and not part <= self.high:
+                raise UserError(f"{name} is {value}, but must be at most {self.high:g}")
+        return value
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the known name most like this one, or nothing."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """`1,2,4,8` or `(1, 2, 4, 8)` as a tuple."""
+    return tuple(int(part) for part in text.strip("() ").rstrip(",").split(","))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are UserErrors and which names the flag nearest to one that does not exist."""
+
+    def __init__(self, description: str | None):
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    def add_setting(self, name: str, kind: type, setting: Setting, default: Any) -> None:
+        """Adds the flag of an UPPER_CASE attribute; absent from the parsed result unless it is given."""
+        shown = ",".join(map(str, default)) if kind is tuple else default
+        text = f"{setting.help} (default: {shown if shown != '' else 'none'})".replace("%", "%%")
+        if setting.choices:
+            text = f"{' | '.join(setting.choices)}: {text}"
+        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
+        if kind is bool:
+            self.add_argument(f"--{name.lower()}", action=argparse.BooleanOptionalAction, **options)
+        else:
+            convert = whole_numbers if kind is tuple else kind
+            self.add_argument(f"--{name.lower()}", type=convert, metavar=kind.__name__.upper(), **options)
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            self.error(f"there is no {flag}{nearest(flag, known)} (--help lists all flags)")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.replace("argument ", "", 1) if message.startswith("argument ") else message)
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Runs a script's main and exits: 0, or one line on stderr and the code that the failure calls for."""
+    try:
+        main()
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(problem.exit_code)
+    except OSError as problem:
+        if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        where = f" ({problem.filename})" if problem.filename else ""
+        print(f"error: {problem.strerror}{where}: free some space or choose a writable folder", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)

@@ -1,0 +1,73 @@
+"""Pictures: sample grids and loss curves, written whole or not at all."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from engine.checkpoints import write_atomically
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+SMALLEST_TILE = 64  # pixels: smaller images are enlarged by a whole factor so that they can be judged by eye
+
+
+def to_image(image: Tensor) -> Image.Image:
+    """A float tensor (C, H, W) in [0, 1], C 1 or 3, as a picture."""
+    pixels = (image.detach().cpu().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+
+
+def grid(images: Tensor, columns: int | None = None) -> Image.Image:
+    """Images (B, C, H, W) in [0, 1] side by side, as near to a square as they go unless `columns` is given."""
+    factor = max(1, SMALLEST_TILE // images.shape[-1])
+    enlarged = images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+    return to_image(make_grid(enlarged, columns or math.ceil(math.sqrt(len(images))), padding=2, pad_value=1.0))
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Writes a picture as PNG."""
+    write_atomically(path, lambda file: image.save(file, format="PNG"))
+
+
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """Writes a matplotlib figure as PNG and closes it."""
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120, bbox_inches="tight"))
+    plt.close(figure)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that a crash cut short is left out."""
+    lines = path.read_text().split("\n") if path.exists() else []
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def save_loss_curve(metrics: Path, path: Path) -> None:
+    """Draws training loss (faint, and its running mean) and validation loss against optimiser steps."""
+    rows = read_metrics(metrics)
+    steps, losses = (np.array([row[key] for row in rows if "loss" in row]) for key in ("step", "loss"))
+    at, validation = (
+        np.array([row[key] for row in rows if "validation_loss" in row]) for key in ("step", "validation_loss")
+    )
+    figure, axes = plt.subplots(figsize=(7, 4))
+    if len(losses):
+        axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="training")
+        width = max(1, len(losses) // 40)
+        smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+        axes.plot(steps[width - 1 :], smooth, color="tab:blue", label=f"training, mean of {width} values")
+    if len(validation):
+        axes.plot(at, validation, "o-", color="tab:orange", markersize=3, label="validation, EMA weights")
+    if len(losses) or len(validation):
+        axes.set_yscale("log")
+        axes.legend()
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("loss (weighted squared error)")
+    axes.grid(alpha=0.3, which="both")
+    save_figure(figure, path)
