@@ -106,15 +106,15 @@ class Interrupt:
 class Log:
     """Writes every scalar to TensorBoard and metrics.jsonl, and pictures beside them, in samples/<run>/."""
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, progress: dict[str, Any]):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.metrics = folder, folder / "metrics.jsonl"
         # what an earlier session did after its last checkpoint is done again
-        kept = [row for row in plots.read_metrics(self.metrics) if row["step"] <= step]
+        kept = [row for row in plots.read_metrics(self.metrics) if row["step"] <= progress["step"]]
         text = "".join(json.dumps(row) + "\n" for row in kept)
         checkpoints.write_atomically(self.metrics, lambda file: file.write(text.encode()))
-        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        self.images_per_second, self.last = 0.0, (time.monotonic(), 0)
+        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=progress["step"] + 1)
+        self.last = (time.monotonic(), progress["images"])
 
     def scalars(self, progress: dict[str, Any], **values: float) -> None:
         """Logs values at the current step."""
@@ -128,9 +128,7 @@ class Log:
         """Images per second since the last call, given the number seen so far."""
         now, (then, before) = time.monotonic(), self.last
         self.last = (now, images)
-        if before:
-            self.images_per_second = (images - before) / (now - then)
-        return self.images_per_second
+        return (images - before) / (now - then)
 
     def grid(self, images: Tensor, step: int, name: str) -> None:
         """Writes sample images (B, C, H, W) in [0, 1] as a grid, and brings the loss curve up to date."""

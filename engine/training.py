@@ -54,7 +54,7 @@ def train(model: nn.Module, images: np.ndarray, config: Any, resume: Path | None
     if clock.finished():
         raise UserError(f"{resume} is a finished run: lengthen it with --epochs, --max_steps or --minutes")
     name = resume.resolve().parent.name if resume else new_name(config) if main else ""
-    folder, log = checkpoints.FOLDER / name, Log(SAMPLES / name, progress["step"]) if main else None
+    folder, log = checkpoints.FOLDER / name, Log(SAMPLES / name, progress) if main else None
 
     def save(file: str) -> None:
         state = {"version": VERSION, "architecture": model.architecture, "config": config.as_dict(), "data": data}
