@@ -1,0 +1,251 @@
+"""Real runs of the real commands: interrupted, resumed, shared by processes, ill-treated."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--dataset", "shapes", "--image_size", "8", "--dim", "8", "--dim_mults", "1,2", "--batch_size", "16"]
+TINY += ["--sampling_timesteps", "4", "--num_samples", "4", "--sample_grids", "2", "--dropout", "0.1"]
+
+
+def command(script: str, *arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / script), *arguments]
+
+
+def call(folder: Path, arguments: list[str]) -> subprocess.CompletedProcess:
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def run(folder: Path, script: str, *arguments: str) -> str:
+    result = call(folder, command(script, *arguments))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def fails(folder: Path, script: str, *arguments: str, code: int = 2) -> str:
+    """What a run prints when it fails as it should: one line that begins with `error:`, and no traceback."""
+    result = call(folder, command(script, *arguments))
+    assert result.returncode == code, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and result.stderr.rstrip().endswith(lines[0])
+    return lines[0]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    state = torch.load(path, weights_only=True)
+    return state["model"] | {f"ema.{name}": value for name, value in state["ema"].items()}
+
+
+def largest_difference(a: Path, b: Path) -> float:
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with a finished run `whole` of 40 steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    run(folder, "train_optimized.py", *TINY, "--run_name", "whole", "--max_steps", "40")
+    return folder
+
+
+def test_a_run_leaves_what_it_promises(trained):
+    checkpoints, samples = trained / "checkpoints", trained / "samples" / "whole"
+    assert {path.name for path in (checkpoints / "whole").iterdir()} == {"last.pt", "best.pt", "final.pt"}
+    assert (checkpoints / "ddpm_final.pt").read_bytes() == (checkpoints / "whole" / "final.pt").read_bytes()
+    names = {path.name for path in samples.iterdir()}
+    assert names == {"step_0000020.png", "final.png", "loss.png", "metrics.jsonl", "tensorboard"}
+    assert list((samples / "tensorboard").glob("events*"))
+    for name in ("final.png", "loss.png"):
+        assert np.asarray(Image.open(samples / name).convert("L")).std() > 5
+    rows = [json.loads(line) for line in (samples / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [10, 20, 30, 40]
+    assert [row["step"] for row in rows if "validation_loss" in row] == [40]
+    assert rows[-1]["images"] == 640
+
+
+def test_killed_at_a_random_step_and_resumed_ends_with_the_same_weights(trained, tmp_path):
+    arguments = command("train_optimized.py", *TINY, "--run_name", "killed", "--max_steps", "40", "--save_minutes", "0")
+    process = subprocess.Popen(
+        arguments, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    last = tmp_path / "checkpoints" / "killed" / "last.pt"
+    while not last.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.5))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    at = torch.load(last, weights_only=True)["progress"]["step"]
+    assert 0 < at < 40
+    run(tmp_path, "train_optimized.py", "--resume", "killed", "--save_minutes", "2")
+    whole = trained / "checkpoints" / "whole" / "final.pt"
+    assert largest_difference(tmp_path / "checkpoints" / "killed" / "final.pt", whole) == 0, f"killed at step {at}"
+    rows = [json.loads(line) for line in (tmp_path / "samples/killed/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [10, 20, 30, 40]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_first(number, tmp_path):
+    arguments = command("train.py", *TINY, "--run_name", "stopped", "--max_steps", "100000")
+    process = subprocess.Popen(
+        arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    metrics = tmp_path / "samples" / "stopped" / "metrics.jsonl"
+    while not metrics.exists() or not metrics.read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    step = int(re.search(r"interrupted and saved at step (\d+): go on with --resume stopped", output).group(1))
+    state = torch.load(tmp_path / "checkpoints/stopped/last.pt", weights_only=True)
+    assert state["progress"]["step"] == step >= 10
+
+
+def test_two_processes_make_the_updates_of_one_and_resume_as_one_and_back(trained, tmp_path):
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    flags = [flag if flag != "0.1" else "0" for flag in TINY]  # without dropout, whose masks differ by process
+    flags[flags.index("--batch_size") + 1] = "32"
+    run(tmp_path, "train.py", *flags, "--run_name", "one", "--max_steps", "9")
+
+    def launched(*arguments: str) -> None:
+        result = call(tmp_path, [*launch, str(ROOT / "train.py"), *arguments])
+        assert result.returncode == 0, result.stdout + result.stderr
+
+    launched(*flags, "--run_name", "two", "--max_steps", "3")
+    assert {path.name for path in (tmp_path / "checkpoints/two").iterdir()} == {"last.pt", "best.pt", "final.pt"}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"one", "two", "ddpm_final.pt"}
+    assert len(list((tmp_path / "samples/two/tensorboard").iterdir())) == 1
+    run(tmp_path, "train.py", "--resume", "two", "--max_steps", "6")  # goes on as one process
+    launched("--resume", "two", "--max_steps", "9")  # and as two again
+    assert largest_difference(tmp_path / "checkpoints/one/final.pt", tmp_path / "checkpoints/two/final.pt") < 1e-6
+
+
+def test_minutes_end_with_the_schedule_at_its_end(tmp_path):
+    run(tmp_path, "train_optimized.py", *TINY, "--run_name", "timed", "--minutes", "0.08")
+    rows = [json.loads(line) for line in (tmp_path / "samples/timed/metrics.jsonl").read_text().splitlines()]
+    rates = [row["learning_rate"] for row in rows if "learning_rate" in row]
+    assert rates[-1] < 0.05 * max(rates)
+    assert rows[-1]["seconds"] >= 4.8
+
+
+def test_every_tenth_epoch_is_kept(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(40):
+        Image.new("RGB", (8, 8), (6 * i, 255 - 6 * i, 128)).save(tmp_path / "images" / f"{i}.png")
+    flags = ["--dataset", "folder", "--data_dir", "images", *TINY[2:]]
+    run(tmp_path, "train.py", *flags, "--run_name", "kept", "--epochs", "20", "--ema_decay", "0.9")
+    names = {path.name for path in (tmp_path / "checkpoints/kept").glob("epoch*")}
+    assert names == {"epoch_0010.pt", "epoch_0020.pt"}
+    rows = [json.loads(line) for line in (tmp_path / "samples/kept/metrics.jsonl").read_text().splitlines()]
+    assert len([row for row in rows if "validation_loss" in row]) == 20
+    best = min(row["validation_loss"] for row in rows if "validation_loss" in row)
+    assert torch.load(tmp_path / "checkpoints/kept/best.pt", weights_only=True)["progress"]["best"] == best
+
+
+def test_a_loss_that_stays_broken_stops_the_run_and_keeps_the_good_weights(tmp_path):
+    shutil.copy(ROOT / "train.py", tmp_path / "break.py")
+    text = (tmp_path / "break.py").read_text()
+    text = text.replace("from accelerate", "import torch\nfrom accelerate").replace(
+        "    train(model, images,",
+        "    whole, model.calls = model.forward, 0\n"
+        "    def forward(*a):\n"
+        "        model.calls += 1\n"
+        "        return whole(*a) * (1 if model.calls <= 5 else float('nan'))\n"
+        "    model.forward = forward\n"
+        "    train(model, images,",
+    )
+    (tmp_path / "break.py").write_text(text)
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    arguments = [sys.executable, "break.py", *TINY, "--run_name", "bad", "--max_steps", "100", "--save_minutes", "0"]
+    result = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "20 updates in a row were not finite; stopped at step 30" in result.stderr
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "checkpoints/bad/last.pt").values())
+
+
+def test_inference_uses_the_newest_checkpoint(trained):
+    output = run(trained, "inference.py", "--num_samples", "5", "--batch_size", "2")
+    folder = trained / "inference_results" / "ddpm_final-ddim-4-0"
+    assert "ddpm_final.pt" in output and str(folder.relative_to(trained)) in output
+    assert {path.name for path in folder.iterdir()} == {"grid.png", *(f"{i:06d}.png" for i in range(5))}
+    run(trained, "inference.py", "--num_samples", "1", "--seed", "3", "--checkpoint", "checkpoints/whole/best.pt")
+    alone = Image.open(trained / "inference_results/whole-best-ddim-4-3/000003.png")
+    assert alone.size == (8, 8)
+    assert np.abs(np.asarray(alone, int) - np.asarray(Image.open(folder / "000003.png"), int)).max() <= 1
+
+
+def test_dry_run_tells_and_leaves_nothing(trained):
+    output = run(trained, "train_optimized.py", *TINY, "--epochs", "2", "--dry_run", "--run_name", "dry")
+    assert re.search(r"^DIM +8 +flag$", output, re.MULTILINE)
+    assert re.search(r"^LR_SCHEDULE +cosine +script$", output, re.MULTILINE)
+    assert "0.1 M parameters" in output and "memory" in output and "2,496 steps, 2.0 epochs" in output
+    assert not (trained / "checkpoints" / "dry").exists() and not (trained / "samples" / "dry").exists()
+
+
+def test_bad_input_gets_one_line(trained):
+    (trained / "empty").mkdir()
+    (trained / "few").mkdir()
+    Image.new("RGB", (9, 9)).save(trained / "few" / "one.png")
+    (trained / "cut.pt").write_bytes((trained / "checkpoints/whole/final.pt").read_bytes()[:-2000])
+    folder = ["--dataset", "folder", "--data_dir"]
+    assert "no images in empty" in fails(trained, "train.py", *folder, "empty")
+    assert "nowhere is missing" in fails(trained, "train_optimized.py", *folder, "nowhere")
+    assert "fewer than one batch of 16" in fails(trained, "train.py", *folder, "few", *TINY[2:])
+    assert "did you mean --batch_size" in fails(trained, "train.py", "--batchsize", "3")
+    assert "there is a run whole already" in fails(trained, "train.py", *TINY, "--run_name", "whole")
+    assert "is a finished run" in fails(trained, "train.py", "--resume", "whole")
+    assert "was trained on" in fails(
+        trained, "train.py", "--resume", "whole", "--image_size", "16", "--max_steps", "99"
+    )
+    assert "cut.pt is damaged or cut short" in fails(trained, "inference.py", "--checkpoint", "cut.pt")
+    assert "steps is 4000, but" in fails(trained, "inference.py", "--steps", "4000")
+
+
+def test_inference_without_a_checkpoint_says_what_to_run(tmp_path):
+    assert "train one with `python train_optimized.py`" in fails(tmp_path, "inference.py")
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(trained, tmp_path):
+    from engine import checkpoints
+
+    path = tmp_path / "model.pt"
+    checkpoints.save(path, {"value": torch.zeros(3)})
+
+    def fill(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.write_atomically(path, fill)
+    assert torch.equal(checkpoints.load(path)["value"], torch.zeros(3))
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
