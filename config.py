@@ -12,6 +12,7 @@ limited by the tier, the subclass, the flag. `--dry_run` shows which it was.
 
 import argparse
 import importlib.util
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ class DDPMConfig:
     # model
     DIM: Annotated[int, Setting("width of the Unet's first level, channels", 8, 1024)] = 64
     DIM_MULTS: Annotated[tuple, Setting("width of each level, as multiples of dim", 1, 64)] = (1, 2, 4, 8)
+    ATTENTION_HEADS: Annotated[tuple, Setting("attention heads, one number or one for each level", 1, 64)] = (4,)
+    ATTENTION_DIM: Annotated[tuple, Setting("channels of a head, one number or one for each level", 1, 512)] = (32,)
     DROPOUT: Annotated[float, Setting("dropout in the residual blocks, fraction", 0, 0.9)] = 0.0
     TIMESTEPS: Annotated[int, Setting("steps of the diffusion process", 2, 100_000)] = 1000
     SAMPLING_TIMESTEPS: Annotated[int, Setting("network evaluations of a sample (NFE)", 1, 100_000)] = 50
@@ -101,14 +104,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "stl10": dict(IMAGE_SIZE=96, DIM=160, BATCH_SIZE=64, LEARNING_RATE=1e-4),
     "shapes": dict(IMAGE_SIZE=32, DIM=64, HORIZONTAL_FLIP=False, EPOCHS=20),
 }
-# Without a GPU: small enough that the shapes can be named after five minutes on two cores. Neither compilation
-# (60 to 100 s before the first step) nor AMP pays in that time.
+# Without a GPU: small enough that the shapes can be named after five minutes on two cores (docs/cpu.md has what was
+# tried). Attention takes half of the time unless it is made small at the upper levels.
 CPU_PRESETS: dict[str, dict[str, Any]] = {
     "shapes": dict(
-        IMAGE_SIZE=16, DIM=24, DIM_MULTS=(1, 2, 2), BATCH_SIZE=32, LEARNING_RATE=2e-3, WARMUP_STEPS=100,
-        EMA_DECAY=0.998, MINUTES=4.75, SAMPLE_GRIDS=5, NUM_SAMPLES=36,
+        IMAGE_SIZE=16, DIM=32, DIM_MULTS=(1, 2, 2), ATTENTION_HEADS=(1, 1, 4), ATTENTION_DIM=(8, 16, 32),
+        BATCH_SIZE=32, LEARNING_RATE=2e-3, WARMUP_STEPS=100, EMA_DECAY=0.998, MINUTES=4.75, SAMPLE_GRIDS=5,
+        NUM_SAMPLES=36,
     ),
 }  # fmt: skip
+# neither compilation (60 to 100 s before the first step) nor bf16 made it faster on the CPUs it was tried on
 CPU_LIMITS = dict(USE_AMP=False, COMPILE_MODEL=False)
 
 
@@ -137,8 +142,8 @@ def memory_gib(dim: int, image_size: int, batch_size: int, parameters: int, use_
     return (20 * parameters + activations) / 2**30
 
 
-ACTIVATION_BYTES = 900
-ACTIVATION_BYTES_AMP = 550
+ACTIVATION_BYTES = 600
+ACTIVATION_BYTES_AMP = 420
 
 
 class Resolved(argparse.Namespace):
@@ -239,6 +244,9 @@ def check_together(value: Mapping[str, Any]) -> None:
     factor = 2 ** (len(value["DIM_MULTS"]) - 1)
     if value["IMAGE_SIZE"] % factor:
         raise UserError(f"IMAGE_SIZE is {value['IMAGE_SIZE']}, but the levels of DIM_MULTS need a multiple of {factor}")
+    for name in ("ATTENTION_HEADS", "ATTENTION_DIM"):
+        if len(value[name]) not in (1, len(value["DIM_MULTS"])):
+            raise UserError(f"{name} has {len(value[name])} numbers, but must have 1 or {len(value['DIM_MULTS'])}")
     if value["SAMPLING_TIMESTEPS"] > value["TIMESTEPS"]:
         raise UserError(
             f"SAMPLING_TIMESTEPS is {value['SAMPLING_TIMESTEPS']}, but must be at most TIMESTEPS, {value['TIMESTEPS']}"
@@ -301,5 +309,6 @@ def from_command_line(
     )
     tier = detect_tier()
     if dataset == "auto":
-        dataset = resolve_auto(Path(data_dir), tier.name != "CPU", print)
+        said_once = print if os.environ.get("RANK", "0") == "0" else lambda _: None
+        dataset = resolve_auto(Path(data_dir), tier.name != "CPU", said_once)
     return resolve(dataset, tier, script, subclass, flags, checkpoint), options

@@ -99,6 +99,8 @@ class DDPMModel(nn.Module):
             beta_schedule=config.BETA_SCHEDULE,
             min_snr_gamma=config.MIN_SNR_GAMMA,
             dropout=config.DROPOUT,
+            attn_heads=per_level(config.ATTENTION_HEADS, config.DIM_MULTS),
+            attn_dim_head=per_level(config.ATTENTION_DIM, config.DIM_MULTS),
         )
 
     @property
@@ -259,6 +261,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def per_level(values: Sequence[int], levels: Sequence[int]) -> list[int]:
+    """One value for each level, from as many or from a single one."""
+    return list(values) if len(values) > 1 else list(values) * len(levels)
 
 
 def to_unit(x: Tensor) -> Tensor:

@@ -36,12 +36,12 @@ from engine.training import train
 RESULTS = Path("demo_results")
 PICTURES = {
     "data.png": "Training images",
-    "samples/demo/final.png": "Samples after 3 epochs: blobs of colour are all that can be hoped for",
+    "samples/demo/final.png": "Samples after 3 short epochs: blobs; train_optimized.py goes on to shapes",
     "samples/demo/loss.png": "Loss",
     "progressive.png": "From noise to image, one row a seed",
     "interpolation.png": "Between two training images",
 }
-SIZE, IMAGES, BATCH = 16, 2560, 32
+SIZE, IMAGES, BATCH = 16, 6400, 32
 
 
 @dataclass

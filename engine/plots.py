@@ -58,10 +58,11 @@ def save_loss_curve(metrics: Path, path: Path) -> None:
     )
     figure, axes = plt.subplots(figsize=(7, 4))
     if len(losses):
-        axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="training")
         width = max(1, len(losses) // 40)
-        smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-        axes.plot(steps[width - 1 :], smooth, color="tab:blue", label=f"training, mean of {width} values")
+        axes.plot(steps, losses, color="tab:blue", alpha=0.25 if width > 1 else 1, linewidth=0.8, label="training")
+        if width > 1:
+            smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+            axes.plot(steps[width - 1 :], smooth, color="tab:blue", label=f"training, mean of {width} values")
     if len(validation):
         axes.plot(at, validation, "o-", color="tab:orange", markersize=3, label="validation, EMA weights")
     if len(losses) or len(validation):

@@ -9,6 +9,7 @@ import colorsys
 import numpy as np
 
 KINDS = ("circle", "square", "triangle", "star")
+NUMBERS = 9  # random numbers that an image takes
 CHUNK = 1024  # images drawn at a time: bounds memory to some 100 MB at 64 px
 
 
@@ -63,23 +64,22 @@ def draw_shapes(index: np.ndarray, size: int, seed: int = 0) -> np.ndarray:
 
 def kind_of(index: np.ndarray, seed: int = 0) -> np.ndarray:
     """Which of `KINDS` each image shows: int (N,)."""
-    return (uniform(seed, np.asarray(index), 10)[:, 0] * len(KINDS)).astype(int)
+    return (uniform(seed, np.asarray(index), NUMBERS)[:, 0] * len(KINDS)).astype(int)
 
 
 def _draw(index: np.ndarray, size: int, seed: int) -> np.ndarray:
-    u = uniform(seed, index, 10)
+    u = uniform(seed, index, NUMBERS)
     kind = kind_of(index, seed)
-    radius = 0.30 + 0.12 * u[:, 1]
+    radius = 0.32 + 0.13 * u[:, 1]
     reach = np.maximum(0.5 - radius, 0)  # the circumscribed circle stays inside the picture
     centre = 0.5 + (2 * u[:, 2:4] - 1) * reach[:, None]
-    turn = (2 * u[:, 4] - 1) * np.pi / 12
 
-    # pixel centres in each shape's own turned coordinates, where its radius is 1
+    # pixel centres in each shape's own coordinates, where its radius is 1
     pixel = ((np.arange(size) + 0.5) / size).astype(np.float32)
     dx = (pixel[None, None, :] - centre[:, 0, None, None]).astype(np.float32)
     dy = (pixel[None, :, None] - centre[:, 1, None, None]).astype(np.float32)
-    cos, sin, r = (v[:, None, None].astype(np.float32) for v in (np.cos(turn), np.sin(turn), radius))
-    x, y = (cos * dx + sin * dy) / r, (cos * dy - sin * dx) / r
+    r = radius[:, None, None].astype(np.float32)
+    x, y = np.broadcast_arrays(dx / r, dy / r)
 
     distance = np.empty(x.shape, np.float32)
     for k, name in enumerate(KINDS):
@@ -90,11 +90,11 @@ def _draw(index: np.ndarray, size: int, seed: int) -> np.ndarray:
     cover = np.clip(0.5 - distance * r * size, 0, 1)[:, None]  # antialiased over one pixel
 
     # a light shape on a dark ground or the reverse, of another hue, so that the outline is always there
-    light = u[:, 5] < 0.5
-    shape = _rgb(u[:, 6] + 0.35 + 0.3 * u[:, 7], np.where(light, 0.75, 0.95), np.where(light, 1.0, 0.55))
-    near = _rgb(u[:, 6], np.where(light, 0.6, 0.25), np.where(light, 0.30, 1.0))
-    far = _rgb(u[:, 6] + 0.25 * (u[:, 8] - 0.5), np.where(light, 0.6, 0.25), np.where(light, 0.55, 0.8))
-    slope = (2 * np.pi * u[:, 9])[:, None, None].astype(np.float32)
+    light = u[:, 4] < 0.5
+    shape = _rgb(u[:, 5] + 0.35 + 0.3 * u[:, 6], np.where(light, 0.75, 0.95), np.where(light, 1.0, 0.55))
+    near = _rgb(u[:, 5], np.where(light, 0.6, 0.25), np.where(light, 0.30, 1.0))
+    far = _rgb(u[:, 5] + 0.25 * (u[:, 7] - 0.5), np.where(light, 0.6, 0.25), np.where(light, 0.55, 0.8))
+    slope = (2 * np.pi * u[:, 8])[:, None, None].astype(np.float32)
     ramp = 0.5 + (np.cos(slope) * (pixel[None, None, :] - 0.5) + np.sin(slope) * (pixel[None, :, None] - 0.5)) / 1.42
     ramp = ramp[:, None]
     ground = near * (1 - ramp) + far * ramp

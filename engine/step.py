@@ -34,10 +34,12 @@ def draw(seed: int, step: int, timesteps: int, shape: torch.Size, device: torch.
     """Everything random in a step: timesteps (B,), noise (B, C, H, W) and which images to mirror (B,).
 
     A function of (seed, step) for the whole effective batch, so that neither accumulation nor the number of
-    processes nor a resume changes what is computed.
+    processes nor a resume changes what is computed. The timesteps are uniform but spread over the batch, one in each
+    of B equal parts of the process, which makes the gradient less noisy: Kingma et al. (arXiv:2107.00630).
     """
     generator = torch.Generator(device).manual_seed((seed * 0x9E3779B1 + step) % 2**63)
-    t = torch.randint(timesteps, shape[:1], generator=generator, device=device)
+    place = torch.rand(shape[:1], generator=generator, device=device) + torch.arange(shape[0], device=device)
+    t = (place / shape[0] * timesteps).long().clamp(max=timesteps - 1)
     noise = torch.randn(shape, generator=generator, device=device)
     mirror = torch.rand(shape[:1], generator=generator, device=device) < 0.5
     return t, noise, mirror
@@ -54,6 +56,8 @@ class Step:
         self.model, self.config, self.rank, self.world = model, config, rank, world
         self.device = next(model.parameters()).device
         self.micro_batch = config.BATCH_SIZE
+        if self.device.type == "cpu":
+            model.to(memory_format=torch.channels_last)  # a third faster there (docs/cpu.md)
         self.ema = copy.deepcopy(model).requires_grad_(False).eval()
         self.parameters = list(model.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.LEARNING_RATE, betas=(0.9, 0.99), fused=True)

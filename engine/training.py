@@ -129,8 +129,10 @@ def train(model: nn.Module, images: np.ndarray, config: Any, resume: Path | None
         checkpoints.publish(final, checkpoints.FOLDER / "ddpm_final.pt")
         draw_grid("final.png")
         log.close()
+        memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
         print(
-            f"done: {progress['images']:,} images in {progress['seconds']:.0f} s, validation loss {validation:.4f}\n"
+            f"done: {progress['images']:,} images in {progress['seconds']:.0f} s{memory}, "
+            f"validation loss {validation:.4f}\n"
             f"  model     {checkpoints.FOLDER / 'ddpm_final.pt'} (checkpoints of the run: {folder}/)\n"
             f"  pictures  {log.folder / 'final.png'}, loss.png, grids along the way\n"
             f"  scalars   tensorboard --logdir {log.folder}\n"

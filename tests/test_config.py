@@ -82,7 +82,7 @@ def test_every_attribute_is_a_flag(name):
         value = not default
     else:
         value = {int: lambda: (default or 1) * 2, float: lambda: (default or 0.5) / 2}.get(kind, lambda: kind("13"))()
-        value = (1, 3) if kind is tuple else value
+        value = (1, 2, 3, 5) if kind is tuple else value
     text = [f"--{name.lower()}", ",".join(map(str, value)) if kind is tuple else str(value)]
     if kind is bool:
         text = [f"--{'' if value else 'no-'}{name.lower()}"]

@@ -16,7 +16,7 @@ from torchvision.datasets.utils import calculate_md5
 
 from engine import sources
 from engine.errors import UserError
-from engine.shapes import KINDS, draw_shapes, kind_of, uniform
+from engine.shapes import KINDS, NUMBERS, draw_shapes, kind_of, uniform
 from engine.sources import collect, load_images, resolve_auto
 
 
@@ -373,8 +373,8 @@ def test_antialiased_area(kind, unit_area):
     """The summed coverage of a shape is the area of its outline, to a fraction of a pixel."""
     size = 32
     index = np.flatnonzero(kind_of(np.arange(200)) == KINDS.index(kind))
-    u = uniform(0, index, 10)
-    radius = 0.30 + 0.12 * u[:, 1]
+    u = uniform(0, index, NUMBERS)
+    radius = 0.32 + 0.13 * u[:, 1]
     centre = 0.5 + (2 * u[:, 2:4] - 1) * (0.5 - radius)[:, None]
     pixel = (np.arange(size) + 0.5) / size
     x, y = (axis.ravel() for axis in np.meshgrid(pixel, pixel))

@@ -1,0 +1,111 @@
+"""What only a GPU can show. Run with `python -m pytest -m gpu` on a machine that has one."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from config import detect_tier, memory_gib, resolve
+from ddpm_model import DDPMModel
+from engine import batches, step
+from engine.batches import Batches
+from engine.sources import load_images
+from engine.training import train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CUDA = torch.device("cuda")
+SETTINGS = {
+    "BATCH_SIZE": 32,
+    "GRADIENT_ACCUMULATION": 1,
+    "LEARNING_RATE": 1e-3,
+    "GRAD_CLIP": 1.0,
+    "EMA_DECAY": 0.9,
+    "HORIZONTAL_FLIP": True,
+    "USE_AMP": False,
+    "COMPILE_MODEL": False,
+    "SEED": 0,
+}
+
+
+def make(dim: int = 32, **changes) -> step.Step:
+    torch.manual_seed(0)
+    return step.Step(DDPMModel(image_size=32, dim=dim).to(CUDA), SimpleNamespace(**(SETTINGS | changes)))
+
+
+def images(count: int = 32) -> torch.Tensor:
+    return torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)).to(
+        CUDA
+    )
+
+
+def losses(made: step.Step, steps: int = 5) -> list[float]:
+    return [made(images(), number, 1e-3)[0].item() for number in range(steps)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_and_compilation_follow_full_precision(dtype, monkeypatch):
+    exact = losses(make())
+    monkeypatch.setattr(step, "amp_dtype", lambda device: dtype)
+    made = make(USE_AMP=True, COMPILE_MODEL=True)
+    assert losses(made) == pytest.approx(exact, rel=0.03)
+    assert made.skipped.item() == 0
+    assert made.scaler.is_enabled() == (dtype == torch.float16)
+
+
+def test_real_lack_of_memory_halves_the_micro_batch():
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2 * 2**30) / total)
+    try:
+        made = make(dim=64, BATCH_SIZE=512)
+        many = images(512)
+        loss, _ = made(many, 0, 1e-3)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert made.micro_batch < 512
+    reference = make(dim=64, BATCH_SIZE=64)
+    assert loss.item() == pytest.approx(reference(many, 0, 1e-3)[0].item(), rel=1e-3)
+
+
+def test_worker_processes_deliver_what_lies_on_the_gpu(tmp_path, monkeypatch):
+    data = load_images("shapes", 16, tmp_path, tmp_path)[:640]
+    resident = Batches(data, 64, 0, CUDA, 2)
+    assert resident.resident is not None
+    monkeypatch.setattr(batches, "GPU_SHARE", 0.0)
+    streamed = Batches(data, 64, 0, CUDA, 2)
+    assert streamed.resident is None
+    for a, b in zip(resident.epoch(2, 3), streamed.epoch(2, 3), strict=True):
+        assert a.device == b.device == resident.resident.device and torch.equal(a, b)
+
+
+def test_a_run_on_the_gpu_resumes_and_its_loss_falls(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = np.array(load_images("shapes", 16, tmp_path))
+    flags = {"IMAGE_SIZE": 16, "DIM": 32, "DIM_MULTS": (1, 2, 2), "BATCH_SIZE": 64, "SAMPLE_GRIDS": 1, "USE_AMP": True}
+    flags |= {"NUM_SAMPLES": 4, "WARMUP_STEPS": 10, "LEARNING_RATE": 1e-3, "EMA_DECAY": 0.95}
+    config = resolve("shapes", detect_tier(), flags=flags | {"MAX_STEPS": 100, "RUN_NAME": "gpu"})
+    final = train(DDPMModel.from_config(config), data, config)
+    first = torch.load(final, weights_only=True)["progress"]["best"]
+    config = resolve("shapes", detect_tier(), flags=flags | {"MAX_STEPS": 200})
+    train(DDPMModel.from_config(config), data, config, resume=final)
+    state = torch.load(final, weights_only=True)
+    assert state["progress"]["step"] == 200 and state["progress"]["best"] < first < 0.2
+
+
+def test_estimated_memory_is_near_the_peak():
+    for amp in (False, True):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        made = make(dim=64, BATCH_SIZE=128, USE_AMP=amp)
+        many = images(128)
+        for number in range(3):
+            made(many, number, 1e-3)
+        peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+        estimate = memory_gib(64, 32, 128, sum(p.numel() for p in made.parameters), amp)
+        assert peak / 1.3 < estimate < peak * 1.6, f"amp {amp}: peak {peak:.2f} GiB, estimated {estimate:.2f}"
+        del made, many
