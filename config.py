@@ -204,6 +204,9 @@ def resolve(
     value["DATASET"] = dataset
     if "BATCH_SIZE" in {**own, **flags} and "GRADIENT_ACCUMULATION" not in {**own, **flags}:
         value["GRADIENT_ACCUMULATION"] = 1  # who names the batch means that batch
+    for name in ("ATTENTION_HEADS", "ATTENTION_DIM"):  # a preset's attention goes with the preset's levels
+        if origin[name].startswith("preset") and len(value[name]) != len(value["DIM_MULTS"]):
+            value[name], origin[name] = getattr(DDPMConfig, name), "default"
     check_together(value)
     config = Resolved(**value)
     config.origin = origin

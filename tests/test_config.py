@@ -64,6 +64,14 @@ def test_naming_the_batch_means_that_batch():
     assert resolve("cifar10", small, flags={"BATCH_SIZE": 16}).GRADIENT_ACCUMULATION == 1
 
 
+def test_other_levels_than_the_presets_drop_the_presets_attention():
+    assert resolve("shapes", CPU).ATTENTION_HEADS == (1, 1, 4)
+    made = resolve("shapes", CPU, flags={"DIM_MULTS": (1, 2)})
+    assert (made.ATTENTION_HEADS, made.ATTENTION_DIM) == ((4,), (32,))
+    with pytest.raises(UserError, match="ATTENTION_HEADS has 3 numbers, but must have 1 or 2"):
+        resolve("shapes", CPU, flags={"DIM_MULTS": (1, 2), "ATTENTION_HEADS": (1, 2, 3)})
+
+
 def test_the_last_length_given_counts():
     assert resolve("shapes", CPU).MINUTES > 0
     made = resolve("shapes", CPU, flags={"MAX_STEPS": 30})
