@@ -7,8 +7,10 @@ images = model.sample(batch_size=16, seed=0)         # (16, 3, 32, 32), floats i
 import contextlib
 import inspect
 import json
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 from engine import checkpoints
 from engine.errors import UserError
-from engine.samplers import SAMPLERS, SeededNoise, ddim, ddim_encode, slerp, uniform_timesteps
+from engine.samplers import SAMPLERS, SPACINGS, SeededNoise, ddim_encode, intervals, slerp
 
 OBJECTIVES = ("pred_v", "pred_noise", "pred_x0")
 BETA_SCHEDULES = ("cosine", "linear", "sigmoid")
@@ -140,24 +142,14 @@ class DDPMModel(nn.Module):
         """This model as the samplers see it; a new one for every sample, since self-conditioning remembers."""
         return ModelDenoiser(self.diffusion, clip)
 
-    @torch.no_grad()
-    def sample(
-        self,
-        batch_size: int = 16,
-        return_all_timesteps: bool = False,
-        sampler: str | Callable | None = None,
-        steps: int | None = None,
-        seed: int | None = None,
-        progress: Callable[[], None] | None = None,
-        **options: Any,
-    ) -> Tensor:
-        """Draws images, (batch_size, C, H, W) in [0, 1].
+    def plan(
+        self, sampler: str | Callable | None = None, steps: int | None = None, spacing: str = "uniform"
+    ) -> tuple[Callable, list[int]]:
+        """The sampler as a function, and the timesteps it goes through, from the highest to -1, the clean image.
 
-        sampler: `ddim`, `ddpm` or a function like those of engine.samplers; by default DDIM if the model's
-        sampling_timesteps are fewer than its timesteps, as in the library. steps: network evaluations. Image i is
-        drawn from seed + i, whatever the batch; without a seed it is a new one each time. return_all_timesteps:
-        also x at every step, (batch_size, steps + 1, C, H, W), pure noise first. progress: called after each step.
-        options go to the sampler (`eta` of DDIM). Raises UserError for an unknown sampler or too many steps.
+        sampler: a name or a function like those of engine.samplers; by default DDIM if steps are fewer than the
+        model's timesteps, as in the library. steps: network evaluations (NFE). Raises UserError for names that do
+        not exist or a number of steps that the model does not have.
         """
         steps = self.sampling_timesteps if steps is None else steps
         if not 1 <= steps <= self.num_timesteps:
@@ -168,36 +160,146 @@ class DDPMModel(nn.Module):
             if sampler not in SAMPLERS:
                 raise UserError(f"there is no sampler {sampler}; there are {', '.join(SAMPLERS)}")
             sampler = SAMPLERS[sampler]
-        first = random.SystemRandom().randrange(2**31) if seed is None else seed
-        randn = SeededNoise(range(first, first + batch_size))
-        frames = [randn.draw((self.channels, self.image_size, self.image_size), self.device)]
-        timesteps = uniform_timesteps(self.num_timesteps, steps)
+        if spacing not in SPACINGS:
+            raise UserError(f"there is no spacing {spacing}; there are {', '.join(SPACINGS)}")
+        return sampler, SPACINGS[spacing](self.denoiser().alpha_bar, intervals(sampler, steps))
+
+    def noise(self, seeds: Sequence[int]) -> tuple[Tensor, SeededNoise]:
+        """Where the images of these seeds start, x_T (B, C, H, W), and the source of their further noise."""
+        randn = SeededNoise(seeds)
+        return randn.draw((self.channels, self.image_size, self.image_size), self.device), randn
+
+    @torch.no_grad()
+    def trajectory(
+        self, x: Tensor, timesteps: Sequence[int], sampler: Callable, randn: Callable, clip: bool = True, **options: Any
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Goes from x at timesteps[0] to the clean image: yields t, x_t and the x_0 predicted from it, in [-1, 1].
+
+        The last is (-1, sample, sample). clip: limit each predicted x_0 to [-1, 1]. options go to the sampler.
+        """
         with evaluating(self):
-            for x, _ in sampler(self.denoiser(), frames[0], timesteps, randn, **options):
-                frames = [*frames, x] if return_all_timesteps else [x]
-                if progress:
-                    progress()
+            steps = sampler(self.denoiser(clip), x, timesteps, randn, **options)
+            for t, (following, x_0) in zip(timesteps, steps, strict=False):
+                yield t, x, x_0
+                x = following
+            yield -1, x, x
+
+    def sample(
+        self,
+        batch_size: int = 16,
+        return_all_timesteps: bool = False,
+        sampler: str | Callable | None = None,
+        steps: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        spacing: str = "uniform",
+        **options: Any,
+    ) -> Tensor:
+        """Draws images, (batch_size, C, H, W) in [0, 1].
+
+        sampler, steps, spacing: as in `plan`. seed: image i is drawn from seed + i, or from the i-th of the seeds
+        given, and is the same whatever the batch; without one it is new each time. return_all_timesteps: also x at
+        every step, (batch_size, steps + 1, C, H, W), noise first (heun: half as many). options: the sampler's (`eta`).
+        """
+        function, timesteps = self.plan(sampler, steps, spacing)
+        x, randn = self.noise(seeds_of(seed, batch_size))
+        frames: list[Tensor] = []
+        for _, x, _ in self.trajectory(x, timesteps, function, randn, **options):  # noqa: B020 - x goes on
+            frames = [*frames, x] if return_all_timesteps else [x]
         return to_unit(torch.stack(frames, dim=1) if return_all_timesteps else frames[0])
 
     @torch.no_grad()
-    def interpolate(self, image1: Tensor, image2: Tensor, num_steps: int = 10) -> Tensor:
+    def interpolate(
+        self,
+        image1: Tensor,
+        image2: Tensor,
+        num_steps: int = 10,
+        sampler: str | Callable = "ddim",
+        steps: int = 100,
+        **options: Any,
+    ) -> Tensor:
         """Images between two given ones, each (C, H, W) or (1, C, H, W) in [0, 1]: (num_steps, C, H, W).
 
-        Both are encoded to x_T by DDIM run backwards; spherical interpolation between the codes is decoded.
-        Raises UserError for images of another size or fewer than 2 steps.
+        Both are encoded to x_T by DDIM run backwards, `steps` evaluations each; what lies on the arc between the
+        codes is decoded with the sampler. Raises UserError for images of another size or fewer than 2 images.
         """
-        shape = (self.channels, self.image_size, self.image_size)
-        pair = torch.stack([image.reshape(image.shape[-3:]) for image in (image1, image2)]).to(self.device)
-        if pair.shape[1:] != shape:
-            raise UserError(f"the images are {tuple(pair.shape[1:])}, but this model draws {shape}")
         if num_steps < 2:
             raise UserError(f"num_steps is {num_steps}, but an interpolation has at least its 2 ends")
-        timesteps = uniform_timesteps(self.num_timesteps, min(100, self.num_timesteps))
+        pair = torch.stack([self.given(image1), self.given(image2)])
+        function, timesteps = self.plan(sampler, min(steps, self.num_timesteps))
         with evaluating(self):
             code1, code2 = ddim_encode(self.denoiser(clip=False), pair * 2 - 1, timesteps)
-            codes = slerp(code1, code2, torch.linspace(0, 1, num_steps, device=self.device))
-            *_, (images, _) = ddim(self.denoiser(clip=False), codes, timesteps, randn=torch.randn_like)
+        codes = slerp(code1, code2, torch.linspace(0, 1, num_steps, device=self.device))
+        randn = SeededNoise(range(num_steps))
+        *_, (_, images, _) = self.trajectory(codes, timesteps, function, randn, clip=False, **options)
         return to_unit(images)
+
+    @torch.no_grad()
+    def vary(
+        self,
+        image: Tensor,
+        strength: float = 0.5,
+        batch_size: int = 4,
+        sampler: str | Callable | None = None,
+        steps: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        spacing: str = "uniform",
+        **options: Any,
+    ) -> Tensor:
+        """Variations of an image (C, H, W) in [0, 1]: (batch_size, C, H, W). SDEdit, Meng et al. (arXiv:2108.01073).
+
+        The image is noised up to the share `strength` of the process, in (0, 1], and drawn from there: the more, the
+        freer. steps are those of the whole process, of which the part below `strength` is gone through.
+        """
+        if not 0 < strength <= 1:
+            raise UserError(f"strength is {strength}, but must be above 0 and at most 1")
+        function, timesteps = self.plan(sampler, steps, spacing)
+        wanted = [t for t in timesteps if t < max(1, round(strength * self.num_timesteps))]
+        timesteps = wanted if len(wanted) > 1 else timesteps[-2:]
+        noise, randn = self.noise(seeds_of(seed, batch_size))
+        x = add_noise(self.given(image) * 2 - 1, noise, self.denoiser().alpha_bar[timesteps[0]])
+        *_, (_, images, _) = self.trajectory(x, timesteps, function, randn, **options)
+        return to_unit(images)
+
+    @torch.no_grad()
+    def inpaint(
+        self,
+        image: Tensor,
+        mask: Tensor,
+        batch_size: int = 1,
+        sampler: str | Callable | None = None,
+        steps: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        spacing: str = "uniform",
+        resamples: int = 5,
+        **options: Any,
+    ) -> Tensor:
+        """Paints what the mask marks, (batch_size, C, H, W) in [0, 1]. RePaint, algorithm 1 of arXiv:2201.09865.
+
+        image: (C, H, W) in [0, 1]. mask: (H, W), not 0 where something new is painted; the rest comes back as it was.
+        Each step is done `resamples` times, with noise added back in between, so that both parts come to agree.
+        """
+        if mask.shape[-2:] != (self.image_size, self.image_size):
+            raise UserError(f"the mask is {tuple(mask.shape[-2:])}, but this model draws {self.image_size} px")
+        keep = (mask.reshape(mask.shape[-2:]) == 0).to(self.device)
+        known = self.given(image) * 2 - 1
+        function, timesteps = self.plan(sampler, steps, spacing)
+        x, randn = self.noise(seeds_of(seed, batch_size))
+        denoiser = self.denoiser()
+        for t, s in pairwise(timesteps):
+            a_t, a_s = denoiser.alpha_bar[t], denoiser.alpha_bar[s] if s >= 0 else 1.0
+            for again in range(resamples if s >= 0 else 1):
+                if again:
+                    x = add_noise(x, randn(x), a_t / a_s)
+                *_, (_, unknown, _) = self.trajectory(x, [t, s], function, randn, **options)
+                x = torch.where(keep, add_noise(known, randn(x), a_s), unknown)
+        return to_unit(x)
+
+    def given(self, image: Tensor) -> Tensor:
+        """An image as this model takes it: (C, H, W) in [0, 1] on its device; raises UserError for another shape."""
+        shape = (self.channels, self.image_size, self.image_size)
+        if tuple(image.shape[-3:]) != shape or image.numel() != math.prod(shape):
+            raise UserError(f"the image is {tuple(image.shape)}, but this model draws {shape}")
+        return image.reshape(shape).to(self.device)
 
     def save_model(self, path: str | Path) -> None:
         """Writes weights and architecture: `.safetensors`, or a `.pt` that load_model reads."""
@@ -236,17 +338,30 @@ class DDPMModel(nn.Module):
 
 
 class ModelDenoiser:
-    """Predicts x_0 with a model's network, converting from whatever it predicts. See engine.samplers.Denoiser."""
+    """Predicts x_0 with a model's network, converting from whatever it predicts. See engine.samplers.Denoiser.
+
+    Where alpha_bar is 0 a predicted noise says nothing of x_0: a `pred_noise` network is then asked as if x were at
+    the last timestep that has some signal, from which pure noise hardly differs.
+    """
 
     def __init__(self, process: GaussianDiffusion, clip: bool):
         self.process, self.clip = process, clip
         self.alpha_bar: list[float] = process.alphas_cumprod.double().tolist()
+        self.last = max(t for t, a in enumerate(self.alpha_bar) if a > 0 or process.objective != "pred_noise")
         self.previous: Tensor | None = None
 
     def __call__(self, x: Tensor, t: int) -> Tensor:
         """x_0 (B, C, H, W) from x_t, limited to [-1, 1] if this denoiser clips; t in [0, T)."""
+        t = min(t, self.last)
+        signal, noise = math.sqrt(self.alpha_bar[t]), math.sqrt(1 - self.alpha_bar[t])
         times = torch.full((len(x),), t, device=x.device, dtype=torch.long)
-        x_0 = self.process.model_predictions(x, times, self.previous, clip_x_start=self.clip).pred_x_start
+        x_0 = self.process.model(x, times, self.previous).to(x.dtype)
+        if self.process.objective == "pred_noise":
+            x_0 = (x - noise * x_0) / signal
+        elif self.process.objective == "pred_v":
+            x_0 = signal * x - noise * x_0
+        if self.clip:
+            x_0 = x_0.clamp(-1, 1)
         if self.process.self_condition:
             self.previous = x_0
         return x_0
@@ -261,6 +376,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """A seed for each of `count` images: consecutive from an int, as given, or new ones."""
+    if seed is None:
+        seed = random.SystemRandom().randrange(2**31)
+    seeds = list(range(seed, seed + count)) if isinstance(seed, int) else list(seed)
+    if len(seeds) != count:
+        raise UserError(f"there are {len(seeds)} seeds for {count} images")
+    return seeds
+
+
+def add_noise(x: Tensor, noise: Tensor, alpha_bar: float) -> Tensor:
+    """x further along the process by the given product of 1 - beta."""
+    return math.sqrt(alpha_bar) * x + math.sqrt(1 - alpha_bar) * noise
 
 
 def per_level(values: Sequence[int], levels: Sequence[int]) -> list[int]:

@@ -1,34 +1,72 @@
 """Draws images with a trained model.
 
     python inference.py                                    16 samples from the newest checkpoint
-    python inference.py --checkpoint checkpoints/my_run/best.pt --num_samples 64 --steps 20
-    python inference.py --sampler ddpm --seed 7            1000 ancestral steps
+    python inference.py --mode all                         one of everything below
+    python inference.py --sampler dpmpp_2m --steps 15 --seeds 0-63
+    python inference.py --from_png inference_results/.../000007.png      draws that picture again
 
-Writes grid.png and the single images into inference_results/<checkpoint>-<sampler>-<steps>-<seed>/. Image i is drawn
-from seed + i, so it is the same picture whatever the number of images.
+Modes: samples; interpolate (between two images); progressive (the way from noise to image); batch (thousands, goes
+on where it was killed); compare (samplers by step counts); vary (variations of an image); inpaint (paints part anew).
+Results go to inference_results/<mode>-.../, each picture with the settings that made it, and summary.json.
 """
 
+import json
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from ddpm_model import DDPMModel
+from ddpm_model import DDPMModel, to_unit
 from engine import checkpoints, plots
 from engine.command_line import Parser, Setting, run
-from engine.samplers import SAMPLERS
+from engine.drawing import (
+    Job,
+    batches,
+    digest,
+    load_sampler,
+    parse_seeds,
+    psnr,
+    read_mask,
+    read_picture,
+    settings_of,
+    to_bytes,
+)
+from engine.errors import UserError
+from engine.samplers import SAMPLERS, SPACINGS
 
 RESULTS = Path("inference_results")
-SETTINGS = {
-    "NUM_SAMPLES": (int, Setting("images to draw", 1, 10_000_000), 16),
-    "BATCH_SIZE": (int, Setting("images drawn at a time", 1), 64),
-    "SEED": (int, Setting("seed of the first image; image i has seed + i", 0, 2**31 - 1), 0),
+CHUNK = 256  # images in a part of an .npz that is being made
+SETTINGS: dict[str, tuple[type, Setting, Any]] = {
+    "MODE": (str, Setting("what to draw", choices=(
+        "samples", "interpolate", "progressive", "batch", "compare", "vary", "inpaint", "all")), "samples"),
+    "SAMPLER": (str, Setting(f"how to go from noise to image: {', '.join(SAMPLERS)}, or file.py:function"), "ddim"),
     "STEPS": (int, Setting("network evaluations (NFE), 0: all timesteps for ddpm, else the model's own choice", 0), 0),
-    "SAMPLER": (str, Setting("how to go from noise to image", choices=tuple(SAMPLERS)), "ddim"),
+    "SPACING": (str, Setting("which timesteps are visited", choices=tuple(SPACINGS)), "uniform"),
     "ETA": (float, Setting("fresh noise in ddim: 0 none, 1 as much as ddpm", 0, 1), 0.0),
+    "SEEDS": (str, Setting("seeds of the images, such as 0-63 or 3,7; the first --num_samples unless given"), ""),
+    "NUM_SAMPLES": (int, Setting("images to draw", 1, 10_000_000), 16),
+    "BATCH_SIZE": (int, Setting("images drawn at a time, 0: as many as fit", 0), 0),
+    "NUM_STEPS": (int, Setting("images in an interpolation, both ends included", 2, 1000), 10),
+    "STRENGTH": (float, Setting("how far vary goes back towards noise", 0.001, 1), 0.5),
+    "RESAMPLES": (int, Setting("times that inpaint does each step", 1, 100), 5),
+    "FORMAT": (str, Setting("what batch writes", choices=("png", "npz")), "png"),
+    "USE_AMP": (bool, Setting("mixed precision"), False),
+    "COMPILE_MODEL": (bool, Setting("compile the network: pays for thousands of images"), False),
+    "CHANNELS_LAST": (bool, Setting("memory layout that convolutions of many channels like better"), False),
+}  # fmt: skip
+FILES = {
+    "image": "image for vary and inpaint (the first seed's sample unless given)",
+    "image1": "first end of interpolate: a file or a seed (the first seed unless given)",
+    "image2": "other end: a file or a seed (the second seed unless given)",
+    "mask": "for inpaint, as large as the image: white is painted anew (the right half unless given)",
 }
+COMPARED_STEPS = (5, 10, 20, 50)
 
 
 def batch_generate(
@@ -36,9 +74,9 @@ def batch_generate(
     total_samples: int = 1000,
     batch_size: int = 32,
     seed: int = 0,
-    sampler: str | None = None,
+    sampler: str | Callable | None = None,
     steps: int | None = None,
-    **options: float,
+    **options: Any,
 ) -> Tensor:
     """Draws many images, batch by batch, with a progress bar: (total_samples, C, H, W) in [0, 1] on the CPU.
 
@@ -46,43 +84,246 @@ def batch_generate(
     """
     parts = []
     with tqdm(total=total_samples, unit="image", desc="sampling") as bar:
-        for start in range(0, total_samples, batch_size):
-            count = min(batch_size, total_samples - start)
-            parts.append(model.sample(count, sampler=sampler, steps=steps, seed=seed + start, **options).cpu())
-            bar.update(count)
+        for some in batches(range(seed, seed + total_samples), batch_size):
+            parts.append(model.sample(len(some), sampler=sampler, steps=steps, seed=some, **options).cpu())
+            bar.update(len(some))
     return torch.cat(parts)
 
 
-def main() -> None:
-    """Reads the command line, draws, writes."""
-    parser = Parser(__doc__)
-    parser.add_argument("--checkpoint", type=Path, help="a checkpoint or .safetensors file (default: the newest)")
+def samples(job: Job) -> str:
+    """Single images, a grid with their seeds, and a contact sheet of all at their own size."""
+    seeds = job.settings["seeds"]
+    images = job.draw(job.model.sample, seeds, **job.how)
+    job.save_singles(images, seeds)
+    shown = images[:100]
+    labels = [f"seed {seed}" for seed in seeds[: len(shown)]]
+    job.save(plots.labelled_grid(shown, labels, smallest=job.settings["tile"]), "grid.png", seeds=seeds[: len(shown)])
+    sheet = plots.to_image(make_grid(images, max(1, round((1.6 * len(images)) ** 0.5)), padding=1, pad_value=1.0))
+    job.save(sheet, "contact_sheet.png")
+    job.finish()
+    return f"{len(images)} images, grid.png, contact_sheet.png"
+
+
+def progressive(job: Job) -> str:
+    """x_t and the x_0 predicted from it along the way: a strip of some moments and a GIF of all."""
+    seeds = job.settings["seeds"][:4]
+    function, timesteps = job.model.plan(**{key: job.how[key] for key in ("sampler", "steps", "spacing")})
+    extra = {key: value for key, value in job.how.items() if key == "eta"}
+    x, randn = job.model.noise(seeds)
+    with job.precision():
+        way = [
+            (t, to_unit(x_t).float().cpu(), to_unit(x_0).float().cpu())
+            for t, x_t, x_0 in job.model.trajectory(x, timesteps, function, randn, **extra)
+        ]
+    moments = [way[i] for i in np.unique(np.linspace(0, len(way) - 1, job.settings["columns"]).round().astype(int))]
+    tiles, labels = [], []
+    for i, seed in enumerate(seeds):
+        tiles += [x_t[i] for _, x_t, _ in moments] + [x_0[i] for _, _, x_0 in moments]
+        labels += [f"x, t = {t}" if t >= 0 else f"seed {seed}" for t, _, _ in moments] + ["x_0 seen"] * len(moments)
+    strip = plots.labelled_grid(torch.stack(tiles), labels, columns=len(moments), smallest=job.settings["tile"])
+    job.save(strip, "progressive.png", seeds=seeds)
+    frames = [plots.grid(torch.cat([x_t, x_0]), columns=len(seeds)) for _, x_t, x_0 in way[:: max(1, len(way) // 60)]]
+    plots.save_gif([*frames, plots.grid(torch.cat([way[-1][1]] * 2), columns=len(seeds))], job.path("progressive.gif"))
+    job.finish()
+    return "progressive.png (upper row x_t, lower row the x_0 that the network sees in it), progressive.gif"
+
+
+def end_of(job: Job, name: str, index: int) -> tuple[Tensor, str]:
+    """An end of an interpolation: the image and what to call it."""
+    given, seeds = job.settings[name], job.settings["seeds"]
+    if given and not given.isdigit():
+        return read_picture(Path(given), job.model.image_size), Path(given).name
+    seed = int(given) if given else seeds[index % len(seeds)]
+    return job.draw(job.model.sample, [seed], **job.how)[0], f"seed {seed}"
+
+
+def interpolate(job: Job) -> str:
+    """Between two images: strip and GIF, and how near the ends are to what was given."""
+    (first, first_name), (second, second_name) = end_of(job, "image1", 0), end_of(job, "image2", 1)
+    sampler = job.sampler if callable(job.sampler) else "ddim"  # the way back must be the way there
+    steps = max(50, job.settings["steps"]) if job.model.num_timesteps >= 50 else job.model.num_timesteps
+    with job.precision():
+        images = job.model.interpolate(first, second, job.settings["num_steps"], sampler, steps).float().cpu()
+    ends = [psnr(images[0], first), psnr(images[-1], second)]
+    tiles = torch.cat([first[None].cpu(), images, second[None].cpu()])
+    labels = [first_name, *(f"{i / (len(images) - 1):.2f}" for i in range(len(images))), second_name]
+    strip = plots.labelled_grid(
+        tiles, labels, columns=min(len(tiles), job.settings["columns"] + 2), smallest=job.settings["tile"]
+    )
+    job.save(strip, "interpolation.png")
+    frames = [plots.to_image(image) for image in plots.enlarge(torch.cat([images, images.flip(0)[1:-1]]), 128)]
+    plots.save_gif(frames, job.path("interpolation.gif"))
+    job.finish(psnr=[round(end, 1) for end in ends], interpolation_steps=steps)
+    return (
+        f"interpolation.png, interpolation.gif; the ends are {ends[0]:.1f} and {ends[1]:.1f} dB from the given images"
+    )
+
+
+def batch(job: Job) -> str:
+    """Many images straight to disk; what is there already, of the same settings, is not drawn again."""
+    seeds, record = job.settings["seeds"], job.path("settings.json")
+    mine = json.dumps({key: value for key, value in job.settings.items() if key != "batch_size"}, sort_keys=True)
+    if record.exists() and record.read_text() != mine:
+        raise UserError(f"{job.folder} holds images of other settings: remove it or change --output_dir")
+    checkpoints.write_atomically(record, lambda file: file.write(mine.encode()))
+    parts = job.path("parts" if job.settings["format"] == "npz" else "images")
+    # always the same groups of seeds, so that a run that was killed ends with the same bytes as one that was not
+    groups = list(batches(seeds, CHUNK))
+    with tqdm(total=len(seeds), unit="image", desc="batch") as bar:
+        for group in groups:
+            part = parts / f"{group[0]:08d}.npy"
+            names = [parts / f"{seed:06d}.png" for seed in group]
+            if not (part.exists() if job.settings["format"] == "npz" else all(name.exists() for name in names)):
+                images = job.draw(job.model.sample, group, **job.how)
+                if job.settings["format"] == "npz":
+                    pixels = to_bytes(images)
+                    checkpoints.write_atomically(part, lambda file, pixels=pixels: np.save(file, pixels))
+                else:
+                    job.save_singles(images, group, "images")
+            bar.update(len(group))
+    if job.settings["format"] == "npz":
+        final = job.path("images.npz")
+        pixels = np.concatenate([np.load(parts / f"{group[0]:08d}.npy") for group in groups])
+        checkpoints.write_atomically(final, lambda file: np.savez(file, images=pixels, seeds=np.array(seeds)))
+    job.finish()
+    return f"{len(seeds)} images: {'images.npz' if job.settings['format'] == 'npz' else 'images/'}"
+
+
+def compare(job: Job) -> str:
+    """Every sampler by step counts from the same seeds, one figure with the seconds that each took."""
+    seeds = job.settings["seeds"][:4]
+    names = [*SAMPLERS, *([job.sampler] if callable(job.sampler) else [])]
+    counts = [steps for steps in COMPARED_STEPS if steps <= job.model.num_timesteps]
+    how = {"spacing": job.settings["spacing"]}
+    tiles, labels, took = [], [], {}
+    with job.precision():
+        job.model.sample(len(seeds), steps=2 if job.model.num_timesteps > 1 else 1, seed=seeds)  # warms up
+        for name in names:
+            label = name if isinstance(name, str) else name.__name__
+            for steps in counts:
+                start = time.perf_counter()
+                images = job.model.sample(len(seeds), sampler=name, steps=steps, seed=seeds, **how).float().cpu()
+                took[f"{label} {steps}"] = round(time.perf_counter() - start, 3)
+                tiles.append(make_grid(plots.enlarge(images, 80), 2, padding=1, pad_value=1.0))
+                labels.append(f"{label} {steps}: {took[f'{label} {steps}']:.2f} s")
+    title = f"seeds {', '.join(map(str, seeds))}; sampler, evaluations: seconds for {len(seeds)} images"
+    figure = plots.labelled_grid(torch.stack(tiles), labels, columns=len(counts), title=title)
+    job.save(figure, "compare.png", seeds=seeds)
+    job.finish(seconds_by_sampler=took)
+    return "compare.png"
+
+
+def given_image(job: Job) -> Tensor:
+    """The image that vary and inpaint work on, (3, H, W) in [0, 1]."""
+    path = job.settings["image"]
+    if path:
+        return read_picture(Path(path), job.model.image_size)
+    return job.draw(job.model.sample, job.settings["seeds"][:1], **job.how)[0]
+
+
+def vary(job: Job) -> str:
+    """Variations of an image."""
+    image = given_image(job)
+    seeds = job.settings["seeds"][:15]
+    images = job.draw(job.model.vary, seeds, image, job.settings["strength"], **job.how)
+    labels = ["original", *(f"seed {seed}" for seed in seeds)]
+    tiles = torch.cat([image[None].cpu(), images])
+    job.save(plots.labelled_grid(tiles, labels, smallest=job.settings["tile"]), "variations.png", seeds=seeds)
+    job.save_singles(images, seeds, "variations", "vary")
+    job.finish()
+    return "variations.png, single images in variations/"
+
+
+def inpaint(job: Job) -> str:
+    """Part of an image painted anew."""
+    image = given_image(job)
+    size, path = job.model.image_size, job.settings["mask"]
+    if path:
+        mask = read_mask(Path(path), Path(job.settings["image"]) if job.settings["image"] else None, size)
+    else:
+        mask = (torch.arange(size) >= size // 2).expand(size, size)
+    seeds = job.settings["seeds"][:14]
+    images = job.draw(job.model.inpaint, seeds, image, mask, resamples=job.settings["resamples"], **job.how)
+    hidden = torch.where(mask, torch.full_like(image.cpu(), 0.5), image.cpu())
+    labels = ["original", "masked", *(f"seed {seed}" for seed in seeds)]
+    tiles = torch.cat([image[None].cpu(), hidden[None], images])
+    job.save(plots.labelled_grid(tiles, labels, smallest=job.settings["tile"]), "inpainted.png", seeds=seeds)
+    job.save_singles(images, seeds, "inpainted", "inpaint")
+    job.finish()
+    return "inpainted.png, single images in inpainted/"
+
+
+MODES: dict[str, Callable[[Job], str]] = {
+    "samples": samples,
+    "interpolate": interpolate,
+    "progressive": progressive,
+    "batch": batch,
+    "compare": compare,
+    "vary": vary,
+    "inpaint": inpaint,
+}
+
+
+def read_settings(description: str | None, defaults: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
+    """The command line as one dictionary of plain values, and the folder for results."""
+    parser = Parser(description)
+    parser.add_argument("--checkpoint", help="a checkpoint or .safetensors file (default: the newest)")
+    for name, text in FILES.items():
+        parser.add_argument(f"--{name}", help=text)
+    parser.add_argument("--from_png", type=Path, metavar="PNG", help="draws a picture of this script again")
+    parser.add_argument("--output_dir", type=Path, default=RESULTS, help=f"where results go (default: {RESULTS})")
     for name, (kind, setting, default) in SETTINGS.items():
-        parser.add_setting(name, kind, setting, default)
+        parser.add_setting(name, kind, setting, defaults.get(name, default))
     given = parser.parse_args()
-    options = {
-        name: setting.check(f"--{name.lower()}", getattr(given, name, default), kind)
-        for name, (kind, setting, default) in SETTINGS.items()
-    }
-    sampler, seed = options["SAMPLER"], options["SEED"]
-    path = given.checkpoint or checkpoints.newest()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = DDPMModel().to(device).load_model(path)
-    steps = options["STEPS"] or (model.num_timesteps if sampler == "ddpm" else model.sampling_timesteps)
-    print(f"{path}: {model.image_size} px, {sampler}, {steps} steps, on {device}")
-    start = time.perf_counter()
-    images = batch_generate(
-        model, options["NUM_SAMPLES"], options["BATCH_SIZE"], seed, sampler, steps,
-        **({"eta": options["ETA"]} if sampler == "ddim" else {}),
-    )  # fmt: skip
-    seconds = time.perf_counter() - start
+    if given.from_png:
+        return settings_of(given.from_png), given.output_dir
+    settings = {name: getattr(given, name) for name in ("checkpoint", *FILES)}
+    for name, (kind, setting, default) in SETTINGS.items():
+        value = getattr(given, name, defaults.get(name, default))
+        settings[name.lower()] = setting.check(f"--{name.lower()}", value, kind)
+    path = Path(settings["checkpoint"]) if settings["checkpoint"] else checkpoints.newest()
+    seeds = parse_seeds(settings["seeds"]) if settings["seeds"] else list(range(settings.pop("num_samples")))
+    settings.pop("num_samples", None)
+    settings |= {"checkpoint": str(path), "seeds": seeds, "tile": defaults.get("TILE", plots.SMALLEST_TILE)}
+    settings["columns"] = defaults.get("COLUMNS", 10)
+    return settings | {"sha256": digest(path) if path.is_file() else ""}, given.output_dir
+
+
+def label_of(settings: Mapping[str, Any]) -> str:
+    """Name of the folder for results: checkpoint, sampler and its settings, seeds."""
+    path, seeds = Path(settings["checkpoint"]), settings["seeds"]
     run_name = path.resolve().parent.name
-    label = path.stem if run_name == checkpoints.FOLDER.name else f"{run_name}-{path.stem}"
-    folder = RESULTS / f"{label}-{sampler}-{steps}-{seed}"
-    for i, image in enumerate(images):
-        plots.save_image(plots.to_image(image), folder / f"{seed + i:06d}.png")
-    plots.save_image(plots.grid(images[:256]), folder / "grid.png")
-    print(f"{len(images)} images in {seconds:.1f} s: {folder / 'grid.png'}, single images beside it")
+    model = path.stem if run_name == checkpoints.FOLDER.name else f"{run_name}-{path.stem}"
+    sampler = settings["sampler"].replace(".py:", "-").replace("/", "-")
+    spacing = "" if settings["spacing"] == "uniform" else f"-{settings['spacing']}"
+    span = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]}-{seeds[-1]}"
+    return f"{model}-{sampler}-{settings['steps']}{spacing}-seeds-{span}"
+
+
+def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None = None) -> None:
+    """Reads the command line, loads the model, draws."""
+    settings, output = read_settings(description, defaults or {})
+    sampler = load_sampler(settings["sampler"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = DDPMModel().to(device).load_model(settings["checkpoint"])
+    if settings["channels_last"]:
+        model.unet.to(memory_format=torch.channels_last)
+    if settings["compile_model"]:
+        model.unet.compile()
+    if not settings["steps"]:
+        settings["steps"] = model.num_timesteps if sampler == "ddpm" else model.sampling_timesteps
+    model.plan(sampler, settings["steps"], settings["spacing"])  # says what is wrong before anything is drawn
+    print(
+        f"{settings['checkpoint']}: {model.image_size} px, {settings['sampler']}, {settings['steps']} steps, {device}"
+    )
+    if model.image_size < (defaults or {}).get("SMALLEST", 0):
+        print(f"note: the figures are laid out for larger images; inference.py suits {model.image_size} px better")
+    wanted = list(MODES) if settings["mode"] == "all" else [settings["mode"]]
+    for mode in wanted:
+        start = time.perf_counter()
+        mine = settings | {"mode": mode}
+        job = Job(model, mine, output / f"{mode}-{label_of(mine)}", sampler)
+        print(f"{mode}: {MODES[mode](job)} ({time.perf_counter() - start:.1f} s) in {job.folder}/")
 
 
 if __name__ == "__main__":

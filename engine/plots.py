@@ -2,20 +2,24 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from engine.checkpoints import write_atomically
+from engine.errors import UserError
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+TEXT_KEY = "ddpm"  # of the PNG chunk that says how a picture was made
 SMALLEST_TILE = 64  # pixels: smaller images are enlarged by a whole factor so that they can be judged by eye
 
 
@@ -27,14 +31,62 @@ def to_image(image: Tensor) -> Image.Image:
 
 def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     """Images (B, C, H, W) in [0, 1] side by side, as near to a square as they go unless `columns` is given."""
-    factor = max(1, SMALLEST_TILE // images.shape[-1])
-    enlarged = images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
-    return to_image(make_grid(enlarged, columns or math.ceil(math.sqrt(len(images))), padding=2, pad_value=1.0))
+    return to_image(make_grid(enlarge(images), columns or math.ceil(math.sqrt(len(images))), padding=2, pad_value=1.0))
 
 
-def save_image(image: Image.Image, path: Path) -> None:
-    """Writes a picture as PNG."""
-    write_atomically(path, lambda file: image.save(file, format="PNG"))
+def enlarge(images: Tensor, smallest: int = SMALLEST_TILE) -> Tensor:
+    """Images (..., H, W) enlarged by a whole factor to at least `smallest` pixels, if they are below it."""
+    factor = max(1, smallest // images.shape[-1])
+    return images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+
+
+def labelled_grid(
+    images: Tensor, labels: Sequence[str], columns: int | None = None, title: str = "", smallest: int = SMALLEST_TILE
+) -> Image.Image:
+    """Images (B, C, H, W) in [0, 1] side by side, a line of text below each and one above all."""
+    tiles = [to_image(image) for image in enlarge(images, smallest)]
+    columns = columns or math.ceil(math.sqrt(len(tiles)))
+    size, text, gap, head = tiles[0].width, 14, 4, 22 if title else 0
+    rows = math.ceil(len(tiles) / columns)
+    sheet = Image.new("RGB", (columns * (size + gap) + gap, rows * (size + text + gap) + gap + head), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    pen.text((gap, gap), title, "black", font)
+    for i, (tile, label) in enumerate(zip(tiles, labels, strict=True)):
+        x, y = gap + i % columns * (size + gap), head + gap + i // columns * (size + text + gap)
+        sheet.paste(tile, (x, y))
+        pen.text((x + size // 2, y + size), label, "black", font, anchor="ma")
+    return sheet
+
+
+def save_image(image: Image.Image, path: Path, text: str = "") -> None:
+    """Writes a picture as PNG, with `text` in a chunk of its own (see read_text) if there is any."""
+    chunk = PngInfo()
+    if text:
+        chunk.add_text(TEXT_KEY, text)
+    write_atomically(path, lambda file: image.save(file, format="PNG", pnginfo=chunk))
+
+
+def read_text(path: Path) -> str:
+    """What save_image put beside a picture; raises UserError if it is no PNG or has none."""
+    try:
+        with Image.open(path) as image:
+            text = image.info.get(TEXT_KEY)
+    except OSError as problem:
+        raise UserError(f"{path} is missing or not a picture") from problem
+    if not isinstance(text, str):
+        raise UserError(f"{path} does not say how it was made: it is not a PNG of inference.py, or was edited since")
+    return text
+
+
+def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 80) -> None:
+    """Writes frames as an endless GIF that rests on the last."""
+    durations = [milliseconds] * (len(frames) - 1) + [1500]
+    write_atomically(
+        path,
+        lambda file: frames[0].save(
+            file, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0
+        ),
+    )
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:

@@ -227,7 +227,7 @@ def _bins(data_dir: Path, counts: dict[str, int], record: int, to_images: Callab
     def read(block: range, size: int) -> tuple[np.ndarray, list[str]]:
         part = np.searchsorted(starts, block, side="right") - 1
         pixels = [np.ascontiguousarray(parts[p][i - starts[p]]) for p, i in zip(part, block, strict=True)]
-        return np.stack([_fit(Image.fromarray(image), size) for image in pixels]), []
+        return np.stack([center_square(Image.fromarray(image), size) for image in pixels]), []
 
     return Source(str(data_dir.resolve()), _state(data_dir, paths), int(starts[-1]), read)
 
@@ -252,7 +252,7 @@ def _folder(folder: Path) -> Source:
             try:
                 with Image.open(path) as image:
                     image.draft(None, (2 * size, 2 * size))  # JPEG: decodes fewer pixels, still twice too many
-                    images.append(_fit(to_rgb(ImageOps.exif_transpose(image)), size))
+                    images.append(center_square(to_rgb(ImageOps.exif_transpose(image)), size))
             except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
                 unreadable.append(f"{path}: {_one_line(error)}")
         return np.array(images, np.uint8).reshape(-1, 3, size, size), unreadable
@@ -288,7 +288,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _fit(image: Image.Image, size: int) -> np.ndarray:
+def center_square(image: Image.Image, size: int) -> np.ndarray:
     """The central square of an RGB image, resized with antialiasing: uint8 (3, size, size)."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2

@@ -45,7 +45,7 @@ def test_samplers_agree_with_the_library(sampler, steps, eta, objective, schedul
 
     torch.manual_seed(1)
     x, options = torch.randn(2, 3, 8, 8), {} if eta is None else {"eta": eta}
-    timesteps = samplers.uniform_timesteps(40, steps)
+    timesteps = samplers.uniform(model.denoiser().alpha_bar, steps)
     with torch.no_grad():
         ours = [x] + [
             x for x, _ in samplers.SAMPLERS[sampler](model.denoiser(), x, timesteps, torch.randn_like, **options)
@@ -71,7 +71,7 @@ class Gaussian:
 def test_exact_denoiser_gives_the_exact_distribution(sampler):
     denoiser, generator = Gaussian(0.3, 0.2), torch.Generator().manual_seed(0)
     x = torch.randn(64, 1, 32, 32, generator=generator)
-    timesteps = samplers.uniform_timesteps(1000, 1000)
+    timesteps = samplers.uniform(denoiser.alpha_bar, 1000)
     randn = lambda x: torch.randn(x.shape, generator=generator)  # noqa: E731
     *_, (sample, _) = samplers.SAMPLERS[sampler](denoiser, x, timesteps, randn)
     assert sample.mean().item() == pytest.approx(0.3, abs=0.004)
@@ -82,7 +82,7 @@ def test_ddim_run_backwards_finds_the_noise_at_first_order():
     noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     errors = []
     for steps in (250, 500, 1000):
-        timesteps = samplers.uniform_timesteps(1000, steps)
+        timesteps = samplers.uniform(Gaussian(0.3, 0.2).alpha_bar, steps)
         *_, (image, _) = samplers.ddim(Gaussian(0.3, 0.2), noise, timesteps, torch.randn_like)
         errors.append((samplers.ddim_encode(Gaussian(0.3, 0.2), image, timesteps) - noise).abs().max().item())
     assert errors[2] < 0.05
@@ -149,7 +149,8 @@ def test_a_checkpoint_of_the_librarys_trainer_draws_the_same_images(tmp_path, un
     torch.manual_seed(3)
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
-        *_, (ours, _) = samplers.ddim(model.denoiser(), x, samplers.uniform_timesteps(30, 10), torch.randn_like)
+        denoiser = model.denoiser()
+        *_, (ours, _) = samplers.ddim(denoiser, x, samplers.uniform(denoiser.alpha_bar, 10), torch.randn_like)
     torch.testing.assert_close((ours + 1) / 2, expected, atol=1e-4, rtol=0)
 
 

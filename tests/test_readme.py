@@ -46,6 +46,8 @@ def test_inference_block(folder):
     assert names["samples"].shape == (16, 3, 16, 16)
     assert names["way"].shape == (1, 51, 3, 16, 16)
     assert names["between"].shape == (10, 3, 16, 16)
+    assert names["others"].shape == (4, 3, 16, 16)
+    assert names["mended"].shape == (1, 3, 16, 16)
     assert names["many"].shape == (3, 3, 16, 16)
 
 
@@ -90,9 +92,11 @@ def test_every_script_that_the_readme_names_is_there():
 
 def test_every_flag_that_the_readme_names_exists():
     from config import DDPMConfig
+    from inference import FILES, SETTINGS
 
     known = {name.lower() for name in DDPMConfig.settings()} | {"resume", "config", "dry_run"}
-    known |= {"checkpoint", "sampler", "steps", "eta", "full", "dev", "check", "torch_index", "help"}
+    known |= {name.lower() for name in SETTINGS} | {*FILES, "checkpoint", "from_png", "output_dir"}
+    known |= {"full", "dev", "check", "torch_index", "help"}
     known |= {"num_processes", "nproc_per_node", "logdir"}
     for flag in set(re.findall(r"--(?:no-)?([a-z_]+)", README)):
         assert flag in known, flag

@@ -195,11 +195,12 @@ def test_a_loss_that_stays_broken_stops_the_run_and_keeps_the_good_weights(tmp_p
 
 def test_inference_uses_the_newest_checkpoint(trained):
     output = run(trained, "inference.py", "--num_samples", "5", "--batch_size", "2")
-    folder = trained / "inference_results" / "ddpm_final-ddim-4-0"
+    folder = trained / "inference_results" / "samples-ddpm_final-ddim-4-seeds-0-4"
     assert "ddpm_final.pt" in output and str(folder.relative_to(trained)) in output
-    assert {path.name for path in folder.iterdir()} == {"grid.png", *(f"{i:06d}.png" for i in range(5))}
-    run(trained, "inference.py", "--num_samples", "1", "--seed", "3", "--checkpoint", "checkpoints/whole/best.pt")
-    alone = Image.open(trained / "inference_results/whole-best-ddim-4-3/000003.png")
+    names = {"grid.png", "contact_sheet.png", "summary.json", *(f"{i:06d}.png" for i in range(5))}
+    assert {path.name for path in folder.iterdir()} == names
+    run(trained, "inference.py", "--seeds", "3", "--checkpoint", "checkpoints/whole/best.pt")
+    alone = Image.open(trained / "inference_results/samples-whole-best-ddim-4-seeds-3/000003.png")
     assert alone.size == (8, 8)
     assert np.abs(np.asarray(alone, int) - np.asarray(Image.open(folder / "000003.png"), int)).max() <= 1
 

@@ -1,0 +1,216 @@
+"""What the inference scripts share: batches that fit, pictures that say how they were made, runs that go on."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from engine import plots
+from engine.checkpoints import FOLDER, write_atomically
+from engine.errors import UserError
+from engine.samplers import SAMPLERS
+from engine.sources import center_square, to_rgb
+from engine.step import amp_dtype
+
+PACKAGES = ("torch", "denoising-diffusion-pytorch", "numpy", "pillow")
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`0-63`, `7` or `1,5,10-12` as a list; raises UserError for anything else."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()) or int(last or first) < int(first):
+            raise UserError(f"--seeds is {text!r}, but must look like 7, 0-63 or 1,5,10-12")
+        seeds += range(int(first), int(last or first) + 1)
+    return seeds
+
+
+def load_sampler(name: str) -> str | Callable:
+    """A sampler by name, or a function of one's own by `file.py:function`."""
+    if name in SAMPLERS:
+        return name
+    file, _, function = name.rpartition(":")
+    if not file:
+        raise UserError(f"there is no sampler {name}; there are {', '.join(SAMPLERS)}, or file.py:function")
+    if not Path(file).is_file():
+        raise UserError(f"--sampler names {file}, which does not exist")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as problem:
+        raise UserError(f"{file} cannot be loaded: {type(problem).__name__}: {problem}") from problem
+    if not callable(getattr(module, function, None)):
+        raise UserError(f"{file} has no function {function}")
+    return getattr(module, function)
+
+
+def read_picture(path: Path, size: int) -> Tensor:
+    """An image file as the model takes it: (3, size, size) in [0, 1]; says so if it had to be resized or converted."""
+    try:
+        with Image.open(path) as image:
+            picture = to_rgb(image)
+            if image.size != (size, size) or image.mode != "RGB":
+                print(f"{path}: {image.width}x{image.height} {image.mode}, cropped and resized to {size}x{size} RGB")
+    except (OSError, ValueError) as problem:
+        raise UserError(f"{path} cannot be read as an image: {problem}") from problem
+    return torch.from_numpy(center_square(picture, size).copy()) / 255
+
+
+def read_mask(path: Path, image: Path | None, size: int) -> Tensor:
+    """A mask, white where something new is painted: bool (size, size). It must be as large as the image it is for."""
+    try:
+        with Image.open(path) as file:
+            mask = file.convert("RGB")
+    except (OSError, ValueError) as problem:
+        raise UserError(f"{path} cannot be read as a mask: {problem}") from problem
+    expected = (size, size)
+    if image:
+        with Image.open(image) as picture:
+            expected = picture.size
+    if mask.size != expected:
+        raise UserError(f"{path} is {mask.width}x{mask.height}, but the image is {expected[0]}x{expected[1]}")
+    return torch.from_numpy(center_square(mask, size)[0] > 127)
+
+
+@dataclass
+class Job:
+    """One call of an inference script: a model, what was asked for, and where the results go."""
+
+    model: nn.Module
+    settings: dict[str, Any]
+    folder: Path
+    sampler: str | Callable
+    started: float = field(default_factory=time.perf_counter)
+    batch_size: int = 0
+
+    def __post_init__(self) -> None:
+        self.batch_size = self.settings["batch_size"] or self.fitting_batch()
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """Sampler, steps and spacing as DDPMModel's methods take them."""
+        eta = {"eta": self.settings["eta"]} if self.sampler == "ddim" else {}
+        return {"sampler": self.sampler, "steps": self.settings["steps"], "spacing": self.settings["spacing"]} | eta
+
+    def precision(self) -> contextlib.AbstractContextManager:
+        """Mixed precision, if it was asked for."""
+        device = self.model.device
+        return torch.autocast(device.type, amp_dtype(device), enabled=self.settings["use_amp"])
+
+    def fitting_batch(self) -> int:
+        """How many images to draw at a time where nobody said: what a try of one leaves room for, at most 256."""
+        if self.model.device.type != "cuda":
+            return max(1, min(64, 64 * 32**2 // self.model.image_size**2))
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with self.precision():
+            self.model.sample(4, steps=1, seed=0)
+        each = max(1, (torch.cuda.max_memory_allocated() - before) // 4)
+        return max(1, min(256, int(0.7 * free / each)))
+
+    def draw(self, function: Callable[..., Tensor], seeds: Sequence[int], *arguments: Any, **options: Any) -> Tensor:
+        """Calls function(..., batch_size=, seed=) for all seeds, batch by batch: (len(seeds), C, H, W) on the CPU.
+
+        Out of GPU memory halves the batch and goes on; the images are the same, since each has its own seed.
+        """
+        parts, done = [], 0
+        with tqdm(total=len(seeds), unit="image", desc=self.settings["mode"], leave=False) as bar:
+            while done < len(seeds):
+                some = list(seeds[done : done + self.batch_size])
+                images = None
+                try:
+                    with self.precision():
+                        images = function(*arguments, batch_size=len(some), seed=some, **options).float().cpu()
+                except torch.OutOfMemoryError:
+                    if len(some) == 1:
+                        raise UserError(
+                            "one image alone does not fit into the GPU's memory: try --use_amp", 1
+                        ) from None
+                if images is None:  # outside the handler, where the failed batch's tensors are free again
+                    torch.cuda.empty_cache()
+                    self.batch_size = (len(some) + 1) // 2
+                    print(f"out of GPU memory: going on with batches of {self.batch_size}")
+                    continue
+                parts.append(images)
+                done += len(some)
+                bar.update(len(some))
+        return torch.cat(parts)
+
+    def path(self, name: str) -> Path:
+        """Where a result of this job goes."""
+        return self.folder / name
+
+    def save(self, picture: Image.Image, name: str, **changes: Any) -> None:
+        """Writes a picture that says how it was made; `changes` to the settings draw just this one again."""
+        plots.save_image(picture, self.path(name), json.dumps(self.settings | changes))
+
+    def save_singles(self, images: Tensor, seeds: Sequence[int], folder: str = ".", mode: str = "samples") -> None:
+        """Writes each image as <folder>/<seed>.png."""
+        for image, seed in zip(images, seeds, strict=True):
+            self.save(plots.to_image(image), f"{folder}/{seed:06d}.png", mode=mode, seeds=[seed])
+
+    def finish(self, **more: Any) -> None:
+        """Writes summary.json."""
+        summary = self.settings | more
+        summary["seconds"] = round(time.perf_counter() - self.started, 2)
+        device = self.model.device
+        summary["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        summary["versions"] = {"python": platform.python_version()}
+        summary["versions"] |= {name: importlib.metadata.version(name) for name in PACKAGES}
+        text = json.dumps(summary, indent=2) + "\n"
+        write_atomically(self.path("summary.json"), lambda file: file.write(text.encode()))
+
+
+def settings_of(picture: Path) -> dict[str, Any]:
+    """How a picture was made. Its checkpoint is looked for by name and then by content in checkpoints/."""
+    settings = json.loads(plots.read_text(picture))
+    there = Path(settings["checkpoint"])
+    candidates = [there, *FOLDER.rglob("*.pt"), *FOLDER.rglob("*.safetensors")]
+    for path in candidates:
+        if path.is_file() and digest(path) == settings["sha256"]:
+            return settings | {"checkpoint": str(path)}
+    raise UserError(
+        f"{picture} was drawn by {there} (SHA-256 {settings['sha256'][:12]}...), which is not here any more"
+    )
+
+
+def batches(seeds: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Seeds in groups of `size`."""
+    for start in range(0, len(seeds), size):
+        yield list(seeds[start : start + size])
+
+
+def to_bytes(images: Tensor) -> np.ndarray:
+    """Images (B, C, H, W) in [0, 1] as uint8 (B, H, W, C), as metrics want them."""
+    return (images * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio of two images in [0, 1], dB."""
+    return -10 * torch.log10((a.cpu() - b.cpu()).square().mean()).item()
