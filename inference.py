@@ -39,6 +39,7 @@ from engine.drawing import (
 )
 from engine.errors import UserError
 from engine.samplers import SAMPLERS, SPACINGS
+from engine.sources import load_images
 
 RESULTS = Path("inference_results")
 CHUNK = 256  # images in a part of an .npz that is being made
@@ -61,9 +62,9 @@ SETTINGS: dict[str, tuple[type, Setting, Any]] = {
     "CHANNELS_LAST": (bool, Setting("memory layout that convolutions of many channels like better"), False),
 }  # fmt: skip
 FILES = {
-    "image": "image for vary and inpaint (the first seed's sample unless given)",
-    "image1": "first end of interpolate: a file or a seed (the first seed unless given)",
-    "image2": "other end: a file or a seed (the second seed unless given)",
+    "image": "for vary and inpaint: a file, a seed or data:INDEX of the training images (the first seed unless given)",
+    "image1": "first end of interpolate: a file, a seed or data:INDEX (the first seed unless given)",
+    "image2": "other end, likewise (the last seed unless given)",
     "mask": "for inpaint, as large as the image: white is painted anew (the right half unless given)",
 }
 COMPARED_STEPS = (5, 10, 20, 50)
@@ -128,18 +129,35 @@ def progressive(job: Job) -> str:
     return "progressive.png (upper row x_t, lower row the x_0 that the network sees in it), progressive.gif"
 
 
-def end_of(job: Job, name: str, index: int) -> tuple[Tensor, str]:
-    """An end of an interpolation: the image and what to call it."""
-    given, seeds = job.settings[name], job.settings["seeds"]
-    if given and not given.isdigit():
-        return read_picture(Path(given), job.model.image_size), Path(given).name
-    seed = int(given) if given else seeds[index % len(seeds)]
-    return job.draw(job.model.sample, [seed], **job.how)[0], f"seed {seed}"
+def picture(job: Job, name: str, seed: int) -> tuple[Tensor, str]:
+    """The image that the setting `name` asks for, (3, H, W) in [0, 1], and what to call it; by default a seed's.
+
+    A file, a seed, or data:INDEX of the images that the checkpoint was trained on.
+    """
+    given = job.settings[name] = job.settings[name] or str(seed)  # noted down, so that --from_png knows it too
+    if given.isdigit():
+        return job.draw(job.model.sample, [int(given)], **job.how)[0], f"seed {given}"
+    kind, _, index = given.partition(":")
+    if kind == "data" and index.isdigit():
+        return training_image(Path(job.settings["checkpoint"]), int(index)), given
+    return read_picture(Path(given), job.model.image_size), Path(given).name
+
+
+def training_image(checkpoint: Path, index: int) -> Tensor:
+    """The image with this index of the data that a checkpoint was trained on, (3, H, W) in [0, 1]."""
+    config = {} if checkpoint.suffix == ".safetensors" else checkpoints.load(checkpoint).get("config")
+    if not config:
+        raise UserError(f"{checkpoint} does not say what it was trained on: name a file or a seed, not data:{index}")
+    images = load_images(config["DATASET"], config["IMAGE_SIZE"], Path(config["DATA_DIR"]))
+    if index >= len(images):
+        raise UserError(f"data:{index} is asked for, but {config['DATASET']} has {len(images)} images")
+    return torch.from_numpy(images[index].copy()) / 255
 
 
 def interpolate(job: Job) -> str:
     """Between two images: strip and GIF, and how near the ends are to what was given."""
-    (first, first_name), (second, second_name) = end_of(job, "image1", 0), end_of(job, "image2", 1)
+    seeds = job.settings["seeds"]
+    (first, first_name), (second, second_name) = picture(job, "image1", seeds[0]), picture(job, "image2", seeds[-1])
     sampler = job.sampler if callable(job.sampler) else "ddim"  # the way back must be the way there
     steps = max(50, job.settings["steps"]) if job.model.num_timesteps >= 50 else job.model.num_timesteps
     with job.precision():
@@ -213,18 +231,10 @@ def compare(job: Job) -> str:
     return "compare.png"
 
 
-def given_image(job: Job) -> Tensor:
-    """The image that vary and inpaint work on, (3, H, W) in [0, 1]."""
-    path = job.settings["image"]
-    if path:
-        return read_picture(Path(path), job.model.image_size)
-    return job.draw(job.model.sample, job.settings["seeds"][:1], **job.how)[0]
-
-
 def vary(job: Job) -> str:
     """Variations of an image."""
-    image = given_image(job)
     seeds = job.settings["seeds"][:15]
+    image, _ = picture(job, "image", seeds[0])
     images = job.draw(job.model.vary, seeds, image, job.settings["strength"], **job.how)
     labels = ["original", *(f"seed {seed}" for seed in seeds)]
     tiles = torch.cat([image[None].cpu(), images])
@@ -236,13 +246,13 @@ def vary(job: Job) -> str:
 
 def inpaint(job: Job) -> str:
     """Part of an image painted anew."""
-    image = given_image(job)
+    seeds = job.settings["seeds"][:14]
+    image, _ = picture(job, "image", seeds[0])
     size, path = job.model.image_size, job.settings["mask"]
     if path:
-        mask = read_mask(Path(path), Path(job.settings["image"]) if job.settings["image"] else None, size)
+        mask = read_mask(Path(path), Path(job.settings["image"]), size)
     else:
         mask = (torch.arange(size) >= size // 2).expand(size, size)
-    seeds = job.settings["seeds"][:14]
     images = job.draw(job.model.inpaint, seeds, image, mask, resamples=job.settings["resamples"], **job.how)
     hidden = torch.where(mask, torch.full_like(image.cpu(), 0.5), image.cpu())
     labels = ["original", "masked", *(f"seed {seed}" for seed in seeds)]
@@ -276,7 +286,10 @@ def read_settings(description: str | None, defaults: Mapping[str, Any]) -> tuple
         parser.add_setting(name, kind, setting, defaults.get(name, default))
     given = parser.parse_args()
     if given.from_png:
-        return settings_of(given.from_png), given.output_dir
+        needed = {"checkpoint", "seeds", "sha256", "tile", "columns", *FILES, *map(str.lower, SETTINGS)} - {
+            "num_samples"
+        }
+        return settings_of(given.from_png, needed), given.output_dir
     settings = {name: getattr(given, name) for name in ("checkpoint", *FILES)}
     for name, (kind, setting, default) in SETTINGS.items():
         value = getattr(given, name, defaults.get(name, default))

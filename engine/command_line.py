@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import torch
+
 from engine.errors import UserError
 
 
@@ -100,6 +102,9 @@ def run(main: Callable[[], None]) -> NoReturn:
         where = f" ({problem.filename})" if problem.filename else ""
         print(f"error: {problem.strerror}{where}: free some space or choose a writable folder", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: out of GPU memory: ask for fewer or smaller images at a time", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)

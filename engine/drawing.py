@@ -80,15 +80,18 @@ def read_picture(path: Path, size: int) -> Tensor:
     return torch.from_numpy(center_square(picture, size).copy()) / 255
 
 
-def read_mask(path: Path, image: Path | None, size: int) -> Tensor:
-    """A mask, white where something new is painted: bool (size, size). It must be as large as the image it is for."""
+def read_mask(path: Path, image: Path, size: int) -> Tensor:
+    """A mask, white where something new is painted: bool (size, size).
+
+    It must be as large as the file that `image` names, or as the model's images if it names none.
+    """
     try:
         with Image.open(path) as file:
             mask = file.convert("RGB")
     except (OSError, ValueError) as problem:
         raise UserError(f"{path} cannot be read as a mask: {problem}") from problem
     expected = (size, size)
-    if image:
+    if image.is_file():
         with Image.open(image) as picture:
             expected = picture.size
     if mask.size != expected:
@@ -187,9 +190,18 @@ class Job:
         write_atomically(self.path("summary.json"), lambda file: file.write(text.encode()))
 
 
-def settings_of(picture: Path) -> dict[str, Any]:
-    """How a picture was made. Its checkpoint is looked for by name and then by content in checkpoints/."""
-    settings = json.loads(plots.read_text(picture))
+def settings_of(picture: Path, needed: set[str]) -> dict[str, Any]:
+    """How a picture was made: at least the settings `needed`.
+
+    Its checkpoint is looked for by name and then by content in checkpoints/.
+    """
+    try:
+        settings = json.loads(plots.read_text(picture))
+        missing = needed - settings.keys()
+    except (ValueError, AttributeError):
+        missing = needed
+    if missing:
+        raise UserError(f"{picture} does not say how it was made, or another version wrote it: no {sorted(missing)[0]}")
     there = Path(settings["checkpoint"])
     candidates = [there, *FOLDER.rglob("*.pt"), *FOLDER.rglob("*.safetensors")]
     for path in candidates:

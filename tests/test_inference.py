@@ -103,6 +103,14 @@ def test_a_picture_is_drawn_again_from_itself(folder, monkeypatch):
     assert infer(monkeypatch, "--from_png", "five.png") == 2
 
 
+def test_a_variation_is_drawn_again_from_the_same_original(folder, monkeypatch):
+    assert infer(monkeypatch, "--mode", "vary", "--seeds", "4-6") == 0
+    picture = only("vary-*") / "variations" / "000006.png"
+    assert infer(monkeypatch, "--from_png", str(picture), "--output_dir", "again") == 0
+    (again,) = (folder / "again").rglob("variations/000006.png")
+    assert np.abs(pixels(again) - pixels(picture)).max() <= 1
+
+
 def test_the_batch_does_not_matter(folder, monkeypatch):
     for size, name in (("1", "ones"), ("5", "fives")):
         arguments = ["--num_samples", "5", "--sampler", "ddpm", "--batch_size", size, "--output_dir", name]
@@ -247,6 +255,8 @@ def test_a_process_killed_in_a_batch_leaves_no_half_image(folder):
         (["--mode", "vary", "--image", "text.pt"], "text.pt cannot be read as an image"),
         (["--mode", "vary", "--image", "nowhere.png"], "nowhere.png cannot be read as an image"),
         (["--mode", "inpaint", "--image", "a.png", "--mask", "small.png"], "small.png is 9x9, but the image is 20x20"),
+        (["--mode", "vary", "--image", "data:3"], "ddpm_final.pt does not say what it was trained on"),
+        (["--from_png", "other.png"], "other.png does not say how it was made, or another version wrote it"),
         (["--from_png", "a.png"], "a.png does not say how it was made"),
         (["--from_png", "text.pt"], "text.pt is missing or not a picture"),
     ],
@@ -259,6 +269,7 @@ def test_bad_input_gets_one_line(folder, monkeypatch, capsys, arguments, message
     torch.save(state | {"architecture": state["architecture"] | {"dim": 16}}, "other.pt")
     Image.new("RGB", (20, 20), "red").save("a.png")
     Image.new("L", (9, 9)).save("small.png")
+    plots.save_image(Image.new("RGB", (9, 9)), Path("other.png"), "{}")
     assert infer(monkeypatch, *arguments) == 2
     error = capsys.readouterr().err
     assert error.count("error: ") == 1 and message in error and "Traceback" not in error

@@ -86,11 +86,10 @@ def test_killed_at_a_random_step_and_resumed_ends_with_the_same_weights(trained,
         arguments, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    last = tmp_path / "checkpoints" / "killed" / "last.pt"
-    while not last.exists():
+    last, wanted = tmp_path / "checkpoints" / "killed" / "last.pt", random.randint(1, 25)
+    while not last.exists() or torch.load(last, weights_only=True)["progress"]["step"] < wanted:
         assert process.poll() is None
         time.sleep(0.01)
-    time.sleep(random.uniform(0, 0.5))
     process.send_signal(signal.SIGKILL)
     process.wait()
     at = torch.load(last, weights_only=True)["progress"]["step"]
@@ -200,6 +199,10 @@ def test_inference_uses_the_newest_checkpoint(trained):
     names = {"grid.png", "contact_sheet.png", "summary.json", *(f"{i:06d}.png" for i in range(5))}
     assert {path.name for path in folder.iterdir()} == names
     run(trained, "inference.py", "--seeds", "3", "--checkpoint", "checkpoints/whole/best.pt")
+    run(trained, "inference.py", "--mode", "interpolate", "--image1", "data:3", "--image2", "5", "--num_steps", "2")
+    summary = trained / "inference_results" / "interpolate-ddpm_final-ddim-4-seeds-0-15" / "summary.json"
+    assert json.loads(summary.read_text())["image1"] == "data:3"
+    assert "data:20480 is asked for" in fails(trained, "inference.py", "--mode", "vary", "--image", "data:20480")
     alone = Image.open(trained / "inference_results/samples-whole-best-ddim-4-seeds-3/000003.png")
     assert alone.size == (8, 8)
     assert np.abs(np.asarray(alone, int) - np.asarray(Image.open(folder / "000003.png"), int)).max() <= 1
@@ -217,9 +220,14 @@ def test_bad_input_gets_one_line(trained):
     (trained / "empty").mkdir()
     (trained / "few").mkdir()
     Image.new("RGB", (9, 9)).save(trained / "few" / "one.png")
+    (trained / "half").mkdir()
+    for i in range(4):
+        Image.new("RGB", (9, 9)).save(trained / "half" / f"{i}.png")
+        (trained / "half" / f"{i}.jpg").write_text("not a picture")
     (trained / "cut.pt").write_bytes((trained / "checkpoints/whole/final.pt").read_bytes()[:-2000])
     folder = ["--dataset", "folder", "--data_dir"]
     assert "no images in empty" in fails(trained, "train.py", *folder, "empty")
+    assert "too many of the 8 images in" in fails(trained, "train.py", *folder, "half")
     assert "nowhere is missing" in fails(trained, "train_optimized.py", *folder, "nowhere")
     assert "fewer than one batch of 16" in fails(trained, "train.py", *folder, "few", *TINY[2:])
     assert "did you mean --batch_size" in fails(trained, "train.py", "--batchsize", "3")
