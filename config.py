@@ -11,7 +11,6 @@ limited by the tier, the subclass, the flag. `--dry_run` shows which it was.
 """
 
 import argparse
-import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import torch
 
 from engine import checkpoints
-from engine.command_line import Parser, Setting, nearest
+from engine.command_line import Parser, Setting, load_from_file, nearest
 from engine.errors import UserError
 from engine.sources import DATASETS, resolve_auto
 
@@ -260,23 +259,11 @@ def check_together(value: Mapping[str, Any]) -> None:
 
 def load_subclass(reference: str) -> type[DDPMConfig]:
     """The class that `file.py:Class` names, which must derive from DDPMConfig."""
-    file, _, name = reference.rpartition(":")
-    if not file or not name:
-        raise UserError(f"--config is {reference!r}, but must look like my_config.py:MyConfig")
-    if not Path(file).is_file():
-        raise UserError(f"--config names {file}, which does not exist")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--config names {file}, which is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as problem:
-        raise UserError(f"{file} cannot be loaded: {type(problem).__name__}: {problem}") from problem
+    module, name = load_from_file(reference, "--config", "my_config.py:MyConfig")
     subclasses = {k: v for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, DDPMConfig)}
     if name not in subclasses:
         known = [k for k, v in subclasses.items() if v is not DDPMConfig]
-        raise UserError(f"{file} has no subclass of DDPMConfig named {name}{nearest(name, known)}")
+        raise UserError(f"{module.__file__} has no subclass of DDPMConfig named {name}{nearest(name, known)}")
     return subclasses[name]
 
 

@@ -3,9 +3,12 @@
 import argparse
 import difflib
 import errno
+import importlib.util
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
@@ -87,6 +90,24 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.replace("argument ", "", 1) if message.startswith("argument ") else message)
+
+
+def load_from_file(reference: str, flag: str, example: str) -> tuple[ModuleType, str]:
+    """The module and the name in it that `file.py:Name` means; raises UserError, naming the flag, if there is none."""
+    file, _, name = reference.rpartition(":")
+    if not file or not name:
+        raise UserError(f"{flag} is {reference!r}, but must look like {example}")
+    if not Path(file).is_file():
+        raise UserError(f"{flag} names {file}, which does not exist")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{flag} names {file}, which is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as problem:
+        raise UserError(f"{file} cannot be loaded: {type(problem).__name__}: {problem}") from problem
+    return module, name
 
 
 def run(main: Callable[[], None]) -> NoReturn:

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import platform
 import time
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from engine import plots
 from engine.checkpoints import FOLDER, write_atomically
+from engine.command_line import load_from_file, nearest
 from engine.errors import UserError
 from engine.samplers import SAMPLERS
 from engine.sources import center_square, to_rgb
@@ -52,19 +52,11 @@ def load_sampler(name: str) -> str | Callable:
     """A sampler by name, or a function of one's own by `file.py:function`."""
     if name in SAMPLERS:
         return name
-    file, _, function = name.rpartition(":")
-    if not file:
-        raise UserError(f"there is no sampler {name}; there are {', '.join(SAMPLERS)}, or file.py:function")
-    if not Path(file).is_file():
-        raise UserError(f"--sampler names {file}, which does not exist")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as problem:
-        raise UserError(f"{file} cannot be loaded: {type(problem).__name__}: {problem}") from problem
+    if ":" not in name:
+        raise UserError(f"there is no sampler {name}{nearest(name, SAMPLERS)}; there are {', '.join(SAMPLERS)}")
+    module, function = load_from_file(name, "--sampler", "my_sampler.py:my_function")
     if not callable(getattr(module, function, None)):
-        raise UserError(f"{file} has no function {function}")
+        raise UserError(f"{module.__file__} has no function {function}")
     return getattr(module, function)
 
 

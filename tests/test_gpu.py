@@ -12,23 +12,13 @@ from engine import batches, step
 from engine.batches import Batches
 from engine.sources import load_images
 from engine.training import train
+from tests.test_step import SETTINGS
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 CUDA = torch.device("cuda")
-SETTINGS = {
-    "BATCH_SIZE": 32,
-    "GRADIENT_ACCUMULATION": 1,
-    "LEARNING_RATE": 1e-3,
-    "GRAD_CLIP": 1.0,
-    "EMA_DECAY": 0.9,
-    "HORIZONTAL_FLIP": True,
-    "USE_AMP": False,
-    "COMPILE_MODEL": False,
-    "SEED": 0,
-}
 
 
 def make(dim: int = 32, **changes) -> step.Step:
