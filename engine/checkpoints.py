@@ -25,13 +25,25 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as problem:
+        problem.filename = problem.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Writes a checkpoint; a crash or a full disk leaves the old file, never half of a new one."""
-    write_atomically(path, lambda file: torch.save(state, file))
+
+    def write(file: BinaryIO) -> None:
+        try:
+            torch.save(state, file)
+        except RuntimeError as problem:  # torch closes its archive after a full disk, and fails at that instead
+            if isinstance(problem.__context__, OSError):
+                raise problem.__context__ from None
+            raise
+
+    write_atomically(path, write)
 
 
 def publish(path: Path, name: Path) -> None:
@@ -66,7 +78,7 @@ def load(path: Path) -> dict[str, Any]:
 def load_training(path: Path) -> dict[str, Any]:
     """Reads a checkpoint that a run can go on from."""
     state = load(path)
-    if missing := {"model", "ema", "optimizer", "progress", "config"} - state.keys():
+    if missing := {"model", "ema", "optimizer", "progress", "config", "run"} - state.keys():
         raise UserError(f"{path} cannot be resumed: it holds no {', '.join(sorted(missing))}")
     return state
 

@@ -118,7 +118,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(problem.exit_code)
     except OSError as problem:
-        if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+        if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         where = f" ({problem.filename})" if problem.filename else ""
         print(f"error: {problem.strerror}{where}: free some space or choose a writable folder", file=sys.stderr)

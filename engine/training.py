@@ -48,20 +48,31 @@ def train(model: nn.Module, images: np.ndarray, config: Any, resume: Path | None
             raise UserError(f"{resume} was trained on {state['data']}, but what is here is {data}")
         step.load_state_dict(state)
         progress = state["progress"]
+        before = state["config"]["BATCH_SIZE"] * state["config"]["GRADIENT_ACCUMULATION"]
+        progress["position"] = min(progress["position"] * before // effective_batch, len(batches) - 1)
         if rank == 0:
             set_rng(state["rng"])
     clock = Clock(config, len(batches), progress, processes)
     if clock.finished():
         raise UserError(f"{resume} is a finished run: lengthen it with --epochs, --max_steps or --minutes")
-    name = resume.resolve().parent.name if resume else new_name(config) if main else ""
+    name = state["run"] if resume else new_name(config) if main else ""
     folder, log = checkpoints.FOLDER / name, Log(SAMPLES / name, progress) if main else None
 
     def save(file: str) -> None:
-        state = {"version": VERSION, "architecture": model.architecture, "config": config.as_dict(), "data": data}
-        checkpoints.save(folder / file, state | {"progress": progress, "rng": rng(), **step.state_dict()})
+        state = {"version": VERSION, "run": name, "architecture": model.architecture, "config": config.as_dict()}
+        state |= {"data": data, "progress": progress, "rng": rng(), **step.state_dict()}
+        try:
+            checkpoints.save(folder / file, state)
+        except OSError as problem:
+            if file == "final.pt":
+                raise
+            print(f"{folder / file} COULD NOT BE SAVED ({problem.strerror}): free some space; training goes on")
 
     def draw_grid(file: str) -> None:
-        log.grid(step.ema.sample(config.NUM_SAMPLES, seed=0).cpu(), progress["step"], file)
+        seeds = range(config.NUM_SAMPLES)
+        parts = [seeds[i : i + step.micro_batch] for i in range(0, len(seeds), step.micro_batch)]
+        images = torch.cat([step.ema.sample(len(part), seed=part).cpu() for part in parts])
+        log.grid(images, progress["step"], file)
 
     if main:
         print(f"run {name}: {len(batches.training)} images, {describe(step)}", flush=True)

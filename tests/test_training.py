@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -242,6 +243,28 @@ def test_bad_input_gets_one_line(trained):
 
 def test_inference_without_a_checkpoint_says_what_to_run(tmp_path):
     assert "train one with `python train_optimized.py`" in fails(tmp_path, "inference.py")
+
+
+def test_a_run_goes_on_from_any_of_its_files_and_with_another_batch(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    run(tmp_path, "train.py", "--resume", "checkpoints/ddpm_final.pt", "--batch_size", "8", "--max_steps", "50")
+    state = torch.load(tmp_path / "checkpoints/whole/final.pt", weights_only=True)
+    assert (state["run"], state["progress"]["step"]) == ("whole", 50)
+    assert (state["progress"]["images"], state["progress"]["position"]) == (40 * 16 + 10 * 8, 40 * 2 + 10)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"whole", "ddpm_final.pt"}
+
+
+def test_a_full_disk_stops_no_run_and_leaves_no_half_file(trained, tmp_path):
+    shutil.copytree(trained / "data", tmp_path / "data")
+    arguments = command("train.py", *TINY, "--run_name", "full", "--max_steps", "20", "--save_minutes", "0.01")
+    result = subprocess.run(
+        arguments, cwd=tmp_path, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)),  # files of 300 kB at most
+    )  # fmt: skip
+    assert "best.pt COULD NOT BE SAVED (File too large): free some space; training goes on" in result.stdout
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "error: File too large (checkpoints/full/final.pt)" in result.stderr
+    assert not list((tmp_path / "checkpoints").rglob("*.*"))
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(trained, tmp_path):
