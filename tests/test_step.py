@@ -127,7 +127,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(capsys):
 def test_compilation_that_fails_is_said_and_done_without(capsys, monkeypatch):
     def compiler(model, **_):
         def fail(*_):
-            raise torch._dynamo.exc.BackendCompilerFailed(compiler, RuntimeError("no C++ compiler"), None)
+            raise torch._dynamo.exc.TorchDynamoException("no C++ compiler")
 
         network = torch.nn.Module()
         network.forward = fail
