@@ -27,46 +27,21 @@ from engine import checkpoints, plots
 from engine.command_line import Parser, Setting, run
 from engine.drawing import (
     Job,
-    batches,
     digest,
+    fitting_batch,
     load_sampler,
     parse_seeds,
     psnr,
     read_mask,
     read_picture,
     settings_of,
-    to_bytes,
 )
 from engine.errors import UserError
-from engine.samplers import SAMPLERS, SPACINGS
+from engine.samplers import SAMPLERS, SPACINGS, groups
 from engine.sources import load_images
 
 RESULTS = Path("inference_results")
 CHUNK = 256  # images in a part of an .npz that is being made
-SETTINGS: dict[str, tuple[type, Setting, Any]] = {
-    "MODE": (str, Setting("what to draw", choices=(
-        "samples", "interpolate", "progressive", "batch", "compare", "vary", "inpaint", "all")), "samples"),
-    "SAMPLER": (str, Setting(f"how to go from noise to image: {', '.join(SAMPLERS)}, or file.py:function"), "ddim"),
-    "STEPS": (int, Setting("network evaluations (NFE), 0: all timesteps for ddpm, else the model's own choice", 0), 0),
-    "SPACING": (str, Setting("which timesteps are visited", choices=tuple(SPACINGS)), "uniform"),
-    "ETA": (float, Setting("fresh noise in ddim: 0 none, 1 as much as ddpm", 0, 1), 0.0),
-    "SEEDS": (str, Setting("seeds of the images, such as 0-63 or 3,7; the first --num_samples unless given"), ""),
-    "NUM_SAMPLES": (int, Setting("images to draw", 1, 10_000_000), 16),
-    "BATCH_SIZE": (int, Setting("images drawn at a time, 0: as many as fit", 0), 0),
-    "NUM_STEPS": (int, Setting("images in an interpolation, both ends included", 2, 1000), 10),
-    "STRENGTH": (float, Setting("how far vary goes back towards noise", 0.001, 1), 0.5),
-    "RESAMPLES": (int, Setting("times that inpaint does each step", 1, 100), 5),
-    "FORMAT": (str, Setting("what batch writes", choices=("png", "npz")), "png"),
-    "USE_AMP": (bool, Setting("mixed precision"), False),
-    "COMPILE_MODEL": (bool, Setting("compile the network: pays for thousands of images"), False),
-    "CHANNELS_LAST": (bool, Setting("memory layout that convolutions of many channels like better"), False),
-}  # fmt: skip
-FILES = {
-    "image": "for vary and inpaint: a file, a seed or data:INDEX of the training images (the first seed unless given)",
-    "image1": "first end of interpolate: a file, a seed or data:INDEX (the first seed unless given)",
-    "image2": "other end, likewise (the last seed unless given)",
-    "mask": "for inpaint, as large as the image: white is painted anew (the right half unless given)",
-}
 COMPARED_STEPS = (5, 10, 20, 50)
 
 
@@ -85,7 +60,7 @@ def batch_generate(
     """
     parts = []
     with tqdm(total=total_samples, unit="image", desc="sampling") as bar:
-        for some in batches(range(seed, seed + total_samples), batch_size):
+        for some in groups(range(seed, seed + total_samples), batch_size):
             parts.append(model.sample(len(some), sampler=sampler, steps=steps, seed=some, **options).cpu())
             bar.update(len(some))
     return torch.cat(parts)
@@ -108,13 +83,13 @@ def samples(job: Job) -> str:
 def progressive(job: Job) -> str:
     """x_t and the x_0 predicted from it along the way: a strip of some moments and a GIF of all."""
     seeds = job.settings["seeds"][:4]
-    function, timesteps = job.model.plan(**{key: job.how[key] for key in ("sampler", "steps", "spacing")})
-    extra = {key: value for key, value in job.how.items() if key == "eta"}
+    how = job.how
+    function, timesteps = job.model.plan(how.pop("sampler"), how.pop("steps"), how.pop("spacing"))
     x, randn = job.model.noise(seeds)
     with job.precision():
         way = [
             (t, to_unit(x_t).float().cpu(), to_unit(x_0).float().cpu())
-            for t, x_t, x_0 in job.model.trajectory(x, timesteps, function, randn, **extra)
+            for t, x_t, x_0 in job.model.trajectory(x, timesteps, function, randn, **how)
         ]
     moments = [way[i] for i in np.unique(np.linspace(0, len(way) - 1, job.settings["columns"]).round().astype(int))]
     tiles, labels = [], []
@@ -171,7 +146,8 @@ def interpolate(job: Job) -> str:
     job.save(strip, "interpolation.png")
     frames = [plots.to_image(image) for image in plots.enlarge(torch.cat([images, images.flip(0)[1:-1]]), 128)]
     plots.save_gif(frames, job.path("interpolation.gif"))
-    job.finish(psnr=[round(end, 1) for end in ends], interpolation_steps=steps)
+    decoder = {"sampler": job.settings["sampler"] if callable(job.sampler) else sampler, "steps": steps}
+    job.finish(psnr=[round(end, 1) for end in ends], decoder=decoder)
     return (
         f"interpolation.png, interpolation.gif; the ends are {ends[0]:.1f} and {ends[1]:.1f} dB from the given images"
     )
@@ -186,22 +162,22 @@ def batch(job: Job) -> str:
     checkpoints.write_atomically(record, lambda file: file.write(mine.encode()))
     parts = job.path("parts" if job.settings["format"] == "npz" else "images")
     # always the same groups of seeds, so that a run that was killed ends with the same bytes as one that was not
-    groups = list(batches(seeds, CHUNK))
+    chunks = groups(seeds, CHUNK)
     with tqdm(total=len(seeds), unit="image", desc="batch") as bar:
-        for group in groups:
+        for group in chunks:
             part = parts / f"{group[0]:08d}.npy"
             names = [parts / f"{seed:06d}.png" for seed in group]
             if not (part.exists() if job.settings["format"] == "npz" else all(name.exists() for name in names)):
                 images = job.draw(job.model.sample, group, **job.how)
                 if job.settings["format"] == "npz":
-                    pixels = to_bytes(images)
+                    pixels = plots.to_bytes(images)
                     checkpoints.write_atomically(part, lambda file, pixels=pixels: np.save(file, pixels))
                 else:
                     job.save_singles(images, group, "images")
             bar.update(len(group))
     if job.settings["format"] == "npz":
         final = job.path("images.npz")
-        pixels = np.concatenate([np.load(parts / f"{group[0]:08d}.npy") for group in groups])
+        pixels = np.concatenate([np.load(parts / f"{group[0]:08d}.npy") for group in chunks])
         checkpoints.write_atomically(final, lambda file: np.savez(file, images=pixels, seeds=np.array(seeds)))
     job.finish()
     return f"{len(seeds)} images: {'images.npz' if job.settings['format'] == 'npz' else 'images/'}"
@@ -274,6 +250,31 @@ MODES: dict[str, Callable[[Job], str]] = {
 }
 
 
+SETTINGS: dict[str, tuple[type, Setting, Any]] = {
+    "MODE": (str, Setting("what to draw", choices=(*MODES, "all")), "samples"),
+    "SAMPLER": (str, Setting(f"how to go from noise to image: {', '.join(SAMPLERS)}, or file.py:function"), "ddim"),
+    "STEPS": (int, Setting("network evaluations (NFE), 0: all timesteps for ddpm, else the model's own choice", 0), 0),
+    "SPACING": (str, Setting("which timesteps are visited", choices=tuple(SPACINGS)), "uniform"),
+    "ETA": (float, Setting("fresh noise in ddim: 0 none, 1 as much as ddpm", 0, 1), 0.0),
+    "SEEDS": (str, Setting("seeds of the images, such as 0-63 or 3,7; the first --num_samples unless given"), ""),
+    "NUM_SAMPLES": (int, Setting("images to draw", 1, 10_000_000), 16),
+    "BATCH_SIZE": (int, Setting("images drawn at a time, 0: as many as fit", 0), 0),
+    "NUM_STEPS": (int, Setting("images in an interpolation, both ends included", 2, 1000), 10),
+    "STRENGTH": (float, Setting("how far vary goes back towards noise", 0.001, 1), 0.5),
+    "RESAMPLES": (int, Setting("times that inpaint does each step", 1, 100), 5),
+    "FORMAT": (str, Setting("what batch writes", choices=("png", "npz")), "png"),
+    "USE_AMP": (bool, Setting("mixed precision"), False),
+    "COMPILE_MODEL": (bool, Setting("compile the network: pays for thousands of images"), False),
+    "CHANNELS_LAST": (bool, Setting("memory layout that convolutions of many channels like better"), False),
+}  # fmt: skip
+FILES = {
+    "image": "for vary and inpaint: a file, a seed or data:INDEX of the training images (the first seed unless given)",
+    "image1": "first end of interpolate: a file, a seed or data:INDEX (the first seed unless given)",
+    "image2": "other end, likewise (the last seed unless given)",
+    "mask": "for inpaint, as large as the image: white is painted anew (the right half unless given)",
+}
+
+
 def read_settings(description: str | None, defaults: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
     """The command line as one dictionary of plain values, and the folder for results."""
     parser = Parser(description)
@@ -295,8 +296,8 @@ def read_settings(description: str | None, defaults: Mapping[str, Any]) -> tuple
         value = getattr(given, name, defaults.get(name, default))
         settings[name.lower()] = setting.check(f"--{name.lower()}", value, kind)
     path = Path(settings["checkpoint"]) if settings["checkpoint"] else checkpoints.newest()
-    seeds = parse_seeds(settings["seeds"]) if settings["seeds"] else list(range(settings.pop("num_samples")))
-    settings.pop("num_samples", None)
+    count = settings.pop("num_samples")
+    seeds = parse_seeds(settings["seeds"]) if settings["seeds"] else list(range(count))
     settings |= {"checkpoint": str(path), "seeds": seeds, "tile": defaults.get("TILE", plots.SMALLEST_TILE)}
     settings["columns"] = defaults.get("COLUMNS", 10)
     return settings | {"sha256": digest(path) if path.is_file() else ""}, given.output_dir
@@ -319,6 +320,9 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
     sampler = load_sampler(settings["sampler"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = DDPMModel().to(device).load_model(settings["checkpoint"])
+    settings["batch_size"] = settings["batch_size"] or fitting_batch(
+        model, settings["use_amp"]
+    )  # before it is compiled
     if settings["channels_last"]:
         model.unet.to(memory_format=torch.channels_last)
     if settings["compile_model"]:

@@ -6,14 +6,13 @@ import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -64,10 +63,10 @@ def read_picture(path: Path, size: int) -> Tensor:
     """An image file as the model takes it: (3, size, size) in [0, 1]; says so if it had to be resized or converted."""
     try:
         with Image.open(path) as image:
-            picture = to_rgb(image)
+            picture = to_rgb(ImageOps.exif_transpose(image))
             if image.size != (size, size) or image.mode != "RGB":
                 print(f"{path}: {image.width}x{image.height} {image.mode}, cropped and resized to {size}x{size} RGB")
-    except (OSError, ValueError) as problem:
+    except Exception as problem:  # Pillow's decoders raise nearly anything on a broken file
         raise UserError(f"{path} cannot be read as an image: {problem}") from problem
     return torch.from_numpy(center_square(picture, size).copy()) / 255
 
@@ -79,16 +78,35 @@ def read_mask(path: Path, image: Path, size: int) -> Tensor:
     """
     try:
         with Image.open(path) as file:
-            mask = file.convert("RGB")
-    except (OSError, ValueError) as problem:
+            mask = ImageOps.exif_transpose(file).convert("RGB")
+    except Exception as problem:
         raise UserError(f"{path} cannot be read as a mask: {problem}") from problem
     expected = (size, size)
     if image.is_file():
         with Image.open(image) as picture:
-            expected = picture.size
+            expected = ImageOps.exif_transpose(picture).size
     if mask.size != expected:
         raise UserError(f"{path} is {mask.width}x{mask.height}, but the image is {expected[0]}x{expected[1]}")
     return torch.from_numpy(center_square(mask, size)[0] > 127)
+
+
+def precision(model: nn.Module, use_amp: bool) -> torch.autocast:
+    """Mixed precision on the model's device, or none."""
+    return torch.autocast(model.device.type, amp_dtype(model.device), enabled=use_amp)
+
+
+def fitting_batch(model: nn.Module, use_amp: bool) -> int:
+    """How many images to draw at a time: what the memory that a try of four takes leaves room for, at most 256."""
+    if model.device.type != "cuda":
+        return max(1, min(64, 64 * 32**2 // model.image_size**2))
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with precision(model, use_amp):
+        model.sample(4, steps=1, seed=0)
+    each = max(1, (torch.cuda.max_memory_allocated() - before) // 4)
+    return max(1, min(256, int(0.7 * free / each)))
 
 
 @dataclass
@@ -103,7 +121,7 @@ class Job:
     batch_size: int = 0
 
     def __post_init__(self) -> None:
-        self.batch_size = self.settings["batch_size"] or self.fitting_batch()
+        self.batch_size = self.settings["batch_size"]
 
     @property
     def how(self) -> dict[str, Any]:
@@ -113,21 +131,7 @@ class Job:
 
     def precision(self) -> contextlib.AbstractContextManager:
         """Mixed precision, if it was asked for."""
-        device = self.model.device
-        return torch.autocast(device.type, amp_dtype(device), enabled=self.settings["use_amp"])
-
-    def fitting_batch(self) -> int:
-        """How many images to draw at a time where nobody said: what a try of one leaves room for, at most 256."""
-        if self.model.device.type != "cuda":
-            return max(1, min(64, 64 * 32**2 // self.model.image_size**2))
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        with self.precision():
-            self.model.sample(4, steps=1, seed=0)
-        each = max(1, (torch.cuda.max_memory_allocated() - before) // 4)
-        return max(1, min(256, int(0.7 * free / each)))
+        return precision(self.model, self.settings["use_amp"])
 
     def draw(self, function: Callable[..., Tensor], seeds: Sequence[int], *arguments: Any, **options: Any) -> Tensor:
         """Calls function(..., batch_size=, seed=) for all seeds, batch by batch: (len(seeds), C, H, W) on the CPU.
@@ -202,17 +206,6 @@ def settings_of(picture: Path, needed: set[str]) -> dict[str, Any]:
     raise UserError(
         f"{picture} was drawn by {there} (SHA-256 {settings['sha256'][:12]}...), which is not here any more"
     )
-
-
-def batches(seeds: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Seeds in groups of `size`."""
-    for start in range(0, len(seeds), size):
-        yield list(seeds[start : start + size])
-
-
-def to_bytes(images: Tensor) -> np.ndarray:
-    """Images (B, C, H, W) in [0, 1] as uint8 (B, H, W, C), as metrics want them."""
-    return (images * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
 
 def psnr(a: Tensor, b: Tensor) -> float:

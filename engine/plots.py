@@ -23,9 +23,14 @@ TEXT_KEY = "ddpm"  # of the PNG chunk that says how a picture was made
 SMALLEST_TILE = 64  # pixels: smaller images are enlarged by a whole factor so that they can be judged by eye
 
 
+def to_bytes(images: Tensor) -> np.ndarray:
+    """Images (..., C, H, W) in [0, 1] as uint8 (..., H, W, C); what lies outside is clipped."""
+    return (images.detach().cpu().float().clamp(0, 1) * 255).round().byte().movedim(-3, -1).numpy()
+
+
 def to_image(image: Tensor) -> Image.Image:
     """A float tensor (C, H, W) in [0, 1], C 1 or 3, as a picture."""
-    pixels = (image.detach().cpu().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    pixels = to_bytes(image)
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 

@@ -212,6 +212,11 @@ class SeededNoise:
         return self.draw(x.shape[1:], x.device)
 
 
+def groups(seeds: Sequence[int], size: int) -> list[list[int]]:
+    """Seeds in groups of `size`, the last of what remains: what is drawn at a time."""
+    return [list(seeds[start : start + size]) for start in range(0, len(seeds), size)]
+
+
 SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {
     "ddpm": ddpm,
     "ddim": ddim,

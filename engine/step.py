@@ -59,7 +59,7 @@ class Step:
         if self.device.type == "cpu":
             model.to(memory_format=torch.channels_last)  # a third faster there (docs/cpu.md)
         self.ema = copy.deepcopy(model).requires_grad_(False).eval()
-        self.parameters = list(model.parameters())
+        self.parameters, self.averaged = list(model.parameters()), list(self.ema.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.LEARNING_RATE, betas=(0.9, 0.99), fused=True)
         self.dtype = amp_dtype(self.device)
         self.scaler = torch.amp.GradScaler(
@@ -142,7 +142,7 @@ class Step:
         self.optimizer.zero_grad()
         decay = ema_decay(self.config.EMA_DECAY, step)
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), self.parameters, 1 - decay)
+            torch._foreach_lerp_(self.averaged, self.parameters, 1 - decay)
         return loss, norm
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ from engine import checkpoints
 from engine.batches import Batches
 from engine.errors import UserError
 from engine.runs import LOG_EVERY, SAMPLES, Clock, Interrupt, Log, new_name
+from engine.samplers import groups
 from engine.step import Step, learning_rate
 
 MOST_SKIPPED_IN_A_ROW = 20
@@ -69,9 +70,8 @@ def train(model: nn.Module, images: np.ndarray, config: Any, resume: Path | None
             print(f"{folder / file} COULD NOT BE SAVED ({problem.strerror}): free some space; training goes on")
 
     def draw_grid(file: str) -> None:
-        seeds = range(config.NUM_SAMPLES)
-        parts = [seeds[i : i + step.micro_batch] for i in range(0, len(seeds), step.micro_batch)]
-        images = torch.cat([step.ema.sample(len(part), seed=part).cpu() for part in parts])
+        some = groups(range(config.NUM_SAMPLES), step.micro_batch)
+        images = torch.cat([step.ema.sample(len(seeds), seed=seeds).cpu() for seeds in some])
         log.grid(images, progress["step"], file)
 
     if main:

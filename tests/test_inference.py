@@ -253,6 +253,7 @@ def test_a_process_killed_in_a_batch_leaves_no_half_image(folder):
         (["--spacing", "wide"], "--spacing is 'wide'"),
         (["--seeds", "9-3"], "--seeds is '9-3', but must look like"),
         (["--mode", "vary", "--image", "text.pt"], "text.pt cannot be read as an image"),
+        (["--mode", "vary", "--image", "cut.png"], "cut.png cannot be read as an image"),
         (["--mode", "vary", "--image", "nowhere.png"], "nowhere.png cannot be read as an image"),
         (["--mode", "inpaint", "--image", "a.png", "--mask", "small.png"], "small.png is 9x9, but the image is 20x20"),
         (["--mode", "vary", "--image", "data:3"], "ddpm_final.pt does not say what it was trained on"),
@@ -269,6 +270,7 @@ def test_bad_input_gets_one_line(folder, monkeypatch, capsys, arguments, message
     torch.save(state | {"architecture": state["architecture"] | {"dim": 16}}, "other.pt")
     Image.new("RGB", (20, 20), "red").save("a.png")
     Image.new("L", (9, 9)).save("small.png")
+    (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:-30])
     plots.save_image(Image.new("RGB", (9, 9)), Path("other.png"), "{}")
     assert infer(monkeypatch, *arguments) == 2
     error = capsys.readouterr().err
@@ -280,6 +282,15 @@ def test_an_image_of_another_size_and_mode_is_taken_with_a_notice(folder, monkey
     Image.new("LA", (30, 20), (90, 128)).save("grey.png")
     assert infer(monkeypatch, "--mode", "vary", "--image", "grey.png", "--num_samples", "2") == 0
     assert "grey.png: 30x20 LA, cropped and resized to 16x16 RGB" in capsys.readouterr().out
+
+
+def test_a_photograph_is_turned_as_its_camera_says(folder):
+    picture, exif = Image.new("RGB", (20, 20), "black"), Image.Exif()
+    picture.paste("white", (0, 0, 20, 10))
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    picture.save("photo.png", exif=exif)
+    image = drawing.read_picture(Path("photo.png"), 20)
+    assert image[:, :, 15].min() == 1 and image[:, :, 5].max() == 0
 
 
 def test_a_full_disk_leaves_nothing_half_written(folder, monkeypatch, capsys):
