@@ -64,6 +64,7 @@ class DDPMConfig:
     EMA_DECAY: Annotated[float, Setting("decay of the averaged weights per step, 0: no averaging", 0, 0.999999)] = 0.999
     USE_AMP: Annotated[bool, Setting("mixed precision: bf16, or fp16 on GPUs without bf16")] = False
     COMPILE_MODEL: Annotated[bool, Setting("compile the training step with torch.compile")] = False
+    CUDA_GRAPH: Annotated[bool, Setting("launch a step's kernels as one CUDA graph (one GPU)")] = False
     SEED: Annotated[int, Setting("seed of everything random", 0, 2**31 - 1)] = 0
 
     # output
@@ -113,7 +114,7 @@ CPU_PRESETS: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 # neither compilation (60 to 100 s before the first step) nor bf16 made it faster on the CPUs it was tried on
-CPU_LIMITS = dict(USE_AMP=False, COMPILE_MODEL=False)
+CPU_LIMITS = dict(USE_AMP=False, COMPILE_MODEL=False, CUDA_GRAPH=False)
 
 
 def detect_tier() -> Tier:

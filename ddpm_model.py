@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from engine import checkpoints
 from engine.errors import UserError
 from engine.samplers import SAMPLERS, SPACINGS, SeededNoise, ddim_encode, intervals, slerp
+from engine.unet import FastUnet
 
 OBJECTIVES = ("pred_v", "pred_noise", "pred_x0")
 BETA_SCHEDULES = ("cosine", "linear", "sigmoid")
@@ -75,7 +76,7 @@ class DDPMModel(nn.Module):
         rest = {name: tuple(value) if isinstance(value, list) else value for name, value in a.items()}
         self.image_size, self.channels = own["image_size"], own["channels"]
         self.sampling_timesteps, self.num_timesteps = own["sampling_timesteps"], own["timesteps"]
-        unet = Unet(own["dim"], dim_mults=tuple(own["dim_mults"]), channels=own["channels"], **rest)
+        unet = FastUnet(own["dim"], dim_mults=tuple(own["dim_mults"]), channels=own["channels"], **rest)
         self.diffusion = GaussianDiffusion(
             unet,
             image_size=own["image_size"],
@@ -107,8 +108,13 @@ class DDPMModel(nn.Module):
 
     @property
     def unet(self) -> Unet:
-        """The network alone: the library's Unet, (B, C, H, W) and timesteps (B,) to (B, C, H, W)."""
+        """The network alone, the library's Unet computed faster: (B, C, H, W) and timesteps (B,) to (B, C, H, W)."""
         return self.diffusion.model
+
+    @property
+    def capturable(self) -> bool:
+        """Whether forward does the same on the device every time, so that a CUDA graph can stand in for it."""
+        return not self.unet.self_condition
 
     @property
     def device(self) -> torch.device:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.errors import UserError
+from engine.graph import Graph
 
 
 def learning_rate(peak: float, schedule: str, step: int, warmup: int, progress: float) -> float:
@@ -49,15 +50,15 @@ class Step:
     """Updates a model and its EMA copy from one batch.
 
     model: called as model(images, t, noise), gives a scalar loss; images uint8 (B, C, H, W) come in and are taken
-    to floats in [0, 1]. config: BATCH_SIZE, GRAD_CLIP, EMA_DECAY, HORIZONTAL_FLIP, USE_AMP, COMPILE_MODEL, SEED.
+    to floats in [0, 1]. config: BATCH_SIZE, GRAD_CLIP, EMA_DECAY, HORIZONTAL_FLIP, USE_AMP, COMPILE_MODEL,
+    CUDA_GRAPH, SEED.
     """
 
     def __init__(self, model: nn.Module, config: Any, rank: int = 0, world: int = 1):
         self.model, self.config, self.rank, self.world = model, config, rank, world
         self.device = next(model.parameters()).device
         self.micro_batch = config.BATCH_SIZE
-        if self.device.type == "cpu":
-            model.to(memory_format=torch.channels_last)  # a third faster there (docs/cpu.md)
+        model.to(memory_format=torch.channels_last)  # as engine.unet computes
         self.ema = copy.deepcopy(model).requires_grad_(False).eval()
         self.parameters, self.averaged = list(model.parameters()), list(self.ema.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.LEARNING_RATE, betas=(0.9, 0.99), fused=True)
@@ -66,6 +67,8 @@ class Step:
             self.device.type, enabled=config.USE_AMP and self.dtype == torch.float16, init_scale=2.0**12
         )
         self.network = self.wrap(torch.compile(model, dynamic=False) if config.COMPILE_MODEL else model)
+        captured = config.CUDA_GRAPH and self.device.type == "cuda" and world == 1 and model.capturable
+        self.graphs: dict[int, Graph] | None = {} if captured else None  # by images in a micro-batch
         # counted on the device, so that looking after every step does not make the host wait
         self.skipped = torch.zeros((), device=self.device)
         self.skipped_in_a_row = torch.zeros((), device=self.device)
@@ -87,17 +90,38 @@ class Step:
         total = torch.zeros((), device=self.device)
         for start in range(0, share, self.micro_batch):
             part = slice(start, start + self.micro_batch)
-            x = images[part].float() / 255
-            if self.config.HORIZONTAL_FLIP:
-                x = torch.where(mirror[part, None, None, None], x.flip(-1), x)
-            last = start + self.micro_batch >= share
+            micro = images[part], t[part], noise[part], mirror[part]
             # gradients travel between processes once a step, not once a micro-batch
+            last = start + self.micro_batch >= share
             with self.network.no_sync() if self.world > 1 and not last else contextlib.nullcontext():
-                with self.autocast():
-                    loss = self.network(x, t[part], noise[part]) * (len(x) / share)
-                self.scaler.scale(loss).backward()
-            total += loss.detach()
+                total += self.backward(*micro, share) if self.graphs is None else self.replay(*micro, share)
         return total
+
+    def backward(self, images: Tensor, t: Tensor, noise: Tensor, mirror: Tensor, share: int) -> Tensor:
+        """Adds the gradient of a micro-batch out of `share` images; returns its part of the mean loss, detached."""
+        x = images.float() / 255
+        if self.config.HORIZONTAL_FLIP:
+            x = torch.where(mirror[:, None, None, None], x.flip(-1), x)
+        with self.autocast():
+            loss = self.network(x, t, noise) * (len(x) / share)
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def replay(self, *micro: Any) -> Tensor:
+        """What `backward` does, from a graph that is captured for each size of micro-batch when it first comes."""
+        *tensors, share = micro
+        size = len(tensors[0])
+        if size not in self.graphs:
+            before = [p.grad for p in self.parameters]
+            self.optimizer.zero_grad()
+            self.graphs[size] = Graph(lambda *values: self.backward(*values, share), tensors, self.parameters)
+            for p, gradient in zip(self.parameters, before, strict=True):
+                p.grad = gradient
+        loss = self.graphs[size](*tensors)
+        for p, gradient in zip(self.parameters, self.graphs[size].gradients, strict=True):
+            if gradient is not None:
+                p.grad = gradient if size == share else gradient.clone() if p.grad is None else p.grad.add_(gradient)
+        return loss
 
     def __call__(self, images: Tensor, step: int, rate: float) -> tuple[Tensor, Tensor]:
         """One update with learning rate `rate`; returns loss and gradient norm as scalars on the device.
@@ -121,7 +145,15 @@ class Step:
                 reason = str(problem).strip().splitlines()[0]
                 print(f"torch.compile FAILED, going on without it (--no-compile_model is the same): {reason}")
                 self.network = self.wrap(self.model)
+            except RuntimeError as problem:
+                if self.graphs is None:
+                    raise
+                reason = str(problem).strip().splitlines()[0]
+                print(f"CUDA graph capture FAILED, going on without it (--no-cuda_graph is the same): {reason}")
+                self.graphs = None
             if loss is None:  # outside the handlers, where the failed step's tensors are free again
+                if self.graphs:
+                    self.graphs.clear()
                 self.optimizer.zero_grad()
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()

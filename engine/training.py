@@ -161,7 +161,8 @@ def describe(step: Step) -> str:
         f"batch {config.BATCH_SIZE * config.GRADIENT_ACCUMULATION}"
         + (f" = {config.GRADIENT_ACCUMULATION} x {config.BATCH_SIZE}" if config.GRADIENT_ACCUMULATION > 1 else ""),
         str(step.dtype).removeprefix("torch.") if config.USE_AMP else "float32",
-        "compiled" if config.COMPILE_MODEL else "not compiled",
+        *(["compiled"] if config.COMPILE_MODEL else []),
+        *(["one CUDA graph a step"] if step.graphs is not None else []),
         name if step.world == 1 else f"{step.world} x {name}",
     ]
     return ", ".join(parts)

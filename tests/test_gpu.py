@@ -8,11 +8,12 @@ import torch
 
 from config import detect_tier, memory_gib, resolve
 from ddpm_model import DDPMModel
-from engine import batches, step
+from engine import batches, step, unet
 from engine.batches import Batches
 from engine.sources import load_images
 from engine.training import train
 from tests.test_step import SETTINGS
+from tests.test_unet import ARCHITECTURES, error, pair, results
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,6 +45,32 @@ def test_mixed_precision_and_compilation_follow_full_precision(dtype, monkeypatc
     assert losses(made) == pytest.approx(exact, rel=0.03)
     assert made.skipped.item() == 0
     assert made.scaler.is_enabled() == (dtype == torch.float16)
+
+
+def test_the_kernels_give_what_the_library_gives(monkeypatch):
+    assert unet.kernels
+    for flags in (torch.backends.cudnn, torch.backends.cuda.matmul):
+        monkeypatch.setattr(flags, "allow_tf32", False)
+    for architecture in (dict(dim=64), ARCHITECTURES[1]):
+        library, fast = pair("cuda", **architecture)
+        for a, b in zip(results(fast), results(library), strict=True):
+            assert error(a, b) < 2e-5
+    library, fast = pair("cuda", dim=64)
+    exact = results(library)
+    for network in (library, fast):
+        network.zero_grad()
+    for a, b, c in zip(results(fast, autocast=True), results(library, autocast=True), exact, strict=True):
+        assert error(a, c) < 1.5 * error(b, c)
+
+
+@pytest.mark.parametrize("micro", [32, 16, 12])
+def test_a_captured_step_computes_what_its_kernels_do_one_by_one(micro):
+    settings = dict(BATCH_SIZE=micro, USE_AMP=True)
+    plain, captured = make(**settings), make(CUDA_GRAPH=True, **settings)
+    for number in range(5):
+        losses = [made(images(), number, 1e-3)[0].item() for made in (plain, captured)]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert set(captured.graphs) == {min(micro, 32), 32 % micro or micro}
 
 
 def test_real_lack_of_memory_halves_the_micro_batch():

@@ -22,6 +22,7 @@ SETTINGS = {
     "HORIZONTAL_FLIP": True,
     "USE_AMP": False,
     "COMPILE_MODEL": False,
+    "CUDA_GRAPH": False,
     "SEED": 0,
 }
 
@@ -75,7 +76,7 @@ def test_accumulated_micro_batches_make_the_same_update_as_the_whole_batch(micro
         whole(images(), number, 1e-3)
         parts(images(), number, 1e-3)
     assert largest_difference(whole.model, make().model) > 0
-    assert largest_difference(whole.model, parts.model) < 1e-6
+    assert largest_difference(whole.model, parts.model) < 5e-6  # the updates are 3e-3; the rest is rounding
 
 
 def test_ema_is_its_closed_form():
