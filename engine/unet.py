@@ -139,11 +139,16 @@ def grow(x: Tensor, module: nn.Conv2d, doubling: Tensor) -> Tensor:
     return biased(F.conv_transpose2d(x, weight, stride=2, padding=1), module.bias)
 
 
+def fused(x: Tensor) -> bool:
+    """Whether x goes to our kernels; torch.compile makes its own of the formulas."""
+    return kernels is not None and x.is_cuda and not torch.compiler.is_compiling()
+
+
 def biased(x: Tensor, bias: Tensor | None) -> Tensor:
     """x (B, C, H, W), the output of a convolution, plus bias (C,)."""
     if bias is None:
         return x
-    if kernels and x.is_cuda:
+    if fused(x):
         return kernels.AddBias.apply(x.contiguous(memory_format=torch.channels_last), bias)
     return x + bias.to(x.dtype).view(1, -1, 1, 1)
 
@@ -162,7 +167,7 @@ def norm(
     x, residual: (B, C, H, W). bias, residual_bias: (C,). gain: C values. modulation (B, 2C): first scale - 1, then
     shift. Computes in fp32 whatever x is, and gives x's precision. RMSNorm: Zhang and Sennrich (arXiv:1910.07467).
     """
-    if kernels and x.is_cuda:
+    if fused(x):
         return kernels.Norm.apply(x, bias, gain, modulation, residual, residual_bias, activated)
     y = x.float() if bias is None else x + bias.float().view(1, -1, 1, 1)
     y = F.normalize(y, dim=1) * (gain.view(1, -1, 1, 1) * math.sqrt(x.shape[1]))
@@ -203,7 +208,7 @@ def linear_attention(qkv: Tensor, memory: Tensor) -> Tensor:
 
     Queries are a softmax over D and keys one over tokens, so that keys and values meet first, in a D x D matrix.
     """
-    if kernels and qkv.is_cuda and kernels.suits(memory):
+    if fused(qkv) and kernels.suits(memory):
         return kernels.LinearAttention.apply(qkv, memory)
     heads, dim = memory.shape[1:3]
     q, k, v = qkv.unflatten(2, (3, heads, dim)).permute(2, 0, 3, 1, 4)
