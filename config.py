@@ -136,14 +136,14 @@ def memory_gib(dim: int, image_size: int, batch_size: int, parameters: int, use_
     """Estimated peak memory of a training step in GiB.
 
     Weights, gradients, both Adam moments and EMA take 20 bytes a parameter; what the backward pass needs grows
-    with dim * pixels. The constants were measured for dim_mults (1,2,4,8) on an H100.
+    with dim * pixels. The constants were measured for dim_mults (1,2,4,8), 32 px, on an H200 (docs/speed.md).
     """
     activations = (ACTIVATION_BYTES_AMP if use_amp else ACTIVATION_BYTES) * dim * image_size**2 * batch_size
     return (20 * parameters + activations) / 2**30
 
 
-ACTIVATION_BYTES = 600
-ACTIVATION_BYTES_AMP = 420
+ACTIVATION_BYTES = 400
+ACTIVATION_BYTES_AMP = 150
 
 
 class Resolved(argparse.Namespace):

@@ -69,6 +69,48 @@ def test_one_step_is_adam_on_the_clipped_gradient_of_the_loss():
     assert largest_difference(step.model, reference) < 1e-6
 
 
+class Replayed:
+    """What engine.graph.Graph is to a step, on a machine that has no CUDA graphs."""
+
+    def __init__(self, work, inputs, parameters):
+        self.work, self.parameters, self.gradients = work, parameters, None
+
+    def __call__(self, *inputs):
+        before = [p.grad for p in self.parameters]
+        for p in self.parameters:
+            p.grad = None
+        loss = self.work(*inputs)
+        self.gradients = [p.grad for p in self.parameters]
+        for p, gradient in zip(self.parameters, before, strict=True):
+            p.grad = gradient
+        return loss
+
+
+@pytest.mark.parametrize("micro", [32, 8, 12])
+def test_replayed_micro_batches_make_the_same_update(micro, monkeypatch):
+    monkeypatch.setattr("engine.step.Graph", Replayed)
+    plain, replayed = make(BATCH_SIZE=micro), make(BATCH_SIZE=micro)
+    replayed.graphs = {}
+    for number in range(3):
+        losses = [step(images(), number, 1e-3)[0].item() for step in (plain, replayed)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert largest_difference(plain.model, replayed.model) < 5e-6
+    assert set(replayed.graphs) == {micro, 32 % micro or micro}
+
+
+def test_a_step_that_cannot_be_captured_is_done_without_a_graph(monkeypatch, capsys):
+    def refuse(*_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr("engine.step.Graph", refuse)
+    step, reference = make(), make()
+    step.graphs = {}
+    for made in (step, reference):
+        made(images(), 0, 1e-3)
+    assert "CUDA graph capture FAILED" in capsys.readouterr().out and step.graphs is None
+    assert largest_difference(step.model, reference.model) == 0
+
+
 @pytest.mark.parametrize("micro", [8, 12])  # 12 does not divide the batch
 def test_accumulated_micro_batches_make_the_same_update_as_the_whole_batch(micro):
     whole, parts = make(BATCH_SIZE=32), make(BATCH_SIZE=micro)
