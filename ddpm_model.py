@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from engine import checkpoints
 from engine.errors import UserError
+from engine.graph import Replays
 from engine.samplers import SAMPLERS, SPACINGS, SeededNoise, ddim_encode, intervals, slerp
 from engine.unet import FastUnet
 
@@ -35,6 +36,8 @@ class DDPMModel(nn.Module):
     Images at this boundary are float tensors (B, C, H, W) in [0, 1]. Any further keyword goes to the library's
     Unet (`dropout`, `self_condition`, `attn_heads`, ...). Raises UserError for sizes that do not go together.
     """
+
+    cuda_graph = True  # samplers on a GPU launch the network as one CUDA graph; set to False where that is not wanted
 
     def __init__(
         self,
@@ -50,6 +53,7 @@ class DDPMModel(nn.Module):
         **unet_kwargs: Any,
     ):
         super().__init__()
+        self.replays = Replays()
         if image_size % 2 ** (len(dim_mults) - 1):
             raise UserError(f"image_size {image_size} is not a multiple of {2 ** (len(dim_mults) - 1)}")
         if not 1 <= sampling_timesteps <= timesteps:
@@ -144,9 +148,27 @@ class DDPMModel(nn.Module):
         per_image = (prediction - target).square().mean(dim=(1, 2, 3))
         return (process.loss_weight[t] * per_image).mean()
 
+    def _apply(self, *arguments: Any, **options: Any) -> "DDPMModel":
+        """What .to, .cuda, .half and the like do: the weights move, and no graph may read where they were."""
+        self.replays.clear()
+        return super()._apply(*arguments, **options)
+
+    def evaluate(self, x: Tensor, t: Tensor, previous: Tensor | None = None) -> Tensor:
+        """The network at x (B, C, H, W) and timesteps t (B,), launched as one CUDA graph where that is possible."""
+        if not (self.cuda_graph and self.capturable and x.is_cuda) or torch.is_grad_enabled():
+            return self.unet(x, t, previous)
+        try:
+            return self.replays(self.unet, x, t)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as problem:
+            print(f"CUDA graph capture FAILED, sampling goes on without it: {str(problem).strip().splitlines()[0]}")
+            self.cuda_graph = False
+        return self.unet(x, t)
+
     def denoiser(self, clip: bool = True) -> "ModelDenoiser":
         """This model as the samplers see it; a new one for every sample, since self-conditioning remembers."""
-        return ModelDenoiser(self.diffusion, clip)
+        return ModelDenoiser(self.diffusion, self.evaluate, clip)
 
     def plan(
         self, sampler: str | Callable | None = None, steps: int | None = None, spacing: str = "uniform"
@@ -344,14 +366,14 @@ class DDPMModel(nn.Module):
 
 
 class ModelDenoiser:
-    """Predicts x_0 with a model's network, converting from whatever it predicts. See engine.samplers.Denoiser.
+    """Predicts x_0 with a process's network, converting from whatever it predicts. See engine.samplers.Denoiser.
 
     Where alpha_bar is 0 a predicted noise says nothing of x_0: a `pred_noise` network is then asked as if x were at
     the last timestep that has some signal, from which pure noise hardly differs.
     """
 
-    def __init__(self, process: GaussianDiffusion, clip: bool):
-        self.process, self.clip = process, clip
+    def __init__(self, process: GaussianDiffusion, network: Callable[..., Tensor], clip: bool):
+        self.process, self.network, self.clip = process, network, clip
         self.alpha_bar: list[float] = process.alphas_cumprod.double().tolist()
         self.last = max(t for t, a in enumerate(self.alpha_bar) if a > 0 or process.objective != "pred_noise")
         self.previous: Tensor | None = None
@@ -361,7 +383,7 @@ class ModelDenoiser:
         t = min(t, self.last)
         signal, noise = math.sqrt(self.alpha_bar[t]), math.sqrt(1 - self.alpha_bar[t])
         times = torch.full((len(x),), t, device=x.device, dtype=torch.long)
-        x_0 = self.process.model(x, times, self.previous).to(x.dtype)
+        x_0 = self.network(x, times, self.previous).to(x.dtype)
         if self.process.objective == "pred_noise":
             x_0 = (x - noise * x_0) / signal
         elif self.process.objective == "pred_v":

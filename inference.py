@@ -326,6 +326,7 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
     if settings["channels_last"]:
         model.unet.to(memory_format=torch.channels_last)
     if settings["compile_model"]:
+        model.cuda_graph = False
         model.unet.compile()
     if not settings["steps"]:
         settings["steps"] = model.num_timesteps if sampler == "ddpm" else model.sampling_timesteps

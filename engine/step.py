@@ -112,11 +112,7 @@ class Step:
         *tensors, share = micro
         size = len(tensors[0])
         if size not in self.graphs:
-            before = [p.grad for p in self.parameters]
-            self.optimizer.zero_grad()
             self.graphs[size] = Graph(lambda *values: self.backward(*values, share), tensors, self.parameters)
-            for p, gradient in zip(self.parameters, before, strict=True):
-                p.grad = gradient
         loss = self.graphs[size](*tensors)
         for p, gradient in zip(self.parameters, self.graphs[size].gradients, strict=True):
             if gradient is not None:
