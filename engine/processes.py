@@ -55,24 +55,24 @@ def together(how_to_go_on: Callable[[], str]) -> Iterator[PartialState]:
     processes = join()
     if processes.num_processes == 1:
         yield processes
-        return
-    outermost = Watch.current is None
-    watch = Watch.current = Watch.current or Watch(processes)
-    watch.advice.append(how_to_go_on)
-    try:
+    elif Watch.current:
+        Watch.current.advice.append(how_to_go_on)
         yield processes
-    except BaseException as problem:
-        if isinstance(problem, RuntimeError):  # perhaps a collective operation that failed because a process was lost
-            time.sleep(PATIENCE)  # in which the watch, if it is so, ends this process
-        if outermost:
-            watch.leave(DONE if isinstance(problem, SystemExit) else FAILED)
-        raise
+        Watch.current.advice.pop()  # not after a failure: the line that may follow is still about this block
     else:
-        if outermost:
-            watch.leave(DONE)
-    finally:
-        watch.advice.pop()
-        if outermost:
+        watch = Watch.current = Watch(processes, how_to_go_on)
+        parting = FAILED
+        try:
+            yield processes
+            parting = DONE
+        except SystemExit:
+            parting = DONE
+            raise
+        except RuntimeError:  # perhaps of a collective operation that lacks a process: then the watch ends this one
+            time.sleep(PATIENCE)
+            raise
+        finally:
+            watch.leave(parting)
             Watch.current = None
 
 
@@ -86,10 +86,10 @@ class Watch:
 
     current: "Watch | None" = None
 
-    def __init__(self, processes: PartialState):
+    def __init__(self, processes: PartialState, how_to_go_on: Callable[[], str]):
         self.rank, self.world = processes.process_index, processes.num_processes
         self.local_rank = processes.local_process_index
-        self.advice: list[Callable[[], str]] = [lambda: "start it again"]
+        self.advice = [how_to_go_on]
         self.left, self.ending = False, threading.Lock()
         self.names = [""] * self.world
         torch.distributed.all_gather_object(self.names, f"{socket.gethostname()}, pid {os.getpid()}")

@@ -121,35 +121,6 @@ def test_a_signal_saves_first(number, tmp_path):
     assert state["progress"]["step"] == step >= 10
 
 
-def test_two_processes_make_the_updates_of_one_and_resume_as_one_and_back(trained, tmp_path):
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    flags = [flag if flag != "0.1" else "0" for flag in TINY]  # without dropout, whose masks differ by process
-    flags[flags.index("--batch_size") + 1] = "32"
-    run(tmp_path, "train.py", *flags, "--run_name", "one", "--max_steps", "9")
-
-    def launched(*arguments: str) -> None:
-        result = call(tmp_path, [*launch, str(ROOT / "train.py"), *arguments])
-        assert result.returncode == 0, result.stdout + result.stderr
-
-    launched(*flags, "--run_name", "two", "--max_steps", "3")
-    assert {path.name for path in (tmp_path / "checkpoints/two").iterdir()} == {"last.pt", "best.pt", "final.pt"}
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"one", "two", "ddpm_final.pt"}
-    assert len(list((tmp_path / "samples/two/tensorboard").iterdir())) == 1
-    run(tmp_path, "train.py", "--resume", "two", "--max_steps", "6")  # goes on as one process
-    launched("--resume", "two", "--max_steps", "9")  # and as two again
-    assert largest_difference(tmp_path / "checkpoints/one/final.pt", tmp_path / "checkpoints/two/final.pt") < 1e-6
-
-
 def test_minutes_end_with_the_schedule_at_its_end(tmp_path):
     run(tmp_path, "train_optimized.py", *TINY, "--run_name", "timed", "--minutes", "0.08")
     rows = [json.loads(line) for line in (tmp_path / "samples/timed/metrics.jsonl").read_text().splitlines()]

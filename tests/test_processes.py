@@ -1,0 +1,185 @@
+"""Several processes on one machine, talking through gloo: they compute what one computes, and end together."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_training import ROOT, largest_difference
+
+import inference
+from config import detect_tier, resolve
+from ddpm_model import DDPMModel
+from engine.errors import UserError
+from engine.processes import join
+from engine.sources import load_images
+from engine.training import train
+
+FLAGS = {"IMAGE_SIZE": 8, "DIM": 8, "DIM_MULTS": (1, 2), "BATCH_SIZE": 32, "WARMUP_STEPS": 5, "LR_SCHEDULE": "constant"}
+FLAGS |= {"SAMPLING_TIMESTEPS": 4, "NUM_SAMPLES": 4, "SAMPLE_GRIDS": 2}  # no dropout, whose masks differ by process
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs the processes do not talk through gloo")
+
+
+def start(arguments: list[str], **environment: str) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
+    return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def torchrun(script: str, *arguments: str) -> subprocess.Popen:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return start([*launcher, str(ROOT / script), *arguments])
+
+
+def finish(process: subprocess.Popen) -> str:
+    """What a process that ends well prints."""
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, output + errors
+    return output
+
+
+def train_with_two(*arguments: str) -> subprocess.Popen:
+    flags = []
+    for name, value in FLAGS.items():
+        flags += [f"--{name.lower()}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return torchrun("train.py", "--dataset", "shapes", *flags, *arguments)
+
+
+def train_alone(max_steps: int, resume: str = "", run_name: str = "") -> None:
+    config = resolve("shapes", detect_tier(), flags=FLAGS | {"MAX_STEPS": max_steps, "RUN_NAME": run_name})
+    path = Path("checkpoints") / resume / "last.pt" if resume else None
+    train(DDPMModel.from_config(config), load_images("shapes", 8, Path("data")), config, path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("processes")
+
+
+def test_two_processes_make_the_updates_of_one_from_which_they_resume_and_which_resumes_from_them(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    train_alone(9, run_name="one")
+    train_alone(3, run_name="two")
+    assert "2 x CPU" in finish(train_with_two("--resume", "two", "--max_steps", "6"))
+    assert {path.name for path in Path("checkpoints").iterdir()} == {"one", "two", "ddpm_final.pt"}
+    assert {path.name for path in Path("checkpoints/two").iterdir()} == {"last.pt", "best.pt", "final.pt"}
+    assert len(list(Path("samples/two/tensorboard").iterdir())) == 2  # one of each session, not of each process
+    train_alone(9, resume="two")
+    assert largest_difference(Path("checkpoints/one/final.pt"), Path("checkpoints/two/final.pt")) < 1e-6
+    one, two = (torch.load(f"checkpoints/{name}/final.pt", weights_only=True)["progress"] for name in ("one", "two"))
+    assert two | {"seconds": 0, "best": 0} == one | {"seconds": 0, "best": 0}
+    rows = [json.loads(line) for line in Path("samples/two/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [3, 6, 9]
+
+
+def test_a_killed_worker_ends_the_run_which_goes_on_as_one_process(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    train_alone(30, run_name="whole")
+    launcher = train_with_two("--run_name", "killed", "--max_steps", "30", "--save_minutes", "0")
+    last = Path("checkpoints/killed/last.pt")
+    while not last.exists():
+        assert launcher.poll() is None
+        time.sleep(0.01)
+    children = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=True)
+    workers = [int(pid) for pid in children.stdout.split()]
+    (victim,) = [pid for pid in workers if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(victim, signal.SIGKILL)
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1
+    lines = re.findall(r"^error: .*", errors, re.MULTILINE)
+    assert len(lines) == 1 and lines[0].startswith("error: process 1 (") and f"pid {victim};" in lines[0]
+    assert lines[0].endswith("so all stop: go on with --resume killed")
+    assert errors.count("Traceback (most") == 1  # the launcher's own
+    assert torch.load(last, weights_only=True)["progress"]["step"] < 30
+    train_alone(30, resume="killed")
+    assert largest_difference(Path("checkpoints/killed/final.pt"), Path("checkpoints/whole/final.pt")) < 1e-5
+
+
+WAITING = """
+import signal, sys, time
+from engine.command_line import run
+from engine.errors import UserError
+from engine.processes import together
+
+def main():
+    with together(lambda: "go on like this") as processes:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print("there", flush=True)
+        if processes.process_index == 2 and sys.argv[1] == "failing":
+            raise UserError("a disk of its own is full")
+        time.sleep(1000)  # as in a collective operation that never ends
+
+run(main)
+"""
+
+
+@pytest.mark.parametrize(("how", "lost"), [("killed", 0), ("failing", 2)])
+def test_processes_that_wait_for_ever_end_when_one_is_gone(how, lost, tmp_path):
+    """As on three machines: no launcher ends the others, and each says why on its own."""
+    (tmp_path / "waiting.py").write_text(WAITING)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "3", "LOCAL_RANK": "0"}
+    arguments = [sys.executable, str(tmp_path / "waiting.py"), how]
+    processes = [start(arguments, RANK=str(rank), **common) for rank in range(3)]
+    for process in processes:
+        assert process.stdout.readline() == "there\n"
+    if how == "killed":
+        processes[lost].kill()
+    for rank, process in enumerate(processes):
+        _, errors = process.communicate(timeout=30)
+        if rank != lost:
+            what = r"was lost \(.*\)" if how == "killed" else "failed"
+            assert process.returncode == 1
+            line = rf"error: process {lost} \(.*, pid {processes[lost].pid}; .*\) {what}, so all stop: go on like this"
+            assert re.fullmatch(line, errors.strip())
+        elif how == "failing":
+            assert process.returncode == 2 and errors == "error: a disk of its own is full\n"
+
+
+GENERATE = """
+import torch
+import inference
+from ddpm_model import DDPMModel
+from engine.processes import together
+
+inference.main()
+with together(str) as processes:
+    model = DDPMModel().load_model("checkpoints/ddpm_final.pt")
+    images = inference.batch_generate(model, total_samples=10, batch_size=3, seed=5, sampler="ddpm")
+    torch.save(images, f"rank{processes.process_index}.pt")
+"""
+
+
+def test_two_processes_draw_what_one_draws(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = DDPMModel(image_size=16, dim=8, dim_mults=(1, 2), timesteps=20, sampling_timesteps=2)
+    model.save_model("checkpoints/ddpm_final.pt")
+    arguments = ["--mode", "batch", "--num_samples", "600", "--format", "npz", "--output_dir"]
+    Path("generate.py").write_text(GENERATE)
+    output = finish(torchrun(str(tmp_path / "generate.py"), *arguments, "two"))
+    assert output.count("batch: 600 images: images.npz") == 1
+    monkeypatch.setattr(sys, "argv", ["inference.py", *arguments, "one"])
+    inference.main()
+    one, two = (next((tmp_path / name).rglob("images.npz")) for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes() and len(np.unique(np.load(one)["images"], axis=0)) == 600
+    summary = json.loads((two.parent / "summary.json").read_text())
+    assert summary["processes"] == 2 and summary["seeds"] == list(range(600))
+    whole = inference.batch_generate(model, total_samples=10, batch_size=3, seed=5, sampler="ddpm")
+    for rank in range(2):
+        assert torch.equal(torch.load(f"rank{rank}.pt", weights_only=True), whole)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="this machine takes 2 at most"):
+        join()
