@@ -18,7 +18,7 @@ from engine.errors import UserError
 
 # of one collective operation. Whoever waits in one may wait for a data set to be decoded by another, which takes long;
 # the death of a process is noticed at once, by other means
-TIMEOUT = timedelta(hours=6)
+TIMEOUT = timedelta(hours=2)
 MEETING = 60.0  # seconds that the processes may take to connect to the first
 PATIENCE = 5.0  # seconds in which a process may find out for itself what another one has found out
 DONE, FAILED, LOST = b"d", b"f", b"l"
