@@ -31,12 +31,12 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] = DEFAUL
                 progress=processes.is_local_main_process,
             )  # fmt: skip
         model = DDPMModel.from_config(config)
-        if options.dry_run:
+        if options.dry_run and processes.is_main_process:
             parameters = sum(p.numel() for p in model.parameters())
             memory = memory_gib(config.DIM, config.IMAGE_SIZE, config.BATCH_SIZE, parameters, config.USE_AMP)
             print(f"{config.table()}\n\n{estimate(model, len(images), config, memory)}")
-            return
-        train(model, images, config, options.resume)
+        if not options.dry_run:
+            train(model, images, config, options.resume)
 
 
 if __name__ == "__main__":

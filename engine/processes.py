@@ -41,7 +41,7 @@ def from_first(value: Any) -> Any:
     """The first process's value, on every process."""
     values = [value]
     if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(values)
+        torch.distributed.broadcast_object_list(values, src=0)
     return values[0]
 
 

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from test_step import SETTINGS
 from test_training import ROOT, largest_difference
 
 import inference
@@ -21,6 +23,7 @@ from ddpm_model import DDPMModel
 from engine.errors import UserError
 from engine.processes import join
 from engine.sources import load_images
+from engine.step import Step
 from engine.training import train
 
 FLAGS = {"IMAGE_SIZE": 8, "DIM": 8, "DIM_MULTS": (1, 2), "BATCH_SIZE": 32, "WARMUP_STEPS": 5, "LR_SCHEDULE": "constant"}
@@ -28,14 +31,17 @@ FLAGS |= {"SAMPLING_TIMESTEPS": 4, "NUM_SAMPLES": 4, "SAMPLE_GRIDS": 2}  # no dr
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs the processes do not talk through gloo")
 
 
-def start(arguments: list[str], **environment: str) -> subprocess.Popen:
+def start(folder: Path, arguments: list[str], **environment: str) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
-    return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(arguments, cwd=folder, env=environment, text=True, **pipes)
 
 
-def torchrun(script: str, *arguments: str) -> subprocess.Popen:
+def torchrun(folder: Path, script: str, *arguments: str) -> subprocess.Popen:
+    """Two processes of a script in the folder, or else of the repository."""
+    path = folder / script if (folder / script).exists() else ROOT / script
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return start([*launcher, str(ROOT / script), *arguments])
+    return start(folder, [*launcher, str(path), *arguments])
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -49,7 +55,7 @@ def train_with_two(*arguments: str) -> subprocess.Popen:
     flags = []
     for name, value in FLAGS.items():
         flags += [f"--{name.lower()}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
-    return torchrun("train.py", "--dataset", "shapes", *flags, *arguments)
+    return torchrun(Path.cwd(), "train.py", "--dataset", "shapes", *flags, *arguments)
 
 
 def train_alone(max_steps: int, resume: str = "", run_name: str = "") -> None:
@@ -103,14 +109,16 @@ def test_a_killed_worker_ends_the_run_which_goes_on_as_one_process(folder, monke
 
 
 WAITING = """
-import signal, sys, time
+import os, sys, time
 from engine.command_line import run
 from engine.errors import UserError
 from engine.processes import together
 
 def main():
     with together(lambda: "go on like this") as processes:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if os.fork() == 0:  # as a data worker, which may outlive its parent
+            os.close(1), os.close(2)
+            os._exit(len(sys.stdin.read()))
         print("there", flush=True)
         if processes.process_index == 2 and sys.argv[1] == "failing":
             raise UserError("a disk of its own is full")
@@ -127,55 +135,83 @@ def test_processes_that_wait_for_ever_end_when_one_is_gone(how, lost, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "3", "LOCAL_RANK": "0"}
-    arguments = [sys.executable, str(tmp_path / "waiting.py"), how]
-    processes = [start(arguments, RANK=str(rank), **common) for rank in range(3)]
+    arguments = [sys.executable, "-W", "ignore", "waiting.py", how]
+    processes = [start(tmp_path, arguments, RANK=str(rank), **common) for rank in range(3)]
     for process in processes:
         assert process.stdout.readline() == "there\n"
     if how == "killed":
         processes[lost].kill()
     for rank, process in enumerate(processes):
-        _, errors = process.communicate(timeout=30)
+        code, errors = process.wait(30), process.stderr.read()
         if rank != lost:
             what = r"was lost \(.*\)" if how == "killed" else "failed"
-            assert process.returncode == 1
             line = rf"error: process {lost} \(.*, pid {processes[lost].pid}; .*\) {what}, so all stop: go on like this"
-            assert re.fullmatch(line, errors.strip())
+            assert code == 1 and re.fullmatch(line, errors.strip())
         elif how == "failing":
-            assert process.returncode == 2 and errors == "error: a disk of its own is full\n"
+            assert code == 2 and errors == "error: a disk of its own is full\n"
+    for process in processes:
+        process.stdin.close()
 
 
-GENERATE = """
+SHARED = f"""
+from types import SimpleNamespace
+
 import torch
+
 import inference
 from ddpm_model import DDPMModel
 from engine.processes import together
+from engine.step import Step
 
 inference.main()
 with together(str) as processes:
+    rank, world = processes.process_index, processes.num_processes
     model = DDPMModel().load_model("checkpoints/ddpm_final.pt")
-    images = inference.batch_generate(model, total_samples=10, batch_size=3, seed=5, sampler="ddpm")
-    torch.save(images, f"rank{processes.process_index}.pt")
+    drawn = inference.batch_generate(model, total_samples=10, batch_size=3, seed=5, sampler="ddpm")
+    step = Step(model, SimpleNamespace(**{SETTINGS | {"BATCH_SIZE": 16}}), rank, world)
+    loss, norm = step(torch.load("images.pt")[16 * rank :][:16], 3, 1e-3)
+    results = dict(drawn=drawn, loss=loss, norm=norm, weights=list(step.model.parameters()))
+    torch.save(results, f"rank{{rank}}.pt")
 """
+BATCH = ["--mode", "batch", "--num_samples", "600", "--format", "npz", "--output_dir"]
 
 
-def test_two_processes_draw_what_one_draws(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Path:
+    """A folder with an untrained model and what two processes did with it."""
+    folder = tmp_path_factory.mktemp("shared")
     torch.manual_seed(0)
     model = DDPMModel(image_size=16, dim=8, dim_mults=(1, 2), timesteps=20, sampling_timesteps=2)
-    model.save_model("checkpoints/ddpm_final.pt")
-    arguments = ["--mode", "batch", "--num_samples", "600", "--format", "npz", "--output_dir"]
-    Path("generate.py").write_text(GENERATE)
-    output = finish(torchrun(str(tmp_path / "generate.py"), *arguments, "two"))
+    model.save_model(folder / "checkpoints/ddpm_final.pt")
+    torch.save(torch.randint(256, (32, 3, 16, 16), dtype=torch.uint8), folder / "images.pt")
+    (folder / "shared.py").write_text(SHARED)
+    output = finish(torchrun(folder, "shared.py", *BATCH, "two"))
     assert output.count("batch: 600 images: images.npz") == 1
-    monkeypatch.setattr(sys, "argv", ["inference.py", *arguments, "one"])
+    return folder
+
+
+def test_two_processes_draw_what_one_draws(shared, monkeypatch):
+    monkeypatch.chdir(shared)
+    monkeypatch.setattr(sys, "argv", ["inference.py", *BATCH, "one"])
     inference.main()
-    one, two = (next((tmp_path / name).rglob("images.npz")) for name in ("one", "two"))
+    one, two = (next((shared / name).rglob("images.npz")) for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes() and len(np.unique(np.load(one)["images"], axis=0)) == 600
     summary = json.loads((two.parent / "summary.json").read_text())
     assert summary["processes"] == 2 and summary["seeds"] == list(range(600))
-    whole = inference.batch_generate(model, total_samples=10, batch_size=3, seed=5, sampler="ddpm")
+    model = DDPMModel().load_model("checkpoints/ddpm_final.pt")
+    drawn = inference.batch_generate(model, total_samples=10, batch_size=3, seed=5, sampler="ddpm")
     for rank in range(2):
-        assert torch.equal(torch.load(f"rank{rank}.pt", weights_only=True), whole)
+        assert torch.equal(torch.load(f"rank{rank}.pt", weights_only=True)["drawn"], drawn)
+
+
+def test_half_a_batch_in_each_of_two_processes_is_a_step_of_the_whole(shared, monkeypatch):
+    monkeypatch.chdir(shared)
+    step = Step(DDPMModel().load_model("checkpoints/ddpm_final.pt"), SimpleNamespace(**SETTINGS))
+    loss, norm = step(torch.load("images.pt", weights_only=True), 3, 1e-3)
+    for rank in range(2):
+        two = torch.load(f"rank{rank}.pt", weights_only=True)
+        torch.testing.assert_close((two["loss"], two["norm"]), (loss, norm))
+        torch.testing.assert_close(two["weights"], list(step.model.parameters()), rtol=0, atol=1e-6)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
