@@ -146,14 +146,14 @@ def test_every_tenth_epoch_is_kept(tmp_path):
 def test_a_loss_that_stays_broken_stops_the_run_and_keeps_the_good_weights(tmp_path):
     shutil.copy(ROOT / "train.py", tmp_path / "break.py")
     text = (tmp_path / "break.py").read_text()
-    text = text.replace("from accelerate", "import torch\nfrom accelerate").replace(
-        "    train(model, images,",
-        "    whole, model.calls = model.forward, 0\n"
-        "    def forward(*a):\n"
-        "        model.calls += 1\n"
-        "        return whole(*a) * (1 if model.calls <= 5 else float('nan'))\n"
-        "    model.forward = forward\n"
-        "    train(model, images,",
+    text = text.replace(
+        "            train(model, images,",
+        "            whole, model.calls = model.forward, 0\n"
+        "            def forward(*a):\n"
+        "                model.calls += 1\n"
+        "                return whole(*a) * (1 if model.calls <= 5 else float('nan'))\n"
+        "            model.forward = forward\n"
+        "            train(model, images,",
     )
     (tmp_path / "break.py").write_text(text)
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
