@@ -106,7 +106,7 @@ class Watch:
             ("", 0), family=socket.AF_INET6 if both else socket.AF_INET, backlog=self.world, dualstack_ipv6=both
         ) as server:
             token = secrets.token_bytes(16)
-            from_first((os.environ["MASTER_ADDR"], server.getsockname()[1], token))
+            from_first((os.environ.get("MASTER_ADDR", socket.gethostname()), server.getsockname()[1], token))
             server.settimeout(MEETING)
             while len(peers) < self.world - 1:
                 try:
