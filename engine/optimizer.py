@@ -4,9 +4,13 @@ A whole model is updated by a few kernels, none of which asks the host for anyth
 the update is good at all are scalars on the device, so that an update can be part of a CUDA graph.
 """
 
+import itertools
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.unet import fused, kernels
@@ -15,6 +19,7 @@ BETAS = (0.9, 0.99)
 EPSILON = 1e-8
 MOMENTUM = 0.95
 LIKE_ADAM = 0.2  # root mean square of a Muon update, as Adam's are: Liu et al. (arXiv:2502.16982)
+NARROW = 2304  # columns: matrices of fewer are made up to the widest of them
 ALIGNED = 64  # values: each parameter begins at a multiple of 256 bytes, as kernels like it
 
 
@@ -83,44 +88,73 @@ class Muon:
 
     def __init__(self, weights: Tensor, shapes: Sequence[torch.Size]):
         self.mean = torch.zeros_like(weights)
-        self.groups: list[tuple[int, int, int]] = []  # matrices, rows, columns
-        for shape in shapes:
-            rows, columns = shape[0], shape[1:].numel()
-            before = self.groups[-1] if self.groups else (0, 0, 0)
-            if before[1:] == (rows, columns):
-                self.groups[-1] = (before[0] + 1, rows, columns)
-            else:
-                self.groups.append((1, rows, columns))
+        # many small products take a GPU as long as a few large ones: all matrices of a key are one batch
+        self.batches: dict[tuple[int, int], list[Matrices]] = {}
+        start = 0
+        for (rows, columns), equal in itertools.groupby((shape[0], shape[1:].numel()) for shape in shapes):
+            matrices = Matrices(start, len(list(equal)), rows, columns)
+            short, long = min(rows, columns), max(rows, columns)
+            key = (2 ** math.ceil(math.log2(short)), long if long > NARROW else NARROW)
+            self.batches.setdefault(key, []).append(matrices)
+            start = matrices.stop
 
     def update(self, weights: Tensor, gradient: Tensor, rate: Tensor, factor: Tensor, good: Tensor) -> None:
         """One step along gradient * factor; rate, factor and good are scalars. Where good is 0 nothing changes."""
         gradient = torch.where(good > 0, gradient * factor, 0)
         self.mean.lerp_(gradient, (1 - MOMENTUM) * good)
         ahead = gradient.lerp_(self.mean, MOMENTUM)  # Nesterov's
-        start = 0
-        for count, rows, columns in self.groups:
-            part = slice(start, start + count * -(-rows * columns // ALIGNED) * ALIGNED)
-            own = (count, -1)
-            matrices = ahead[part].view(own)[:, : rows * columns].unflatten(1, (rows, columns))
-            size = LIKE_ADAM * max(rows, columns) ** 0.5
-            update = orthogonal(matrices) * (size * rate * good)
-            weights[part].view(own)[:, : rows * columns].unflatten(1, (rows, columns)).sub_(update)
-            start = part.stop
+        for batch in self.batches.values():
+            parts = [matrices.of(ahead) for matrices in batch]
+            lying = [part.mT if part.shape[1] > part.shape[2] else part for part in parts]
+            short, long = (max(part.shape[i] for part in lying) for i in (1, 2))
+            # rows and columns of zeros change nothing and stay zeros
+            padding = [(0, long - part.shape[2], 0, short - part.shape[1]) for part in lying]
+            updates = orthogonal(torch.cat([F.pad(part, pad) for part, pad in zip(lying, padding, strict=True)]))
+            updates = updates.split([matrices.count for matrices in batch])
+            for matrices, part, update in zip(batch, lying, updates, strict=True):
+                update = update[:, : part.shape[1], : part.shape[2]]
+                update = update if part.shape[1] == matrices.rows else update.mT
+                size = LIKE_ADAM * max(matrices.rows, matrices.columns) ** 0.5
+                matrices.of(weights).sub_(update * (size * rate * good))
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"mean": self.mean}
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
-    """Matrices (K, M, N) with their singular values moved near 1, by five Newton-Schulz steps.
+@dataclass(frozen=True)
+class Matrices:
+    """`count` matrices of the same shape that lie in a vector from `start` on, each padded."""
+
+    start: int
+    count: int
+    rows: int
+    columns: int
+
+    @property
+    def stride(self) -> int:
+        """From one to the next."""
+        return -(-self.rows * self.columns // ALIGNED) * ALIGNED
+
+    @property
+    def stop(self) -> int:
+        """Where the next ones begin."""
+        return self.start + self.count * self.stride
+
+    def of(self, flat: Tensor) -> Tensor:
+        """These matrices (count, rows, columns), a view of the vector."""
+        whole = flat[self.start : self.stop].view(self.count, self.stride)
+        return whole[:, : self.rows * self.columns].unflatten(1, (self.rows, self.columns))
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """Matrices (K, M, N), M at most N, with their singular values moved near 1 by five Newton-Schulz steps.
 
     The quintic's coefficients make small ones grow fast and leave all between 0.7 and 1.2. In bf16 on a GPU.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.to(torch.bfloat16 if matrices.is_cuda else matrices.dtype)
-    x = x.mT if x.shape[1] > x.shape[2] else x
+    x = x.to(torch.bfloat16) if x.is_cuda else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return (x.mT if matrices.shape[1] > matrices.shape[2] else x).to(matrices.dtype)
+    return x

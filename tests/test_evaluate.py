@@ -39,7 +39,9 @@ def test_frechet_distance_of_gaussians_that_commute_is_the_closed_form():
     a[:5] = b[10:15] = 0  # neither covariance has full rank
     mean = rng.normal(size=30)
     found = metrics.frechet_distance(gaussian(mean, basis * a @ basis.T), gaussian(0 * mean, basis * b @ basis.T))
-    assert found == pytest.approx(np.square(mean).sum() + np.square(np.sqrt(a) - np.sqrt(b)).sum(), rel=1e-7)  # square roots of what rounding leaves of 0
+    assert found == pytest.approx(
+        np.square(mean).sum() + np.square(np.sqrt(a) - np.sqrt(b)).sum(), rel=1e-7
+    )  # square roots of what rounding leaves of 0
 
 
 def test_frechet_distance_agrees_with_the_matrix_square_root():

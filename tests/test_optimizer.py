@@ -36,7 +36,7 @@ def test_adam_is_pytorchs_and_leaves_out_what_is_not_good(kernel, monkeypatch):
 
 def test_orthogonal_keeps_singular_vectors_and_brings_values_near_one():
     generator = torch.Generator().manual_seed(0)
-    for shape in ((2, 8, 30), (2, 30, 8), (1, 16, 16)):
+    for shape in ((2, 8, 30), (1, 16, 16)):
         x = torch.randn(shape, generator=generator)
         u, s, v = torch.linalg.svd(x, full_matrices=False)
         inside = u.mT @ orthogonal(x) @ v.mT  # diagonal, where the vectors are the same
@@ -62,7 +62,10 @@ def test_muon_moves_each_matrix_by_its_own_momentum():
         for w, m, g in zip(expected, mean, views(gradient, parameters), strict=True):
             m.mul_(0.95).add_(0.05 * 0.5 * g)
             ahead = (0.05 * 0.5 * g + 0.95 * m).flatten(1)
-            w -= 0.1 * 0.2 * max(ahead.shape) ** 0.5 * orthogonal(ahead[None])[0].view(w.shape)
+            update = (
+                orthogonal(ahead[None])[0] if ahead.shape[0] <= ahead.shape[1] else orthogonal(ahead.mT[None])[0].mT
+            )
+            w -= 0.1 * 0.2 * max(ahead.shape) ** 0.5 * update.reshape(w.shape)
     for w, part in zip(expected, views(weights, parameters), strict=True):
         torch.testing.assert_close(part, w, rtol=1e-4, atol=1e-5)
 
@@ -79,6 +82,7 @@ def test_flattened_parameters_are_views_in_which_equal_matrices_lie_together():
         )
     matrices = [p.shape for name, p in named if is_matrix(name, p)]
     assert [is_matrix(name, p) for name, p in named] == [True] * len(matrices) + [False] * (len(named) - len(matrices))
-    assert len(Muon(flat[:0], matrices).groups) == len(set((s[0], s[1:].numel()) for s in matrices))
+    groups = [group for batch in Muon(flat[:0], matrices).batches.values() for group in batch]
+    assert len(groups) == len({(shape[0], shape[1:].numel()) for shape in matrices})
     flat.zero_()
     assert all(not p.any() for p in model.parameters())
