@@ -131,6 +131,10 @@ class DDPMModel(nn.Module):
         The squared error of what the objective predicts, weighted by timestep: min-SNR, Hang et al.
         (arXiv:2303.09556), unless min_snr_gamma is 0.
         """
+        return (self.diffusion.loss_weight[t] * self.squared_error(images, t, noise)).mean()
+
+    def squared_error(self, images: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """The mean squared error of what the objective predicts, unweighted, of each image: (B,). As for forward."""
         process = self.diffusion
         x_0 = images * 2 - 1
         x_t = process.q_sample(x_0, t, noise)
@@ -145,8 +149,7 @@ class DDPMModel(nn.Module):
             target = x_0
         else:
             target = process.predict_v(x_0, t, noise)
-        per_image = (prediction - target).square().mean(dim=(1, 2, 3))
-        return (process.loss_weight[t] * per_image).mean()
+        return (prediction - target).square().mean(dim=(1, 2, 3))
 
     def _apply(self, *arguments: Any, **options: Any) -> "DDPMModel":
         """What .to, .cuda, .half and the like do: the weights move, and no graph may read where they were."""

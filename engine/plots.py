@@ -129,3 +129,30 @@ def save_loss_curve(metrics: Path, path: Path) -> None:
     axes.set_ylabel("loss (weighted squared error)")
     axes.grid(alpha=0.3, which="both")
     save_figure(figure, path)
+
+
+def save_distance_curve(minutes: Sequence[float], distances: dict[str, Sequence[float]], path: Path) -> None:
+    """Draws distances to a data set, by the name of each, against minutes of training."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    order = np.argsort(minutes)
+    for name, values in distances.items():
+        axes.plot(np.array(minutes)[order], np.array(values)[order], "o-", markersize=4, label=name)
+    axes.set_yscale("log")
+    axes.set_xlabel("minutes of training")
+    axes.set_ylabel("distance to the reference")
+    axes.legend()
+    axes.grid(alpha=0.3, which="both")
+    save_figure(figure, path)
+
+
+def save_loss_by_timestep(timesteps: Sequence[int], losses: dict[str, Sequence[float]], path: Path) -> None:
+    """Draws the loss at each of some timesteps, a line for each model by its name."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name, values in losses.items():
+        axes.plot(timesteps, values, "o-", markersize=3, label=name)
+    axes.set_yscale("log")
+    axes.set_xlabel("timestep (0: nearly clean)")
+    axes.set_ylabel("squared error, unweighted")
+    axes.legend()
+    axes.grid(alpha=0.3, which="both")
+    save_figure(figure, path)
