@@ -14,8 +14,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_step import SETTINGS
-from test_training import ROOT, largest_difference
 
 import inference
 from config import detect_tier, resolve
@@ -25,6 +23,8 @@ from engine.processes import join
 from engine.sources import load_images
 from engine.step import Step
 from engine.training import train
+from tests.test_step import SETTINGS
+from tests.test_training import ROOT, largest_difference
 
 FLAGS = {"IMAGE_SIZE": 8, "DIM": 8, "DIM_MULTS": (1, 2), "BATCH_SIZE": 32, "WARMUP_STEPS": 5, "LR_SCHEDULE": "constant"}
 FLAGS |= {"SAMPLING_TIMESTEPS": 4, "NUM_SAMPLES": 4, "SAMPLE_GRIDS": 2}  # no dropout, whose masks differ by process
