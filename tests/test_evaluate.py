@@ -139,7 +139,7 @@ def test_lite0_sees_images_resized_as_by_pillow():
     x = (torch.from_numpy(np.stack(planes))[None] - 127) / 128
     by_hand = network.network._avg_pooling(network.network.extract_features(x)).flatten().numpy()
     assert np.abs(found[0] - by_hand).max() < 1e-3
-    assert np.abs(found[0] - found[1]).mean() > 0.2
+    assert np.abs(found[0] - found[1]).mean() > 0.05
     assert metrics.extract(network, shapes[:1, :, :9, :9], CPU).shape == (1, 1280)
 
 
