@@ -178,11 +178,11 @@ def test_inception_from_a_file_scores_images(folder, monkeypatch, capsys):
         untrained.setattr(inception, "load_state_dict_from_url", lambda *_, **__: {})
         untrained.setattr(network, "load_state_dict", lambda *_: None)
         torch.save(network("inception", ["2048"]).state_dict(), "weights.pth")
-    np.savez("some.npz", images=draw_shapes(np.arange(4, 12), 16, 0).transpose(0, 2, 3, 1))
-    save_shapes(folder / "few", range(8))
+    np.savez("some.npz", images=draw_shapes(np.arange(3, 9), 16, 0).transpose(0, 2, 3, 1))
+    save_shapes(folder / "few", range(6))
     flags = ["--images", "some.npz", "--dataset", "folder", "--data_dir", "few"]
     assert command(monkeypatch, *flags, "--inception_weights", "weights.pth") == 0
-    (found,) = json.loads(Path("results/evaluate-some-8-vs-few.json").read_text())["evaluations"]
+    (found,) = json.loads(Path("results/evaluate-some-6-vs-few.json").read_text())["evaluations"]
     scores = found["scores"]
     assert "FID" not in scores and scores["FD-Inception"] > 0  # these are not the weights that FID is defined by
     assert 0.5 <= scores["precision"] <= 1 and 0.5 <= scores["recall"] <= 1  # half of each set is in the other
