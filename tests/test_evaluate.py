@@ -74,6 +74,17 @@ def test_nearest_finds_the_copy_and_says_how_far_the_others_are(monkeypatch):
     assert distance[1] == pytest.approx(np.sqrt(np.square(queries[1] - rows[8]).mean()))
 
 
+def test_a_mirrored_copy_is_found_in_pixels_and_features():
+    real = draw_shapes(np.arange(40), 32, 0)
+    network = metrics.Lite0()
+    features = metrics.extract(network, real, CPU)
+    references = {network: metrics.Reference(metrics.statistics_of(features), features)}
+    samples = np.ascontiguousarray(real[[7, 19], ..., ::-1])
+    sheet = np.asarray(evaluate.nearest_figure(samples, ["a", "b"], real, references, CPU))
+    rows = [sheet[top : top + 96, 4:200] for top in (26, 140, 254)]  # 96 pixels and a line of text each
+    assert rows[0].std() > 10 and np.array_equal(rows[0], rows[1]) and np.array_equal(rows[0], rows[2])
+
+
 class Colours(torch.nn.Module):
     """A feature network whose features are the mean colours."""
 
@@ -203,6 +214,7 @@ class Careless:
         (["--images", "real", "--dataset", "cifar11"], "did you mean cifar10?"),
         (["--images", "bytes.npz", "--dataset", "folder", "--data_dir", "real"], "bytes.npz is neither a folder nor"),
         (["--images", "floats.npz", "--dataset", "folder", "--data_dir", "real"], "should hold uint8 (N, H, W, 3)"),
+        (["--images", "one.npz", "--dataset", "folder", "--data_dir", "real"], "at least 2 are needed"),
         (["--inception_weights", "careless.pth"], "careless.pth is damaged, or holds more than weights"),
         (["--inception_weights", "others.pth"], "others.pth does not hold the weights of weights-inception"),
         (["--steps", "61"], "steps is 61, but this model has between 1 and 60"),
@@ -212,6 +224,7 @@ def test_bad_input_gets_one_line(folder, monkeypatch, capsys, flags, line):
     monkeypatch.setattr(evaluate.metrics, "fetch_inception", no_network)
     Path("bytes.npz").write_bytes(b"PK not a zip")
     np.savez("floats.npz", images=np.zeros((2, 16, 16, 3)))
+    np.savez("one.npz", images=np.zeros((1, 16, 16, 3), np.uint8))
     torch.save(Careless(), "careless.pth")
     torch.save({"weight": torch.zeros(1)}, "others.pth")
     assert command(monkeypatch, *flags) == 2
