@@ -57,7 +57,8 @@ class DDPMConfig:
     # optimisation
     BATCH_SIZE: Annotated[int, Setting("images in one forward pass (the micro-batch)", 1)] = 128
     GRADIENT_ACCUMULATION: Annotated[int, Setting("forward passes in one optimiser step", 1)] = 1
-    LEARNING_RATE: Annotated[float, Setting("Adam's learning rate after warm-up", 1e-8, 1.0)] = 3e-4
+    OPTIMIZER: Annotated[str, Setting("muon: matrices by Muon, the rest by Adam", choices=("adam", "muon"))] = "adam"
+    LEARNING_RATE: Annotated[float, Setting("learning rate after warm-up", 1e-8, 1.0)] = 3e-4
     LR_SCHEDULE: Annotated[str, Setting("learning rate after warm-up", choices=("cosine", "constant"))] = "cosine"
     WARMUP_STEPS: Annotated[int, Setting("steps over which the learning rate rises", 0)] = 500
     GRAD_CLIP: Annotated[float, Setting("largest norm of the gradient, 0: no limit", 0)] = 1.0
