@@ -60,7 +60,10 @@ class Lite0(nn.Module):
         self.name = f"lite0-{digest(weights)[:8]}"
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (B, 1280) of uint8 images (B, 3, H, W). On a GPU in fp16: the distance is the same."""
+        """Features (B, 1280) of uint8 images (B, 3, H, W).
+
+        On a GPU in fp16, which moves CIFAR-10's features by 1.5% of their deviation; bf16 would by 18%, which shows.
+        """
         x = F.interpolate(images.float(), (self.size, self.size), mode="bicubic", antialias=True, align_corners=False)
         x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cuda", torch.float16, enabled=images.is_cuda):
