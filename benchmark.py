@@ -41,7 +41,7 @@ from engine import batches, measuring, report
 from engine.checkpoints import write_atomically
 from engine.command_line import Parser, Setting, run
 from engine.errors import UserError
-from engine.measuring import Job
+from engine.measuring import Job, Processes
 from engine.sources import SHAPES_COUNT, load_images
 from engine.step import Step, amp_dtype
 from engine.training import duration
@@ -56,7 +56,12 @@ SETTINGS: dict[str, tuple[type, Setting, Any]] = {
     "IMAGE_SIZE": (int, Setting("side of the square images, pixels", 4, 1024), "the preset's"),
     "DIM": (int, Setting("width of the Unet's first level, channels", 8, 1024), "the preset's"),
     "BATCH": (tuple, Setting("images in a training step", 1), ("128,512; above 32 px the preset's; fewer on a CPU",)),
-    "CURVE_STEPS": (int, Setting("steps of a learning curve", 1), "500; on a CPU 200; with --quick a fifth"),
+    "THREADS": (int, Setting("CPU threads of what is not said to have 1", 1, 1024), "all cores"),
+    "CURVE_STEPS": (
+        int,
+        Setting("steps of a learning curve", 1),
+        "500; above 32 px 100; on a CPU 200; with --quick a fifth",
+    ),
 }
 
 
@@ -70,15 +75,13 @@ class Subject:
 
     def config(self, **flags: Any) -> Resolved:
         """Its configuration with the given attributes."""
-        return resolve(
-            self.preset, detect_tier(), flags={"IMAGE_SIZE": self.image_size, "DIM": self.dim, "DROPOUT": 0.0, **flags}
-        )
+        return resolve(self.preset, detect_tier(), flags={"IMAGE_SIZE": self.image_size, "DIM": self.dim, **flags})
 
     def library_unet(self) -> Unet:
         """The library's own network of this size."""
         c = self.config()
         heads, width = (tuple(per_level(v, c.DIM_MULTS)) for v in (c.ATTENTION_HEADS, c.ATTENTION_DIM))
-        return Unet(c.DIM, dim_mults=c.DIM_MULTS, attn_heads=heads, attn_dim_head=width)
+        return Unet(c.DIM, dim_mults=c.DIM_MULTS, dropout=c.DROPOUT, attn_heads=heads, attn_dim_head=width)
 
     def library_process(self) -> GaussianDiffusion:
         """The library's own diffusion process around its network."""
@@ -232,21 +235,21 @@ def data_path(subject: Subject, batch: int, resident: bool) -> dict:
 def learning_curve(subject: Subject, batch: int, seed: int, steps: int, flags: dict, threads: int) -> dict:
     """Losses of our step on the built-in shapes, from weights and with noise of the given seed."""
     device = measuring.prepare(threads)
-    images = load_images("shapes", subject.image_size, Path("data"))[: 100 * batch]
+    images = load_images("shapes", subject.image_size, Path("data"))[: min(100, SHAPES_COUNT // batch) * batch]
     images = torch.from_numpy(np.array(images)).to(device).split(batch)
     step = make_step(subject, device, BATCH_SIZE=batch, SEED=seed, HORIZONTAL_FLIP=False, **flags)
     losses = [step(images[i % len(images)], i, min(1, i / 100) * 4e-4)[0].clone() for i in range(steps)]
     return {"losses": [round(loss, 6) for loss in torch.stack(losses).tolist()]}
 
 
-def preset_speed(preset: str) -> dict:
+def preset_speed(preset: str, threads: int) -> dict:
     """How fast the optimised step of a preset is here and, on a GPU, how many images `fit` into one (a power of 2)."""
     config = resolve(preset, detect_tier(), train_optimized.DEFAULTS)
     subject = Subject(preset, config.IMAGE_SIZE, config.DIM)
     flags = {name: getattr(config, name) for name in ("USE_AMP", "COMPILE_MODEL", "CUDA_GRAPH")}
     gpu = torch.cuda.is_available()
     batch = config.BATCH_SIZE if gpu else cpu_batch(config.IMAGE_SIZE)
-    result = our_training(subject, batch, flags, measuring.cores(), 1.0)
+    result = our_training(subject, batch, flags, threads, 1.0)
     if not gpu:
         return result
 
@@ -256,8 +259,9 @@ def preset_speed(preset: str) -> dict:
             return our_training(subject, batch, flags | {"CUDA_GRAPH": False}, None, 0.0)["peak_gib"]
 
     small, large = gib(16), gib(64)
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    fit = 2 ** int(math.log2(max(1, 16 + (0.95 * free - small) * 48 / (large - small))))
+    measuring.prepare()
+    free = 0.95 * torch.cuda.mem_get_info()[0] / 2**30
+    fit = 2 ** int(math.log2(max(1, 16 + 48 * (free - small) / max(large - small, 0.01))))
     while fit > 1:
         try:
             gib(fit)
@@ -272,20 +276,21 @@ def cpu_batch(image_size: int) -> int:
     return max(2, 32 * 16**2 // image_size**2)
 
 
-def training_jobs(subject: Subject, sizes: Sequence[int], quick: bool, gpu: bool) -> Iterator[Job]:
+def training_jobs(subject: Subject, sizes: Sequence[int], threads: int, quick: bool, gpu: bool) -> Iterator[Job]:
     """Peers and ours by precision, launching, threads and batch; the library comes first, since it is the measure."""
     low, amp, graph, compiled = low_precision(), {"USE_AMP": True}, {"CUDA_GRAPH": True}, {"COMPILE_MODEL": True}
+    peers, own = ("peers", "ours") if gpu else ("eager", "eager")
     # name, process (None: one for each batch), function, options, in which runs: all, full, or once (full, first batch)
     variants: list[tuple[str, str | None, Callable[..., dict], dict, str]] = [
-        ("library's Trainer, fp32", "peers", library_training, {"amp": False}, "all"),
-        (f"{DIFFUSERS}, fp32", "peers", diffusers_training, {"amp": False}, "full"),
+        ("library's Trainer, fp32", peers, library_training, {"amp": False}, "all"),
+        (f"{DIFFUSERS}, fp32", peers, diffusers_training, {"amp": False}, "full"),
     ]
     if gpu:
         variants += [
-            (f"{DIFFUSERS}, {low}", "peers", diffusers_training, {"amp": True}, "all"),
+            (f"{DIFFUSERS}, {low}", peers, diffusers_training, {"amp": True}, "all"),
             ("library's Trainer, fp16", None, library_training, {"amp": True}, "once"),
-            ("ours, fp32", "ours", our_training, {"flags": {}}, "all"),
-            (f"ours, {low}", "ours", our_training, {"flags": amp}, "all"),
+            ("ours, fp32", own, our_training, {"flags": {}}, "all"),
+            (f"ours, {low}", own, our_training, {"flags": amp}, "all"),
             ("ours, fp32, CUDA graph", None, our_training, {"flags": graph}, "full"),
             (f"ours, {low}, CUDA graph", None, our_training, {"flags": amp | graph}, "all"),
             (f"ours, {low}, compiled", None, our_training, {"flags": amp | compiled}, "once"),
@@ -293,29 +298,28 @@ def training_jobs(subject: Subject, sizes: Sequence[int], quick: bool, gpu: bool
         ]
     else:
         variants += [
-            ("library's Trainer, fp32, 1 thread", "peers", library_training, {"amp": False, "threads": 1}, "full"),
-            ("ours, fp32", "ours", our_training, {"flags": {}}, "all"),
-            ("ours, fp32, 1 thread", "ours", our_training, {"flags": {}, "threads": 1}, "all"),
+            ("ours, fp32", own, our_training, {"flags": {}}, "all"),
+            *[(f"ours, {low}", own, our_training, {"flags": amp}, "all")] * measuring.has_cpu_bf16(),
             ("ours, fp32, compiled", None, our_training, {"flags": compiled}, "full"),
         ]
-        if measuring.has_cpu_bf16():
-            variants.insert(-1, (f"ours, {low}", "ours", our_training, {"flags": amp}, "all"))
+        one = [(f"{n}, 1 thread", p, f, o | {"threads": 1}, "full") for n, p, f, o, _ in variants if n.endswith("fp32")]
+        variants += one if threads > 1 else []
     comparable = importlib.util.find_spec("diffusers") and subject.config().DIM_MULTS == (1, 2, 4, 8)
     for name, process, function, options, runs in variants:
         if (quick and runs != "all") or (name.startswith(DIFFUSERS) and not comparable):
             continue
         for batch in sizes[:1] if runs == "once" else sizes:
-            common = {"subject": subject, "batch": batch, "threads": measuring.cores(), "round_seconds": 0.5}
+            common = {"subject": subject, "batch": batch, "threads": threads, "round_seconds": 0.5}
             limit = LIMIT * (2 if "compiled" in name else 1) if gpu else CPU_LIMIT
             yield Job({"what": name, "batch": batch}, process or f"{name} {batch}", function, common | options, limit)
 
 
-def sampling_jobs(subject: Subject, quick: bool, gpu: bool) -> Iterator[Job]:
+def sampling_jobs(subject: Subject, threads: int, quick: bool, gpu: bool) -> Iterator[Job]:
     """The library's 1000 ancestral steps, then ours by precision, launching, batch, sampler and steps."""
     low, few = low_precision(), SAMPLERS[:2]
     small, large = (64, 256) if gpu else (4, 16)
     done = (50 if quick else 1000) if gpu else 5
-    common = {"subject": subject, "threads": measuring.cores()}
+    common = {"subject": subject, "threads": threads}
     limit = LIMIT if gpu else CPU_LIMIT
     row = {"what": "library, fp32", "sampler": "ddpm", "steps": 1000, "batch": small}
     row["what"] += f" ({done} of 1000 steps)" if done < 1000 else ""
@@ -351,15 +355,15 @@ def data_jobs(subject: Subject, batch: int) -> Iterator[Job]:
         yield Job({"what": name, "batch": batch}, name, data_path, options, LIMIT)
 
 
-def curve_jobs(subject: Subject, batch: int, steps: int, gpu: bool) -> list[Job]:
+def curve_jobs(subject: Subject, batch: int, steps: int, threads: int, gpu: bool) -> list[Job]:
     """The fast path (on a CPU: bf16) and plain fp32 from the same seed, and fp32 from two others."""
     fast = {"USE_AMP": True, "CUDA_GRAPH": gpu}
     runs = [("fp32", 0, {}), ("fast", 0, fast), ("fp32", 1, {}), ("fp32", 2, {})]
     names = {"fp32": "fp32", "fast": f"fast path ({low_precision()}{', CUDA graph' if gpu else ''})"}
-    common = {"subject": subject, "batch": batch, "steps": steps, "threads": measuring.cores()}
+    common = {"subject": subject, "batch": batch, "steps": steps, "threads": threads}
     return [
         Job(
-            {"what": f"{names[kind]}, seed {seed}", "kind": kind, "seed": seed, "batch": batch}, f"{kind} {seed}",
+            {"what": f"{names[kind]}, seed {seed}", "kind": kind, "seed": seed, "batch": batch}, "eager",
             learning_curve, common | {"seed": seed, "flags": flags}, CPU_LIMIT,
         )
         for kind, seed, flags in runs
@@ -397,26 +401,28 @@ def complete(row: dict[str, Any], rows: list[dict[str, Any]], flops: dict[str, i
         row["mfu"] = measuring.utilisation(row["images_per_second"], work, peak)
 
 
-def measure(part: str, subject: Subject, options: argparse.Namespace, gpu: bool) -> list[dict[str, Any]]:
+def measure(
+    part: str, subject: Subject, options: argparse.Namespace, gpu: bool, processes: Processes
+) -> list[dict[str, Any]]:
     """The rows of a part, each printed as it comes."""
     flops, peak = {}, None
     if part == "training":
-        jobs = list(training_jobs(subject, options.batch, options.quick, gpu))
+        jobs = list(training_jobs(subject, options.batch, options.threads, options.quick, gpu))
         flops = work_of(subject, diffusers=any(job.measure is diffusers_training for job in jobs))
-        product = (
-            {"size": 8192, "dtype": amp_dtype(torch.device("cuda"))} if gpu else {"size": 2048, "dtype": torch.float32}
-        )
-        jobs.insert(0, Job({}, "peers", measuring.matmul_rate, product | {"threads": measuring.cores()}, LIMIT))
+        size, dtype = (8192, amp_dtype(torch.device("cuda"))) if gpu else (2048, torch.float32)
+        product = {"size": size, "dtype": dtype, "threads": options.threads}
+        jobs.insert(0, Job({}, jobs[0].process, measuring.matmul_rate, product, LIMIT))
     elif part == "sampling":
-        jobs = list(sampling_jobs(subject, options.quick, gpu))
+        jobs = list(sampling_jobs(subject, options.threads, options.quick, gpu))
     elif part == "data":
         jobs = list(data_jobs(subject, options.batch[-1]))
     else:
         load_images("shapes", subject.image_size, Path("data"))  # drawn once, not by every process
-        jobs = curve_jobs(subject, options.batch[0], options.curve_steps, gpu)
+        jobs = curve_jobs(subject, options.batch[0], options.curve_steps, options.threads, gpu)
     rows: list[dict[str, Any]] = []
+    measured = measuring.measured_at_once if part == "curves" and gpu else processes.measured
     with tqdm(total=len(jobs), desc=part, unit="variant", mininterval=1, dynamic_ncols=True) as bar:
-        for job, row in (measuring.measured_at_once if part == "curves" and gpu else measuring.measured)(jobs):
+        for job, row in measured(jobs):
             bar.update()
             if job.measure is measuring.matmul_rate:
                 peak = row.get("flops_per_second")
@@ -438,14 +444,13 @@ def work_of(subject: Subject, diffusers: bool) -> dict[str, int]:
     return work | ({"diffusers": measuring.training_flops(subject.diffusers_unet, *shapes)} if diffusers else {})
 
 
-def estimate() -> None:
+def estimate(threads: int) -> None:
     """Prints for each preset how long its training takes on this machine and what batch fits."""
-    gpu = torch.cuda.is_available()
-    jobs = [
-        Job({"preset": name}, name, preset_speed, {"preset": name}, LIMIT if gpu else CPU_LIMIT) for name in PRESETS
-    ]
-    with tqdm(total=len(jobs), desc="presets", unit="preset", mininterval=1, dynamic_ncols=True) as bar:
-        for job, row in measuring.measured(jobs):
+    limit = LIMIT if torch.cuda.is_available() else CPU_LIMIT
+    jobs = [Job({"preset": name}, name, preset_speed, {"preset": name, "threads": threads}, limit) for name in PRESETS]
+    bar = tqdm(total=len(jobs), desc="presets", unit="preset", mininterval=1, dynamic_ncols=True)
+    with bar, Processes() as processes:
+        for job, row in processes.measured(jobs):
             bar.update()
             bar.write(in_time(job.row["preset"], row))
             sys.stdout.flush()
@@ -479,12 +484,11 @@ def options_of(arguments: argparse.Namespace, gpu: bool) -> argparse.Namespace:
     arguments.dim = arguments.dim or config.DIM
     resolve(arguments.preset, detect_tier(), flags={"IMAGE_SIZE": arguments.image_size, "DIM": arguments.dim})
     if not arguments.batch:
-        preset = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
-        arguments.batch = (
-            ((128, 512) if arguments.image_size <= 32 else (preset,)) if gpu else (cpu_batch(arguments.image_size),)
-        )
-        arguments.batch = arguments.batch[:1] if arguments.quick else arguments.batch
-    arguments.curve_steps = arguments.curve_steps or (500 if gpu else 200) // (5 if arguments.quick else 1)
+        of_preset = (128, 512) if arguments.image_size <= 32 else (config.BATCH_SIZE * config.GRADIENT_ACCUMULATION,)
+        arguments.batch = of_preset[: 1 if arguments.quick else None] if gpu else (cpu_batch(arguments.image_size),)
+    arguments.threads = arguments.threads or measuring.cores()
+    whole = (500 if arguments.image_size <= 32 else 100) if gpu else 200
+    arguments.curve_steps = arguments.curve_steps or whole // (5 if arguments.quick else 1)
     return arguments
 
 
@@ -510,32 +514,29 @@ def main() -> None:
     name = measuring.device_name()
     print(f"{name}, torch {torch.__version__}", flush=True)
     if options.estimate:
-        estimate()
+        estimate(options.threads)
         return
     subject = Subject(options.preset, options.image_size, options.dim)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in subject.library_unet().parameters())
     sizes = f"{subject.image_size} px, dim {subject.dim}, {parameters / 1e6:.1f} M parameters"
     print(f"{subject.preset}: {sizes}", flush=True)
-    own = (resolve(subject.preset, detect_tier()).IMAGE_SIZE, resolve(subject.preset, detect_tier()).DIM)
-    key = (
-        subject.preset
-        if own == (subject.image_size, subject.dim)
-        else f"{subject.preset}-{subject.image_size}px-{subject.dim}"
-    )
+    preset = resolve(subject.preset, detect_tier())
+    own = (subject.image_size, subject.dim) == (preset.IMAGE_SIZE, preset.DIM)
+    key = subject.preset if own else f"{subject.preset}-{subject.image_size}px-dim{subject.dim}"
     path = RESULTS / f"benchmark-{re.sub('[^A-Za-z0-9]+', '-', name).strip('-')}.json"
     if options.only == "data" and not gpu:
         raise UserError("--only data compares images on the GPU with images from workers, and there is no GPU here")
-    for part in [options.only] if options.only else report.PARTS:
-        if (part == "data" and (not gpu or options.quick)) and not options.only:
-            continue
-        rows = measure(part, subject, options, gpu)
-        result = {"device": name, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
-        result |= {"quick": options.quick, "image_size": subject.image_size, "dim": subject.dim}
-        whole = report.merge(path, key, part, result | {"parameters": parameters, "rows": rows})
-        write_atomically(path.with_suffix(".png"), lambda file, whole=whole: file.write(report.picture(whole)))
-        if part == "curves":
-            print(report.verdict(rows))
+    parts = [part for part in report.PARTS if part != "data" or (gpu and not options.quick)]
+    with Processes() as processes:
+        for part in [options.only] if options.only else parts:
+            rows = measure(part, subject, options, gpu, processes)
+            result = {"device": name, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+            result |= {"quick": options.quick, "image_size": subject.image_size, "dim": subject.dim}
+            whole = report.merge(path, key, part, result | {"parameters": parameters, "rows": rows})
+            write_atomically(path.with_suffix(".png"), lambda file, whole=whole: file.write(report.picture(whole)))
+            if part == "curves":
+                print(report.verdict(rows))
     print(f"written: {path} and {path.with_suffix('.png').name}")
 
 

@@ -92,31 +92,38 @@ def serve(pipe: Connection) -> None:
         pipe.send(answer)
 
 
-def measured(jobs: Iterable[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """Each job with its completed row, one after the other.
+class Processes:
+    """Has jobs done one after the other, each in the process that it names; `with` ends the last one."""
 
-    Successive jobs that name the same process share it. One that fails, dies or takes too long costs itself only.
-    """
-    child = None
-    try:
+    def __init__(self):
+        self.child: Child | None = None
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.child:
+            self.child.end()
+        self.child = None
+
+    def measured(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
+        """Each job with its completed row. Successive jobs that name the same process share it.
+
+        A job that fails, dies or takes too long costs itself only: the next one gets a new process.
+        """
         for job in jobs:
-            if child and child.name != job.process:
-                child.end()
-                child = None
-            child = child or Child(job.process)
-            child.ask(job)
-            row = child.answer(job)
+            if self.child and self.child.name != job.process:
+                self.__exit__()
+            self.child = self.child or Child(job.process)
+            self.child.ask(job)
+            row = self.child.answer(job)
             if "failed" in row:
-                child.end()
-                child = None
+                self.__exit__()
             yield job, row
-    finally:
-        if child:
-            child.end()
 
 
 def measured_at_once(jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """The same, all at the same time in a process each: for what no clock is held to."""
+    """Each job with its completed row, all done at the same time in a process each: for what no clock is held to."""
     children = [Child(job.process) for job in jobs]
     try:
         for child, job in zip(children, jobs, strict=True):

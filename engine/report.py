@@ -160,7 +160,7 @@ def picture(report: dict[str, Any]) -> bytes:
             if "losses" in row:
                 width = max(1, min(20, len(row["losses"]) // 10))
                 smooth = np.convolve(row["losses"], np.ones(width) / width, "valid")
-                panels[2].plot(smooth, label=row["what"], linewidth=1)
+                panels[2].plot(smooth, "--" if row["kind"] == "fast" else "-", label=row["what"], linewidth=1)
                 panels[2].set(yscale="log", ylabel=f"loss, mean of {width} steps")
                 panels[2].legend()
         panels[2].set(xlabel="step", title=f"learning curves, {preset}{'' if curves else ', not measured'}")
