@@ -304,7 +304,9 @@ def training_jobs(subject: Subject, sizes: Sequence[int], threads: int, quick: b
         ]
         one = [(f"{n}, 1 thread", p, f, o | {"threads": 1}, "full") for n, p, f, o, _ in variants if n.endswith("fp32")]
         variants += one if threads > 1 else []
-    comparable = importlib.util.find_spec("diffusers") and subject.config().DIM_MULTS == (1, 2, 4, 8)
+    # as large as ours with these levels only, and made of groups of 32 channels
+    comparable = subject.config().DIM_MULTS == (1, 2, 4, 8) and subject.dim % 16 == 0
+    comparable = comparable and importlib.util.find_spec("diffusers")
     for name, process, function, options, runs in variants:
         if (quick and runs != "all") or (name.startswith(DIFFUSERS) and not comparable):
             continue
@@ -420,7 +422,8 @@ def measure(
         load_images("shapes", subject.image_size, Path("data"))  # drawn once, not by every process
         jobs = curve_jobs(subject, options.batch[0], options.curve_steps, options.threads, gpu)
     rows: list[dict[str, Any]] = []
-    measured = measuring.measured_at_once if part == "curves" and gpu else processes.measured
+    at_once = part == "curves" and detect_tier().memory > 40  # GiB: four runs fit at the same time
+    measured = measuring.measured_at_once if at_once else processes.measured
     with tqdm(total=len(jobs), desc=part, unit="variant", mininterval=1, dynamic_ncols=True) as bar:
         for job, row in measured(jobs):
             bar.update()
@@ -483,6 +486,8 @@ def options_of(arguments: argparse.Namespace, gpu: bool) -> argparse.Namespace:
     arguments.image_size = arguments.image_size or config.IMAGE_SIZE
     arguments.dim = arguments.dim or config.DIM
     resolve(arguments.preset, detect_tier(), flags={"IMAGE_SIZE": arguments.image_size, "DIM": arguments.dim})
+    if arguments.dim % 2:
+        raise UserError(f"--dim is {arguments.dim}, but must be even")
     if not arguments.batch:
         of_preset = (128, 512) if arguments.image_size <= 32 else (config.BATCH_SIZE * config.GRADIENT_ACCUMULATION,)
         arguments.batch = of_preset[: 1 if arguments.quick else None] if gpu else (cpu_batch(arguments.image_size),)
