@@ -151,7 +151,7 @@ def picture(report: dict[str, Any]) -> bytes:
             axes.bar_label(bars, [number(row["images_per_second"]) for row in rows], padding=3)
             axes.set_yticks(range(len(rows)), labels)
             axes.invert_yaxis()
-            axes.margins(x=0.12)
+            axes.margins(x=0.2)
             if part == "sampling" and rows:
                 axes.set_xscale("log")
             axes.set(xlabel="images/s", title=f"{part}, {preset}, {result.get('device', 'not measured')}")
