@@ -47,7 +47,11 @@ class DDPMConfig:
         "pred_v"
     )
     BETA_SCHEDULE: Annotated[str, Setting("noise schedule", choices=("cosine", "linear", "sigmoid"))] = "cosine"
-    MIN_SNR_GAMMA: Annotated[float, Setting("limit of the loss weight's SNR (arXiv:2303.09556), 0: none", 0)] = 5.0
+    LOSS_WEIGHTING: Annotated[
+        str,
+        Setting("min_snr (arXiv:2303.09556), or edm's weights and timesteps (2206.00364)", choices=("min_snr", "edm")),
+    ] = "edm"
+    MIN_SNR_GAMMA: Annotated[float, Setting("limit of min_snr's SNR, 0: none", 0)] = 5.0
 
     # length: the last of the three that is set counts
     EPOCHS: Annotated[int, Setting("passes over the training images", 0)] = 50
@@ -57,12 +61,12 @@ class DDPMConfig:
     # optimisation
     BATCH_SIZE: Annotated[int, Setting("images in one forward pass (the micro-batch)", 1)] = 128
     GRADIENT_ACCUMULATION: Annotated[int, Setting("forward passes in one optimiser step", 1)] = 1
-    OPTIMIZER: Annotated[str, Setting("muon: matrices by Muon, the rest by Adam", choices=("adam", "muon"))] = "adam"
-    LEARNING_RATE: Annotated[float, Setting("learning rate after warm-up", 1e-8, 1.0)] = 3e-4
+    OPTIMIZER: Annotated[str, Setting("muon: matrices by Muon, the rest by Adam", choices=("adam", "muon"))] = "muon"
+    LEARNING_RATE: Annotated[float, Setting("learning rate after warm-up", 1e-8, 1.0)] = 2e-3
     LR_SCHEDULE: Annotated[str, Setting("learning rate after warm-up", choices=("cosine", "constant"))] = "cosine"
     WARMUP_STEPS: Annotated[int, Setting("steps over which the learning rate rises", 0)] = 500
     GRAD_CLIP: Annotated[float, Setting("largest norm of the gradient, 0: no limit", 0)] = 1.0
-    EMA_DECAY: Annotated[float, Setting("decay of the averaged weights per step, 0: no averaging", 0, 0.999999)] = 0.999
+    EMA_DECAY: Annotated[float, Setting("decay of the averaged weights per step, 0: none", 0, 0.999999)] = 0.9995
     USE_AMP: Annotated[bool, Setting("mixed precision: bf16, or fp16 on GPUs without bf16")] = False
     COMPILE_MODEL: Annotated[bool, Setting("compile the training step with torch.compile")] = False
     CUDA_GRAPH: Annotated[bool, Setting("launch a step's kernels as one CUDA graph (one GPU)")] = False
@@ -100,9 +104,9 @@ TIERS = (("Tiny", 32), ("Small", 64), ("Medium", 128), ("Large", 256))  # below 
 LENGTHS = ("EPOCHS", "MAX_STEPS", "MINUTES")
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "cifar10": dict(IMAGE_SIZE=32, DIM=64, BATCH_SIZE=256, LEARNING_RATE=4e-4),
-    "celeba": dict(IMAGE_SIZE=64, DIM=128, BATCH_SIZE=128, LEARNING_RATE=2e-4),
-    "stl10": dict(IMAGE_SIZE=96, DIM=160, BATCH_SIZE=64, LEARNING_RATE=1e-4),
+    "cifar10": dict(IMAGE_SIZE=32, DIM=64, BATCH_SIZE=256),
+    "celeba": dict(IMAGE_SIZE=64, DIM=128, BATCH_SIZE=128, LEARNING_RATE=1e-3),
+    "stl10": dict(IMAGE_SIZE=96, DIM=160, BATCH_SIZE=64, LEARNING_RATE=1e-3),
     "shapes": dict(IMAGE_SIZE=32, DIM=64, HORIZONTAL_FLIP=False, EPOCHS=20),
 }
 # Without a GPU: small enough that the shapes can be named after five minutes on two cores (docs/cpu.md has what was
@@ -110,8 +114,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 CPU_PRESETS: dict[str, dict[str, Any]] = {
     "shapes": dict(
         IMAGE_SIZE=16, DIM=32, DIM_MULTS=(1, 2, 2), ATTENTION_HEADS=(1, 1, 4), ATTENTION_DIM=(8, 16, 32),
-        BATCH_SIZE=32, LEARNING_RATE=2e-3, WARMUP_STEPS=100, EMA_DECAY=0.998, MINUTES=4.75, SAMPLE_GRIDS=5,
-        NUM_SAMPLES=36,
+        BATCH_SIZE=32, OPTIMIZER="adam", LEARNING_RATE=2e-3, LOSS_WEIGHTING="min_snr", WARMUP_STEPS=100, EMA_DECAY=0.998,
+        MINUTES=4.75, SAMPLE_GRIDS=5, NUM_SAMPLES=36,
     ),
 }  # fmt: skip
 # neither compilation (60 to 100 s before the first step) nor bf16 made it faster on the CPUs it was tried on

@@ -28,6 +28,7 @@ from engine.unet import FastUnet
 
 OBJECTIVES = ("pred_v", "pred_noise", "pred_x0")
 BETA_SCHEDULES = ("cosine", "linear", "sigmoid")
+EDM_MEAN, EDM_DEVIATION, EDM_DATA = -1.2, 1.2, 0.5  # of log sigma in training; standard deviation of the images
 
 
 class DDPMModel(nn.Module):
@@ -49,6 +50,7 @@ class DDPMModel(nn.Module):
         sampling_timesteps: int = 50,
         objective: str = "pred_v",
         beta_schedule: str = "cosine",
+        loss_weighting: str = "min_snr",
         min_snr_gamma: float = 5.0,
         **unet_kwargs: Any,
     ):
@@ -67,6 +69,7 @@ class DDPMModel(nn.Module):
             "sampling_timesteps": sampling_timesteps,
             "objective": objective,
             "beta_schedule": beta_schedule,
+            "loss_weighting": loss_weighting,
             "min_snr_gamma": min_snr_gamma,
             **unet_kwargs,
         }
@@ -75,6 +78,7 @@ class DDPMModel(nn.Module):
     def _build(self) -> None:
         """Makes the network and the process that `architecture` describes, with new weights."""
         a = dict(self.architecture)
+        a.setdefault("loss_weighting", "min_snr")  # files of before there was another
         own = {name: a.pop(name) for name in inspect.signature(DDPMModel).parameters if name in a}
         # lists, as JSON has them, where the library wants tuples
         rest = {name: tuple(value) if isinstance(value, list) else value for name, value in a.items()}
@@ -91,6 +95,13 @@ class DDPMModel(nn.Module):
             min_snr_loss_weight=own["min_snr_gamma"] > 0,
             min_snr_gamma=own["min_snr_gamma"],
         )
+        # cumulative distribution of the timesteps that training draws
+        drawn = torch.arange(1, own["timesteps"] + 1).double() / own["timesteps"]
+        if own["loss_weighting"] == "edm":
+            density, weight = edm_weighting(self.diffusion)
+            self.diffusion.loss_weight.copy_(weight)
+            drawn = density.cumsum(0)
+        self.register_buffer("drawn", drawn.float(), persistent=False)
 
     @classmethod
     def from_config(cls, config: Any) -> "DDPMModel":
@@ -104,6 +115,7 @@ class DDPMModel(nn.Module):
             sampling_timesteps=config.SAMPLING_TIMESTEPS,
             objective=config.OBJECTIVE,
             beta_schedule=config.BETA_SCHEDULE,
+            loss_weighting=config.LOSS_WEIGHTING,
             min_snr_gamma=config.MIN_SNR_GAMMA,
             dropout=config.DROPOUT,
             attn_heads=per_level(config.ATTENTION_HEADS, config.DIM_MULTS),
@@ -128,10 +140,14 @@ class DDPMModel(nn.Module):
     def forward(self, images: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """The training loss of images (B, C, H, W) in [0, 1] at timesteps t (B,), noised with `noise`: a scalar.
 
-        The squared error of what the objective predicts, weighted by timestep: min-SNR, Hang et al.
-        (arXiv:2303.09556), unless min_snr_gamma is 0.
+        The squared error of what the objective predicts, weighted by timestep. loss_weighting "min_snr": Hang et al.
+        (arXiv:2303.09556), unless min_snr_gamma is 0; "edm": see edm_weighting.
         """
         return (self.diffusion.loss_weight[t] * self.squared_error(images, t, noise)).mean()
+
+    def timesteps_at(self, shares: Tensor) -> Tensor:
+        """The timesteps (B,) below which these shares (B,), in [0, 1), of the timesteps drawn in training lie."""
+        return torch.searchsorted(self.drawn, shares, right=True).clamp(max=self.num_timesteps - 1)
 
     def squared_error(self, images: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """The mean squared error of what the objective predicts, unweighted, of each image: (B,). As for forward."""
@@ -422,6 +438,25 @@ def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
 def add_noise(x: Tensor, noise: Tensor, alpha_bar: float) -> Tensor:
     """x further along the process by the given product of 1 - beta."""
     return math.sqrt(alpha_bar) * x + math.sqrt(1 - alpha_bar) * noise
+
+
+def edm_weighting(process: GaussianDiffusion) -> tuple[Tensor, Tensor]:
+    """How often each timestep is trained on, and the loss weight there, both (T,), of mean 1 over what is drawn.
+
+    Karras et al. (arXiv:2206.00364), table 1, for images in [-1, 1]: log sigma is drawn from a normal distribution, and
+    the error of x_0 weighs (sigma^2 + s^2) / (sigma s)^2. Here it is that of what the objective predicts.
+    """
+    alpha_bar = process.alphas_cumprod.double()
+    variance = (1 - alpha_bar) / alpha_bar.clamp(min=1e-12)  # sigma^2
+    log_sigma = variance.log() / 2
+    density = torch.exp(-((log_sigma - EDM_MEAN) ** 2) / (2 * EDM_DEVIATION**2)) * torch.gradient(log_sigma)[0].abs()
+    density = density / density.sum()
+    weight = (variance + EDM_DATA**2) / (variance * EDM_DATA**2)
+    if process.objective == "pred_v":
+        weight = weight * variance / (1 + variance)
+    elif process.objective == "pred_noise":
+        weight = weight * variance
+    return density, weight / (weight * density).sum()
 
 
 def per_level(values: Sequence[int], levels: Sequence[int]) -> list[int]:

@@ -152,9 +152,13 @@ def measure(
 
 
 def nearest_figure(
-    samples: np.ndarray, real: np.ndarray, references: dict[nn.Module, metrics.Reference], device: torch.device
+    samples: np.ndarray,
+    names: list[str],
+    real: np.ndarray,
+    references: dict[nn.Module, metrics.Reference],
+    device: torch.device,
 ) -> Image.Image:
-    """Samples, below each the real image nearest in pixels and the one nearest in features of each network.
+    """Samples by name, below each the real image nearest in pixels and the one nearest in features of each network.
 
     A sample is looked for mirrored as well, since training may mirror its images; what is found is then shown so.
     """
@@ -163,7 +167,7 @@ def nearest_figure(
     for network, reference in references.items():
         features = metrics.extract(network, both, device, f"samples in {network.title}'s features")
         spaces.append((network.title.removeprefix("FD-"), features, reference.features, 1))
-    tiles, labels = [samples], ["sample"] * len(samples)
+    tiles, labels = [samples], list(names)
     for name, queries, rows, unit in spaces:
         distance, index = (found.reshape(2, -1) for found in metrics.nearest(queries, rows))
         mirrored = distance[1] < distance[0]
@@ -245,7 +249,7 @@ def evaluate(settings: argparse.Namespace, device: torch.device) -> None:
     }
     validation = held_out(config) if config else None
     losses: dict[str, list[float]] = {}
-    label = ""
+    label = ""  # of the first that is measured
     for path in settings.paths:
         began = time.perf_counter()
         if settings.images:
@@ -264,9 +268,10 @@ def evaluate(settings: argparse.Namespace, device: torch.device) -> None:
         text = json.dumps(report, indent=2) + "\n"
         checkpoints.write_atomically(output / f"{label}.json", lambda file, text=text: file.write(text.encode()))
     print(table(report["evaluations"]))
-    shown = images[:SAMPLES_SHOWN]
     if images.shape[1:] == real.shape[1:]:
-        plots.save_image(nearest_figure(shown, real, references, device), output / f"{label}-nearest.png")
+        names = [f"{'image' if settings.images else 'seed'} {settings.seeds + i}" for i in range(len(images))]
+        shown = nearest_figure(images[:SAMPLES_SHOWN], names[:SAMPLES_SHOWN], real, references, device)
+        plots.save_image(shown, output / f"{label}-nearest.png")
     if losses:
         plots.save_loss_by_timestep(timesteps, losses, output / f"{label}-loss.png")
     trained = [found for found in report["evaluations"] if found.get("trained_seconds")]

@@ -103,19 +103,17 @@ class Muon:
         gradient = torch.where(good > 0, gradient * factor, 0)
         self.mean.lerp_(gradient, (1 - MOMENTUM) * good)
         ahead = gradient.lerp_(self.mean, MOMENTUM)  # Nesterov's
+        ahead = ahead.bfloat16() if ahead.is_cuda else ahead
         for batch in self.batches.values():
-            parts = [matrices.of(ahead) for matrices in batch]
-            lying = [part.mT if part.shape[1] > part.shape[2] else part for part in parts]
-            short, long = (max(part.shape[i] for part in lying) for i in (1, 2))
+            parts = [lying(matrices.of(ahead)) for matrices in batch]
+            short, long = (max(part.shape[i] for part in parts) for i in (1, 2))
             # rows and columns of zeros change nothing and stay zeros
-            padding = [(0, long - part.shape[2], 0, short - part.shape[1]) for part in lying]
-            updates = orthogonal(torch.cat([F.pad(part, pad) for part, pad in zip(lying, padding, strict=True)]))
-            updates = updates.split([matrices.count for matrices in batch])
-            for matrices, part, update in zip(batch, lying, updates, strict=True):
-                update = update[:, : part.shape[1], : part.shape[2]]
-                update = update if part.shape[1] == matrices.rows else update.mT
-                size = LIKE_ADAM * max(matrices.rows, matrices.columns) ** 0.5
-                matrices.of(weights).sub_(update * (size * rate * good))
+            x = torch.cat([F.pad(part, (0, long - part.shape[2], 0, short - part.shape[1])) for part in parts])
+            updates = (orthogonal(x) * (LIKE_ADAM * rate * good)).split([matrices.count for matrices in batch])
+            for matrices, update in zip(batch, updates, strict=True):
+                target = lying(matrices.of(weights))
+                longer = max(matrices.rows, matrices.columns) ** 0.5
+                target.sub_(update[:, : target.shape[1], : target.shape[2]], alpha=longer)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"mean": self.mean}
@@ -146,13 +144,17 @@ class Matrices:
         return whole[:, : self.rows * self.columns].unflatten(1, (self.rows, self.columns))
 
 
+def lying(x: Tensor) -> Tensor:
+    """Matrices (K, M, N) with M at most N: as they are, or transposed."""
+    return x.mT if x.shape[1] > x.shape[2] else x
+
+
 def orthogonal(x: Tensor) -> Tensor:
     """Matrices (K, M, N), M at most N, with their singular values moved near 1 by five Newton-Schulz steps.
 
-    The quintic's coefficients make small ones grow fast and leave all between 0.7 and 1.2. In bf16 on a GPU.
+    The quintic's coefficients make small ones grow fast and leave all between 0.7 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = x.to(torch.bfloat16) if x.is_cuda else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         square = x @ x.mT

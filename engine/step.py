@@ -34,27 +34,26 @@ def amp_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
-def draw(seed: int, step: int, timesteps: int, shape: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
-    """Everything random in a step: timesteps (B,), noise (B, C, H, W) and which images to mirror (B,).
+def draw(seed: int, step: int, shape: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
+    """Everything random in a step: what becomes timesteps (B,), noise (B, C, H, W) and which images to mirror (B,).
 
     A function of (seed, step) for the whole effective batch, so that neither accumulation nor the number of
-    processes nor a resume changes what is computed. The timesteps are uniform but spread over the batch, one in each
-    of B equal parts of the process, which makes the gradient less noisy: Kingma et al. (arXiv:2107.00630).
+    processes nor a resume changes what is computed. The first is uniform in [0, 1) but spread over the batch, one in
+    each of B equal parts, which makes the gradient less noisy: Kingma et al. (arXiv:2107.00630).
     """
     generator = torch.Generator(device).manual_seed((seed * 0x9E3779B1 + step) % 2**63)
     place = torch.rand(shape[:1], generator=generator, device=device) + torch.arange(shape[0], device=device)
-    t = (place / shape[0] * timesteps).long().clamp(max=timesteps - 1)
     noise = torch.randn(shape, generator=generator, device=device)
     mirror = torch.rand(shape[:1], generator=generator, device=device) < 0.5
-    return t, noise, mirror
+    return place / shape[0], noise, mirror
 
 
 class Step:
     """Updates a model and its EMA copy from one batch.
 
-    model: called as model(images, t, noise), gives a scalar loss; images uint8 (B, C, H, W) come in and are taken
-    to floats in [0, 1]. config: BATCH_SIZE, OPTIMIZER, GRAD_CLIP, EMA_DECAY, HORIZONTAL_FLIP, USE_AMP, COMPILE_MODEL,
-    CUDA_GRAPH, SEED. This is process `rank` of `world`; each has its own part of every batch.
+    model: called as model(images, t, noise), gives a scalar loss, and has `timesteps_at`; images uint8 (B, C, H, W) come
+    in and are taken to floats in [0, 1]. config: BATCH_SIZE, OPTIMIZER, GRAD_CLIP, EMA_DECAY, HORIZONTAL_FLIP, USE_AMP,
+    COMPILE_MODEL, CUDA_GRAPH, SEED. This is process `rank` of `world`; each has its own part of every batch.
     """
 
     def __init__(self, model: nn.Module, config: Any, rank: int = 0, world: int = 1):
@@ -95,7 +94,8 @@ class Step:
         """Puts the gradient of one batch into `gradient`, micro-batch by micro-batch; returns the mean loss."""
         share = len(images)
         whole = torch.Size([share * self.world, *images.shape[1:]])
-        drawn = draw(self.config.SEED, step, self.model.num_timesteps, whole, self.device)
+        place, noise, mirror = draw(self.config.SEED, step, whole, self.device)
+        drawn = self.model.timesteps_at(place), noise, mirror
         inputs = (images, *(values[self.rank * share : (self.rank + 1) * share] for values in drawn))
         if self.micro_batch < share:
             self.gradient.zero_()
@@ -199,7 +199,7 @@ class Step:
         """
         count = len(images)
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-        t = ((torch.arange(count) + 0.5) / count * self.model.num_timesteps).long()
+        t = self.model.timesteps_at(((torch.arange(count) + 0.5) / count).to(self.device))
         total = 0.0
         for start in range(0, count, self.micro_batch):
             part = slice(start, start + self.micro_batch)

@@ -27,7 +27,7 @@ ASIDE = 0.02  # share of the time that validation, and keeping what it found bes
 def train(model: nn.Module, images: np.ndarray, config: Any, resume: Path | None = None) -> Path:
     """Trains until the configured length is reached and returns the final checkpoint.
 
-    model: called as model(images, t, noise), with `sample`, `architecture` and `num_timesteps`. images: uint8
+    model: called as model(images, t, noise), with `sample`, `architecture` and `timesteps_at`. images: uint8
     (N, C, H, W). config: the attributes of DDPMConfig. resume: a checkpoint to go on from. Under `accelerate
     launch` or torchrun every process calls this and only the first writes. Raises UserError for data that does
     not fit or a loss that stays non-finite, and SystemExit, with everything saved, on Ctrl-C or SIGTERM.

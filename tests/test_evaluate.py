@@ -74,6 +74,17 @@ def test_nearest_finds_the_copy_and_says_how_far_the_others_are(monkeypatch):
     assert distance[1] == pytest.approx(np.sqrt(np.square(queries[1] - rows[8]).mean()))
 
 
+def test_a_mirrored_copy_is_found_in_pixels_and_features():
+    real = draw_shapes(np.arange(40), 32, 0)
+    network = metrics.Lite0()
+    features = metrics.extract(network, real, CPU)
+    references = {network: metrics.Reference(metrics.statistics_of(features), features)}
+    samples = np.ascontiguousarray(real[[7, 19], ..., ::-1])
+    sheet = np.asarray(evaluate.nearest_figure(samples, ["a", "b"], real, references, CPU))
+    rows = [sheet[top : top + 96, 4:200] for top in (26, 140, 254)]  # 96 pixels and a line of text each
+    assert rows[0].std() > 10 and np.array_equal(rows[0], rows[1]) and np.array_equal(rows[0], rows[2])
+
+
 class Colours(torch.nn.Module):
     """A feature network whose features are the mean colours."""
 
@@ -130,14 +141,16 @@ def test_the_reference_is_kept_until_its_source_changes(folder):
     assert len(list(Path("data/cache").glob("*.colours.npz"))) == 1
 
 
-def test_lite0_takes_any_size_and_tells_noise_from_shapes():
+def test_lite0_sees_images_resized_as_by_pillow():
     network = metrics.Lite0()
-    shapes = draw_shapes(np.arange(6), 32, 0)
-    noise = np.random.default_rng(0).integers(0, 256, shapes.shape, dtype=np.uint8)
-    found = metrics.extract(network, np.concatenate([shapes, noise]), CPU)
-    assert found.shape == (12, 1280) and found.dtype == np.float32 and found.min() >= 0 and found.max() <= 6
-    within = np.linalg.norm(found[:6] - found[:6].mean(0), axis=1).mean()
-    assert np.linalg.norm(found[:6].mean(0) - found[6:].mean(0)) > 2 * within
+    shapes = draw_shapes(np.arange(2), 32, 0)
+    found = metrics.extract(network, shapes, CPU)
+    assert found.shape == (2, 1280) and found.dtype == np.float32 and found.min() >= 0 and found.max() <= 6
+    planes = [Image.fromarray(plane).resize((224, 224), Image.Resampling.BICUBIC) for plane in np.float32(shapes[0])]
+    x = (torch.from_numpy(np.stack(planes))[None] - 127) / 128
+    by_hand = network.network._avg_pooling(network.network.extract_features(x)).flatten().numpy()
+    assert np.abs(found[0] - by_hand).max() < 1e-3
+    assert np.abs(found[0] - found[1]).mean() > 0.05
     assert metrics.extract(network, shapes[:1, :, :9, :9], CPU).shape == (1, 1280)
 
 
@@ -176,11 +189,11 @@ def test_inception_from_a_file_scores_images(folder, monkeypatch, capsys):
         untrained.setattr(inception, "load_state_dict_from_url", lambda *_, **__: {})
         untrained.setattr(network, "load_state_dict", lambda *_: None)
         torch.save(network("inception", ["2048"]).state_dict(), "weights.pth")
-    np.savez("some.npz", images=draw_shapes(np.arange(4, 12), 16, 0).transpose(0, 2, 3, 1))
-    save_shapes(folder / "few", range(8))
+    np.savez("some.npz", images=draw_shapes(np.arange(3, 9), 16, 0).transpose(0, 2, 3, 1))
+    save_shapes(folder / "few", range(6))
     flags = ["--images", "some.npz", "--dataset", "folder", "--data_dir", "few"]
     assert command(monkeypatch, *flags, "--inception_weights", "weights.pth") == 0
-    (found,) = json.loads(Path("results/evaluate-some-8-vs-few.json").read_text())["evaluations"]
+    (found,) = json.loads(Path("results/evaluate-some-6-vs-few.json").read_text())["evaluations"]
     scores = found["scores"]
     assert "FID" not in scores and scores["FD-Inception"] > 0  # these are not the weights that FID is defined by
     assert 0.5 <= scores["precision"] <= 1 and 0.5 <= scores["recall"] <= 1  # half of each set is in the other
@@ -201,6 +214,7 @@ class Careless:
         (["--images", "real", "--dataset", "cifar11"], "did you mean cifar10?"),
         (["--images", "bytes.npz", "--dataset", "folder", "--data_dir", "real"], "bytes.npz is neither a folder nor"),
         (["--images", "floats.npz", "--dataset", "folder", "--data_dir", "real"], "should hold uint8 (N, H, W, 3)"),
+        (["--images", "one.npz", "--dataset", "folder", "--data_dir", "real"], "at least 2 are needed"),
         (["--inception_weights", "careless.pth"], "careless.pth is damaged, or holds more than weights"),
         (["--inception_weights", "others.pth"], "others.pth does not hold the weights of weights-inception"),
         (["--steps", "61"], "steps is 61, but this model has between 1 and 60"),
@@ -210,6 +224,7 @@ def test_bad_input_gets_one_line(folder, monkeypatch, capsys, flags, line):
     monkeypatch.setattr(evaluate.metrics, "fetch_inception", no_network)
     Path("bytes.npz").write_bytes(b"PK not a zip")
     np.savez("floats.npz", images=np.zeros((2, 16, 16, 3)))
+    np.savez("one.npz", images=np.zeros((1, 16, 16, 3), np.uint8))
     torch.save(Careless(), "careless.pth")
     torch.save({"weight": torch.zeros(1)}, "others.pth")
     assert command(monkeypatch, *flags) == 2

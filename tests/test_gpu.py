@@ -8,8 +8,9 @@ import torch
 
 from config import detect_tier, memory_gib, resolve
 from ddpm_model import DDPMModel
-from engine import batches, step, unet
+from engine import batches, metrics, step, unet
 from engine.batches import Batches
+from engine.shapes import draw_shapes
 from engine.sources import load_images
 from engine.training import train
 from tests.test_step import SETTINGS
@@ -157,3 +158,11 @@ def test_estimated_memory_is_near_the_peak():
         estimate = memory_gib(64, 32, 128, sum(p.numel() for p in made.parameters), amp)
         assert peak / 1.3 < estimate < peak * 1.6, f"amp {amp}: peak {peak:.2f} GiB, estimated {estimate:.2f}"
         del made, many
+
+
+def test_features_in_fp16_are_those_of_full_precision():
+    pytest.importorskip("efficientnet_lite_pytorch", reason="needs requirements-eval.txt")
+    network, shapes = metrics.Lite0(), draw_shapes(np.arange(64), 32, 0)
+    exact = metrics.extract(network, shapes, torch.device("cpu"))
+    half = metrics.extract(network.to(CUDA), shapes, CUDA)
+    assert np.sqrt(np.square(half - exact).mean()) < 0.1 * exact.std(axis=0).mean()  # bf16: 0.48

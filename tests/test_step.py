@@ -58,7 +58,8 @@ def test_one_step_is_adam_on_the_clipped_gradient_of_the_loss():
     reference = Breakable(image_size=8, dim=8, dim_mults=(1, 2), timesteps=50)
     reference.to(memory_format=torch.channels_last)  # Adam's first step makes much of the rounding of small gradients
     adam = torch.optim.Adam(reference.parameters(), lr=0.01, betas=(0.9, 0.99))
-    t, noise, mirror = draw(0, 3, 50, torch.Size([32, 3, 8, 8]), torch.device("cpu"))
+    place, noise, mirror = draw(0, 3, torch.Size([32, 3, 8, 8]), torch.device("cpu"))
+    t = (place * 50).long()
     x = torch.stack([image.flip(-1) if flip else image for image, flip in zip(images() / 255, mirror, strict=True)])
     expected = reference(x, t, noise)
     expected.backward()
