@@ -30,7 +30,7 @@ from engine.command_line import Parser, Setting, run
 from engine.drawing import PACKAGES, digest, fitting_batch, load_sampler, precision
 from engine.errors import UserError
 from engine.processes import from_first, together
-from engine.samplers import evaluations
+from engine.samplers import SPACING, evaluations
 from engine.sources import DATASETS, load_images
 from inference import SETTINGS, batch_generate
 
@@ -204,7 +204,7 @@ def label_of(first: Found, others: int, reference: dict[str, Any]) -> str:
     parts = [first["name"], *([f"and-{others}-more"] if others else [])]
     if "checkpoint" in first:
         parts += [first["sampler"].replace(".py:", "-").replace("/", "-"), str(first["steps"])]
-        parts += [first["spacing"]] if first["spacing"] != "uniform" else []
+        parts += [first["spacing"]] if first["spacing"] != SPACING else []
     against = Path(reference["data_dir"]).resolve().name if reference["dataset"] == "folder" else reference["dataset"]
     return "-".join([*parts, str(first["num_samples"]), "vs", against])
 

@@ -39,7 +39,7 @@ from engine.drawing import (
 )
 from engine.errors import UserError
 from engine.processes import from_first, join, together
-from engine.samplers import SAMPLERS, SPACINGS, groups
+from engine.samplers import SAMPLER, SAMPLERS, SPACING, SPACINGS, groups
 from engine.sources import load_images
 
 RESULTS = Path("inference_results")
@@ -279,9 +279,9 @@ MODES: dict[str, Callable[[Job], str]] = {
 
 SETTINGS: dict[str, tuple[type, Setting, Any]] = {
     "MODE": (str, Setting("what to draw", choices=(*MODES, "all")), "samples"),
-    "SAMPLER": (str, Setting(f"how to go from noise to image: {', '.join(SAMPLERS)}, or file.py:function"), "ddim"),
+    "SAMPLER": (str, Setting(f"how to go from noise to image: {', '.join(SAMPLERS)}, or file.py:function"), SAMPLER),
     "STEPS": (int, Setting("network evaluations (NFE), 0: all timesteps for ddpm, else the model's own choice", 0), 0),
-    "SPACING": (str, Setting("which timesteps are visited", choices=tuple(SPACINGS)), "uniform"),
+    "SPACING": (str, Setting("which timesteps are visited", choices=tuple(SPACINGS)), SPACING),
     "ETA": (float, Setting("fresh noise in ddim: 0 none, 1 as much as ddpm", 0, 1), 0.0),
     "SEEDS": (str, Setting("seeds of the images, such as 0-63 or 3,7; the first --num_samples unless given"), ""),
     "NUM_SAMPLES": (int, Setting("images to draw", 1, 10_000_000), 16),
@@ -334,7 +334,7 @@ def label_of(settings: Mapping[str, Any]) -> str:
     """Name of the folder for results: checkpoint, sampler and its settings, seeds."""
     model, seeds = checkpoints.name_of(Path(settings["checkpoint"])), settings["seeds"]
     sampler = settings["sampler"].replace(".py:", "-").replace("/", "-")
-    spacing = "" if settings["spacing"] == "uniform" else f"-{settings['spacing']}"
+    spacing = "" if settings["spacing"] == SPACING else f"-{settings['spacing']}"
     span = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]}-{seeds[-1]}"
     return f"{model}-{sampler}-{settings['steps']}{spacing}-seeds-{span}"
 

@@ -1,5 +1,6 @@
 """Which images each step trains on, and how they reach the device."""
 
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -50,7 +51,9 @@ class Batches:
         self.device, self.workers, self.rank, self.world = device, workers, rank, world
         self.resident: Tensor | None = None
         if device.type == "cuda" and images.nbytes < GPU_SHARE * torch.cuda.get_device_properties(device).total_memory:
-            self.resident = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+            with warnings.catch_warnings():  # of memory that cannot be written: it is only read
+                warnings.simplefilter("ignore", UserWarning)
+                self.resident = torch.from_numpy(np.ascontiguousarray(images)).to(device)
 
     def __len__(self) -> int:
         """Steps in an epoch; what does not fill a batch waits for the next epoch's order."""

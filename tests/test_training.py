@@ -166,16 +166,16 @@ def test_a_loss_that_stays_broken_stops_the_run_and_keeps_the_good_weights(tmp_p
 
 def test_inference_uses_the_newest_checkpoint(trained):
     output = run(trained, "inference.py", "--num_samples", "5", "--batch_size", "2")
-    folder = trained / "inference_results" / "samples-ddpm_final-ddim-4-seeds-0-4"
+    folder = trained / "inference_results" / "samples-ddpm_final-unipc-4-seeds-0-4"
     assert "ddpm_final.pt" in output and str(folder.relative_to(trained)) in output
     names = {"grid.png", "contact_sheet.png", "summary.json", *(f"{i:06d}.png" for i in range(5))}
     assert {path.name for path in folder.iterdir()} == names
     run(trained, "inference.py", "--seeds", "3", "--checkpoint", "checkpoints/whole/best.pt")
     run(trained, "inference.py", "--mode", "interpolate", "--image1", "data:3", "--image2", "5", "--num_steps", "2")
-    summary = trained / "inference_results" / "interpolate-ddpm_final-ddim-4-seeds-0-15" / "summary.json"
+    summary = trained / "inference_results" / "interpolate-ddpm_final-unipc-4-seeds-0-15" / "summary.json"
     assert json.loads(summary.read_text())["image1"] == "data:3"
     assert "data:20480 is asked for" in fails(trained, "inference.py", "--mode", "vary", "--image", "data:20480")
-    alone = Image.open(trained / "inference_results/samples-whole-best-ddim-4-seeds-3/000003.png")
+    alone = Image.open(trained / "inference_results/samples-whole-best-unipc-4-seeds-3/000003.png")
     assert alone.size == (8, 8)
     assert np.abs(np.asarray(alone, int) - np.asarray(Image.open(folder / "000003.png"), int)).max() <= 1
 
