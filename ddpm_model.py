@@ -17,6 +17,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 from torch import Tensor, nn
 
@@ -34,7 +35,9 @@ class DDPMModel(nn.Module):
     """A Unet and the diffusion process it was trained for.
 
     Images at this boundary are float tensors (B, C, H, W) in [0, 1]. Any further keyword goes to the library's
-    Unet (`dropout`, `self_condition`, `attn_heads`, ...). Raises UserError for sizes that do not go together.
+    Unet (`dropout`, `self_condition`, `attn_heads`, ...). schedule_size: image size that the beta schedule is taken to
+    be made for; for another its logSNR is shifted (see shift_log_snr), 0: never. Raises UserError for sizes that do not
+    go together.
     """
 
     cuda_graph = True  # samplers on a GPU launch the network as one CUDA graph; set to False where that is not wanted
@@ -50,6 +53,7 @@ class DDPMModel(nn.Module):
         objective: str = "pred_v",
         beta_schedule: str = "cosine",
         min_snr_gamma: float = 5.0,
+        schedule_size: int = 0,
         **unet_kwargs: Any,
     ):
         super().__init__()
@@ -68,6 +72,7 @@ class DDPMModel(nn.Module):
             "objective": objective,
             "beta_schedule": beta_schedule,
             "min_snr_gamma": min_snr_gamma,
+            "schedule_size": schedule_size,
             **unet_kwargs,
         }
         self._build()
@@ -91,12 +96,15 @@ class DDPMModel(nn.Module):
             min_snr_loss_weight=own["min_snr_gamma"] > 0,
             min_snr_gamma=own["min_snr_gamma"],
         )
+        if size := own.get("schedule_size"):  # which files of earlier versions do not have
+            shift_log_snr(self.diffusion, 2 * math.log(size / self.image_size), own["min_snr_gamma"])
 
     @classmethod
     def from_config(cls, config: Any) -> "DDPMModel":
         """The model of a configuration, with weights that are a function of its SEED."""
         torch.manual_seed(config.SEED)
-        return cls(
+        sizes = [config.IMAGE_SIZE // 2**level for level in range(len(config.DIM_MULTS))]
+        model = cls(
             image_size=config.IMAGE_SIZE,
             dim=config.DIM,
             dim_mults=config.DIM_MULTS,
@@ -105,10 +113,14 @@ class DDPMModel(nn.Module):
             objective=config.OBJECTIVE,
             beta_schedule=config.BETA_SCHEDULE,
             min_snr_gamma=config.MIN_SNR_GAMMA,
+            schedule_size=config.SCHEDULE_SIZE,
             dropout=config.DROPOUT,
+            full_attn=[size <= max(config.FULL_ATTENTION_SIZE, sizes[-1]) for size in sizes],
             attn_heads=per_level(config.ATTENTION_HEADS, config.DIM_MULTS),
             attn_dim_head=per_level(config.ATTENTION_DIM, config.DIM_MULTS),
         )
+        model.unet.checkpointing = config.GRADIENT_CHECKPOINTING
+        return model
 
     @property
     def unet(self) -> Unet:
@@ -414,6 +426,39 @@ def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
     if len(seeds) != count:
         raise UserError(f"there are {len(seeds)} seeds for {count} images")
     return seeds
+
+
+def shift_log_snr(process: GaussianDiffusion, shift: float, min_snr_gamma: float) -> None:
+    """Adds `shift` to the log of the SNR at every timestep; what else the library derives from its betas follows.
+
+    Neighbouring pixels of a larger image agree more, so that the same noise hides less of it. A schedule made for
+    images of size s is as hard at size n if shifted by 2 log(s / n): Hoogeboom et al. (arXiv:2301.11093).
+    """
+    alpha_bar = (1 - process.betas.double()).cumprod(0)
+    alpha_bar = torch.sigmoid(alpha_bar.logit() + shift)
+    before = F.pad(alpha_bar[:-1], (1, 0), value=1.0)
+    alpha = alpha_bar / before
+    variance = (1 - alpha) * (1 - before) / (1 - alpha_bar)
+    snr = alpha_bar / (1 - alpha_bar)
+    limited = snr.clamp(max=min_snr_gamma) if min_snr_gamma > 0 else snr
+    weight = {"pred_noise": limited / snr, "pred_x0": limited, "pred_v": limited / (snr + 1)}
+    derived = {
+        "betas": 1 - alpha,
+        "alphas_cumprod": alpha_bar,
+        "alphas_cumprod_prev": before,
+        "sqrt_alphas_cumprod": alpha_bar.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": (1 - alpha_bar).sqrt(),
+        "log_one_minus_alphas_cumprod": (1 - alpha_bar).log(),
+        "sqrt_recip_alphas_cumprod": alpha_bar.rsqrt(),
+        "sqrt_recipm1_alphas_cumprod": snr.rsqrt(),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
+        "posterior_mean_coef1": (1 - alpha) * before.sqrt() / (1 - alpha_bar),
+        "posterior_mean_coef2": (1 - before) * alpha.sqrt() / (1 - alpha_bar),
+        "loss_weight": weight[process.objective],
+    }
+    for name, values in derived.items():
+        getattr(process, name).copy_(values)
 
 
 def add_noise(x: Tensor, noise: Tensor, alpha_bar: float) -> Tensor:

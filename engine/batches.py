@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from engine.errors import UserError
+from engine.memory import memory_limit
 
-GPU_SHARE = 0.25  # images are held on the GPU if they take less than this share of its memory
+GPU_SHARE = 0.25  # images are held on the GPU if they take less than this share of the memory that we may have
 VALIDATION_IMAGES = 512
 VALIDATION_SHARE = 0.05
 
@@ -18,6 +19,11 @@ def split(count: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices of training and of held-out images: every so many-th is held out, whatever the seed."""
     held_out = np.arange(count)[:: max(count // VALIDATION_IMAGES, round(1 / VALIDATION_SHARE))]
     return np.setdiff1d(np.arange(count), held_out), held_out
+
+
+def fit_on_gpu(images: np.ndarray) -> bool:
+    """Whether images, uint8 (N, C, H, W), are few enough to be held on the GPU, where there is one."""
+    return torch.cuda.is_available() and images.nbytes < GPU_SHARE * memory_limit()
 
 
 class Batches:
@@ -49,7 +55,7 @@ class Batches:
         self.images, self.batch_size, self.seed = images, batch_size, seed
         self.device, self.workers, self.rank, self.world = device, workers, rank, world
         self.resident: Tensor | None = None
-        if device.type == "cuda" and images.nbytes < GPU_SHARE * torch.cuda.get_device_properties(device).total_memory:
+        if device.type == "cuda" and fit_on_gpu(images):
             self.resident = torch.from_numpy(np.ascontiguousarray(images)).to(device)
 
     def __len__(self) -> int:

@@ -1,10 +1,10 @@
-"""Large images: what saves memory changes no result, the schedule is shifted as the paper says, pixels are not invented."""
+"""Large images: what saves memory changes no result, the schedule is shifted as it should, no pixel is invented."""
 
 import pytest
 import torch
+from test_unet import error, results
 
 from engine.unet import FastUnet
-from test_unet import error, results
 
 
 def checkpointed_pair(**architecture) -> tuple[FastUnet, FastUnet]:

@@ -1,0 +1,25 @@
+"""How much of the GPU's memory this process may have."""
+
+import torch
+
+cap: float | None = None  # bytes
+
+
+def cap_memory(gib: float) -> None:
+    """Lets this process allocate at most so many GiB of the current GPU's memory, as if there were no more.
+
+    What CUDA itself takes, some 0.5 GiB, comes on top. Without a GPU one line says that nothing is capped.
+    """
+    global cap
+    if not torch.cuda.is_available():
+        print(f"no GPU whose memory could be capped at {gib:g} GiB")
+        return
+    cap = gib * 2**30
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
+
+
+def memory_limit() -> float:
+    """Bytes of the current GPU that this process may allocate: its memory, or the cap where there is one."""
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return total if cap is None else min(cap, total)
