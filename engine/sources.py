@@ -539,6 +539,7 @@ def _unpack(archive: Archive, packed: Path, folder: Path) -> None:
                 for member in members:
                     if is_wanted(member.name) and member.isfile():
                         copy(member.name, members.extractfile(member), advance)
+        bar.update(bar.total - bar.n)  # the archive's own table of contents
 
 
 def _bytes_bar(what: str, path: Path) -> tqdm:
