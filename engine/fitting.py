@@ -84,12 +84,22 @@ def search(make: Callable[[Any], nn.Module], config: Any, room: float) -> dict[s
         cap_memory(limit)
     batch = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
 
+    fitted = False
+
     def peak(micro: int) -> float | None:
-        tried = trial(make, split(config, micro, min(batch, 2 * micro)), steps=2)
+        nonlocal fitted
+        try:
+            tried = trial(make, split(config, micro, min(batch, 2 * micro)), steps=2)
+        except RuntimeError:
+            if not fitted:
+                raise
+            tried = None  # a lack of memory that was reported as something else
+        fitted = fitted or tried is not None
+        print(f"  {micro} at once: {'too many' if tried is None else gib(tried['peak_gib'])}", flush=True)
         return None if tried is None else tried["peak_gib"] or 0.0
 
-    micro, gib = largest_micro_batch(peak, batch, limit)
-    return {"micro_batch": micro, "peak_gib": round(gib, 3)}
+    micro, taken = largest_micro_batch(peak, batch, limit)
+    return {"micro_batch": micro, "peak_gib": round(taken, 3)}
 
 
 def largest_micro_batch(peak: Callable[[int], float | None], batch: int, limit: float) -> tuple[int, float]:
@@ -140,7 +150,7 @@ def trial(make: Callable[[Any], nn.Module], config: Any, steps: int) -> dict[str
     """What a run does to memory, done with random images: `steps` updates, a validation, a few samples.
 
     Returns the GPU's peak memory (`peak_gib`, None on a CPU), `images_per_second` without the first two steps, if there
-    are more, and the last `loss`; or None if it did not fit.
+    are more, and the last `loss`; or None if it did not fit. Raises RuntimeError if a step gave up what is configured.
     """
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
@@ -151,7 +161,7 @@ def trial(make: Callable[[Any], nn.Module], config: Any, steps: int) -> dict[str
     torch.backends.cudnn.benchmark = True  # as in engine.training
     micro, batch = config.BATCH_SIZE, config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # where a step says that it halves its micro-batch
+        with contextlib.redirect_stdout(io.StringIO()) as said:  # where a step says what it does without
             model = make(config).to(device).train()
             step = Step(model, config)
             shape = (batch, model.channels, model.image_size, model.image_size)
@@ -174,6 +184,8 @@ def trial(make: Callable[[Any], nn.Module], config: Any, steps: int) -> dict[str
         return None
     if step.micro_batch < micro:
         return None
+    if "FAILED" in said.getvalue():
+        raise RuntimeError(" ".join(said.getvalue().split()))
     return {
         "peak_gib": torch.cuda.max_memory_reserved() / 2**30 if gpu else None,
         "images_per_second": batch * (steps - min(2, steps - 1)) / seconds,

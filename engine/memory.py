@@ -1,12 +1,14 @@
 """How much of the GPU's memory this process may have."""
 
+import os
+
 import torch
 
 cap: float | None = None  # bytes
 
 
 def cap_memory(gib: float) -> None:
-    """Lets this process allocate at most so many GiB of the current GPU's memory, as if there were no more.
+    """Lets this process allocate at most so many GiB of its GPU's memory, as if there were no more.
 
     What CUDA itself takes, some 0.5 GiB, comes on top. Without a GPU one line says that nothing is capped.
     """
@@ -15,8 +17,9 @@ def cap_memory(gib: float) -> None:
         print(f"no GPU whose memory could be capped at {gib:g} GiB")
         return
     cap = gib * 2**30
-    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
+    device = int(os.environ.get("LOCAL_RANK", "0"))  # of several processes, each of which has a GPU
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), device)
 
 
 def memory_limit() -> float:

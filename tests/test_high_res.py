@@ -224,9 +224,10 @@ def tiny_config(**changes):
     return resolve("folder", Tier("CPU", 32, 0.0), flags=TINY | {"IMAGE_SIZE": 16, "DROPOUT": 0.1} | changes)
 
 
-def test_trials_are_real_steps():
+def test_trials_are_real_steps(capsys):
     found = search(Hungry.from_config, tiny_config(BATCH_SIZE=8, GRADIENT_ACCUMULATION=2), room=1.0)
     assert found["micro_batch"] == 4
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["  4 at once", "  8 at once"]
 
 
 def test_what_was_found_is_remembered_by_card_and_configuration(tmp_path, monkeypatch, capsys):
@@ -287,7 +288,7 @@ def test_the_memory_table_runs_through(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fitting, "trial", lambda make, config, steps: None)
     rows += memory_table(DDPMModel.from_config, {"too large": tiny_config(MEMORY_GIB=3.0)}, path)
     assert "not even one image" in rows[1]["error"]
-    lines = capsys.readouterr().out.splitlines()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory ")]
     assert len(lines) == 2 and "4 x 1" in lines[0] and "FAILED: not even one" in lines[1]
     assert json.loads(path.read_text())["rows"] == rows
 

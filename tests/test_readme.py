@@ -95,6 +95,7 @@ def test_every_flag_that_the_readme_names_exists():
     from inference import FILES, SETTINGS
 
     known = {name.lower() for name in DDPMConfig.settings()} | {"resume", "config", "dry_run"}
+    known |= {setting.alias.lower() for _, setting in DDPMConfig.settings().values()}
     known |= {name.lower() for name in SETTINGS} | {*FILES, "checkpoint", "from_png", "output_dir"}
     known |= {"full", "dev", "check", "torch_index", "help"}
     known |= {"num_processes", "nproc_per_node", "logdir"}
