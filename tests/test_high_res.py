@@ -26,11 +26,12 @@ import inference_high_res
 import train
 import train_stl10_optimized
 import train_true_high_res
-from config import Tier, from_command_line, resolve, tier_of
+from config import Tier, detect_tier, from_command_line, resolve, tier_of
 from ddpm_model import DDPMModel
-from engine import fitting, sources
+from engine import fitting, memory, sources, unet
 from engine.errors import UserError
 from engine.fitting import fit, in_child, largest_micro_batch, memory_table, search
+from engine.step import Step
 from engine.unet import FastUnet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +48,7 @@ def checkpointed_pair(**architecture) -> tuple[FastUnet, FastUnet]:
     networks = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        networks.append(FastUnet(dim=16, dim_mults=(1, 2, 2), **architecture).train())
+        networks.append(FastUnet(**{"dim": 16, "dim_mults": (1, 2, 2), **architecture}).train())
         networks[-1].checkpointing = checkpointing
     return tuple(networks)
 
@@ -61,6 +62,17 @@ def test_checkpointing_changes_no_gradient(dropout, autocast):
         found.append(results(network, autocast))
     for plain, checkpointed in zip(*found, strict=True):
         assert error(checkpointed, plain) < (1e-2 if autocast and dropout else 1e-6)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's test below runs the kernels themselves")
+def test_checkpointing_goes_with_the_kernels(monkeypatch):
+    monkeypatch.setattr(unet, "fused", lambda x: True)  # Triton interprets them
+    found = []
+    for network in checkpointed_pair(dropout=0.3, dim_mults=(1,), attn_heads=1, attn_dim_head=16):
+        torch.manual_seed(5)
+        found.append(results(network, size=4))
+    for plain, checkpointed in zip(*found, strict=True):
+        assert error(checkpointed, plain) < 1e-6
 
 
 def test_checkpointing_keeps_less():
@@ -204,6 +216,8 @@ def test_the_largest_divisor_that_fits_is_found_in_few_trials(batch, most, truth
     largest = max(size for size in range(1, most + 1) if batch % size == 0)
     assert largest_micro_batch(peak, batch, limit)[0] == largest
     assert len(tried) == len(set(tried)) <= 7
+    failed = [size for size in tried if size > most]
+    assert failed == sorted(failed, reverse=True)  # nothing larger than what did not fit
 
 
 def test_when_nothing_fits_it_is_said():
@@ -291,6 +305,64 @@ def test_the_memory_table_runs_through(tmp_path, monkeypatch, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory ")]
     assert len(lines) == 2 and "4 x 1" in lines[0] and "FAILED: not even one" in lines[1]
     assert json.loads(path.read_text())["rows"] == rows
+
+
+# --- the same on a GPU
+
+
+def on_the_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
+
+
+@pytest.fixture
+def capped():
+    """Caps this process's GPU memory at 6 GiB for a test."""
+    torch.cuda.empty_cache()
+    memory.cap_memory(6.0)
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    memory.cap = None
+
+
+def step_at_64(**flags) -> Step:
+    config = resolve("celeba", tier_of(6), train_true_high_res.DEFAULTS, flags={"BATCH_SIZE": 16, **flags})
+    return Step(DDPMModel.from_config(config).cuda().train(), config)
+
+
+@on_the_gpu
+def test_a_checkpointed_step_is_captured_and_takes_less_memory():
+    images = torch.randint(256, (16, 3, 64, 64), dtype=torch.uint8, device="cuda")
+    losses, peaks = [], []
+    for checkpointing in (False, True):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        step = step_at_64(GRADIENT_CHECKPOINTING=checkpointing)
+        losses.append([step(images, number, 1e-4)[0].item() for number in range(4)])
+        peaks.append(torch.cuda.max_memory_reserved())
+        assert step.graphs
+        del step
+    # the two draw their dropout differently
+    assert losses[1] == pytest.approx(losses[0], rel=0.05) and peaks[1] < 0.8 * peaks[0]
+
+
+@on_the_gpu
+def test_a_cap_makes_a_smaller_card(capped):
+    tier = detect_tier()
+    assert (tier.name, tier.memory) == ("Small", 6.0)
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(7 * 2**30, dtype=torch.uint8, device="cuda")
+    torch.empty(5 * 2**30, dtype=torch.uint8, device="cuda")
+
+
+@on_the_gpu
+def test_what_is_found_trains(capped, tmp_path):
+    config = resolve("stl10", detect_tier(), train_stl10_optimized.DEFAULTS, flags={"MEMORY_GIB": 6.0})
+    images, file = np.zeros((1000, 3, 96, 96), np.uint8), tmp_path / "memory.json"
+    micro = fit(DDPMModel.from_config, config, images, file)
+    assert 1 <= micro <= 64 and 64 % micro == 0
+    assert fit(DDPMModel.from_config, config, images, file) == micro
+    found = fitting.trial(DDPMModel.from_config, fitting.split(config, micro, 64), steps=3)
+    assert found is not None and found["peak_gib"] <= 6
 
 
 # --- from the archive to the picture: the scripts' own main, in this process
