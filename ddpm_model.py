@@ -103,7 +103,6 @@ class DDPMModel(nn.Module):
     def from_config(cls, config: Any) -> "DDPMModel":
         """The model of a configuration, with weights that are a function of its SEED."""
         torch.manual_seed(config.SEED)
-        sizes = [config.IMAGE_SIZE // 2**level for level in range(len(config.DIM_MULTS))]
         model = cls(
             image_size=config.IMAGE_SIZE,
             dim=config.DIM,
@@ -115,7 +114,7 @@ class DDPMModel(nn.Module):
             min_snr_gamma=config.MIN_SNR_GAMMA,
             schedule_size=config.SCHEDULE_SIZE,
             dropout=config.DROPOUT,
-            full_attn=[size <= max(config.FULL_ATTENTION_SIZE, sizes[-1]) for size in sizes],
+            full_attn=full_attention(config),
             attn_heads=per_level(config.ATTENTION_HEADS, config.DIM_MULTS),
             attn_dim_head=per_level(config.ATTENTION_DIM, config.DIM_MULTS),
         )
@@ -469,6 +468,12 @@ def add_noise(x: Tensor, noise: Tensor, alpha_bar: float) -> Tensor:
 def per_level(values: Sequence[int], levels: Sequence[int]) -> list[int]:
     """One value for each level, from as many or from a single one."""
     return list(values) if len(values) > 1 else list(values) * len(levels)
+
+
+def full_attention(config: Any) -> list[bool]:
+    """For each level of a configuration's network, whether its attention is full; otherwise it is linear."""
+    sizes = [config.IMAGE_SIZE // 2**level for level in range(len(config.DIM_MULTS))]
+    return [size <= max(config.FULL_ATTENTION_SIZE, sizes[-1]) for size in sizes]
 
 
 def to_unit(x: Tensor) -> Tensor:
