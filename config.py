@@ -186,9 +186,10 @@ class Resolved(argparse.Namespace):
 
     def split_batch(self, micro_batch: int) -> None:
         """Computes the effective batch in micro-batches of the given size, which divides it."""
-        self.GRADIENT_ACCUMULATION = self.BATCH_SIZE * self.GRADIENT_ACCUMULATION // micro_batch
-        self.BATCH_SIZE = micro_batch
-        self.origin["BATCH_SIZE"] = self.origin["GRADIENT_ACCUMULATION"] = "memory tried"
+        if micro_batch != self.BATCH_SIZE:
+            self.GRADIENT_ACCUMULATION = self.BATCH_SIZE * self.GRADIENT_ACCUMULATION // micro_batch
+            self.BATCH_SIZE = micro_batch
+            self.origin["BATCH_SIZE"] = self.origin["GRADIENT_ACCUMULATION"] = "fits (tried)"
 
     def table(self) -> str:
         """One line for each attribute: name, value, where it came from."""

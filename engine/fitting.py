@@ -47,18 +47,14 @@ def fit(make: Callable[[Any], nn.Module], config: Any, images: np.ndarray, remem
     batch = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
     held = images.nbytes if fit_on_gpu(images) else 0
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()  # others may be on the card
-    room = (
-        math.floor(2 * (min(memory_limit(), free) - held) / 2**30) / 2
-    )  # GiB, to the half: it is never quite the same
+    gib_free = (min(memory_limit(), free) - held) / 2**30
+    room = math.floor(2 * gib_free) / 2  # to the half, since it is never quite the same
     settings = " ".join(f"{name}={getattr(config, name)}" for name in DECISIVE)
     key = f"{torch.cuda.get_device_name()}, {room:g} GiB, torch {torch.__version__}: batch={batch} {settings}"
     known = json.loads(remembered.read_text()) if remembered.exists() else {}
     start = time.monotonic()
     if key not in known:
-        print(
-            f"trying how many of {batch} images fit into {room:g} GiB at once (--no-fit_memory does not) ...",
-            flush=True,
-        )
+        print(f"trying how many of {batch} images fit into {room:g} GiB at once (or --no-fit_memory)", flush=True)
         try:
             known[key] = in_child(search, make, config, room, seconds=SECONDS)
         except RuntimeError as problem:
@@ -82,9 +78,7 @@ def search(make: Callable[[Any], nn.Module], config: Any, room: float) -> dict[s
     limit = (1 - HEADROOM) * room
     if torch.cuda.is_available():
         cap_memory(limit)
-    batch = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
-
-    fitted = False
+    batch, fitted = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION, False
 
     def peak(micro: int) -> float | None:
         nonlocal fitted
@@ -212,9 +206,10 @@ def memory_table(
             row |= in_child(measure, make, config, steps, seconds=seconds)
             text = (
                 f"{row['micro_batch']:4} x {row['accumulation']:<3} {gib(row['peak_gib'])}, "
-                f"{row['images_per_second']:8.1f} images/s, loss {row['loss']:.3f}; "
-                f"{gib(row['fp32_gib'])} in fp32 and {gib(row['amp_gib'])} in mixed precision"
+                f"{row['images_per_second']:8.1f} images/s, loss {row['loss']:.3f}"
             )
+            if row["fp32_gib"]:
+                text += f"; {gib(row['fp32_gib'])} in fp32 and {gib(row['amp_gib'])} in mixed precision"
         except (RuntimeError, UserError) as problem:
             row["error"] = str(problem)
             text = f"FAILED: {problem}"

@@ -199,6 +199,12 @@ def test_target_size_is_the_image_size_and_a_named_batch_is_not_tried():
 # --- memory
 
 
+def test_a_batch_is_split_and_stays_the_same_batch():
+    made = resolve("stl10", tier_of(24), train_stl10_optimized.DEFAULTS)
+    made.split_batch(16)
+    assert (made.BATCH_SIZE, made.GRADIENT_ACCUMULATION, made.origin["BATCH_SIZE"]) == (16, 4, "fits (tried)")
+
+
 @pytest.mark.parametrize(
     ("batch", "most"), [(64, 64), (64, 63), (64, 16), (64, 5), (64, 1), (96, 47), (13, 12), (13, 13), (1, 1), (7, 6)]
 )
