@@ -1,5 +1,6 @@
 """Which images each step trains on, and how they reach the device."""
 
+import mmap
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,6 +12,7 @@ from engine.errors import UserError
 from engine.memory import memory_limit
 
 GPU_SHARE = 0.25  # images are held on the GPU if they take less than this share of the memory that we may have
+PIECE = 4096  # images copied to the GPU at a time
 VALIDATION_IMAGES = 512
 VALIDATION_SHARE = 0.05
 
@@ -24,6 +26,19 @@ def split(count: int) -> tuple[np.ndarray, np.ndarray]:
 def fit_on_gpu(images: np.ndarray) -> bool:
     """Whether images, uint8 (N, C, H, W), are few enough to be held on the GPU, where there is one."""
     return torch.cuda.is_available() and images.nbytes < GPU_SHARE * memory_limit()
+
+
+def on_device(images: np.ndarray, device: torch.device) -> Tensor:
+    """A copy of images, uint8 (N, C, H, W), on the device, made piece by piece.
+
+    What was read of a memory map is let go, lest the whole file count as this process's memory.
+    """
+    copied = torch.empty(images.shape, dtype=torch.uint8, device=device)
+    for start in range(0, len(images), PIECE):
+        copied[start : start + PIECE] = torch.from_numpy(np.array(images[start : start + PIECE]))
+        if isinstance(images.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            images.base.madvise(mmap.MADV_DONTNEED)
+    return copied
 
 
 class Batches:
@@ -56,7 +71,7 @@ class Batches:
         self.device, self.workers, self.rank, self.world = device, workers, rank, world
         self.resident: Tensor | None = None
         if device.type == "cuda" and fit_on_gpu(images):
-            self.resident = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+            self.resident = on_device(images, device)
 
     def __len__(self) -> int:
         """Steps in an epoch; what does not fill a batch waits for the next epoch's order."""

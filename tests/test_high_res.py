@@ -28,7 +28,7 @@ import train_stl10_optimized
 import train_true_high_res
 from config import Tier, detect_tier, from_command_line, resolve, tier_of
 from ddpm_model import DDPMModel
-from engine import fitting, memory, sources, unet
+from engine import batches, fitting, memory, sources, unet
 from engine.errors import UserError
 from engine.fitting import fit, in_child, largest_micro_batch, memory_table, search
 from engine.step import Step
@@ -438,6 +438,23 @@ def test_celeba_from_its_zip_and_a_folder_at_128(call, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"192 px are asked for, but .* have 178 .*or have them enlarged"):
         call(train_true_high_res, *folder, "192")
     assert call(train_true_high_res, *folder, "192", "--use_upsampling")["data"]["shape"] == [3, 192, 192]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells what a process has mapped")
+def test_a_mapped_file_is_copied_without_being_held_in_memory(tmp_path, monkeypatch):
+    def mapped() -> int:
+        text = Path("/proc/self/status").read_text()
+        return int(text.split("RssFile:")[1].split()[0]) * 1024
+
+    images = random_images(20_000, 32)
+    np.save(tmp_path / "images.npy", images)
+    monkeypatch.setattr(batches, "PIECE", 1000)
+    file = np.load(tmp_path / "images.npy", mmap_mode="r")
+    before = mapped()
+    copied = batches.on_device(file, torch.device("cpu"))
+    assert mapped() - before < images.nbytes / 4
+    assert torch.equal(copied, torch.from_numpy(images))
+    assert np.array_equal(file, images) and mapped() - before > images.nbytes / 2  # which counts once it is read
 
 
 def test_decoding_that_was_killed_goes_on_and_ends_the_same(tmp_path):
