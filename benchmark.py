@@ -1,20 +1,28 @@
-"""Measures this machine: training by precision, launching and batch, the data path, sampling by sampler and steps.
+"""Measures this machine: training, sampling, the data path, and whether the fast path learns what plain fp32 does.
 
-    python benchmark.py                                    the CIFAR-10 preset's model, untrained for sampling
-    python benchmark.py --checkpoint checkpoints/ddpm_final.pt --quick
+    python benchmark.py                                everything: some five minutes on a GPU
+    python benchmark.py --quick --only training        two minutes at most without --only
+    python benchmark.py --estimate                     how long each preset would take here, and with what batch
 
-The peers, in the same run: the library's own Trainer step and its 1000 ancestral steps, in fp32 without compilation.
-Where there is a GPU, 500 steps in plain fp32 and as train_optimized.py does them show that both learn the same.
-Writes results/benchmark-<device>.json and, with a GPU, .png.
+The peers, in the same run: the step of the library's Trainer and the library's 1000 ancestral steps and, where
+diffusers is installed, its UNet2DModel with as many parameters. Each variant that could hang runs in a process of its
+own. Writes results/benchmark-<device>.json and .png; `--readme` puts all of results/ into the README's tables.
 """
 
-import gc
-import io
-import json
-import platform
+import argparse
+import copy
+import datetime
+import functools
+import importlib.util
+import itertools
+import math
+import re
 import statistics
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,263 +31,518 @@ import torch
 from accelerate import Accelerator
 from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 from ema_pytorch import EMA
-from matplotlib.figure import Figure
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
+from tqdm import tqdm
 
-from config import resolve, tier_of
-from ddpm_model import DDPMModel
-from engine import batches
+import train_optimized
+from config import PRESETS, Resolved, detect_tier, resolve
+from ddpm_model import DDPMModel, per_level
+from engine import batches, measuring, report
 from engine.checkpoints import write_atomically
-from engine.command_line import Parser, run
-from engine.sources import load_images
+from engine.command_line import Parser, Setting, run
+from engine.errors import UserError
+from engine.measuring import Job, Processes
+from engine.sources import SHAPES_COUNT, load_images
 from engine.step import Step, amp_dtype
+from engine.training import duration
 
-RESULTS = Path("results")
-ROUNDS = 3
-WANTED = (("ddim", 50), ("dpmpp_2m", 20), ("unipc", 10), ("heun", 19), ("ddpm", 50))
-
-
-def seconds(draw, rounds: int = ROUNDS) -> list[float]:
-    """Seconds that each of `rounds` calls of draw() took, the device waited for, after one call to warm up."""
-    draw()
-    took = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        draw().cpu()
-        took.append(time.perf_counter() - start)
-    return took
-
-
-def wait(device: torch.device) -> None:
-    """Until the device has done everything."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+RESULTS, README = Path("results"), Path("README.md")
+IMAGES = {"cifar10": 50_000, "celeba": 202_599, "stl10": 105_000, "shapes": SHAPES_COUNT}
+SAMPLERS = (("unipc", 10), ("ddim", 50), ("dpmpp_2m", 20), ("heun", 19), ("ddpm", 50))
+DIFFUSERS = "diffusers' UNet2DModel"
+LIMIT, CPU_LIMIT = 120.0, 900.0  # seconds that a variant may take on a GPU (compiled: twice that) and elsewhere
+SETTINGS: dict[str, tuple[type, Setting, Any]] = {
+    "PRESET": (str, Setting("whose model to measure", choices=tuple(PRESETS)), "cifar10; without a GPU shapes"),
+    "IMAGE_SIZE": (int, Setting("side of the square images, pixels", 4, 1024), "the preset's"),
+    "DIM": (int, Setting("width of the Unet's first level, channels", 8, 1024), "the preset's"),
+    "BATCH": (tuple, Setting("images in a training step", 1), ("128,512; above 32 px the preset's; fewer on a CPU",)),
+    "THREADS": (int, Setting("CPU threads of what is not said to have 1", 1, 1024), "all cores"),
+    "CURVE_STEPS": (
+        int,
+        Setting("steps of a learning curve", 1),
+        "500; above 32 px 100; on a CPU 200; with --quick a fifth",
+    ),
+}
 
 
-def library_step(batch: int, device: torch.device) -> Callable[[], Any]:
-    """A step as the library's Trainer does it, on images that are on the device already."""
-    process = GaussianDiffusion(Unet(64), image_size=32, objective="pred_v").to(device)
-    accelerator, average = Accelerator(), EMA(process, beta=0.995, update_every=10).to(device)
-    optimizer = torch.optim.Adam(process.parameters(), lr=1e-4, betas=(0.9, 0.99))
-    process, optimizer = accelerator.prepare(process, optimizer)
-    images = torch.rand(batch, 3, 32, 32, device=device)
+@dataclass(frozen=True)
+class Subject:
+    """The model that is measured: a preset's, perhaps of another size."""
 
-    def step() -> None:
-        with accelerator.autocast():
-            loss = process(images)
-        loss.item()
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(process.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        average.update()
+    preset: str
+    image_size: int
+    dim: int
 
-    return step
+    def config(self, **flags: Any) -> Resolved:
+        """Its configuration with the given attributes."""
+        return resolve(self.preset, detect_tier(), flags={"IMAGE_SIZE": self.image_size, "DIM": self.dim, **flags})
+
+    def library_unet(self) -> Unet:
+        """The library's own network of this size."""
+        c = self.config()
+        heads, width = (tuple(per_level(v, c.DIM_MULTS)) for v in (c.ATTENTION_HEADS, c.ATTENTION_DIM))
+        return Unet(c.DIM, dim_mults=c.DIM_MULTS, dropout=c.DROPOUT, attn_heads=heads, attn_dim_head=width)
+
+    def library_process(self) -> GaussianDiffusion:
+        """The library's own diffusion process around its network."""
+        objective = self.config().OBJECTIVE
+        return GaussianDiffusion(self.library_unet(), image_size=self.image_size, objective=objective)
+
+    def diffusers_unet(self) -> nn.Module:
+        """diffusers' network, laid out as Ho et al.'s for CIFAR-10, of the width that gives it as many parameters."""
+        from diffusers import UNet2DModel
+
+        plain, attention = ("DownBlock2D", "UpBlock2D"), ("AttnDownBlock2D", "AttnUpBlock2D")
+        down, up = zip(plain, attention, plain, plain, strict=True)
+        return UNet2DModel(
+            sample_size=self.image_size, block_out_channels=tuple(2 * self.dim * m for m in (1, 2, 2, 2)),
+            down_block_types=down, up_block_types=up[::-1], layers_per_block=2, attention_head_dim=None,
+        )  # fmt: skip
 
 
-def our_step(batch: int, device: torch.device, **flags: Any) -> Callable[[], Any]:
-    """A step of the CIFAR-10 preset's model with the given switches, the same data every time."""
-    step, number = make_step(batch, device, **flags), iter(range(10**9))
-    images = torch.randint(256, (batch, 3, 32, 32), dtype=torch.uint8, device=device)
-    return lambda: step(images, next(number), 1e-4)
+def library_training(subject: Subject, batch: int, amp: bool, threads: int | None, round_seconds: float) -> dict:
+    """The step of the library's Trainer, on images that are on the device already."""
+    device = measuring.prepare(threads)
+
+    def make() -> Callable[[], None]:
+        process = subject.library_process().to(device)
+        accelerator = Accelerator(mixed_precision="fp16" if amp else "no")
+        average = EMA(process, beta=0.995, update_every=10).to(device)
+        optimizer = torch.optim.Adam(process.parameters(), lr=1e-4, betas=(0.9, 0.99))
+        process, optimizer = accelerator.prepare(process, optimizer)
+        images = torch.rand(batch, 3, subject.image_size, subject.image_size, device=device)
+
+        def step() -> None:
+            with accelerator.autocast():
+                loss = process(images)
+            loss.item()
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(process.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            average.update()
+
+        return step
+
+    return measuring.step_rates(make, batch, device, round_seconds)
 
 
-def make_step(batch: int, device: torch.device, **flags: Any) -> Step:
-    """The CIFAR-10 preset's step with the given switches."""
-    config = resolve("cifar10", tier_of(1000.0), flags={"BATCH_SIZE": batch, **flags})
+def diffusers_training(subject: Subject, batch: int, amp: bool, threads: int | None, round_seconds: float) -> dict:
+    """The same step (clipping, fused Adam, EMA) with diffusers' network and schedule."""
+    from diffusers import DDPMScheduler
+
+    device = measuring.prepare(threads)
+
+    def make() -> Callable[[], None]:
+        network, schedule = subject.diffusers_unet().to(device), DDPMScheduler()
+        average = copy.deepcopy(network).requires_grad_(False)
+        parameters, averaged = list(network.parameters()), list(average.parameters())
+        optimizer = torch.optim.Adam(parameters, lr=1e-4, betas=(0.9, 0.99), fused=True)
+        images = torch.rand(batch, 3, subject.image_size, subject.image_size, device=device) * 2 - 1
+
+        def step() -> None:
+            noise, t = torch.randn_like(images), torch.randint(1000, (batch,), device=device)
+            with torch.autocast(device.type, amp_dtype(device), enabled=amp):
+                predicted = network(schedule.add_noise(images, noise, t), t).sample
+            nn.functional.mse_loss(predicted.float(), noise).backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                torch._foreach_lerp_(averaged, parameters, 1e-3)
+
+        return step
+
+    return measuring.step_rates(make, batch, device, round_seconds)
+
+
+def our_training(
+    subject: Subject, batch: int, flags: dict[str, bool], threads: int | None, round_seconds: float
+) -> dict:
+    """Our step with the given switches."""
+    device = measuring.prepare(threads)
+
+    def make() -> Callable[[], Any]:
+        step, number = make_step(subject, device, BATCH_SIZE=batch, **flags), itertools.count()
+        shape = (batch, 3, subject.image_size, subject.image_size)
+        images = torch.randint(256, shape, dtype=torch.uint8, device=device)
+        return lambda: step(images, next(number), 1e-4)
+
+    return measuring.step_rates(make, batch, device, round_seconds)
+
+
+def make_step(subject: Subject, device: torch.device, **flags: Any) -> Step:
+    """Our step of a new model."""
+    config = subject.config(**flags)
     return Step(DDPMModel.from_config(config).to(device).train(), config)
 
 
-def measure(make: Callable[[], Callable[[], Any]], batch: int, device: torch.device, seconds_a_round: float) -> dict:
-    """Rates (images/s) of ROUNDS rounds, seconds until the first step was done, peak memory (GiB)."""
-    gc.collect()
-    before = 0
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    start = time.perf_counter()
-    step = make()
-    step()
-    wait(device)
-    first = time.perf_counter() - start
-    start = time.perf_counter()
-    step()
-    wait(device)
-    count = max(1, int(seconds_a_round / (time.perf_counter() - start)))
-    rates = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        for _ in range(count):
-            step()
-        wait(device)
-        rates.append(count * batch / (time.perf_counter() - start))
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if device.type == "cuda" else None
-    return {"batch": batch, "images_per_second": statistics.median(rates), "rounds": rates, "first_step": first,
-            "peak_gib": peak}  # fmt: skip
+@functools.lru_cache(maxsize=1)  # one model, and so one CUDA graph, for all samplers that a process measures
+def untrained(subject: Subject, device: torch.device) -> DDPMModel:
+    """A model with new weights, on the device."""
+    return DDPMModel.from_config(subject.config()).to(device).eval()
 
 
-def measure_training(device: torch.device, quick: bool) -> list[dict]:
-    """The library's Trainer step and ours, by batch, precision and launching; prints each as it comes."""
-    gpu = device.type == "cuda"
-    variants: list[tuple[str, dict]] = [("fp32", {})]
+def our_sampling(
+    subject: Subject, batch: int, sampler: str, steps: int, amp: bool, graph: bool, threads: int | None, rounds: int
+) -> dict:
+    """DDPMModel.sample as a user calls it."""
+    device = measuring.prepare(threads)
+    model = untrained(subject, device)
+    model.cuda_graph = graph
+    with torch.autocast(device.type, amp_dtype(device), enabled=amp):
+        return measuring.draw_rates(lambda: model.sample(batch, sampler=sampler, steps=steps, seed=0), batch, rounds)
+
+
+def library_sampling(subject: Subject, batch: int, done: int, threads: int | None) -> dict:
+    """The library's ancestral steps: `done` of them, spread evenly, each of which takes as long as any other."""
+    device = measuring.prepare(threads)
+    process = subject.library_process().to(device).eval()
+    shape = (batch, 3, subject.image_size, subject.image_size)
+
+    def draw(steps: int) -> torch.Tensor:
+        x = torch.randn(shape, device=device)
+        for t in torch.linspace(process.num_timesteps - 1, 0, steps).long().tolist():
+            x, _ = process.p_sample(x, t)
+        return x
+
+    draw(1).cpu()
+    rate = measuring.draw_rates(lambda: draw(done), batch, 1)["images_per_second"] * done / process.num_timesteps
+    return {"images_per_second": rate, "rounds": [rate]}
+
+
+def data_path(subject: Subject, batch: int, resident: bool) -> dict:
+    """The fast step on the GPU, its images there too or brought by 8 workers from a memory map."""
+    device = measuring.prepare()
+    batches.GPU_SHARE = 1.0 if resident else 0.0
+    step, rates = make_step(subject, device, BATCH_SIZE=batch, USE_AMP=True, CUDA_GRAPH=True), []
+    with tempfile.TemporaryDirectory() as folder:
+        path, shape = Path(folder) / "images.npy", (110 * batch, 3, subject.image_size, subject.image_size)
+        np.save(path, np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+        source = batches.Batches(np.load(path, mmap_mode="r"), batch, 0, device, 8)
+        for epoch in range(measuring.ROUNDS + 1):
+            for number, images in enumerate(source.epoch(epoch)):
+                step(images, number, 1e-4)
+                if number == 3:  # workers have started
+                    measuring.wait(device)
+                    start = time.perf_counter()
+            measuring.wait(device)
+            rates.append(batch * (len(source) - 4) / (time.perf_counter() - start))
+    rates = rates[1:]  # in the first epoch the step was captured
+    return {"images_per_second": statistics.median(rates), "rounds": rates}
+
+
+def learning_curve(subject: Subject, batch: int, seed: int, steps: int, flags: dict, threads: int) -> dict:
+    """Losses of our step on the built-in shapes, from weights and with noise of the given seed."""
+    device = measuring.prepare(threads)
+    images = load_images("shapes", subject.image_size, Path("data"))[: min(100, SHAPES_COUNT // batch) * batch]
+    images = torch.from_numpy(np.array(images)).to(device).split(batch)
+    step = make_step(subject, device, BATCH_SIZE=batch, SEED=seed, HORIZONTAL_FLIP=False, **flags)
+    losses = [step(images[i % len(images)], i, min(1, i / 100) * 4e-4)[0].clone() for i in range(steps)]
+    return {"losses": [round(loss, 6) for loss in torch.stack(losses).tolist()]}
+
+
+def preset_speed(preset: str, threads: int) -> dict:
+    """How fast the optimised step of a preset is here and, on a GPU, how many images `fit` into one (a power of 2)."""
+    config = resolve(preset, detect_tier(), train_optimized.DEFAULTS)
+    subject = Subject(preset, config.IMAGE_SIZE, config.DIM)
+    flags = {name: getattr(config, name) for name in ("USE_AMP", "COMPILE_MODEL", "CUDA_GRAPH")}
+    gpu = torch.cuda.is_available()
+    batch = config.BATCH_SIZE if gpu else cpu_batch(config.IMAGE_SIZE)
+    result = our_training(subject, batch, flags, threads, 1.0)
+    if not gpu:
+        return result
+
+    def gib(batch: int) -> float:
+        """Memory of some steps without a CUDA graph, which needs no more; raises FellBack if they do not fit."""
+        with measuring.nothing_given_up():
+            return our_training(subject, batch, flags | {"CUDA_GRAPH": False}, None, 0.0)["peak_gib"]
+
+    small, large = gib(16), gib(64)
+    measuring.prepare()
+    free = 0.95 * torch.cuda.mem_get_info()[0] / 2**30
+    fit = 2 ** int(math.log2(max(1, 16 + 48 * (free - small) / max(large - small, 0.01))))
+    while fit > 1:
+        try:
+            gib(fit)
+            break
+        except (measuring.FellBack, torch.OutOfMemoryError):
+            fit //= 2
+    return result | {"fit": fit}
+
+
+def cpu_batch(image_size: int) -> int:
+    """Images in a training step that take a CPU a second or so."""
+    return max(2, 32 * 16**2 // image_size**2)
+
+
+def training_jobs(subject: Subject, sizes: Sequence[int], threads: int, quick: bool, gpu: bool) -> Iterator[Job]:
+    """Peers and ours by precision, launching, threads and batch; the library comes first, since it is the measure."""
+    low, amp, graph, compiled = low_precision(), {"USE_AMP": True}, {"CUDA_GRAPH": True}, {"COMPILE_MODEL": True}
+    peers, own = ("peers", "ours") if gpu else ("eager", "eager")
+    # name, process (None: one for each batch), function, options, in which runs: all, full, or once (full, first batch)
+    variants: list[tuple[str, str | None, Callable[..., dict], dict, str]] = [
+        ("library's Trainer, fp32", peers, library_training, {"amp": False}, "all"),
+        (f"{DIFFUSERS}, fp32", peers, diffusers_training, {"amp": False}, "full"),
+    ]
     if gpu:
-        variants += [("amp", {"USE_AMP": True}), ("fp32, graph", {"CUDA_GRAPH": True})]
-        variants += [("amp, graph", {"USE_AMP": True, "CUDA_GRAPH": True})]
-    with FlopCounterMode(display=False) as counter:
-        Unet(64)(torch.zeros(1, 3, 32, 32), torch.zeros(1))
-    work = 3 * counter.get_total_flops()  # the backward pass does twice as much as the forward pass
-    peak = matmul_rate(device) if gpu else None
-    rows = []
-    for batch in ((128,) if quick else (128, 512)) if gpu else (8,):
-        makers = [("library's Trainer, fp32", lambda batch=batch: library_step(batch, device))]
-        makers += [(name, lambda batch=batch, f=flags: our_step(batch, device, **f)) for name, flags in variants]
-        reference = None
-        for name, make in makers:
-            row = {"what": name} | measure(make, batch, device, 0.5 if quick else 2.0)
-            reference = reference or row["images_per_second"]
-            row |= {"over_library": row["images_per_second"] / reference}
-            row |= {"mfu": row["images_per_second"] * work / peak if peak else None}
-            rows.append(row)
-            rate = row["images_per_second"]
-            more = f", {100 * row['mfu']:.1f} % MFU, {row['peak_gib']:.2f} GiB" if peak else ""
-            print(
-                f"train {name:24} batch {batch:4} {rate:9.1f} images/s ({min(row['rounds']):.1f} to "
-                f"{max(row['rounds']):.1f}), {1000 * batch / rate:.2f} "
-                f"ms, {row['over_library']:.2f} x, first step after {row['first_step']:.1f} s{more}",
-                flush=True,
+        variants += [
+            (f"{DIFFUSERS}, {low}", peers, diffusers_training, {"amp": True}, "all"),
+            ("library's Trainer, fp16", None, library_training, {"amp": True}, "once"),
+            ("ours, fp32", own, our_training, {"flags": {}}, "all"),
+            (f"ours, {low}", own, our_training, {"flags": amp}, "all"),
+            ("ours, fp32, CUDA graph", None, our_training, {"flags": graph}, "full"),
+            (f"ours, {low}, CUDA graph", None, our_training, {"flags": amp | graph}, "all"),
+            (f"ours, {low}, compiled", None, our_training, {"flags": amp | compiled}, "once"),
+            (f"ours, {low}, compiled, CUDA graph", None, our_training, {"flags": amp | compiled | graph}, "once"),
+        ]
+    else:
+        variants += [
+            ("ours, fp32", own, our_training, {"flags": {}}, "all"),
+            *[(f"ours, {low}", own, our_training, {"flags": amp}, "all")] * measuring.has_cpu_bf16(),
+            ("ours, fp32, compiled", None, our_training, {"flags": compiled}, "full"),
+        ]
+        one = [(f"{n}, 1 thread", p, f, o | {"threads": 1}, "full") for n, p, f, o, _ in variants if n.endswith("fp32")]
+        variants += one if threads > 1 else []
+    # as large as ours with these levels only, and made of groups of 32 channels
+    comparable = subject.config().DIM_MULTS == (1, 2, 4, 8) and subject.dim % 16 == 0
+    comparable = comparable and importlib.util.find_spec("diffusers")
+    for name, process, function, options, runs in variants:
+        if (quick and runs != "all") or (name.startswith(DIFFUSERS) and not comparable):
+            continue
+        for batch in sizes[:1] if runs == "once" else sizes:
+            common = {"subject": subject, "batch": batch, "threads": threads, "round_seconds": 0.5}
+            limit = LIMIT * (2 if "compiled" in name else 1) if gpu else CPU_LIMIT
+            yield Job({"what": name, "batch": batch}, process or f"{name} {batch}", function, common | options, limit)
+
+
+def sampling_jobs(subject: Subject, threads: int, quick: bool, gpu: bool) -> Iterator[Job]:
+    """The library's 1000 ancestral steps, then ours by precision, launching, batch, sampler and steps."""
+    low, few = low_precision(), SAMPLERS[:2]
+    small, large = (64, 256) if gpu else (4, 16)
+    done = (50 if quick else 1000) if gpu else 5
+    common = {"subject": subject, "threads": threads}
+    limit = LIMIT if gpu else CPU_LIMIT
+    row = {"what": "library, fp32", "sampler": "ddpm", "steps": 1000, "batch": small}
+    row["what"] += f" ({done} of 1000 steps)" if done < 1000 else ""
+    yield Job(row, "eager", library_sampling, common | {"batch": small, "done": done}, limit)
+    # name, process, mixed precision, CUDA graph, batch, samplers
+    variants: list[tuple[str, str, bool, bool, int, Sequence[tuple[str, int]]]] = [
+        ("ours, fp32", "eager", False, False, small, few),
+    ]
+    if gpu:
+        variants += [
+            (f"ours, {low}", "eager", True, False, small, few),
+            ("ours, fp32, CUDA graph", "fp32", False, True, small, few),
+            (f"ours, {low}, CUDA graph", "small", True, True, small, SAMPLERS),
+            (f"ours, {low}, CUDA graph", "large", True, True, large, SAMPLERS),
+        ]
+        variants = [variants[0], (*variants[-1][:5], few)] if quick else variants
+    elif not quick:
+        variants += [("ours, fp32", "eager", False, False, large, SAMPLERS)]
+        variants += [(f"ours, {low}", "eager", True, False, large, few)] * measuring.has_cpu_bf16()
+    for name, process, amp, graph, batch, samplers in variants:
+        for sampler, steps in samplers:
+            row = {"what": name, "sampler": sampler, "steps": steps, "batch": batch}
+            options = {"batch": batch, "sampler": sampler, "steps": steps, "amp": amp, "graph": graph}
+            yield Job(
+                row, process, our_sampling, common | options | {"rounds": 1 if quick else measuring.ROUNDS}, limit
             )
-    return rows
 
 
-def matmul_rate(device: torch.device) -> float:
-    """What this GPU does at most, FLOP/s: a product of two large matrices of random numbers in 16 bits."""
-    a, b = (torch.randn(8192, 8192, device=device, dtype=amp_dtype(device)) for _ in range(2))
-    times = seconds(lambda: (a @ b)[0, 0], 10)
-    return 2 * 8192**3 / statistics.median(times)
+def data_jobs(subject: Subject, batch: int) -> Iterator[Job]:
+    """The two ways in which images reach a GPU."""
+    for name, resident in (("on the GPU", True), ("from 8 workers", False)):
+        options = {"subject": subject, "batch": batch, "resident": resident}
+        yield Job({"what": name, "batch": batch}, name, data_path, options, LIMIT)
 
 
-def measure_data(device: torch.device) -> list[dict]:
-    """The optimised step at batch 512, its images on the GPU or brought by 8 workers from a memory map."""
-    pool = np.random.default_rng(0).integers(0, 256, (50_000, 3, 32, 32), dtype=np.uint8)
-    share, rows = batches.GPU_SHARE, []
-    step = make_step(512, device, USE_AMP=True, CUDA_GRAPH=True)
-    try:
-        for name, batches.GPU_SHARE in (("on the GPU", 1.0), ("8 workers", 0.0)):
-            source, rates = batches.Batches(pool, 512, 0, device, 8), []
-            for epoch in range(ROUNDS + 1):
-                start = None
-                for number, images in enumerate(source.epoch(epoch)):
-                    step(images, number, 1e-4)
-                    if number == 3:  # workers have started
-                        wait(device)
-                        start = time.perf_counter()
-                wait(device)
-                rates.append(512 * (len(source) - 4) / (time.perf_counter() - start))
-            rows.append({"what": name, "images_per_second": statistics.median(rates[1:]), "rounds": rates[1:]})
-            print(f"data {name:25} batch  512 {rows[-1]['images_per_second']:9.1f} images/s", flush=True)
-    finally:
-        batches.GPU_SHARE = share
-    return rows
+def curve_jobs(subject: Subject, batch: int, steps: int, threads: int, gpu: bool) -> list[Job]:
+    """The fast path (on a CPU: bf16) and plain fp32 from the same seed, and fp32 from two others."""
+    fast = {"USE_AMP": True, "CUDA_GRAPH": gpu}
+    runs = [("fp32", 0, {}), ("fast", 0, fast), ("fp32", 1, {}), ("fp32", 2, {})]
+    names = {"fp32": "fp32", "fast": f"fast path ({low_precision()}{', CUDA graph' if gpu else ''})"}
+    common = {"subject": subject, "batch": batch, "steps": steps, "threads": threads}
+    return [
+        Job(
+            {"what": f"{names[kind]}, seed {seed}", "kind": kind, "seed": seed, "batch": batch}, "eager",
+            learning_curve, common | {"seed": seed, "flags": flags}, CPU_LIMIT,
+        )
+        for kind, seed, flags in runs
+    ]  # fmt: skip
 
 
-def learning_curves(device: torch.device, steps: int = 500) -> dict[str, list[float]]:
-    """Losses of `steps` steps on the built-in shapes: plain fp32 and the optimised step with seed 0, fp32 with seed 1.
-
-    The last shows how far two seeds are apart, beside which the first two should be close.
-    """
-    images = torch.from_numpy(np.array(load_images("shapes", 32, Path("data"))[:12800])).to(device)
-    fast, curves = {"USE_AMP": True, "CUDA_GRAPH": True}, {}
-    for name, flags in (("fp32", {}), ("optimised", fast), ("fp32, other seed", {"SEED": 1})):
-        step = make_step(128, device, HORIZONTAL_FLIP=False, **flags)
-        losses = [step(images[i % 100 * 128 :][:128], i, min(1, i / 100) * 4e-4)[0].clone() for i in range(steps)]
-        curves[name] = torch.stack(losses).tolist()
-        print(f"curve {name:24} mean loss of the last 100 steps {np.mean(curves[name][-100:]):.5f}", flush=True)
-    return curves
+def low_precision() -> str:
+    """What mixed precision is here: bf16, or fp16 on a GPU without it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return "fp16" if amp_dtype(device) == torch.float16 else "bf16"
 
 
-def picture(report: dict) -> bytes:
-    """Training rates as bars and the learning curves, a PNG."""
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    bars, curves = figure.subplots(1, 2)
-    labels = [f"{row['what']}, batch {row['batch']}" for row in report["training"]]
-    bars.barh(labels, [row["images_per_second"] for row in report["training"]])
-    bars.invert_yaxis()
-    bars.set(xlabel="images/s", title=f"training step, {report['device']}")
-    for name, losses in report["curves"].items():
-        curves.plot(np.convolve(losses, np.ones(20) / 20, "valid"), label=name, linewidth=1)
-    curves.set(xlabel="step", ylabel="loss, mean of 20", yscale="log", title="the same training in both")
-    curves.legend()
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=100)
-    return file.getvalue()
+def in_words(row: dict[str, Any]) -> str:
+    """A row as it is printed."""
+    size = "  ".join(f"{row[key]!s:>9}" for key in ("sampler", "steps", "batch") if key in row)
+    head = f"{row['what']:36} {size}  "
+    if "failed" in row:
+        return f"{head}FAILED: {row['failed']}"
+    if "losses" in row:
+        return f"{head}mean loss at the end {report.tail(row['losses']):.5f}"
+    words = f"{row['images_per_second']:10,.2f} images/s ({min(row['rounds']):,.2f} to {max(row['rounds']):,.2f})"
+    more = {"ms": "{:.2f} ms", "over_library": "{:.2f} x", "mfu": "{:.1%} MFU", "peak_gib": "{:.2f} GiB"}
+    more["first_step"] = "first step after {:.1f} s"
+    return head + ", ".join([words, *(text.format(row[key]) for key, text in more.items() if row.get(key))])
+
+
+def complete(row: dict[str, Any], rows: list[dict[str, Any]], flops: dict[str, int], peak: float | None) -> None:
+    """Adds to a row what it is over the library's row of its batch, or the only one, and its MFU."""
+    library = [r for r in rows if r["what"].startswith("library") and "images_per_second" in r]
+    reference = next((r for r in library if r["batch"] == row["batch"] or "sampler" in row), None)
+    if reference:
+        row["over_library"] = row["images_per_second"] / reference["images_per_second"]
+    if peak and flops:
+        work = flops["diffusers" if row["what"].startswith(DIFFUSERS) else "library"]
+        row["mfu"] = measuring.utilisation(row["images_per_second"], work, peak)
+
+
+def measure(
+    part: str, subject: Subject, options: argparse.Namespace, gpu: bool, processes: Processes
+) -> list[dict[str, Any]]:
+    """The rows of a part, each printed as it comes."""
+    flops, peak = {}, None
+    if part == "training":
+        jobs = list(training_jobs(subject, options.batch, options.threads, options.quick, gpu))
+        flops = work_of(subject, diffusers=any(job.measure is diffusers_training for job in jobs))
+        size, dtype = (8192, amp_dtype(torch.device("cuda"))) if gpu else (2048, torch.float32)
+        product = {"size": size, "dtype": dtype, "threads": options.threads}
+        jobs.insert(0, Job({}, jobs[0].process, measuring.matmul_rate, product, LIMIT))
+    elif part == "sampling":
+        jobs = list(sampling_jobs(subject, options.threads, options.quick, gpu))
+    elif part == "data":
+        jobs = list(data_jobs(subject, options.batch[-1]))
+    else:
+        load_images("shapes", subject.image_size, Path("data"))  # drawn once, not by every process
+        jobs = curve_jobs(subject, options.batch[0], options.curve_steps, options.threads, gpu)
+    rows: list[dict[str, Any]] = []
+    at_once = part == "curves" and detect_tier().memory > 40  # GiB: four runs fit at the same time
+    measured = measuring.measured_at_once if at_once else processes.measured
+    with tqdm(total=len(jobs), desc=part, unit="variant", mininterval=1, dynamic_ncols=True) as bar:
+        for job, row in measured(jobs):
+            bar.update()
+            if job.measure is measuring.matmul_rate:
+                peak = row.get("flops_per_second")
+                words = f"{peak / 1e12:.2f} TFLOP/s" if peak else f"FAILED: {row['failed']}"
+                bar.write(f"product of two large matrices, what MFU is measured by: {words}")
+            else:
+                rows.append(row)
+                if "images_per_second" in row:
+                    complete(row, rows, flops, peak)
+                bar.write(in_words(row))
+            sys.stdout.flush()
+    return sorted(rows, key=lambda row: row["batch"]) if part == "training" else rows
+
+
+def work_of(subject: Subject, diffusers: bool) -> dict[str, int]:
+    """FLOPs that an image takes in training, as the library's network does it and as diffusers' does."""
+    shapes = (1, 3, subject.image_size, subject.image_size), (1,)
+    work = {"library": measuring.training_flops(subject.library_unet, *shapes)}
+    return work | ({"diffusers": measuring.training_flops(subject.diffusers_unet, *shapes)} if diffusers else {})
+
+
+def estimate(threads: int) -> None:
+    """Prints for each preset how long its training takes on this machine and what batch fits."""
+    limit = LIMIT if torch.cuda.is_available() else CPU_LIMIT
+    jobs = [Job({"preset": name}, name, preset_speed, {"preset": name, "threads": threads}, limit) for name in PRESETS]
+    bar = tqdm(total=len(jobs), desc="presets", unit="preset", mininterval=1, dynamic_ncols=True)
+    with bar, Processes() as processes:
+        for job, row in processes.measured(jobs):
+            bar.update()
+            bar.write(in_time(job.row["preset"], row))
+            sys.stdout.flush()
+
+
+def in_time(preset: str, row: dict[str, Any]) -> str:
+    """The estimate for a preset in one line."""
+    config = resolve(preset, detect_tier(), train_optimized.DEFAULTS)
+    if "failed" in row:
+        return f"{preset:8} FAILED: {row['failed']}"
+    batch, rate = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION, row["images_per_second"]
+    steps = config.MAX_STEPS or config.EPOCHS * (len(batches.split(IMAGES[preset])[0]) // batch)
+    seconds = 60 * config.MINUTES or steps * batch / rate
+    images = rate * seconds
+    how = f"{config.MINUTES:g} minutes" if config.MINUTES else f"{config.EPOCHS} epochs"
+    fit = f"; up to {row['fit']} images fit into a step (measured)" if "fit" in row else ""
+    return (
+        f"{preset:8} {config.IMAGE_SIZE} px, dim {config.DIM}: {duration(seconds)} ({how}, {images / 1e6:.2f} M images "
+        f"at {rate:,.0f} images/s), batch {config.BATCH_SIZE} x {config.GRADIENT_ACCUMULATION}{fit}"
+    )
+
+
+def options_of(arguments: argparse.Namespace, gpu: bool) -> argparse.Namespace:
+    """The command line with what it leaves open filled in from preset and machine."""
+    for name, (kind, setting, _) in SETTINGS.items():
+        given = getattr(arguments, name, None)
+        setattr(arguments, name.lower(), None if given is None else setting.check(f"--{name.lower()}", given, kind))
+    arguments.preset = arguments.preset or ("cifar10" if gpu else "shapes")
+    config = resolve(arguments.preset, detect_tier())
+    arguments.image_size = arguments.image_size or config.IMAGE_SIZE
+    arguments.dim = arguments.dim or config.DIM
+    resolve(arguments.preset, detect_tier(), flags={"IMAGE_SIZE": arguments.image_size, "DIM": arguments.dim})
+    if arguments.dim % 2:
+        raise UserError(f"--dim is {arguments.dim}, but must be even")
+    if not arguments.batch:
+        of_preset = (128, 512) if arguments.image_size <= 32 else (config.BATCH_SIZE * config.GRADIENT_ACCUMULATION,)
+        arguments.batch = of_preset[: 1 if arguments.quick else None] if gpu else (cpu_batch(arguments.image_size),)
+    arguments.threads = arguments.threads or measuring.cores()
+    whole = (500 if arguments.image_size <= 32 else 100) if gpu else 200
+    arguments.curve_steps = arguments.curve_steps or whole // (5 if arguments.quick else 1)
+    return arguments
 
 
 def main() -> None:
-    """Measures, prints as it goes, writes."""
+    """Measures, prints as it goes, and writes after each part."""
     parser = Parser(__doc__)
-    parser.add_argument("--checkpoint", help="a model to measure instead of an untrained one")
-    parser.add_argument("--quick", action="store_true", help="small batches and few samplers: two minutes at most")
-    options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU"
-    model = DDPMModel().to(device).eval()
-    if options.checkpoint:
-        model.load_model(options.checkpoint)
-    batches = (64, 256) if device.type == "cuda" and not options.quick else (4, 16)
-    wanted = WANTED[:2] if options.quick else WANTED
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{name}, torch {torch.__version__}, {parameters / 1e6:.1f} M parameters, {model.image_size} px", flush=True)
-    torch.backends.cudnn.benchmark = True
-    report: dict[str, Any] = {"device": name, "torch": torch.__version__, "parameters": parameters}
-    report["training"] = measure_training(device, options.quick)
-    if device.type == "cuda" and not options.quick:
-        report["data"] = measure_data(device)
-        report["curves"] = learning_curves(device)
-    rows = []
-
-    def note(what: str, sampler: str, steps: int, batch: int, took: list[float]) -> None:
-        rate = batch / statistics.median(took)
-        rows.append({"what": what, "sampler": sampler, "steps": steps, "batch": batch, "images_per_second": rate})
-        rows[-1]["seconds"] = took
-        times = f"{rate / rows[0]['images_per_second']:7.1f} x" if len(rows) > 1 else ""
-        spread = f"{batch / max(took):.1f} to {batch / min(took):.1f}"
-        print(f"{what:22} {sampler:9} {steps:5} {batch:4} {rate:9.2f} images/s ({spread}) {times}", flush=True)
-
-    # the peer, all 1000 steps; on a CPU so slow that a few steps have to stand for them
-    library, batch = model.diffusion, batches[0]
-    if device.type == "cuda":
-        library.p_sample(torch.randn(batch, 3, model.image_size, model.image_size, device=device), 999)  # warms up
-        start = time.perf_counter()
-        library.p_sample_loop((batch, 3, model.image_size, model.image_size)).cpu()
-        note("library, fp32", "ddpm", library.num_timesteps, batch, [time.perf_counter() - start])
-    else:
-        x = torch.randn(batch, 3, model.image_size, model.image_size)
-        start = time.perf_counter()
-        for t in (999, 500, 100, 10):
-            x, _ = library.p_sample(x, t)
-        whole = (time.perf_counter() - start) / 4 * library.num_timesteps
-        note("library, fp32 (4 steps)", "ddpm", library.num_timesteps, batch, [whole])
-
-    variants = [("fp32", False, False, batches)]
-    if device.type == "cuda":
-        variants = [("fp32", False, False, batches[:1])]
-        variants += [("amp", True, False, batches), ("amp, compiled", True, True, batches[-1:])]
-    for what, amp, compiled, sizes in variants:
-        if compiled:
-            model.unet.compile(dynamic=False)
-        for batch in sizes:
-            for sampler, steps in wanted:
-                with torch.autocast(device.type, amp_dtype(device), enabled=amp):
-                    took = seconds(lambda n=batch, s=sampler, k=steps: model.sample(n, sampler=s, steps=k, seed=0))
-                note(what, sampler, steps, batch, took)
-    path = RESULTS / f"benchmark-{name.replace(' ', '-')}.json"
-    report["sampling"] = rows
-    write_atomically(path, lambda file: file.write((json.dumps(report, indent=1) + "\n").encode()))
-    print(f"written: {path}")
-    if "curves" in report:
-        write_atomically(path.with_suffix(".png"), lambda file: file.write(picture(report)))
-        print(f"written: {path.with_suffix('.png')}")
+    parser.add_argument("--quick", action="store_true", help="fewer variants, fewer steps: two minutes at most")
+    parser.add_argument("--only", choices=report.PARTS, help="measure one part and keep the others of the last report")
+    parser.add_argument(
+        "--estimate", action="store_true", help="how long each preset would train here; measures a minute"
+    )
+    parser.add_argument(
+        "--readme", action="store_true", help="write the README's tables from results/, measuring nothing"
+    )
+    for name, (kind, setting, default) in SETTINGS.items():
+        parser.add_setting(name, kind, setting, default)
+    gpu = torch.cuda.is_available()
+    options = options_of(parser.parse_args(), gpu)
+    if options.readme:
+        report.write_readme(README, RESULTS)
+        print(f"written: {README}")
+        return
+    name = measuring.device_name()
+    print(f"{name}, torch {torch.__version__}", flush=True)
+    if options.estimate:
+        estimate(options.threads)
+        return
+    subject = Subject(options.preset, options.image_size, options.dim)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in subject.library_unet().parameters())
+    sizes = f"{subject.image_size} px, dim {subject.dim}, {parameters / 1e6:.1f} M parameters"
+    print(f"{subject.preset}: {sizes}", flush=True)
+    preset = resolve(subject.preset, detect_tier())
+    own = (subject.image_size, subject.dim) == (preset.IMAGE_SIZE, preset.DIM)
+    key = subject.preset if own else f"{subject.preset}-{subject.image_size}px-dim{subject.dim}"
+    path = RESULTS / f"benchmark-{re.sub('[^A-Za-z0-9]+', '-', name).strip('-')}.json"
+    if options.only == "data" and not gpu:
+        raise UserError("--only data compares images on the GPU with images from workers, and there is no GPU here")
+    parts = [part for part in report.PARTS if part != "data" or (gpu and not options.quick)]
+    with Processes() as processes:
+        for part in [options.only] if options.only else parts:
+            rows = measure(part, subject, options, gpu, processes)
+            result = {"device": name, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+            result |= {"quick": options.quick, "image_size": subject.image_size, "dim": subject.dim}
+            whole = report.merge(path, key, part, result | {"parameters": parameters, "rows": rows})
+            write_atomically(path.with_suffix(".png"), lambda file, whole=whole: file.write(report.picture(whole)))
+            if part == "curves":
+                print(report.verdict(rows))
+    print(f"written: {path} and {path.with_suffix('.png').name}")
 
 
 if __name__ == "__main__":

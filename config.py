@@ -53,9 +53,13 @@ class DDPMConfig:
     )
     BETA_SCHEDULE: Annotated[str, Setting("noise schedule", choices=("cosine", "linear", "sigmoid"))] = "cosine"
     SCHEDULE_SIZE: Annotated[
-        int, Setting("image size that beta_schedule is for; shifted for others (arXiv:2301.11093), 0: never", 0, 1024)
+        int, Setting("image size that noise levels are for; shifted for others (arXiv:2301.11093), 0: never", 0, 1024)
     ] = 0
-    MIN_SNR_GAMMA: Annotated[float, Setting("limit of the loss weight's SNR (arXiv:2303.09556), 0: none", 0)] = 5.0
+    LOSS_WEIGHTING: Annotated[
+        str,
+        Setting("min_snr (arXiv:2303.09556), or edm's weights and timesteps (2206.00364)", choices=("min_snr", "edm")),
+    ] = "edm"
+    MIN_SNR_GAMMA: Annotated[float, Setting("limit of min_snr's SNR, 0: none", 0)] = 5.0
 
     # length: the last of the three that is set counts
     EPOCHS: Annotated[int, Setting("passes over the training images", 0)] = 50
@@ -65,11 +69,12 @@ class DDPMConfig:
     # optimisation
     BATCH_SIZE: Annotated[int, Setting("images in one forward pass (the micro-batch)", 1)] = 128
     GRADIENT_ACCUMULATION: Annotated[int, Setting("forward passes in one optimiser step", 1)] = 1
-    LEARNING_RATE: Annotated[float, Setting("Adam's learning rate after warm-up", 1e-8, 1.0)] = 3e-4
+    OPTIMIZER: Annotated[str, Setting("muon: matrices by Muon, the rest by Adam", choices=("adam", "muon"))] = "muon"
+    LEARNING_RATE: Annotated[float, Setting("learning rate after warm-up", 1e-8, 1.0)] = 2e-3
     LR_SCHEDULE: Annotated[str, Setting("learning rate after warm-up", choices=("cosine", "constant"))] = "cosine"
     WARMUP_STEPS: Annotated[int, Setting("steps over which the learning rate rises", 0)] = 500
     GRAD_CLIP: Annotated[float, Setting("largest norm of the gradient, 0: no limit", 0)] = 1.0
-    EMA_DECAY: Annotated[float, Setting("decay of the averaged weights per step, 0: no averaging", 0, 0.999999)] = 0.999
+    EMA_DECAY: Annotated[float, Setting("decay of the averaged weights per step, 0: none", 0, 0.999999)] = 0.9995
     USE_AMP: Annotated[bool, Setting("mixed precision: bf16, or fp16 on GPUs without bf16")] = False
     COMPILE_MODEL: Annotated[bool, Setting("compile the training step with torch.compile")] = False
     CUDA_GRAPH: Annotated[bool, Setting("launch a step's kernels as one CUDA graph (one GPU)")] = False
@@ -110,7 +115,7 @@ TIERS = (("Tiny", 32), ("Small", 64), ("Medium", 128), ("Large", 256))  # below 
 LENGTHS = ("EPOCHS", "MAX_STEPS", "MINUTES")
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "cifar10": dict(IMAGE_SIZE=32, DIM=64, BATCH_SIZE=256, LEARNING_RATE=4e-4),
+    "cifar10": dict(IMAGE_SIZE=32, DIM=64, BATCH_SIZE=256),
     "celeba": dict(IMAGE_SIZE=64),
     "stl10": dict(IMAGE_SIZE=96),
     "shapes": dict(IMAGE_SIZE=32, DIM=64, HORIZONTAL_FLIP=False, EPOCHS=20),
@@ -118,7 +123,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 # For large images, whatever they show. Taken from the papers named; none of it has been compared here yet.
 LARGE_IMAGES: dict[str, Any] = dict(
     # the finer the pixels the more neighbours agree, so that the same noise hides less: simple diffusion
-    # (arXiv:2301.11093) shifts the schedule for it, and the CIFAR-10 preset's is for 32 px
+    # (arXiv:2301.11093) shifts the noise for it, and that of the CIFAR-10 preset is for 32 px
     SCHEDULE_SIZE=32,
     # that is at 16 and 8 pixels a side, or 24 and 12: ADM (arXiv:2105.05233) attends at several levels, and the work
     # grows with the fourth power of the side
@@ -128,18 +133,18 @@ LARGE_IMAGES: dict[str, Any] = dict(
 )
 # by the smallest size that they are for; smaller images than the first have a preset by data set alone
 SIZE_PRESETS: dict[int, dict[str, Any]] = {
-    64: LARGE_IMAGES | dict(DIM=128, BATCH_SIZE=128, LEARNING_RATE=2e-4),
-    96: LARGE_IMAGES | dict(DIM=160, BATCH_SIZE=64, LEARNING_RATE=1e-4),
+    64: LARGE_IMAGES | dict(DIM=128, BATCH_SIZE=128, LEARNING_RATE=1e-3),
+    96: LARGE_IMAGES | dict(DIM=160, BATCH_SIZE=64, LEARNING_RATE=1e-3),
     # the network for 64 px and one more level on top, not wider than the next: most work is where the pixels are
-    128: LARGE_IMAGES | dict(DIM=128, DIM_MULTS=(1, 1, 2, 4, 8), BATCH_SIZE=64, LEARNING_RATE=1e-4),
+    128: LARGE_IMAGES | dict(DIM=128, DIM_MULTS=(1, 1, 2, 4, 8), BATCH_SIZE=64, LEARNING_RATE=1e-3),
 }
 # Without a GPU: small enough that the shapes can be named after five minutes on two cores (docs/cpu.md has what was
 # tried). Attention takes half of the time unless it is made small at the upper levels.
 CPU_PRESETS: dict[str, dict[str, Any]] = {
     "shapes": dict(
         IMAGE_SIZE=16, DIM=32, DIM_MULTS=(1, 2, 2), ATTENTION_HEADS=(1, 1, 4), ATTENTION_DIM=(8, 16, 32),
-        BATCH_SIZE=32, LEARNING_RATE=2e-3, WARMUP_STEPS=100, EMA_DECAY=0.998, MINUTES=4.75, SAMPLE_GRIDS=5,
-        NUM_SAMPLES=36,
+        BATCH_SIZE=32, OPTIMIZER="adam", LEARNING_RATE=2e-3, LOSS_WEIGHTING="min_snr", WARMUP_STEPS=100,
+        EMA_DECAY=0.998, MINUTES=4.75, SAMPLE_GRIDS=5, NUM_SAMPLES=36,
     ),
 }  # fmt: skip
 # neither compilation (60 to 100 s before the first step) nor bf16 made it faster on the CPUs it was tried on

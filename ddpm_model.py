@@ -29,15 +29,16 @@ from engine.unet import FastUnet
 
 OBJECTIVES = ("pred_v", "pred_noise", "pred_x0")
 BETA_SCHEDULES = ("cosine", "linear", "sigmoid")
+EDM_MEAN, EDM_DEVIATION, EDM_DATA = -1.2, 1.2, 0.5  # of log sigma in training; standard deviation of the images
 
 
 class DDPMModel(nn.Module):
     """A Unet and the diffusion process it was trained for.
 
     Images at this boundary are float tensors (B, C, H, W) in [0, 1]. Any further keyword goes to the library's
-    Unet (`dropout`, `self_condition`, `attn_heads`, ...). schedule_size: image size that the beta schedule is taken to
-    be made for; for another its logSNR is shifted (see shift_log_snr), 0: never. Raises UserError for sizes that do not
-    go together.
+    Unet (`dropout`, `self_condition`, `attn_heads`, ...). schedule_size: image size that the beta schedule and edm's
+    noise levels are taken to be made for; for another the logSNR is shifted (see shift_log_snr), 0: never. Raises
+    UserError for sizes that do not go together.
     """
 
     cuda_graph = True  # samplers on a GPU launch the network as one CUDA graph; set to False where that is not wanted
@@ -52,6 +53,7 @@ class DDPMModel(nn.Module):
         sampling_timesteps: int = 50,
         objective: str = "pred_v",
         beta_schedule: str = "cosine",
+        loss_weighting: str = "min_snr",
         min_snr_gamma: float = 5.0,
         schedule_size: int = 0,
         **unet_kwargs: Any,
@@ -71,6 +73,7 @@ class DDPMModel(nn.Module):
             "sampling_timesteps": sampling_timesteps,
             "objective": objective,
             "beta_schedule": beta_schedule,
+            "loss_weighting": loss_weighting,
             "min_snr_gamma": min_snr_gamma,
             "schedule_size": schedule_size,
             **unet_kwargs,
@@ -80,6 +83,7 @@ class DDPMModel(nn.Module):
     def _build(self) -> None:
         """Makes the network and the process that `architecture` describes, with new weights."""
         a = dict(self.architecture)
+        a.setdefault("loss_weighting", "min_snr")  # files of before there was another
         own = {name: a.pop(name) for name in inspect.signature(DDPMModel).parameters if name in a}
         # lists, as JSON has them, where the library wants tuples
         rest = {name: tuple(value) if isinstance(value, list) else value for name, value in a.items()}
@@ -96,8 +100,17 @@ class DDPMModel(nn.Module):
             min_snr_loss_weight=own["min_snr_gamma"] > 0,
             min_snr_gamma=own["min_snr_gamma"],
         )
-        if size := own.get("schedule_size"):  # which files of earlier versions do not have
-            shift_log_snr(self.diffusion, 2 * math.log(size / self.image_size), own["min_snr_gamma"])
+        # files of earlier versions have none
+        shift = 2 * math.log(own["schedule_size"] / self.image_size) if own.get("schedule_size") else 0.0
+        if shift:
+            shift_log_snr(self.diffusion, shift, own["min_snr_gamma"])
+        # cumulative distribution of the timesteps that training draws
+        drawn = torch.arange(1, own["timesteps"] + 1).double() / own["timesteps"]
+        if own["loss_weighting"] == "edm":
+            density, weight = edm_weighting(self.diffusion, EDM_MEAN - shift / 2)
+            self.diffusion.loss_weight.copy_(weight)
+            drawn = density.cumsum(0)
+        self.register_buffer("drawn", drawn.float(), persistent=False)
 
     @classmethod
     def from_config(cls, config: Any) -> "DDPMModel":
@@ -111,6 +124,7 @@ class DDPMModel(nn.Module):
             sampling_timesteps=config.SAMPLING_TIMESTEPS,
             objective=config.OBJECTIVE,
             beta_schedule=config.BETA_SCHEDULE,
+            loss_weighting=config.LOSS_WEIGHTING,
             min_snr_gamma=config.MIN_SNR_GAMMA,
             schedule_size=config.SCHEDULE_SIZE,
             dropout=config.DROPOUT,
@@ -139,9 +153,17 @@ class DDPMModel(nn.Module):
     def forward(self, images: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """The training loss of images (B, C, H, W) in [0, 1] at timesteps t (B,), noised with `noise`: a scalar.
 
-        The squared error of what the objective predicts, weighted by timestep: min-SNR, Hang et al.
-        (arXiv:2303.09556), unless min_snr_gamma is 0.
+        The squared error of what the objective predicts, weighted by timestep. loss_weighting "min_snr": Hang et al.
+        (arXiv:2303.09556), unless min_snr_gamma is 0; "edm": see edm_weighting.
         """
+        return (self.diffusion.loss_weight[t] * self.squared_error(images, t, noise)).mean()
+
+    def timesteps_at(self, shares: Tensor) -> Tensor:
+        """The timesteps (B,) below which these shares (B,), in [0, 1), of the timesteps drawn in training lie."""
+        return torch.searchsorted(self.drawn, shares, right=True).clamp(max=self.num_timesteps - 1)
+
+    def squared_error(self, images: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """The mean squared error of what the objective predicts, unweighted, of each image: (B,). As for forward."""
         process = self.diffusion
         x_0 = images * 2 - 1
         x_t = process.q_sample(x_0, t, noise)
@@ -156,8 +178,7 @@ class DDPMModel(nn.Module):
             target = x_0
         else:
             target = process.predict_v(x_0, t, noise)
-        per_image = (prediction - target).square().mean(dim=(1, 2, 3))
-        return (process.loss_weight[t] * per_image).mean()
+        return (prediction - target).square().mean(dim=(1, 2, 3))
 
     def _apply(self, *arguments: Any, **options: Any) -> "DDPMModel":
         """What .to, .cuda, .half and the like do: the weights move, and no graph may read where they were."""
@@ -463,6 +484,26 @@ def shift_log_snr(process: GaussianDiffusion, shift: float, min_snr_gamma: float
 def add_noise(x: Tensor, noise: Tensor, alpha_bar: float) -> Tensor:
     """x further along the process by the given product of 1 - beta."""
     return math.sqrt(alpha_bar) * x + math.sqrt(1 - alpha_bar) * noise
+
+
+def edm_weighting(process: GaussianDiffusion, mean: float = EDM_MEAN) -> tuple[Tensor, Tensor]:
+    """How often each timestep is trained on, and the loss weight there, both (T,), of mean 1 over what is drawn.
+
+    Karras et al. (arXiv:2206.00364), table 1, for images in [-1, 1]: log sigma is drawn from a normal distribution
+    around `mean`, and the error of x_0 weighs (sigma^2 + s^2) / (sigma s)^2. Here it is that of what the objective
+    predicts.
+    """
+    alpha_bar = process.alphas_cumprod.double()
+    variance = (1 - alpha_bar) / alpha_bar.clamp(min=1e-12)  # sigma^2
+    log_sigma = variance.log() / 2
+    density = torch.exp(-((log_sigma - mean) ** 2) / (2 * EDM_DEVIATION**2)) * torch.gradient(log_sigma)[0].abs()
+    density = density / density.sum()
+    weight = (variance + EDM_DATA**2) / (variance * EDM_DATA**2)
+    if process.objective == "pred_v":
+        weight = weight * variance / (1 + variance)
+    elif process.objective == "pred_noise":
+        weight = weight * variance
+    return density, weight / (weight * density).sum()
 
 
 def per_level(values: Sequence[int], levels: Sequence[int]) -> list[int]:

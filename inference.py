@@ -305,9 +305,7 @@ def read_settings(description: str | None, defaults: Mapping[str, Any]) -> tuple
 
 def label_of(settings: Mapping[str, Any]) -> str:
     """Name of the folder for results: checkpoint, sampler and its settings, seeds."""
-    path, seeds = Path(settings["checkpoint"]), settings["seeds"]
-    run_name = path.resolve().parent.name
-    model = path.stem if run_name == checkpoints.FOLDER.name else f"{run_name}-{path.stem}"
+    model, seeds = checkpoints.name_of(Path(settings["checkpoint"])), settings["seeds"]
     sampler = settings["sampler"].replace(".py:", "-").replace("/", "-")
     spacing = "" if settings["spacing"] == "uniform" else f"-{settings['spacing']}"
     span = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]}-{seeds[-1]}"

@@ -1,4 +1,4 @@
-"""Trains a diffusion model with everything on: mixed precision, one CUDA graph a step, cosine learning rate.
+"""Trains a diffusion model with everything on: mixed precision, CUDA graphs, cosine learning rate.
 
     python train_optimized.py                              CIFAR-10, or the built-in shapes
     python train_optimized.py --dataset folder --data_dir my_images --minutes 60

@@ -103,3 +103,9 @@ def newest() -> Path:
         raise UserError(f"there is no checkpoint in {FOLDER}/: train one with `python train_optimized.py`")
     # a finished run's final.pt is also called ddpm_final.pt: the shorter name is the one to show
     return max(found, key=lambda path: (path.stat().st_mtime_ns, -len(path.parts)))
+
+
+def name_of(path: Path) -> str:
+    """What to call a checkpoint in names of results: run and file, or the file alone if it belongs to no run."""
+    run = path.resolve().parent.name
+    return path.stem if run == FOLDER.name else f"{run}-{path.stem}"

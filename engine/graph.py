@@ -2,12 +2,12 @@
 
 import contextlib
 import gc
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-WARM_UP = 3  # passes before the capture, in which cuDNN and Triton choose their kernels
 KEPT = 4  # graphs of one network for different shapes: each holds its memory
 
 
@@ -25,39 +25,40 @@ def without_garbage_collection() -> Iterator[None]:
 
 
 class Graph:
-    """What a function does on the GPU, captured once and replayed with other values in its inputs.
+    """What a function does on the GPU, captured and replayed with other values in its inputs.
 
-    work: takes tensors like `inputs`, whose shapes stay, sets the gradients of `parameters` and returns a tensor. Its
-    Python code runs now and never again. What gradients the parameters have stays theirs; the graph's own are in
-    `gradients`. Raises what CUDA raises for work that cannot be captured.
+    work: takes tensors whose shapes stay and returns one. The first call does it kernel by kernel, in which cuDNN and
+    Triton choose theirs; the second captures it, and from then on its Python code does not run again. pool: memory
+    shared with graphs that never run at the same time. Raises what CUDA raises for work that cannot be captured.
     """
 
-    def __init__(self, work: Callable[..., Tensor], inputs: Sequence[Tensor], parameters: Sequence[Tensor] = ()):
-        self.inputs = [x.clone() for x in inputs]
-        before = [p.grad for p in parameters]
-        for p in parameters:
-            p.grad = None
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                work(*self.inputs)
-                for p in parameters:
-                    p.grad = None
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with without_garbage_collection(), torch.cuda.graph(self.graph):
-            self.output = work(*self.inputs)
-        self.gradients = [p.grad for p in parameters]
-        for p, gradient in zip(parameters, before, strict=True):
-            p.grad = gradient
+    def __init__(self, work: Callable[..., Tensor], pool: Any = None):
+        self.work, self.pool, self.warm = work, pool, False
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """The output; it and `gradients` are overwritten by the next call."""
+        """The output, which the next call overwrites."""
+        if not self.warm:
+            return self.warm_up(*inputs)
+        if self.graph is None:
+            self.inputs, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+            with without_garbage_collection(), torch.cuda.graph(graph, pool=self.pool):
+                self.output = self.work(*self.inputs)
+            self.graph = graph
         for own, new in zip(self.inputs, inputs, strict=True):
             own.copy_(new)
         self.graph.replay()
         return self.output
+
+    def warm_up(self, *inputs: Tensor) -> Tensor:
+        """The work, kernel by kernel, on a stream of its own as a capture will be."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            output = self.work(*inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self.warm = True
+        return output
 
 
 class Replays:
@@ -83,5 +84,5 @@ class Replays:
         if key not in self.graphs:
             while len(self.graphs) >= KEPT:
                 del self.graphs[next(iter(self.graphs))]
-            self.graphs[key] = Graph(network, inputs)
+            self.graphs[key] = Graph(network)
         return self.graphs[key](*inputs).clone()

@@ -370,3 +370,34 @@ def suits(memory: Tensor) -> bool:
     """Whether the kernel does attention of these memory slots (2, heads, D, slots)."""
     _, _, dim, slots = memory.shape
     return dim in (16, 32, 64) and slots <= 16
+
+
+@triton.jit
+def _adam(
+    weights, gradient, mean, square, rate, factor, good, steps, count, beta1, beta2, epsilon, SIZE: tl.constexpr
+):  # fmt: skip
+    if tl.load(good) > 0:
+        at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+        inside = at < count
+        t = tl.load(steps)
+        g = tl.load(gradient + at, inside, 0.0) * tl.load(factor)
+        m = tl.load(mean + at, inside, 0.0)
+        v = tl.load(square + at, inside, 0.0)
+        m += (1 - beta1) * (g - m)
+        v += (1 - beta2) * (g * g - v)
+        tl.store(mean + at, m, inside)
+        tl.store(square + at, v, inside)
+        root = tl.sqrt(v / (1 - tl.exp2(t * tl.log2(beta2)))) + epsilon
+        w = tl.load(weights + at, inside, 0.0)
+        w -= tl.load(rate) / (1 - tl.exp2(t * tl.log2(beta1))) * m / root
+        tl.store(weights + at, w, inside)
+
+
+def adam(
+    weights: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, rate: Tensor, factor: Tensor, good: Tensor,
+    steps: Tensor, betas: tuple[float, float], epsilon: float,
+) -> None:  # fmt: skip
+    """engine.optimizer.Adam.update in one pass: all vectors are contiguous, rate, factor, good and steps scalars."""
+    _adam[(triton.cdiv(weights.numel(), 2048),)](
+        weights, gradient, mean, square, rate, factor, good, steps, weights.numel(), *betas, epsilon, SIZE=2048
+    )

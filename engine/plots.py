@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.ticker import LogFormatter
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -127,5 +128,39 @@ def save_loss_curve(metrics: Path, path: Path) -> None:
         axes.legend()
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("loss (weighted squared error)")
+    axes.grid(alpha=0.3, which="both")
+    save_figure(figure, path)
+
+
+def plain_log_scale(axes: plt.Axes) -> None:
+    """A logarithmic vertical axis whose numbers are written out, not as powers of ten."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+
+
+def save_distance_curve(minutes: Sequence[float], distances: dict[str, Sequence[float]], path: Path) -> None:
+    """Draws distances to a data set, by the name of each, against minutes of training."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    order = np.argsort(minutes)
+    for name, values in distances.items():
+        axes.plot(np.array(minutes)[order], np.array(values)[order], "o-", markersize=4, label=name)
+    plain_log_scale(axes)
+    axes.set_xlabel("minutes of training")
+    axes.set_ylabel("distance to the reference")
+    axes.legend()
+    axes.grid(alpha=0.3, which="both")
+    save_figure(figure, path)
+
+
+def save_loss_by_timestep(timesteps: Sequence[int], losses: dict[str, Sequence[float]], path: Path) -> None:
+    """Draws the loss at each of some timesteps, a line for each model by its name."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name, values in losses.items():
+        axes.plot(timesteps, values, "o-", markersize=3, label=name)
+    plain_log_scale(axes)
+    axes.set_xlabel("timestep (0: nearly clean)")
+    axes.set_ylabel("squared error, unweighted")
+    axes.legend()
     axes.grid(alpha=0.3, which="both")
     save_figure(figure, path)

@@ -555,7 +555,7 @@ def _bytes_bar(what: str, path: Path) -> tqdm:
 
 
 def _download(archive: Archive, folder: str) -> None:
-    with _socket_timeout(CONNECT_SECONDS):
+    with socket_timeout(CONNECT_SECONDS):
         if archive.drive_id:
             download_file_from_google_drive(archive.drive_id, folder, archive.name, archive.md5)
         else:
@@ -563,7 +563,7 @@ def _download(archive: Archive, folder: str) -> None:
 
 
 @contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
+def socket_timeout(seconds: float) -> Iterator[None]:
     """torchvision sets none, and would wait for ever behind a firewall that drops packets."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)

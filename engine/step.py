@@ -1,16 +1,19 @@
 """One optimiser step: the arithmetic of training and everything that can go wrong in it."""
 
-import contextlib
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from engine.errors import UserError
 from engine.graph import Graph
+from engine.optimizer import Adam, Muon, flatten, is_matrix, padded, views
+
+FIRST_SCALE = 2.0**12  # of the loss in fp16, whose small gradients would vanish
+STEPS_PER_SCALE = 2000  # good ones until a higher one is tried
 
 
 def learning_rate(peak: float, schedule: str, step: int, warmup: int, progress: float) -> float:
@@ -31,27 +34,26 @@ def amp_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
-def draw(seed: int, step: int, timesteps: int, shape: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
-    """Everything random in a step: timesteps (B,), noise (B, C, H, W) and which images to mirror (B,).
+def draw(seed: int, step: int, shape: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
+    """Everything random in a step: what becomes timesteps (B,), noise (B, C, H, W) and which images to mirror (B,).
 
     A function of (seed, step) for the whole effective batch, so that neither accumulation nor the number of
-    processes nor a resume changes what is computed. The timesteps are uniform but spread over the batch, one in each
-    of B equal parts of the process, which makes the gradient less noisy: Kingma et al. (arXiv:2107.00630).
+    processes nor a resume changes what is computed. The first is uniform in [0, 1) but spread over the batch, one in
+    each of B equal parts, which makes the gradient less noisy: Kingma et al. (arXiv:2107.00630).
     """
     generator = torch.Generator(device).manual_seed((seed * 0x9E3779B1 + step) % 2**63)
     place = torch.rand(shape[:1], generator=generator, device=device) + torch.arange(shape[0], device=device)
-    t = (place / shape[0] * timesteps).long().clamp(max=timesteps - 1)
     noise = torch.randn(shape, generator=generator, device=device)
     mirror = torch.rand(shape[:1], generator=generator, device=device) < 0.5
-    return t, noise, mirror
+    return place / shape[0], noise, mirror
 
 
 class Step:
     """Updates a model and its EMA copy from one batch.
 
-    model: called as model(images, t, noise), gives a scalar loss; images uint8 (B, C, H, W) come in and are taken
-    to floats in [0, 1]. config: BATCH_SIZE, GRAD_CLIP, EMA_DECAY, HORIZONTAL_FLIP, USE_AMP, COMPILE_MODEL,
-    CUDA_GRAPH, SEED.
+    model: called as model(images, t, noise), gives a scalar loss, and has `timesteps_at`; images uint8 (B, C, H, W) come
+    in and are taken to floats in [0, 1]. config: BATCH_SIZE, OPTIMIZER, GRAD_CLIP, EMA_DECAY, HORIZONTAL_FLIP, USE_AMP,
+    COMPILE_MODEL, CUDA_GRAPH, SEED. This is process `rank` of `world`; each has its own part of every batch.
     """
 
     def __init__(self, model: nn.Module, config: Any, rank: int = 0, world: int = 1):
@@ -60,70 +62,97 @@ class Step:
         self.micro_batch = config.BATCH_SIZE
         model.to(memory_format=torch.channels_last)  # as engine.unet computes
         self.ema = copy.deepcopy(model).requires_grad_(False).eval()
-        self.parameters, self.averaged = list(model.parameters()), list(self.ema.parameters())
-        self.optimizer = torch.optim.Adam(self.parameters, lr=config.LEARNING_RATE, betas=(0.9, 0.99), fused=True)
+        self.weights, named = flatten(model)
+        self.average, _ = flatten(self.ema)
+        if world > 1:
+            torch.distributed.broadcast(self.weights, src=0)
+            self.average.copy_(self.weights)
+        self.parameters = [p for _, p in named]
+        self.gradient = torch.zeros_like(self.weights)
+        self.parts = views(self.gradient, self.parameters)
+        matrices = [p for name, p in named if config.OPTIMIZER == "muon" and is_matrix(name, p)]
+        boundary = sum(map(padded, matrices))
+        muon, adam = Muon(self.weights[:boundary], [p.shape for p in matrices]), Adam(self.weights[boundary:])
+        self.optimizers = {"muon": (muon, slice(0, boundary)), "adam": (adam, slice(boundary, None))}
         self.dtype = amp_dtype(self.device)
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=config.USE_AMP and self.dtype == torch.float16, init_scale=2.0**12
+        self.network = torch.compile(model, dynamic=False) if config.COMPILE_MODEL else model
+        captured = config.CUDA_GRAPH and self.device.type == "cuda" and model.capturable
+        self.graphs: dict[int | str, Graph] | None = {} if captured else None  # of micro-batches by size, and `update`
+        self.pool = torch.cuda.graph_pool_handle() if captured else None  # they run one after the other: one memory
+        # scalars on the device, so that looking after every step does not make the host wait
+        self.rate, self.fresh, self.skipped, self.skipped_in_a_row, self.good_in_a_row = (
+            torch.zeros((), device=self.device) for _ in range(5)
         )
-        self.network = self.wrap(torch.compile(model, dynamic=False) if config.COMPILE_MODEL else model)
-        captured = config.CUDA_GRAPH and self.device.type == "cuda" and world == 1 and model.capturable
-        self.graphs: dict[int, Graph] | None = {} if captured else None  # by images in a micro-batch
-        # counted on the device, so that looking after every step does not make the host wait
-        self.skipped = torch.zeros((), device=self.device)
-        self.skipped_in_a_row = torch.zeros((), device=self.device)
-
-    def wrap(self, network: nn.Module) -> nn.Module:
-        """The network as this process calls it: gradients are averaged over processes where there are several."""
-        return DistributedDataParallel(network, broadcast_buffers=False) if self.world > 1 else network
+        self.scales = config.USE_AMP and self.dtype == torch.float16
+        self.scale = torch.full_like(self.rate, FIRST_SCALE if self.scales else 1.0)
 
     def autocast(self) -> torch.autocast:
         """Mixed precision as configured."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.config.USE_AMP)
 
     def gradients(self, images: Tensor, step: int) -> Tensor:
-        """Accumulates the gradient of one batch, micro-batch by micro-batch; returns the mean loss, detached."""
+        """Puts the gradient of one batch into `gradient`, micro-batch by micro-batch; returns the mean loss."""
         share = len(images)
         whole = torch.Size([share * self.world, *images.shape[1:]])
-        drawn = draw(self.config.SEED, step, self.model.num_timesteps, whole, self.device)
-        t, noise, mirror = (values[self.rank * share : (self.rank + 1) * share] for values in drawn)
-        total = torch.zeros((), device=self.device)
-        for start in range(0, share, self.micro_batch):
-            part = slice(start, start + self.micro_batch)
-            micro = images[part], t[part], noise[part], mirror[part]
-            # gradients travel between processes once a step, not once a micro-batch
-            last = start + self.micro_batch >= share
-            with self.network.no_sync() if self.world > 1 and not last else contextlib.nullcontext():
-                total += self.backward(*micro, share) if self.graphs is None else self.replay(*micro, share)
-        return total
+        place, noise, mirror = draw(self.config.SEED, step, whole, self.device)
+        drawn = self.model.timesteps_at(place), noise, mirror
+        inputs = (images, *(values[self.rank * share : (self.rank + 1) * share] for values in drawn))
+        if self.micro_batch < share:
+            self.gradient.zero_()
+        loss = torch.zeros((), device=self.device)
+        for micro in zip(*(values.split(self.micro_batch) for values in inputs), strict=True):
+            loss += self.launch(len(micro[0]), lambda *values: self.backward(*values, share), *micro)
+        if self.world > 1:
+            torch.distributed.all_reduce(self.gradient)
+            torch.distributed.all_reduce(loss)
+        return loss
+
+    def launch(self, key: int | str, work: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """work(*inputs), if configured as one CUDA graph; the same key stands for the same work."""
+        if self.graphs is None:
+            return work(*inputs)
+        if key not in self.graphs:
+            self.graphs[key] = Graph(work, self.pool)
+        return self.graphs[key](*inputs)
 
     def backward(self, images: Tensor, t: Tensor, noise: Tensor, mirror: Tensor, share: int) -> Tensor:
-        """Adds the gradient of a micro-batch out of `share` images; returns its part of the mean loss, detached."""
+        """Gradient of a micro-batch out of `share` images, set or else added; returns its part of the mean loss."""
         x = images.float() / 255
         if self.config.HORIZONTAL_FLIP:
             x = torch.where(mirror[:, None, None, None], x.flip(-1), x)
         with self.autocast():
-            loss = self.network(x, t, noise) * (len(x) / share)
-        self.scaler.scale(loss).backward()
+            loss = self.network(x, t, noise) * (len(x) / (share * self.world))
+        (loss * self.scale).backward()
+        there = [(part, p.grad) for part, p in zip(self.parts, self.parameters, strict=True) if p.grad is not None]
+        (torch._foreach_copy_ if len(x) == share else torch._foreach_add_)(*map(list, zip(*there, strict=True)))
+        for p in self.parameters:
+            p.grad = None
         return loss.detach()
 
-    def replay(self, *micro: Any) -> Tensor:
-        """What `backward` does, from a graph that is captured for each size of micro-batch when it first comes."""
-        *tensors, share = micro
-        size = len(tensors[0])
-        if size not in self.graphs:
-            self.graphs[size] = Graph(lambda *values: self.backward(*values, share), tensors, self.parameters)
-        loss = self.graphs[size](*tensors)
-        for p, gradient in zip(self.parameters, self.graphs[size].gradients, strict=True):
-            if gradient is not None:
-                p.grad = gradient if size == share else gradient.clone() if p.grad is None else p.grad.add_(gradient)
-        return loss
+    @torch.no_grad()
+    def update(self, loss: Tensor) -> Tensor:
+        """Moves weights and EMA by what lies in `gradient`, unless loss or gradient is not finite; gives its norm."""
+        norm = torch.linalg.vector_norm(self.gradient) / self.scale
+        good = (torch.isfinite(loss) & torch.isfinite(norm)).float()
+        factor = (self.config.GRAD_CLIP / (norm + 1e-6)).clamp(max=1) if self.config.GRAD_CLIP else 1
+        factor = factor / self.scale
+        self.skipped += 1 - good
+        self.skipped_in_a_row.add_(1).mul_(1 - good)
+        self.good_in_a_row.add_(1).mul_(good)
+        if self.scales:  # as high as fp16 can take it
+            grows = (self.good_in_a_row % STEPS_PER_SCALE == 0) & (good > 0)
+            self.scale.mul_(torch.where(grows, 2.0, torch.where(good > 0, 1.0, 0.5)))
+        for optimizer, part in self.optimizers.values():
+            optimizer.update(self.weights[part], self.gradient[part], self.rate, factor, good)
+        self.average.lerp_(self.weights, self.fresh)
+        return norm
 
     def __call__(self, images: Tensor, step: int, rate: float) -> tuple[Tensor, Tensor]:
         """One update with learning rate `rate`; returns loss and gradient norm as scalars on the device.
 
         An update whose loss or gradient is not finite is left out and counted. Out of GPU memory halves the
-        micro-batch and does the same step again; raises UserError if one image alone does not fit.
+        micro-batch and does the same step again; raises UserError if one image alone does not fit. The norm is
+        overwritten by the next call.
         """
         loss = None
         while loss is None:
@@ -138,40 +167,29 @@ class Step:
                 self.micro_batch = smaller
                 print(f"out of GPU memory: going on with micro-batches of {smaller}, the effective batch stays")
             except torch._dynamo.exc.TorchDynamoException as problem:
-                reason = str(problem).strip().splitlines()[0]
-                print(f"torch.compile FAILED, going on without it (--no-compile_model is the same): {reason}")
-                self.network = self.wrap(self.model)
+                self.give_up("torch.compile", "--no-compile_model", problem)
+                self.network = self.model
             except RuntimeError as problem:
                 if self.graphs is None:
                     raise
-                reason = str(problem).strip().splitlines()[0]
-                print(f"CUDA graph capture FAILED, going on without it (--no-cuda_graph is the same): {reason}")
+                self.give_up("CUDA graph capture", "--no-cuda_graph", problem)
                 self.graphs = None
             if loss is None:  # outside the handlers, where the failed step's tensors are free again
                 if self.graphs:
                     self.graphs.clear()
-                self.optimizer.zero_grad()
+                    self.pool = torch.cuda.graph_pool_handle()
+                for p in self.parameters:
+                    p.grad = None
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
-        if self.world > 1:
-            torch.distributed.all_reduce(loss)
-            loss /= self.world
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.GRAD_CLIP or math.inf)
-        bad = (~(torch.isfinite(loss) & torch.isfinite(norm))).float()
-        self.skipped += bad
-        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * bad
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        if not self.scaler.is_enabled():
-            self.optimizer.found_inf = bad  # the fused kernel leaves the weights alone where this is 1
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        decay = ema_decay(self.config.EMA_DECAY, step)
-        with torch.no_grad():
-            torch._foreach_lerp_(self.averaged, self.parameters, 1 - decay)
-        return loss, norm
+        self.rate.fill_(rate)
+        self.fresh.fill_(1 - ema_decay(self.config.EMA_DECAY, step))
+        return loss, self.launch("update", self.update, loss)
+
+    def give_up(self, what: str, flag: str, problem: Exception) -> None:
+        """Says that training goes on without something."""
+        reason = str(problem).strip().splitlines()[0]
+        print(f"{what} FAILED, going on without it ({flag} is the same): {reason}")
 
     @torch.no_grad()
     def validate(self, images: Tensor) -> float:
@@ -181,7 +199,7 @@ class Step:
         """
         count = len(images)
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-        t = ((torch.arange(count) + 0.5) / count * self.model.num_timesteps).long()
+        t = self.model.timesteps_at(((torch.arange(count) + 0.5) / count).to(self.device))
         total = 0.0
         for start in range(0, count, self.micro_batch):
             part = slice(start, start + self.micro_batch)
@@ -195,16 +213,20 @@ class Step:
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "optimizer": {name: optimizer.state_dict() for name, (optimizer, _) in self.optimizers.items()},
+            "scale": self.scale.item(),
             "skipped": self.skipped.item(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what state_dict gave."""
+        """Takes back what state_dict gave; raises UserError if that was another optimiser's."""
+        for name, (optimizer, _) in self.optimizers.items():
+            for key, value in optimizer.state_dict().items():
+                if value.shape != state["optimizer"][name][key].shape:
+                    raise UserError("this run was trained with another optimizer: go on with that --optimizer")
+                value.copy_(state["optimizer"][name][key])
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"] and self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["scaler"])
+        if self.scales:
+            self.scale.fill_(state["scale"])
         self.skipped.fill_(state["skipped"])

@@ -20,13 +20,14 @@ from engine.samplers import groups
 from engine.step import Step, learning_rate
 
 MOST_SKIPPED_IN_A_ROW = 20
-VERSION = 1  # of the layout of a checkpoint
+VERSION = 2  # of the layout of a checkpoint
+ASIDE = 0.02  # share of the time that validation, and keeping what it found best, may take
 
 
 def train(model: nn.Module, images: np.ndarray, config: Any, resume: Path | None = None) -> Path:
     """Trains until the configured length is reached and returns the final checkpoint.
 
-    model: called as model(images, t, noise), with `sample`, `architecture` and `num_timesteps`. images: uint8
+    model: called as model(images, t, noise), with `sample`, `architecture` and `timesteps_at`. images: uint8
     (N, C, H, W). config: the attributes of DDPMConfig. resume: a checkpoint to go on from. Under `accelerate
     launch` or torchrun every process calls this and only the first writes. Raises UserError for data that does
     not fit or a loss that stays non-finite, and SystemExit, with everything saved, on Ctrl-C or SIGTERM.
@@ -45,6 +46,8 @@ def train(model: nn.Module, images: np.ndarray, config: Any, resume: Path | None
     progress: dict[str, Any] = {"step": 0, "epoch": 0, "position": 0, "images": 0, "seconds": 0.0, "best": None}
     if resume:
         state = checkpoints.load_training(resume)
+        if state["version"] != VERSION:
+            raise UserError(f"{resume} was written by another version of this project and cannot be resumed")
         if state["data"] != data:
             raise UserError(f"{resume} was trained on {state['data']}, but what is here is {data}")
         step.load_state_dict(state)
@@ -77,6 +80,7 @@ def train(model: nn.Module, images: np.ndarray, config: Any, resume: Path | None
     if main:
         print(f"run {name}: {len(batches.training)} images, {describe(step)}", flush=True)
     held_out, saved_at, validation = batches.validation(), time.monotonic(), float("nan")
+    validate_at = time.monotonic()
     bar = tqdm(disable=not main, initial=progress["step"], unit="step", mininterval=1, dynamic_ncols=True)
     with Interrupt(processes) as interrupt:
         while not clock.finished():
@@ -123,12 +127,16 @@ def train(model: nn.Module, images: np.ndarray, config: Any, resume: Path | None
                     break
             if progress["position"] == len(batches):
                 progress["epoch"], progress["position"] = progress["epoch"] + 1, 0
-            if main:
+            if main and (clock.finished() or time.monotonic() >= validate_at):
+                start = time.monotonic()
                 validation = step.validate(held_out)
                 log.scalars(progress, validation_loss=validation)
                 if progress["best"] is None or validation < progress["best"]:
                     progress["best"] = validation
                     save("best.pt")
+                # where epochs are short, not after each of them
+                validate_at = start + (time.monotonic() - start) / ASIDE
+            if main:
                 every = config.CHECKPOINT_EVERY
                 if every and progress["position"] == 0 and progress["epoch"] % every == 0:
                     save(f"epoch_{progress['epoch']:04d}.pt")
@@ -162,7 +170,7 @@ def describe(step: Step) -> str:
         + (f" = {config.GRADIENT_ACCUMULATION} x {config.BATCH_SIZE}" if config.GRADIENT_ACCUMULATION > 1 else ""),
         str(step.dtype).removeprefix("torch.") if config.USE_AMP else "float32",
         *(["compiled"] if config.COMPILE_MODEL else []),
-        *(["one CUDA graph a step"] if step.graphs is not None else []),
+        *(["CUDA graphs"] if step.graphs is not None else []),
         name if step.world == 1 else f"{step.world} x {name}",
     ]
     return ", ".join(parts)

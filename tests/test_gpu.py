@@ -8,8 +8,9 @@ import torch
 
 from config import detect_tier, memory_gib, resolve
 from ddpm_model import DDPMModel
-from engine import batches, step, unet
+from engine import batches, metrics, step, unet
 from engine.batches import Batches
+from engine.shapes import draw_shapes
 from engine.sources import load_images
 from engine.training import train
 from tests.test_step import SETTINGS
@@ -70,7 +71,38 @@ def test_a_captured_step_computes_what_its_kernels_do_one_by_one(micro):
     for number in range(5):
         losses = [made(images(), number, 1e-3)[0].item() for made in (plain, captured)]
         assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-    assert set(captured.graphs) == {min(micro, 32), 32 % micro or micro}
+    assert set(captured.graphs) == {min(micro, 32), 32 % micro or micro, "update"}
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_optimizers_do_on_the_gpu_what_they_do_on_the_cpu(optimizer):
+    """Same gradients, fp32 against plain formulas; Muon's matrices are made orthogonal in bf16 here."""
+    made = make(OPTIMIZER=optimizer)
+    torch.manual_seed(0)
+    other = step.Step(DDPMModel(image_size=32, dim=32), SimpleNamespace(**(SETTINGS | {"OPTIMIZER": optimizer})))
+    start, generator = other.weights.clone(), torch.Generator().manual_seed(1)
+    for number in range(4):
+        other.gradient.copy_(torch.randn(other.gradient.shape, generator=generator))
+        made.gradient.copy_(other.gradient)
+        for one in (made, other):
+            one.rate.fill_(1e-3 * (number + 1))
+            one.fresh.fill_(0.5)
+            one.update(torch.full_like(one.rate, torch.nan if number == 2 else 1.0))
+    change = error(made.weights.cpu() - start, other.weights - start)
+    assert change < (1e-5 if optimizer == "adam" else 0.1)
+    assert error(made.average.cpu() - start, other.average - start) < (1e-5 if optimizer == "adam" else 0.1)
+
+
+def test_sampling_by_graph_draws_the_same_images():
+    torch.manual_seed(0)
+    model = DDPMModel(image_size=32, dim=32).to(CUDA).eval()
+    images = {}
+    for model.cuda_graph in (False, True):
+        with torch.autocast("cuda", torch.bfloat16):
+            images[model.cuda_graph] = [model.sample(count, steps=6, seed=0) for count in (4, 3, 4)]
+    assert len(model.replays.graphs) == 2
+    for a, b in zip(images[False], images[True], strict=True):
+        assert (a - b).abs().max() < 2e-2
 
 
 def test_real_lack_of_memory_halves_the_micro_batch():
@@ -126,3 +158,11 @@ def test_estimated_memory_is_near_the_peak():
         estimate = memory_gib(64, 32, 128, sum(p.numel() for p in made.parameters), amp)
         assert peak / 1.3 < estimate < peak * 1.6, f"amp {amp}: peak {peak:.2f} GiB, estimated {estimate:.2f}"
         del made, many
+
+
+def test_features_in_fp16_are_those_of_full_precision():
+    pytest.importorskip("efficientnet_lite_pytorch", reason="needs requirements-eval.txt")
+    network, shapes = metrics.Lite0(), draw_shapes(np.arange(64), 32, 0)
+    exact = metrics.extract(network, shapes, torch.device("cpu"))
+    half = metrics.extract(network.to(CUDA), shapes, CUDA)
+    assert np.sqrt(np.square(half - exact).mean()) < 0.1 * exact.std(axis=0).mean()  # bf16: 0.48

@@ -17,8 +17,6 @@ import pytest
 import torch
 from denoising_diffusion_pytorch import GaussianDiffusion, Unet, denoising_diffusion_pytorch
 from PIL import Image
-from test_sources import random_images, write_tar
-from test_unet import error, results
 from torchvision.datasets.utils import calculate_md5
 
 import inference
@@ -33,6 +31,8 @@ from engine.errors import UserError
 from engine.fitting import fit, in_child, largest_micro_batch, memory_table, search
 from engine.step import Step
 from engine.unet import FastUnet
+from tests.test_sources import random_images, write_tar
+from tests.test_unet import error, results
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGE = Tier("Large", 256, 80.0)
@@ -105,6 +105,16 @@ def test_the_log_of_the_snr_is_shifted_everywhere(beta_schedule):
     torch.testing.assert_close((logs[1] - logs[0])[usual], torch.full_like(logs[0], 2 * math.log(32 / 96))[usual],
                                atol=5e-3, rtol=0)  # fmt: skip
     torch.testing.assert_close(logs[2], logs[0], atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("schedule_size", [0, 32])
+def test_what_edm_trains_on_is_shifted_by_as_much(schedule_size):
+    model = DDPMModel(96, 8, (1,), timesteps=4000, loss_weighting="edm", schedule_size=schedule_size)
+    t = model.timesteps_at((torch.arange(10_000) + 0.5) / 10_000)
+    alpha_bar = model.diffusion.alphas_cumprod.double()[t]
+    log_sigma = ((1 - alpha_bar) / alpha_bar).log() / 2
+    assert log_sigma.mean().item() == pytest.approx(-1.2 + (math.log(96 / 32) if schedule_size else 0), abs=0.03)
+    assert log_sigma.std().item() == pytest.approx(1.2, abs=0.03)
 
 
 @pytest.mark.parametrize("objective", ["pred_v", "pred_noise", "pred_x0"])

@@ -207,3 +207,27 @@ def test_interpolation_begins_and_ends_at_the_images():
 def test_wrong_arguments_are_named(call, message):
     with pytest.raises(UserError, match=message):
         call()
+
+
+@pytest.mark.parametrize("objective", ["pred_v", "pred_noise", "pred_x0"])
+def test_edm_weighting_is_the_papers(objective):
+    model = DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), objective=objective, loss_weighting="edm")
+    t = model.timesteps_at((torch.arange(100_000) + 0.5) / 100_000)
+    sigma = ((1 - model.diffusion.alphas_cumprod) / model.diffusion.alphas_cumprod).sqrt().double()
+    assert sigma[t].log().mean().item() == pytest.approx(-1.2, abs=0.02)
+    assert sigma[t].log().std().item() == pytest.approx(1.2, abs=0.03)  # the schedule ends at a sigma of 0.006
+    # table 1: lambda weighs the error of x_0, which is sigma or sigma / sqrt(1 + sigma^2) times that of noise or v
+    of_x_0 = {"pred_v": sigma / (1 + sigma**2).sqrt(), "pred_noise": sigma, "pred_x0": torch.ones_like(sigma)}
+    expected = of_x_0[objective] ** 2 * (sigma**2 + 0.25) / (0.5 * sigma) ** 2
+    ratio = (model.diffusion.loss_weight / expected)[50:950]
+    torch.testing.assert_close(ratio, ratio.mean().expand(900), rtol=1e-3, atol=0)
+    assert model.diffusion.loss_weight[t].mean().item() == pytest.approx(1, rel=1e-2)
+    images, noise = torch.rand(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    loss = model(images, torch.tensor([100, 600]), noise)
+    errors = model.squared_error(images, torch.tensor([100, 600]), noise)
+    torch.testing.assert_close(loss, (model.diffusion.loss_weight[[100, 600]] * errors).mean())
+
+
+def test_timesteps_are_uniform_without_edm():
+    model = DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), timesteps=50, sampling_timesteps=10)
+    assert torch.equal(model.timesteps_at((torch.arange(200) + 0.5) / 200), torch.arange(50).repeat_interleave(4))

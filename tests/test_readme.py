@@ -91,12 +91,16 @@ def test_every_script_that_the_readme_names_is_there():
 
 
 def test_every_flag_that_the_readme_names_exists():
+    from benchmark import SETTINGS as BENCHMARK
     from config import DDPMConfig
+    from evaluate import OWN_SETTINGS
     from inference import FILES, SETTINGS
 
     known = {name.lower() for name in DDPMConfig.settings()} | {"resume", "config", "dry_run"}
     known |= {setting.alias.lower() for _, setting in DDPMConfig.settings().values()}
     known |= {name.lower() for name in SETTINGS} | {*FILES, "checkpoint", "from_png", "output_dir"}
+    known |= {name.lower() for name in OWN_SETTINGS} | {"images", "inception_weights"}
+    known |= {"quick", "only", "estimate", "readme", *map(str.lower, BENCHMARK)}
     known |= {"full", "dev", "check", "torch_index", "help"}
     known |= {"num_processes", "nproc_per_node", "logdir"}
     for flag in set(re.findall(r"--(?:no-)?([a-z_]+)", README)):

@@ -1,0 +1,169 @@
+"""What was measured, kept: one JSON file for each device, a picture of it, and the README's tables.
+
+{preset: {part: {"device", "torch", "date", ..., "rows": [{...}, ...]}}}, part being training, sampling, data or curves.
+"""
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from engine.checkpoints import write_atomically
+from engine.errors import UserError
+
+PARTS = ("training", "sampling", "data", "curves")
+BEGIN, END = "<!-- tables of benchmark.py -->", "<!-- end of the tables of benchmark.py -->"
+LAST = 100  # steps at the end of a learning curve whose mean counts, or its last fifth if that is shorter
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The report in a file, or an empty one if there is none; raises UserError if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as problem:
+        raise UserError(f"{path} is damaged ({problem}): delete it and measure again") from problem
+
+
+def merge(path: Path, preset: str, part: str, result: dict[str, Any]) -> dict[str, Any]:
+    """Puts a part in the place of the one of the same preset, leaves the others, and returns the whole report."""
+    report = load(path)
+    report.setdefault(preset, {})[part] = result
+    text = json.dumps(report, indent=1)
+    # a list of numbers is one line
+    text = re.sub(r"\[\s+([-+.\deE,\s]+?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
+    write_atomically(path, lambda file: file.write(f"{text}\n".encode()))
+    return report
+
+
+def tail(losses: list[float]) -> float:
+    """Mean of the end of a learning curve."""
+    return float(np.mean(losses[-min(LAST, max(1, len(losses) // 5)) :]))
+
+
+def verdict(rows: list[dict[str, Any]]) -> str:
+    """Whether the fast path learns what plain fp32 does, in one sentence.
+
+    rows: of `curves`, each with `kind` (fp32 or fast), `seed` and `losses`. The measure is how far fp32 runs of
+    different seeds end from each other.
+    """
+    ends = {(row["kind"], row["seed"]): tail(row["losses"]) for row in rows if "losses" in row}
+    plain = [end for (kind, _), end in ends.items() if kind == "fp32"]
+    if ("fast", 0) not in ends or ("fp32", 0) not in ends or len(plain) < 2:
+        return "not decided: a run is missing"
+    apart, spread = abs(ends["fast", 0] - ends["fp32", 0]), max(plain) - min(plain)
+    return (
+        f"the fast path ends {apart:.5f} from fp32 of the same seed, fp32 of {len(plain)} seeds up to {spread:.5f} "
+        f"from each other: {'within' if apart <= spread else 'OUTSIDE'} the seeds' spread"
+    )
+
+
+def number(value: float | None) -> str:
+    """A figure with three digits, thousands set off."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def cells(row: dict[str, Any], *, training: bool) -> list[str]:
+    """A row of the training or of the sampling table."""
+    head = [row["what"]] + ([] if training else [f"`{row['sampler']}`", str(row["steps"])]) + [str(row["batch"])]
+    if "failed" in row:
+        return [*head, f"failed: {row['failed']}".replace("|", "/"), *[""] * (4 if training else 1)]
+    over = number(row.get("over_library"))
+    if not training:
+        return [*head, number(row["images_per_second"]), over]
+    mfu = f"{100 * row['mfu']:.1f} %" if row.get("mfu") else ""
+    rate = row["images_per_second"]
+    return [*head, number(rate), number(1000 * row["batch"] / rate), number(row.get("peak_gib")), mfu, over]
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def readme_tables(reports: list[dict[str, Any]]) -> str:
+    """The README's tables of all devices, presets and parts, Markdown."""
+    lines: list[str] = []
+    for report in reports:
+        for preset, parts in report.items():
+            for part in PARTS:
+                if part in parts:
+                    lines += ["", *readme_part(preset, part, parts[part])]
+    return "\n".join(lines).strip()
+
+
+def readme_part(preset: str, part: str, result: dict[str, Any]) -> list[str]:
+    """One part of one device and preset, Markdown lines."""
+    titles = {"training": "Training step", "sampling": "Sampling", "data": "Data path", "curves": "Learning curves"}
+    model = (
+        f"`{preset}` ({result['image_size']} px, dim {result['dim']}, {result['parameters'] / 1e6:.1f} M parameters)"
+    )
+    when = f"torch {result['torch']}, {result['date']}{', quick' if result.get('quick') else ''}"
+    lines = [f"**{titles[part]}**, {model}, {result['device']}, {when}"]
+    if "note" in result:
+        lines[0] += f" ({result['note']})"
+    rows = result["rows"]
+    if part == "training":
+        header = ["step", "batch", "images/s", "ms", "GPU memory, GiB", "MFU", "over the library"]
+        lines += ["", *table(header, [cells(row, training=True) for row in rows])]
+    elif part == "sampling":
+        header = ["network", "sampler", "evaluations", "batch", "images/s", "over the library"]
+        lines += ["", *table(header, [cells(row, training=False) for row in rows])]
+    elif part == "data":
+        words = [f"{row['what']} {number(row.get('images_per_second')) or 'failed'}" for row in rows]
+        lines[0] += f": the fast step at batch {rows[0]['batch']}, images/s with images {', '.join(words)}"
+    else:
+        ends = [
+            f"{row['what']} {tail(row['losses']):.5f}" if "losses" in row else f"{row['what']} failed" for row in rows
+        ]
+        steps = max((len(row["losses"]) for row in rows if "losses" in row), default=0)
+        lines[0] += f": {steps} steps on the shapes, mean loss at the end: {', '.join(ends)}; {verdict(rows)}"
+    return lines
+
+
+def write_readme(path: Path, results: Path) -> None:
+    """Puts the tables of results/benchmark-*.json between the two marks of a README; raises UserError without marks."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"{path} has no lines {BEGIN} and {END} between which the tables could go")
+    tables = readme_tables([load(file) for file in sorted(results.glob("benchmark-*.json"))])
+    write_atomically(path, lambda file: file.write(f"{before}{BEGIN}\n{tables}\n{END}{after}".encode()))
+
+
+def picture(report: dict[str, Any]) -> bytes:
+    """Rates of training and of sampling as bars, and learning curves, a line of panels for each preset: a PNG."""
+    most = max(len(parts.get(part, {}).get("rows", [])) for parts in report.values() for part in PARTS[:2])
+    figure = Figure(figsize=(20, len(report) * max(4.5, 0.27 * most)), layout="constrained")
+    for (preset, parts), panels in zip(report.items(), figure.subplots(len(report), 3, squeeze=False), strict=True):
+        for part, axes in zip(("training", "sampling"), panels, strict=False):
+            result = parts.get(part, {"rows": []})
+            rows = [row for row in result["rows"] if "failed" not in row]
+            labels = [" ".join(str(row[key]) for key in ("what", "sampler", "steps") if key in row) for row in rows]
+            labels = [f"{label}, batch {row['batch']}" for label, row in zip(labels, rows, strict=True)]
+            bars = axes.barh(range(len(rows)), [row["images_per_second"] for row in rows])
+            axes.bar_label(bars, [number(row["images_per_second"]) for row in rows], padding=3)
+            axes.set_yticks(range(len(rows)), labels)
+            axes.invert_yaxis()
+            axes.margins(x=0.2)
+            if part == "sampling" and rows:
+                axes.set_xscale("log")
+            axes.set(xlabel="images/s", title=f"{part}, {preset}, {result.get('device', 'not measured')}")
+        curves = parts.get("curves", {"rows": []})["rows"]
+        for row in curves:
+            if "losses" in row:
+                width = max(1, min(20, len(row["losses"]) // 10))
+                smooth = np.convolve(row["losses"], np.ones(width) / width, "valid")
+                panels[2].plot(smooth, "--" if row["kind"] == "fast" else "-", label=row["what"], linewidth=1)
+                panels[2].set(yscale="log", ylabel=f"loss, mean of {width} steps")
+                panels[2].legend()
+        panels[2].set(xlabel="step", title=f"learning curves, {preset}{'' if curves else ', not measured'}")
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=80)
+    return file.getvalue()

@@ -1,0 +1,1 @@
+"""Makes `tests` this folder: torch-fidelity installs a package of that name."""
