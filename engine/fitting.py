@@ -3,17 +3,12 @@
 Trials run in a process of their own: its memory is its own too, and one that crashes or hangs takes nothing with it.
 """
 
-import contextlib
 import copy
-import gc
-import io
 import json
 import math
-import multiprocessing
-import signal
+import sys
 import time
 from collections.abc import Callable, Mapping
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +19,7 @@ from torch import nn
 from engine.batches import fit_on_gpu
 from engine.checkpoints import write_atomically
 from engine.errors import UserError
+from engine.measuring import FellBack, Job, Processes, device_name, nothing_given_up, prepare, wait
 from engine.memory import cap_memory, memory_limit
 from engine.step import Step
 
@@ -52,19 +48,22 @@ def fit(make: Callable[[Any], nn.Module], config: Any, images: np.ndarray, remem
     settings = " ".join(f"{name}={getattr(config, name)}" for name in DECISIVE)
     key = f"{torch.cuda.get_device_name()}, {room:g} GiB, torch {torch.__version__}: batch={batch} {settings}"
     known = json.loads(remembered.read_text()) if remembered.exists() else {}
-    start = time.monotonic()
+    how = f"as {remembered} remembers"
     if key not in known:
+        start = time.monotonic()
         print(f"trying how many of {batch} images fit into {room:g} GiB at once (or --no-fit_memory)", flush=True)
-        try:
-            known[key] = in_child(search, make, config, room, seconds=SECONDS)
-        except RuntimeError as problem:
-            print(f"it could not be tried ({problem}): micro-batches of {config.BATCH_SIZE}, as estimated")
+        job = Job({}, "memory", search, {"make": make, "config": config, "room": room}, SECONDS)
+        with Processes() as processes:
+            ((_, found),) = processes.measured([job])
+        if (reason := found.get("failed", "")).startswith("UserError: "):
+            raise UserError(reason.removeprefix("UserError: "))
+        if reason:
+            print(f"it could not be tried ({reason}): micro-batches of {config.BATCH_SIZE}, as estimated")
             return config.BATCH_SIZE
+        known[key] = found
         text = json.dumps(known, indent=1) + "\n"
         write_atomically(remembered, lambda file: file.write(text.encode()))
         how = f"tried in {time.monotonic() - start:.0f} s, remembered in {remembered}"
-    else:
-        how = f"as {remembered} remembers"
     micro, peak = known[key]["micro_batch"], known[key]["peak_gib"]
     print(f"micro-batches of {micro} in a batch of {batch}, {peak:.1f} of {room:g} GiB ({how})", flush=True)
     return micro
@@ -84,12 +83,12 @@ def search(make: Callable[[Any], nn.Module], config: Any, room: float) -> dict[s
         nonlocal fitted
         try:
             tried = trial(make, split(config, micro, min(batch, 2 * micro)), steps=2)
-        except RuntimeError:
+        except (RuntimeError, FellBack):
             if not fitted:
                 raise
             tried = None  # a lack of memory that was reported as something else
         fitted = fitted or tried is not None
-        print(f"  {micro} at once: {'too many' if tried is None else gib(tried['peak_gib'])}", flush=True)
+        print(f"  {micro} at once: {'too many' if tried is None else gib(tried['peak_gib'])}", file=sys.stderr)
         return None if tried is None else tried["peak_gib"] or 0.0
 
     micro, taken = largest_micro_batch(peak, batch, limit)
@@ -144,26 +143,19 @@ def trial(make: Callable[[Any], nn.Module], config: Any, steps: int) -> dict[str
     """What a run does to memory, done with random images: `steps` updates, a validation, a few samples.
 
     Returns the GPU's peak memory (`peak_gib`, None on a CPU), `images_per_second` without the first two steps, if there
-    are more, and the last `loss`; or None if it did not fit. Raises RuntimeError if a step gave up what is configured.
+    are more, and the last `loss`; or None if it did not fit. Raises FellBack if a step gave up what is configured.
     """
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if gpu else "cpu")
-    gc.collect()
-    if gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    torch.backends.cudnn.benchmark = True  # as in engine.training
+    device = prepare()
     micro, batch = config.BATCH_SIZE, config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
     try:
-        with contextlib.redirect_stdout(io.StringIO()) as said:  # where a step says what it does without
+        with nothing_given_up():
             model = make(config).to(device).train()
             step = Step(model, config)
             shape = (batch, model.channels, model.image_size, model.image_size)
             images = torch.randint(256, shape, dtype=torch.uint8, device=device)
             for number in range(steps):
                 if number == min(2, steps - 1):
-                    if gpu:
-                        torch.cuda.synchronize()
+                    wait(device)
                     start = time.perf_counter()
                 loss, _ = step(images, number, 1e-4)
             loss = loss.item()
@@ -172,16 +164,12 @@ def trial(make: Callable[[Any], nn.Module], config: Any, steps: int) -> dict[str
             step.ema.sample(min(micro, config.NUM_SAMPLES), steps=2, seed=0)
     except torch.OutOfMemoryError:
         return None
-    except UserError as problem:
-        if "out of GPU memory" not in str(problem):  # what a step says when one image is too many
+    except (FellBack, UserError) as problem:
+        if "out of GPU memory" not in str(problem):  # as a step says, be it that it goes on with less or that it cannot
             raise
         return None
-    if step.micro_batch < micro:
-        return None
-    if "FAILED" in said.getvalue():
-        raise RuntimeError(" ".join(said.getvalue().split()))
     return {
-        "peak_gib": torch.cuda.max_memory_reserved() / 2**30 if gpu else None,
+        "peak_gib": torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else None,
         "images_per_second": batch * (steps - min(2, steps - 1)) / seconds,
         "loss": loss,
     }
@@ -194,32 +182,34 @@ def memory_table(
 
     A case's memory is capped at its MEMORY_GIB; each has a process of its own and so many seconds. Prints a line for
     each as it comes and writes all to the JSON file `path`, where cases of the same name are replaced and others stay.
-    Returns the rows; one that failed has an `error`.
+    Returns the rows; one that failed says why under `failed`.
     """
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    rows = {row["case"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+    kept = {row["case"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+    jobs = []
     for case, config in cases.items():
-        start = time.monotonic()
         row = {"case": case, "cap_gib": config.MEMORY_GIB, "image_size": config.IMAGE_SIZE, "dim": config.DIM}
         row |= {"batch": config.BATCH_SIZE * config.GRADIENT_ACCUMULATION}
-        try:
-            row |= in_child(measure, make, config, steps, seconds=seconds)
-            text = (
-                f"{row['micro_batch']:4} x {row['accumulation']:<3} {gib(row['peak_gib'])}, "
-                f"{row['images_per_second']:8.1f} images/s, loss {row['loss']:.3f}"
-            )
-            if row["fp32_gib"]:
-                text += f"; {gib(row['fp32_gib'])} in fp32 and {gib(row['amp_gib'])} in mixed precision"
-        except (RuntimeError, UserError) as problem:
-            row["error"] = str(problem)
-            text = f"FAILED: {problem}"
-        row["seconds"] = round(time.monotonic() - start, 1)
-        print(f"memory {case:20} dim {config.DIM:3} {text} ({row['seconds']:.0f} s)", flush=True)
-        rows[case] = row
-        report = {"device": name, "torch": torch.__version__, "steps": steps, "rows": list(rows.values())}
-        content = json.dumps(report, indent=1) + "\n"
-        write_atomically(path, lambda file, content=content: file.write(content.encode()))
-    return [rows[case] for case in cases]
+        jobs.append(Job(row, case, measure, {"make": make, "config": config, "steps": steps}, seconds))
+    with Processes() as processes:
+        for _, row in processes.measured(jobs):
+            print(in_words(row), flush=True)
+            kept[row["case"]] = row
+            report = {"device": device_name(), "torch": torch.__version__, "steps": steps, "rows": list(kept.values())}
+            text = json.dumps(report, indent=1) + "\n"
+            write_atomically(path, lambda file, text=text: file.write(text.encode()))
+    return [kept[case] for case in cases]
+
+
+def in_words(row: dict[str, Any]) -> str:
+    """A row of memory_table in one line."""
+    start = f"memory {row['case']:20} dim {row['dim']:3}"
+    if "failed" in row:
+        return f"{start} FAILED: {row['failed']}"
+    more = f"; {gib(row['fp32_gib'])} in fp32 and {gib(row['amp_gib'])} in mixed precision" if row["fp32_gib"] else ""
+    return (
+        f"{start} {row['micro_batch']:4} x {row['accumulation']:<3} {gib(row['peak_gib'])}, "
+        f"{row['images_per_second']:8.1f} images/s, loss {row['loss']:.3f}{more}"
+    )
 
 
 def gib(value: float | None) -> str:
@@ -246,42 +236,3 @@ def measure(make: Callable[[Any], nn.Module], config: Any, steps: int) -> dict[s
         tried = trial(make, changed, steps=2)
         row[column] = tried and tried["peak_gib"]
     return row
-
-
-def in_child(function: Callable[..., Any], *arguments: Any, seconds: float) -> Any:
-    """function(*arguments), computed in a new process; all must be picklable.
-
-    Passes a UserError on. Raises RuntimeError, saying what happened in one line, for any other exception, a crash or
-    more than so many seconds.
-    """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=answer, args=(sender, function, arguments), daemon=True)
-    process.start()
-    sender.close()
-    try:
-        if not receiver.poll(seconds):
-            raise RuntimeError(f"not done after {seconds:.0f} s")
-        value = receiver.recv()
-    except EOFError:
-        process.join()
-        raise RuntimeError(f"the process ended with code {process.exitcode}") from None
-    finally:
-        process.kill()
-        process.join()
-        receiver.close()
-    if isinstance(value, UserError):
-        raise value
-    if isinstance(value, Exception):
-        raise RuntimeError(f"{type(value).__name__}: {' '.join(str(value).split())}")
-    return value
-
-
-def answer(sender: Connection, function: Callable[..., Any], arguments: tuple) -> None:
-    """Sends what function(*arguments) returns or raises; Ctrl-C is for the parent, which ends this process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        value = function(*arguments)
-    except Exception as problem:
-        value = problem
-    sender.send(value)

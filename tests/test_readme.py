@@ -100,7 +100,7 @@ def test_every_flag_that_the_readme_names_exists():
     known |= {setting.alias.lower() for _, setting in DDPMConfig.settings().values()}
     known |= {name.lower() for name in SETTINGS} | {*FILES, "checkpoint", "from_png", "output_dir"}
     known |= {name.lower() for name in OWN_SETTINGS} | {"images", "inception_weights"}
-    known |= {"quick", "only", "estimate", "readme", *map(str.lower, BENCHMARK)}
+    known |= {"quick", "only", "estimate", "readme", "memory", *map(str.lower, BENCHMARK)}
     known |= {"full", "dev", "check", "torch_index", "help"}
     known |= {"num_processes", "nproc_per_node", "logdir"}
     for flag in set(re.findall(r"--(?:no-)?([a-z_]+)", README)):
