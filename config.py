@@ -115,7 +115,7 @@ TIERS = (("Tiny", 32), ("Small", 64), ("Medium", 128), ("Large", 256))  # below 
 LENGTHS = ("EPOCHS", "MAX_STEPS", "MINUTES")
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "cifar10": dict(IMAGE_SIZE=32, DIM=64, BATCH_SIZE=256),
+    "cifar10": dict(IMAGE_SIZE=32, DIM=64, BATCH_SIZE=256, EPOCHS=200, CHECKPOINT_EVERY=50),
     "celeba": dict(IMAGE_SIZE=64),
     "stl10": dict(IMAGE_SIZE=96),
     "shapes": dict(IMAGE_SIZE=32, DIM=64, HORIZONTAL_FLIP=False, EPOCHS=20),

@@ -135,6 +135,15 @@ class DDPMModel(nn.Module):
         model.unet.checkpointing = config.GRADIENT_CHECKPOINTING
         return model
 
+    @classmethod
+    def from_pretrained(cls, name: str) -> "DDPMModel":
+        """A model that comes with the project (weights/), on the CPU; raises UserError if none has that name."""
+        path = checkpoints.SHIPPED / f"{name}.safetensors"
+        if not path.is_file():
+            known = sorted(file.stem for file in checkpoints.SHIPPED.glob("*.safetensors"))
+            raise UserError(f"no model {name} comes with the project; there are {', '.join(known)}")
+        return cls().load_model(path).eval()
+
     @property
     def unet(self) -> Unet:
         """The network alone, the library's Unet computed faster: (B, C, H, W) and timesteps (B,) to (B, C, H, W)."""
@@ -361,10 +370,17 @@ class DDPMModel(nn.Module):
             raise UserError(f"the image is {tuple(image.shape)}, but this model draws {shape}")
         return image.reshape(shape).to(self.device)
 
-    def save_model(self, path: str | Path) -> None:
-        """Writes weights and architecture: `.safetensors`, or a `.pt` that load_model reads."""
+    def save_model(self, path: str | Path, half: bool = False) -> None:
+        """Writes weights and architecture: `.safetensors`, or a `.pt` that load_model reads.
+
+        half: the network's weights in fp16, at half the size.
+        """
         path = Path(path)
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        if half:
+            state = {
+                name: value.half() if name.startswith("diffusion.model.") else value for name, value in state.items()
+            }
         if path.suffix == ".safetensors":
             metadata = {"format": "pt", "architecture": json.dumps(self.architecture)}
             checkpoints.write_atomically(path, lambda file: file.write(safetensors.torch.save(state, metadata)))

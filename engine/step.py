@@ -51,8 +51,8 @@ def draw(seed: int, step: int, shape: torch.Size, device: torch.device) -> tuple
 class Step:
     """Updates a model and its EMA copy from one batch.
 
-    model: called as model(images, t, noise), gives a scalar loss, and has `timesteps_at`; images uint8 (B, C, H, W) come
-    in and are taken to floats in [0, 1]. config: BATCH_SIZE, OPTIMIZER, GRAD_CLIP, EMA_DECAY, HORIZONTAL_FLIP, USE_AMP,
+    model: called as model(images, t, noise), gives a scalar loss, and has `timesteps_at`. images: uint8 (B, C, H, W),
+    taken to floats in [0, 1]. config: BATCH_SIZE, OPTIMIZER, GRAD_CLIP, EMA_DECAY, HORIZONTAL_FLIP, USE_AMP,
     COMPILE_MODEL, CUDA_GRAPH, SEED. This is process `rank` of `world`; each has its own part of every batch.
     """
 
