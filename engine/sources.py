@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import IO, BinaryIO
 
 import numpy as np
@@ -35,7 +35,7 @@ from engine.shapes import draw_shapes
 
 try:
     import fcntl
-except ImportError:  # Windows, where two processes that build the same cache at once are not kept apart
+except ImportError:  # Windows
     fcntl = None
 
 DATASETS = ("auto", "cifar10", "celeba", "stl10", "shapes", "folder")
@@ -164,7 +164,7 @@ def load_images(
         except OSError as error:
             raise UserError(f"cannot write the image cache {final}: {_one_line(error)}") from error
         for stale in final.parent.glob(f"{prefix}*"):
-            if stale != final:
+            if not stale.name.startswith(final.stem):
                 with suppress(OSError):  # in use (Windows), or removed by another process
                     stale.unlink()
     return np.load(final, mmap_mode="r")
@@ -356,7 +356,9 @@ def _build(source: Source, size: int, final: Path, workers: int, bar: tqdm) -> N
     Each finished block is noted in a journal, so that an interrupted build goes on where it was, whatever ended it.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    partial, journal = final.with_suffix(".part"), final.with_suffix(".journal")
+    # where nobody can be kept out of files in common, each process has its own and none goes on with another's
+    owner = "" if _can_lock(final.parent) else f".{socket.gethostname()}-{os.getpid()}"
+    partial, journal = final.with_suffix(f"{owner}.part"), final.with_suffix(f"{owner}.journal")
     with _alone(journal, bar) as notes:
         if not final.exists():  # another process may have made it just now
             try:
@@ -375,12 +377,24 @@ def _build(source: Source, size: int, final: Path, workers: int, bar: tqdm) -> N
     journal.unlink(missing_ok=True)
 
 
+def _can_lock(folder: Path) -> bool:
+    """Whether files there can be locked: not on Windows, nor on some network file systems."""
+    if fcntl is None:
+        return False
+    with TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
+
+
 @contextmanager
 def _alone(path: Path, bar: tqdm) -> Iterator[BinaryIO]:
     """The file, made if need be, to read and write as the only process; another one is waited for."""
     while True:
         with open(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b") as file:
-            if fcntl:
+            if _can_lock(path.parent):
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:

@@ -3,7 +3,10 @@
 import io
 import os
 import tarfile
+import threading
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
@@ -367,6 +370,32 @@ def test_interrupted_goes_on_behind_the_last_finished_block(load, monkeypatch):
     drawn.clear()
     np.testing.assert_array_equal(load("shapes", 8), draw_shapes(np.arange(1000), 8, seed=0))
     assert sorted(drawn) == list(range(64 * 6, 1000, 64))
+    assert [path.suffix for path in load.cache.iterdir()] == [".npy"]
+
+
+def test_a_second_process_waits_for_the_first(load, monkeypatch):
+    drawn, started = [], threading.Event()
+
+    def draw(index, size, seed):
+        drawn.append(index[0])
+        started.set()
+        time.sleep(0.05)
+        return draw_shapes(index, size, seed)
+
+    monkeypatch.setattr(sources, "draw_shapes", draw)
+    monkeypatch.setattr(sources, "SHAPES_COUNT", 300)
+    with ThreadPoolExecutor(2) as pool:  # locks are between open files, so that threads will do
+        first = pool.submit(load, "shapes", 8)
+        started.wait()
+        second = pool.submit(load, "shapes", 8)
+    np.testing.assert_array_equal(first.result(), second.result())
+    assert len(drawn) == 5 and [path.suffix for path in load.cache.iterdir()] == [".npy"]
+
+
+def test_without_locks_each_process_builds_for_itself(load, monkeypatch):
+    monkeypatch.setattr(sources, "fcntl", None)
+    monkeypatch.setattr(sources, "SHAPES_COUNT", 100)
+    np.testing.assert_array_equal(load("shapes", 8), draw_shapes(np.arange(100), 8, seed=0))
     assert [path.suffix for path in load.cache.iterdir()] == [".npy"]
 
 
