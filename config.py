@@ -47,7 +47,7 @@ class DDPMConfig:
     ] = 0
     DROPOUT: Annotated[float, Setting("dropout in the residual blocks, fraction", 0, 0.9)] = 0.0
     TIMESTEPS: Annotated[int, Setting("steps of the diffusion process", 2, 100_000)] = 1000
-    SAMPLING_TIMESTEPS: Annotated[int, Setting("network evaluations of a sample (NFE)", 1, 100_000)] = 50
+    SAMPLING_TIMESTEPS: Annotated[int, Setting("network evaluations of a sample (NFE)", 1, 100_000)] = 20
     OBJECTIVE: Annotated[str, Setting("what the network predicts", choices=("pred_v", "pred_noise", "pred_x0"))] = (
         "pred_v"
     )

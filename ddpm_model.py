@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from engine import checkpoints
 from engine.errors import UserError
 from engine.graph import Replays
-from engine.samplers import SAMPLERS, SPACINGS, SeededNoise, ddim_encode, intervals, slerp
+from engine.samplers import SAMPLER, SAMPLERS, SPACING, SPACINGS, SeededNoise, ddim_encode, intervals, slerp
 from engine.unet import FastUnet
 
 OBJECTIVES = ("pred_v", "pred_noise", "pred_x0")
@@ -50,7 +50,7 @@ class DDPMModel(nn.Module):
         dim_mults: Sequence[int] = (1, 2, 4, 8),
         channels: int = 3,
         timesteps: int = 1000,
-        sampling_timesteps: int = 50,
+        sampling_timesteps: int = 20,
         objective: str = "pred_v",
         beta_schedule: str = "cosine",
         loss_weighting: str = "min_snr",
@@ -212,19 +212,17 @@ class DDPMModel(nn.Module):
         return ModelDenoiser(self.diffusion, self.evaluate, clip)
 
     def plan(
-        self, sampler: str | Callable | None = None, steps: int | None = None, spacing: str = "uniform"
+        self, sampler: str | Callable | None = None, steps: int | None = None, spacing: str = SPACING
     ) -> tuple[Callable, list[int]]:
         """The sampler as a function, and the timesteps it goes through, from the highest to -1, the clean image.
 
-        sampler: a name or a function like those of engine.samplers; by default DDIM if steps are fewer than the
-        model's timesteps, as in the library. steps: network evaluations (NFE). Raises UserError for names that do
-        not exist or a number of steps that the model does not have.
+        sampler: a name or a function like those of engine.samplers. steps: network evaluations (NFE). Raises UserError
+        for names that do not exist or a number of steps that the model does not have.
         """
         steps = self.sampling_timesteps if steps is None else steps
         if not 1 <= steps <= self.num_timesteps:
             raise UserError(f"steps is {steps}, but this model has between 1 and {self.num_timesteps}")
-        if sampler is None:
-            sampler = "ddim" if steps < self.num_timesteps else "ddpm"
+        sampler = SAMPLER if sampler is None else sampler
         if isinstance(sampler, str):
             if sampler not in SAMPLERS:
                 raise UserError(f"there is no sampler {sampler}; there are {', '.join(SAMPLERS)}")
@@ -260,7 +258,7 @@ class DDPMModel(nn.Module):
         sampler: str | Callable | None = None,
         steps: int | None = None,
         seed: int | Sequence[int] | None = None,
-        spacing: str = "uniform",
+        spacing: str = SPACING,
         **options: Any,
     ) -> Tensor:
         """Draws images, (batch_size, C, H, W) in [0, 1].
@@ -294,7 +292,7 @@ class DDPMModel(nn.Module):
         if num_steps < 2:
             raise UserError(f"num_steps is {num_steps}, but an interpolation has at least its 2 ends")
         pair = torch.stack([self.given(image1), self.given(image2)])
-        function, timesteps = self.plan(sampler, min(steps, self.num_timesteps))
+        function, timesteps = self.plan(sampler, min(steps, self.num_timesteps), "uniform")
         with evaluating(self):
             code1, code2 = ddim_encode(self.denoiser(clip=False), pair * 2 - 1, timesteps)
         codes = slerp(code1, code2, torch.linspace(0, 1, num_steps, device=self.device))
@@ -311,7 +309,7 @@ class DDPMModel(nn.Module):
         sampler: str | Callable | None = None,
         steps: int | None = None,
         seed: int | Sequence[int] | None = None,
-        spacing: str = "uniform",
+        spacing: str = SPACING,
         **options: Any,
     ) -> Tensor:
         """Variations of an image (C, H, W) in [0, 1]: (batch_size, C, H, W). SDEdit, Meng et al. (arXiv:2108.01073).
@@ -338,7 +336,7 @@ class DDPMModel(nn.Module):
         sampler: str | Callable | None = None,
         steps: int | None = None,
         seed: int | Sequence[int] | None = None,
-        spacing: str = "uniform",
+        spacing: str = SPACING,
         resamples: int = 5,
         **options: Any,
     ) -> Tensor:
@@ -589,7 +587,7 @@ def from_library(file: dict[str, Any], image_size: int, path: Path) -> tuple[dic
         "dim_mults": [width // dim for width in widths],
         "channels": channels,
         "timesteps": timesteps,
-        "sampling_timesteps": min(50, timesteps),
+        "sampling_timesteps": min(20, timesteps),
         "objective": objective,
         "beta_schedule": schedule,
         "min_snr_gamma": gamma,

@@ -29,7 +29,8 @@ from engine.batches import split
 from engine.command_line import Parser, Setting, run
 from engine.drawing import PACKAGES, digest, fitting_batch, load_sampler, precision
 from engine.errors import UserError
-from engine.samplers import evaluations
+from engine.processes import from_first, together
+from engine.samplers import SPACING, evaluations
 from engine.sources import DATASETS, load_images
 from inference import SETTINGS, batch_generate
 
@@ -118,7 +119,7 @@ def draw(model: DDPMModel, path: Path, settings: argparse.Namespace) -> tuple[np
     start, sampler = time.perf_counter(), load_sampler(settings.sampler)
     steps = settings.steps or (model.num_timesteps if sampler == "ddpm" else model.sampling_timesteps)
     function, _ = model.plan(sampler, steps, settings.spacing)
-    batch = settings.batch_size or fitting_batch(model, settings.use_amp)
+    batch = settings.batch_size or from_first(fitting_batch(model, settings.use_amp))
     with precision(model, settings.use_amp):
         images = batch_generate(
             model, settings.num_samples, batch, settings.seeds, sampler, steps, spacing=settings.spacing
@@ -203,7 +204,7 @@ def label_of(first: Found, others: int, reference: dict[str, Any]) -> str:
     parts = [first["name"], *([f"and-{others}-more"] if others else [])]
     if "checkpoint" in first:
         parts += [first["sampler"].replace(".py:", "-").replace("/", "-"), str(first["steps"])]
-        parts += [first["spacing"]] if first["spacing"] != "uniform" else []
+        parts += [first["spacing"]] if first["spacing"] != SPACING else []
     against = Path(reference["data_dir"]).resolve().name if reference["dataset"] == "folder" else reference["dataset"]
     return "-".join([*parts, str(first["num_samples"]), "vs", against])
 
@@ -219,11 +220,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def main() -> None:
-    """Reads the command line, measures, writes table, JSON and figures."""
-    settings, start = read_settings(), time.perf_counter()
-    output = settings.output_dir
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def evaluate(settings: argparse.Namespace, device: torch.device) -> None:
+    """Measures, writes table, JSON and figures."""
+    start, output = time.perf_counter(), settings.output_dir
     networks = feature_networks(settings.inception_weights, device)
     first = settings.paths[0]
     if settings.images:
@@ -281,6 +280,20 @@ def main() -> None:
         distances = {network.title: [found["scores"][network.title] for found in trained] for network in networks}
         plots.save_distance_curve(minutes, distances, output / f"{label}-curve.png")
     print(f"{len(real)} real images of {dataset} ({data_dir}); JSON and pictures: {output / label}*")
+
+
+def main() -> None:
+    """Reads the command line; the first process evaluates, and others, where there are some, draw their share."""
+    settings = read_settings()
+    with together(lambda: "start it again") as processes:
+        settings = from_first(settings)  # the newest checkpoint, if none was named, may be another by now
+        device = processes.device if torch.cuda.is_available() else torch.device("cpu")
+        if processes.is_main_process:
+            evaluate(settings, device)
+        elif not settings.images:
+            model = DDPMModel().to(device)
+            for path in settings.paths:
+                draw(model.load_model(path), path, settings)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python inference.py --mode all                         one of everything below
     python inference.py --sampler dpmpp_2m --steps 15 --seeds 0-63
     python inference.py --from_png inference_results/.../000007.png      draws that picture again
+    torchrun --nproc_per_node=4 inference.py --mode batch --num_samples 50000      shared out over 4 GPUs
 
 Modes: samples; interpolate (between two images); progressive (the way from noise to image); batch (thousands, goes
 on where it was killed); compare (samplers by step counts); vary (variations of an image); inpaint (paints part anew).
@@ -37,7 +38,8 @@ from engine.drawing import (
     settings_of,
 )
 from engine.errors import UserError
-from engine.samplers import SAMPLERS, SPACINGS, groups
+from engine.processes import from_first, join, together
+from engine.samplers import SAMPLER, SAMPLERS, SPACING, SPACINGS, groups
 from engine.sources import load_images
 
 RESULTS = Path("inference_results")
@@ -56,14 +58,26 @@ def batch_generate(
 ) -> Tensor:
     """Draws many images, batch by batch, with a progress bar: (total_samples, C, H, W) in [0, 1] on the CPU.
 
-    Image i comes from seed + i, whatever the batch size. sampler, steps and options as in DDPMModel.sample.
+    Image i comes from seed + i, whatever the batch size. sampler, steps and options as in DDPMModel.sample. Where
+    several processes have come together (torch.distributed), all must call this: each draws its share of the batches
+    and returns all images, the same that one process draws.
     """
-    parts = []
-    with tqdm(total=total_samples, unit="image", desc="sampling") as bar:
-        for some in groups(range(seed, seed + total_samples), batch_size):
-            parts.append(model.sample(len(some), sampler=sampler, steps=steps, seed=some, **options).cpu())
+    several = torch.distributed.is_initialized()
+    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if several else (0, 1)
+    batches = groups(range(seed, seed + total_samples), batch_size)
+    parts = {}
+    with tqdm(total=sum(map(len, batches[::world])), unit="image", desc="sampling", disable=rank > 0) as bar:
+        for i in range(rank, len(batches), world):
+            some = batches[i]
+            parts[i] = model.sample(len(some), sampler=sampler, steps=steps, seed=some, **options).cpu()
             bar.update(len(some))
-    return torch.cat(parts)
+    if several:
+        shape = (model.channels, model.image_size, model.image_size)
+        for i, some in enumerate(batches):
+            part = parts[i].to(model.device) if i in parts else torch.empty(len(some), *shape, device=model.device)
+            torch.distributed.broadcast(part, src=i % world)
+            parts[i] = part.cpu()
+    return torch.cat([parts[i] for i in range(len(batches))])
 
 
 def samples(job: Job) -> str:
@@ -154,33 +168,46 @@ def interpolate(job: Job) -> str:
 
 
 def batch(job: Job) -> str:
-    """Many images straight to disk; what is there already, of the same settings, is not drawn again."""
-    seeds, record = job.settings["seeds"], job.path("settings.json")
+    """Many images straight to disk; what is there already, of the same settings, is not drawn again.
+
+    Several processes share the groups of seeds out among themselves; the first writes all but the images.
+    """
+    processes = join()
+    seeds, record, npz = job.settings["seeds"], job.path("settings.json"), job.settings["format"] == "npz"
     mine = json.dumps({key: value for key, value in job.settings.items() if key != "batch_size"}, sort_keys=True)
     if record.exists() and record.read_text() != mine:
         raise UserError(f"{job.folder} holds images of other settings: remove it or change --output_dir")
-    checkpoints.write_atomically(record, lambda file: file.write(mine.encode()))
-    parts = job.path("parts" if job.settings["format"] == "npz" else "images")
-    # always the same groups of seeds, so that a run that was killed ends with the same bytes as one that was not
+    if processes.is_main_process:
+        checkpoints.write_atomically(record, lambda file: file.write(mine.encode()))
+    parts = job.path("parts" if npz else "images")
+
+    def drawn(group: list[int]) -> bool:
+        files = [f"{group[0]:08d}.npy"] if npz else [f"{seed:06d}.png" for seed in group]
+        return all((parts / file).exists() for file in files)
+
+    # always the same groups of seeds, so that a run that was killed, and several processes, end with the same bytes
     chunks = groups(seeds, CHUNK)
-    with tqdm(total=len(seeds), unit="image", desc="batch") as bar:
-        for group in chunks:
-            part = parts / f"{group[0]:08d}.npy"
-            names = [parts / f"{seed:06d}.png" for seed in group]
-            if not (part.exists() if job.settings["format"] == "npz" else all(name.exists() for name in names)):
+    own = chunks[processes.process_index :: processes.num_processes]
+    with tqdm(total=sum(map(len, own)), unit="image", desc="batch", disable=not processes.is_main_process) as bar:
+        for group in own:
+            if not drawn(group):
                 images = job.draw(job.model.sample, group, **job.how)
-                if job.settings["format"] == "npz":
-                    pixels = plots.to_bytes(images)
+                if npz:
+                    pixels, part = plots.to_bytes(images), parts / f"{group[0]:08d}.npy"
                     checkpoints.write_atomically(part, lambda file, pixels=pixels: np.save(file, pixels))
                 else:
                     job.save_singles(images, group, "images")
             bar.update(len(group))
-    if job.settings["format"] == "npz":
-        final = job.path("images.npz")
-        pixels = np.concatenate([np.load(parts / f"{group[0]:08d}.npy") for group in chunks])
-        checkpoints.write_atomically(final, lambda file: np.savez(file, images=pixels, seeds=np.array(seeds)))
-    job.finish()
-    return f"{len(seeds)} images: {'images.npz' if job.settings['format'] == 'npz' else 'images/'}"
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        if missing := [group for group in chunks if not drawn(group)]:
+            raise UserError(f"{parts} lacks the images from seed {missing[0][0]} on: can all machines write to it?", 1)
+        if npz:
+            final = job.path("images.npz")
+            pixels = np.concatenate([np.load(parts / f"{group[0]:08d}.npy") for group in chunks])
+            checkpoints.write_atomically(final, lambda file: np.savez(file, images=pixels, seeds=np.array(seeds)))
+        job.finish(processes=processes.num_processes)
+    return f"{len(seeds)} images: {'images.npz' if npz else 'images/'}"
 
 
 def compare(job: Job) -> str:
@@ -252,9 +279,9 @@ MODES: dict[str, Callable[[Job], str]] = {
 
 SETTINGS: dict[str, tuple[type, Setting, Any]] = {
     "MODE": (str, Setting("what to draw", choices=(*MODES, "all")), "samples"),
-    "SAMPLER": (str, Setting(f"how to go from noise to image: {', '.join(SAMPLERS)}, or file.py:function"), "ddim"),
+    "SAMPLER": (str, Setting(f"how to go from noise to image: {', '.join(SAMPLERS)}, or file.py:function"), SAMPLER),
     "STEPS": (int, Setting("network evaluations (NFE), 0: all timesteps for ddpm, else the model's own choice", 0), 0),
-    "SPACING": (str, Setting("which timesteps are visited", choices=tuple(SPACINGS)), "uniform"),
+    "SPACING": (str, Setting("which timesteps are visited", choices=tuple(SPACINGS)), SPACING),
     "ETA": (float, Setting("fresh noise in ddim: 0 none, 1 as much as ddpm", 0, 1), 0.0),
     "SEEDS": (str, Setting("seeds of the images, such as 0-63 or 3,7; the first --num_samples unless given"), ""),
     "NUM_SAMPLES": (int, Setting("images to draw", 1, 10_000_000), 16),
@@ -307,39 +334,47 @@ def label_of(settings: Mapping[str, Any]) -> str:
     """Name of the folder for results: checkpoint, sampler and its settings, seeds."""
     model, seeds = checkpoints.name_of(Path(settings["checkpoint"])), settings["seeds"]
     sampler = settings["sampler"].replace(".py:", "-").replace("/", "-")
-    spacing = "" if settings["spacing"] == "uniform" else f"-{settings['spacing']}"
+    spacing = "" if settings["spacing"] == SPACING else f"-{settings['spacing']}"
     span = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]}-{seeds[-1]}"
     return f"{model}-{sampler}-{settings['steps']}{spacing}-seeds-{span}"
 
 
 def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None = None) -> None:
-    """Reads the command line, loads the model, draws."""
+    """Reads the command line, loads the model, draws; several processes share `batch`, the rest the first one does."""
     settings, output = read_settings(description, defaults or {})
     sampler = load_sampler(settings["sampler"])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = DDPMModel().to(device).load_model(settings["checkpoint"])
-    settings["batch_size"] = settings["batch_size"] or fitting_batch(
-        model, settings["use_amp"]
-    )  # before it is compiled
-    if settings["channels_last"]:
-        model.unet.to(memory_format=torch.channels_last)
-    if settings["compile_model"]:
-        model.cuda_graph = False
-        model.unet.compile()
-    if not settings["steps"]:
-        settings["steps"] = model.num_timesteps if sampler == "ddpm" else model.sampling_timesteps
-    model.plan(sampler, settings["steps"], settings["spacing"])  # says what is wrong before anything is drawn
-    print(
-        f"{settings['checkpoint']}: {model.image_size} px, {settings['sampler']}, {settings['steps']} steps, {device}"
-    )
-    if model.image_size < (defaults or {}).get("SMALLEST", 0):
-        print(f"note: the figures are laid out for larger images; inference.py suits {model.image_size} px better")
-    wanted = list(MODES) if settings["mode"] == "all" else [settings["mode"]]
-    for mode in wanted:
-        start = time.perf_counter()
-        mine = settings | {"mode": mode}
-        job = Job(model, mine, output / f"{mode}-{label_of(mine)}", sampler)
-        print(f"{mode}: {MODES[mode](job)} ({time.perf_counter() - start:.1f} s) in {job.folder}/")
+    with together(lambda: "start the same command again") as processes:
+        settings = from_first(settings)  # the newest checkpoint, if none was named, may be another by now
+        device = processes.device if torch.cuda.is_available() else torch.device("cpu")
+        model = DDPMModel().to(device).load_model(settings["checkpoint"])
+        settings["batch_size"] = settings["batch_size"] or from_first(
+            fitting_batch(model, settings["use_amp"])
+        )  # before it is compiled
+        if settings["channels_last"]:
+            model.unet.to(memory_format=torch.channels_last)
+        if settings["compile_model"]:
+            model.cuda_graph = False
+            model.unet.compile()
+        if not settings["steps"]:
+            settings["steps"] = model.num_timesteps if sampler == "ddpm" else model.sampling_timesteps
+        model.plan(sampler, settings["steps"], settings["spacing"])  # says what is wrong before anything is drawn
+        wanted = list(MODES) if settings["mode"] == "all" else [settings["mode"]]
+        say = print if processes.is_main_process else lambda _: None
+        say(
+            f"{settings['checkpoint']}: {model.image_size} px, {settings['sampler']}, {settings['steps']} steps, "
+            f"{device.type}"
+        )
+        if model.image_size < (defaults or {}).get("SMALLEST", 0):
+            say(f"note: the figures are laid out for larger images; inference.py suits {model.image_size} px better")
+        if processes.num_processes > 1 and "batch" not in wanted:
+            say(f"note: one process draws this; {processes.num_processes} processes share --mode batch alone")
+        for mode in wanted:
+            if mode != "batch" and not processes.is_main_process:
+                continue
+            start = time.perf_counter()
+            mine = settings | {"mode": mode}
+            job = Job(model, mine, output / f"{mode}-{label_of(mine)}", sampler)
+            say(f"{mode}: {MODES[mode](job)} ({time.perf_counter() - start:.1f} s) in {job.folder}/")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ import argparse
 import difflib
 import errno
 import importlib.util
+import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,22 +117,32 @@ def load_from_file(reference: str, flag: str, example: str) -> tuple[ModuleType,
     return module, name
 
 
+def fail(problem: str, exit_code: int) -> NoReturn:
+    """Prints one line on stderr and exits.
+
+    Of several processes the first speaks first: where all fail alike, their launcher ends the others meanwhile.
+    """
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        time.sleep(3)
+    print(f"error: {problem}", file=sys.stderr)
+    sys.exit(exit_code)
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Runs a script's main and exits: 0, or one line on stderr and the code that the failure calls for."""
     try:
         main()
     except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(problem.exit_code)
+        fail(str(problem), problem.exit_code)
     except OSError as problem:
         if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         where = f" ({problem.filename})" if problem.filename else ""
-        print(f"error: {problem.strerror}{where}: free some space or choose a writable folder", file=sys.stderr)
-        sys.exit(2)
+        fail(f"{problem.strerror}{where}: free some space or choose a writable folder", 2)
     except torch.OutOfMemoryError:
-        print("error: out of GPU memory: ask for fewer or smaller images at a time", file=sys.stderr)
-        sys.exit(1)
+        fail("out of GPU memory: ask for fewer or smaller images at a time", 1)
     except KeyboardInterrupt:
         sys.exit(130)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # NCCL complains otherwise
     sys.exit(0)

@@ -20,6 +20,7 @@ from engine import plots
 from engine.checkpoints import FOLDER, write_atomically
 from engine.command_line import load_from_file, nearest
 from engine.errors import UserError
+from engine.processes import join
 from engine.samplers import SAMPLERS
 from engine.sources import center_square, to_rgb
 from engine.step import amp_dtype
@@ -139,7 +140,8 @@ class Job:
         Out of GPU memory halves the batch and goes on; the images are the same, since each has its own seed.
         """
         parts, done = [], 0
-        with tqdm(total=len(seeds), unit="image", desc=self.settings["mode"], leave=False) as bar:
+        quiet = not join().is_main_process
+        with tqdm(total=len(seeds), unit="image", desc=self.settings["mode"], leave=False, disable=quiet) as bar:
             while done < len(seeds):
                 some = list(seeds[done : done + self.batch_size])
                 images = None

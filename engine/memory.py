@@ -17,7 +17,8 @@ def cap_memory(gib: float) -> None:
         print(f"no GPU whose memory could be capped at {gib:g} GiB")
         return
     cap = gib * 2**30
-    device = int(os.environ.get("LOCAL_RANK", "0"))  # of several processes, each of which has a GPU
+    # of several processes each has a GPU; if they are too many, that is said where they come together
+    device = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), device)
 

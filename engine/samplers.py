@@ -277,3 +277,5 @@ SPACINGS: dict[str, Callable[[Sequence[float], int], list[int]]] = {
     "logsnr": logsnr,
     "karras": karras,
 }
+
+SAMPLER, SPACING = "unipc", "karras"  # unless told otherwise: docs/recipe.md has the distances of all

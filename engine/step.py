@@ -91,7 +91,7 @@ class Step:
         return torch.autocast(self.device.type, self.dtype, enabled=self.config.USE_AMP)
 
     def gradients(self, images: Tensor, step: int) -> Tensor:
-        """Puts the gradient of one batch into `gradient`, micro-batch by micro-batch; returns the mean loss."""
+        """Puts this process's part of the gradient into `gradient`, micro-batch by micro-batch; gives its loss."""
         share = len(images)
         whole = torch.Size([share * self.world, *images.shape[1:]])
         place, noise, mirror = draw(self.config.SEED, step, whole, self.device)
@@ -102,9 +102,6 @@ class Step:
         loss = torch.zeros((), device=self.device)
         for micro in zip(*(values.split(self.micro_batch) for values in inputs), strict=True):
             loss += self.launch(len(micro[0]), lambda *values: self.backward(*values, share), *micro)
-        if self.world > 1:
-            torch.distributed.all_reduce(self.gradient)
-            torch.distributed.all_reduce(loss)
         return loss
 
     def launch(self, key: int | str, work: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -182,6 +179,9 @@ class Step:
                     p.grad = None
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
+        if self.world > 1:
+            torch.distributed.all_reduce(self.gradient)
+            torch.distributed.all_reduce(loss)
         self.rate.fill_(rate)
         self.fresh.fill_(1 - ema_decay(self.config.EMA_DECAY, step))
         return loss, self.launch("update", self.update, loss)

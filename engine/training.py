@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import nn
 from tqdm import tqdm
 
 from engine import checkpoints
 from engine.batches import Batches
 from engine.errors import UserError
+from engine.processes import from_first, join, together
 from engine.runs import LOG_EVERY, SAMPLES, Clock, Interrupt, Log, new_name
 from engine.samplers import groups
 from engine.step import Step, learning_rate
@@ -32,7 +32,7 @@ def train(model: nn.Module, images: np.ndarray, config: Any, resume: Path | None
     launch` or torchrun every process calls this and only the first writes. Raises UserError for data that does
     not fit or a loss that stays non-finite, and SystemExit, with everything saved, on Ctrl-C or SIGTERM.
     """
-    processes = PartialState()
+    processes = join()
     main, device, rank = processes.is_main_process, processes.device, processes.process_index
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(config.SEED + rank)  # dropout; what else is random is drawn in engine.step
@@ -59,7 +59,7 @@ def train(model: nn.Module, images: np.ndarray, config: Any, resume: Path | None
     clock = Clock(config, len(batches), progress, processes)
     if clock.finished():
         raise UserError(f"{resume} is a finished run: lengthen it with --epochs, --max_steps or --minutes")
-    name = state["run"] if resume else new_name(config) if main else ""
+    name = state["run"] if resume else from_first(new_name(config) if main else None)
     folder, log = checkpoints.FOLDER / name, Log(SAMPLES / name, progress) if main else None
 
     def save(file: str) -> None:
@@ -72,6 +72,10 @@ def train(model: nn.Module, images: np.ndarray, config: Any, resume: Path | None
                 raise
             print(f"{folder / file} COULD NOT BE SAVED ({problem.strerror}): free some space; training goes on")
 
+    def how_to_go_on() -> str:
+        saved = (folder / "last.pt").exists()
+        return f"go on with --resume {name}" if saved else f"run {name} had saved nothing yet, start again"
+
     def draw_grid(file: str) -> None:
         some = groups(range(config.NUM_SAMPLES), step.micro_batch)
         images = torch.cat([step.ema.sample(len(seeds), seed=seeds).cpu() for seeds in some])
@@ -82,7 +86,7 @@ def train(model: nn.Module, images: np.ndarray, config: Any, resume: Path | None
     held_out, saved_at, validation = batches.validation(), time.monotonic(), float("nan")
     validate_at = time.monotonic()
     bar = tqdm(disable=not main, initial=progress["step"], unit="step", mininterval=1, dynamic_ncols=True)
-    with Interrupt(processes) as interrupt:
+    with together(how_to_go_on), Interrupt(processes) as interrupt:
         while not clock.finished():
             for batch in batches.epoch(progress["epoch"], progress["position"]):
                 before = clock.fraction()
@@ -198,7 +202,7 @@ def estimate(model: nn.Module, count: int, config: Any, memory_gib: float) -> st
     The time comes from a few real forward and backward passes on this machine; on a GPU the memory does too, and
     memory_gib stands in for it elsewhere.
     """
-    processes = PartialState()
+    processes = join()
     device, micro = processes.device, config.BATCH_SIZE
     step = Step(model.to(device).train(), config)
     if device.type == "cpu":

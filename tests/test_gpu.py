@@ -13,6 +13,7 @@ from engine.batches import Batches
 from engine.shapes import draw_shapes
 from engine.sources import load_images
 from engine.training import train
+from tests.test_processes import finish, kill_one_of, torchrun, train_with_two
 from tests.test_step import SETTINGS
 from tests.test_unet import ARCHITECTURES, error, pair, results
 
@@ -21,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 CUDA = torch.device("cuda")
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
 def make(dim: int = 32, **changes) -> step.Step:
@@ -166,3 +168,29 @@ def test_features_in_fp16_are_those_of_full_precision():
     exact = metrics.extract(network, shapes, torch.device("cpu"))
     half = metrics.extract(network.to(CUDA), shapes, CUDA)
     assert np.sqrt(np.square(half - exact).mean()) < 0.1 * exact.std(axis=0).mean()  # bf16: 0.48
+
+
+@two_gpus
+def test_a_process_killed_on_a_gpu_ends_the_run_which_goes_on_with_one_and_with_two(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--dim", "32", "--use_amp", "--cuda_graph"]
+    kill_one_of(
+        train_with_two(*flags, "--run_name", "killed", "--max_steps", "100000", "--save_minutes", "0"), "killed"
+    )
+    last = tmp_path / "checkpoints/killed/last.pt"
+    step = torch.load(last, weights_only=True)["progress"]["step"]
+    finish(torchrun(tmp_path, "train.py", "--resume", "killed", "--max_steps", str(step + 20), count=1))
+    finish(train_with_two(*flags, "--resume", "killed", "--max_steps", str(step + 40)))
+    assert torch.load(last, weights_only=True)["progress"]["step"] == step + 40
+
+
+@two_gpus
+def test_two_gpus_draw_the_set_of_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    DDPMModel(image_size=32, dim=32).save_model("checkpoints/ddpm_final.pt")
+    for count in (1, 2):
+        flags = ["--mode", "batch", "--num_samples", "1000", "--steps", "5", "--format", "npz"]
+        finish(torchrun(tmp_path, "inference.py", *flags, "--output_dir", str(count), count=count))
+    one, two = (np.load(next((tmp_path / name).rglob("images.npz")))["images"].astype(int) for name in "12")
+    assert len(two) == 1000 and np.abs(one - two).max() <= 1

@@ -103,5 +103,8 @@ def test_every_flag_that_the_readme_names_exists():
     known |= {"quick", "only", "estimate", "readme", "memory", *map(str.lower, BENCHMARK)}
     known |= {"full", "dev", "check", "torch_index", "help"}
     known |= {"num_processes", "nproc_per_node", "logdir"}
+    known |= {"multi_gpu", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "cpu"}  # accelerate
+    known |= {"nnodes", "rdzv_backend", "rdzv_id", "rdzv_endpoint"}  # torchrun
+    known |= {"nodes", "ntasks", "gpus", "cpus", "time", "signal"}  # Slurm
     for flag in set(re.findall(r"--(?:no-)?([a-z_]+)", README)):
         assert flag in known, flag
