@@ -29,7 +29,7 @@ from ddpm_model import DDPMModel
 from engine import batches, fitting, memory, sources, unet
 from engine.errors import UserError
 from engine.fitting import fit, largest_micro_batch, memory_table, search
-from engine.measuring import Processes
+from engine.measuring import Processes, prepare
 from engine.step import Step
 from engine.unet import FastUnet
 from tests.test_sources import random_images, write_tar
@@ -335,7 +335,7 @@ def on_the_gpu(test):
 @pytest.fixture
 def capped():
     """Caps this process's GPU memory at 6 GiB for a test."""
-    torch.cuda.empty_cache()
+    prepare()
     memory.cap_memory(6.0)
     yield
     torch.cuda.set_per_process_memory_fraction(1.0)
@@ -343,17 +343,16 @@ def capped():
 
 
 def step_at_64(**flags) -> Step:
-    config = resolve("celeba", tier_of(6), train_true_high_res.DEFAULTS, flags={"BATCH_SIZE": 16, **flags})
+    config = resolve("celeba", tier_of(6), train_true_high_res.DEFAULTS, flags={"BATCH_SIZE": 64, **flags})
     return Step(DDPMModel.from_config(config).cuda().train(), config)
 
 
 @on_the_gpu
 def test_a_checkpointed_step_is_captured_and_takes_less_memory():
-    images = torch.randint(256, (16, 3, 64, 64), dtype=torch.uint8, device="cuda")
+    images = torch.randint(256, (64, 3, 64, 64), dtype=torch.uint8, device="cuda")
     losses, peaks = [], []
     for checkpointing in (False, True):
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        prepare()  # frees the other one's memory
         step = step_at_64(GRADIENT_CHECKPOINTING=checkpointing)
         losses.append([step(images, number, 1e-4)[0].item() for number in range(4)])
         peaks.append(torch.cuda.max_memory_reserved())
