@@ -148,7 +148,7 @@ def interpolate(job: Job) -> str:
     seeds = job.settings["seeds"]
     (first, first_name), (second, second_name) = picture(job, "image1", seeds[0]), picture(job, "image2", seeds[-1])
     sampler = job.sampler if callable(job.sampler) else "ddim"  # the way back must be the way there
-    steps = max(50, job.settings["steps"]) if job.model.num_timesteps >= 50 else job.model.num_timesteps
+    steps = min(max(100, job.settings["steps"]), job.model.num_timesteps)
     with job.precision():
         images = job.model.interpolate(first, second, job.settings["num_steps"], sampler, steps).float().cpu()
     ends = [psnr(images[0], first), psnr(images[-1], second)]
