@@ -3,6 +3,7 @@
     python benchmark.py                                everything: some five minutes on a GPU
     python benchmark.py --quick --only training        two minutes at most without --only
     python benchmark.py --estimate                     how long each preset would take here, and with what batch
+    python benchmark.py --memory                       what trains on cards of 3, 6, 12 and 24 GiB: ten minutes
 
 The peers, in the same run: the step of the library's Trainer and the library's 1000 ancestral steps and, where
 diffusers is installed, its UNet2DModel with as many parameters. Each variant that could hang runs in a process of its
@@ -35,12 +36,13 @@ from torch import nn
 from tqdm import tqdm
 
 import train_optimized
-from config import PRESETS, Resolved, detect_tier, resolve
-from ddpm_model import DDPMModel, per_level
+from config import PRESETS, Resolved, detect_tier, resolve, tier_of
+from ddpm_model import DDPMModel, full_attention, per_level
 from engine import batches, measuring, report
 from engine.checkpoints import write_atomically
 from engine.command_line import Parser, Setting, run
 from engine.errors import UserError
+from engine.fitting import memory_table
 from engine.measuring import Job, Processes
 from engine.sources import SHAPES_COUNT, load_images
 from engine.step import Step, amp_dtype
@@ -51,6 +53,8 @@ IMAGES = {"cifar10": 50_000, "celeba": 202_599, "stl10": 105_000, "shapes": SHAP
 SAMPLERS = (("unipc", 10), ("ddim", 50), ("dpmpp_2m", 20), ("heun", 19), ("ddpm", 50))
 DIFFUSERS = "diffusers' UNet2DModel"
 LIMIT, CPU_LIMIT = 120.0, 900.0  # seconds that a variant may take on a GPU (compiled: twice that) and elsewhere
+CAPS = (3.0, 6.0, 12.0, 24.0)  # GiB: a card of each tier
+PRESET_OF = {32: "cifar10", 64: "celeba", 96: "stl10", 128: "folder"}  # data set whose preset is for this image size
 SETTINGS: dict[str, tuple[type, Setting, Any]] = {
     "PRESET": (str, Setting("whose model to measure", choices=tuple(PRESETS)), "cifar10; without a GPU shapes"),
     "IMAGE_SIZE": (int, Setting("side of the square images, pixels", 4, 1024), "the preset's"),
@@ -81,7 +85,10 @@ class Subject:
         """The library's own network of this size."""
         c = self.config()
         heads, width = (tuple(per_level(v, c.DIM_MULTS)) for v in (c.ATTENTION_HEADS, c.ATTENTION_DIM))
-        return Unet(c.DIM, dim_mults=c.DIM_MULTS, dropout=c.DROPOUT, attn_heads=heads, attn_dim_head=width)
+        return Unet(
+            c.DIM, dim_mults=c.DIM_MULTS, dropout=c.DROPOUT, full_attn=tuple(full_attention(c)), attn_heads=heads,
+            attn_dim_head=width,
+        )  # fmt: skip
 
     def library_process(self) -> GaussianDiffusion:
         """The library's own diffusion process around its network."""
@@ -476,6 +483,19 @@ def in_time(preset: str, row: dict[str, Any]) -> str:
     )
 
 
+def memory_cases(sizes: Sequence[int], gpu: bool) -> dict[str, Resolved]:
+    """The presets for images of these sizes on cards of each tier; without a GPU toys of them, which need none."""
+    toy = {"DIM": 8, "ATTENTION_HEADS": (1,), "BATCH_SIZE": 4, "NUM_SAMPLES": 2, "USE_AMP": False, "CUDA_GRAPH": False}
+    return {
+        f"{size} px, {cap:g} GiB": resolve(
+            PRESET_OF[size], tier_of(cap), train_optimized.DEFAULTS,
+            flags={"IMAGE_SIZE": size, "MEMORY_GIB": cap, **({} if gpu else toy)},
+        )
+        for size in sizes
+        for cap in CAPS
+    }  # fmt: skip
+
+
 def options_of(arguments: argparse.Namespace, gpu: bool) -> argparse.Namespace:
     """The command line with what it leaves open filled in from preset and machine."""
     for name, (kind, setting, _) in SETTINGS.items():
@@ -508,6 +528,10 @@ def main() -> None:
     parser.add_argument(
         "--readme", action="store_true", help="write the README's tables from results/, measuring nothing"
     )
+    parser.add_argument(
+        "--memory", nargs="?", const="all", choices=("all", *map(str, PRESET_OF)),
+        help="what trains on cards of 3, 6, 12 and 24 GiB at this image size, pixels: half a minute a case",
+    )  # fmt: skip
     for name, (kind, setting, default) in SETTINGS.items():
         parser.add_setting(name, kind, setting, default)
     gpu = torch.cuda.is_available()
@@ -518,6 +542,15 @@ def main() -> None:
         return
     name = measuring.device_name()
     print(f"{name}, torch {torch.__version__}", flush=True)
+    file = re.sub("[^A-Za-z0-9]+", "-", name).strip("-")
+    if options.memory:
+        sizes = list(PRESET_OF) if options.memory == "all" else [int(options.memory)]
+        path = RESULTS / f"memory-{file}.json"
+        rows = memory_table(DDPMModel.from_config, memory_cases(sizes, gpu), path, steps=50 if gpu else 3)
+        print(f"written: {path}")
+        if any("failed" in row for row in rows):
+            raise UserError("not all of them train: see above", exit_code=1)
+        return
     if options.estimate:
         estimate(options.threads)
         return
@@ -529,7 +562,7 @@ def main() -> None:
     preset = resolve(subject.preset, detect_tier())
     own = (subject.image_size, subject.dim) == (preset.IMAGE_SIZE, preset.DIM)
     key = subject.preset if own else f"{subject.preset}-{subject.image_size}px-dim{subject.dim}"
-    path = RESULTS / f"benchmark-{re.sub('[^A-Za-z0-9]+', '-', name).strip('-')}.json"
+    path = RESULTS / f"benchmark-{file}.json"
     if options.only == "data" and not gpu:
         raise UserError("--only data compares images on the GPU with images from workers, and there is no GPU here")
     parts = [part for part in report.PARTS if part != "data" or (gpu and not options.quick)]

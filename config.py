@@ -22,6 +22,7 @@ import torch
 from engine import checkpoints
 from engine.command_line import Parser, Setting, load_from_file, nearest
 from engine.errors import UserError
+from engine.memory import cap_memory, memory_limit
 from engine.sources import DATASETS, resolve_auto
 
 
@@ -31,7 +32,8 @@ class DDPMConfig:
     # data
     DATASET: Annotated[str, Setting("what to train on", choices=DATASETS)] = "auto"
     DATA_DIR: Annotated[str, Setting("where data sets lie, or the folder of images of --dataset folder")] = "data"
-    IMAGE_SIZE: Annotated[int, Setting("side of the square images, pixels", 4, 1024)] = 32
+    IMAGE_SIZE: Annotated[int, Setting("side of the square images, pixels", 4, 1024, alias="TARGET_SIZE")] = 32
+    USE_UPSAMPLING: Annotated[bool, Setting("enlarge images that have fewer pixels than image_size")] = False
     HORIZONTAL_FLIP: Annotated[bool, Setting("mirror half of the training images")] = True
     NUM_WORKERS: Annotated[int, Setting("threads that decode and load images", 1, 256)] = 8
 
@@ -40,6 +42,9 @@ class DDPMConfig:
     DIM_MULTS: Annotated[tuple, Setting("width of each level, as multiples of dim", 1, 64)] = (1, 2, 4, 8)
     ATTENTION_HEADS: Annotated[tuple, Setting("attention heads, one number or one for each level", 1, 64)] = (4,)
     ATTENTION_DIM: Annotated[tuple, Setting("channels of a head, one number or one for each level", 1, 512)] = (32,)
+    FULL_ATTENTION_SIZE: Annotated[
+        int, Setting("levels of so many pixels a side or fewer have full attention; the innermost has it always", 0)
+    ] = 0
     DROPOUT: Annotated[float, Setting("dropout in the residual blocks, fraction", 0, 0.9)] = 0.0
     TIMESTEPS: Annotated[int, Setting("steps of the diffusion process", 2, 100_000)] = 1000
     SAMPLING_TIMESTEPS: Annotated[int, Setting("network evaluations of a sample (NFE)", 1, 100_000)] = 20
@@ -47,6 +52,9 @@ class DDPMConfig:
         "pred_v"
     )
     BETA_SCHEDULE: Annotated[str, Setting("noise schedule", choices=("cosine", "linear", "sigmoid"))] = "cosine"
+    SCHEDULE_SIZE: Annotated[
+        int, Setting("image size that noise levels are for; shifted for others (arXiv:2301.11093), 0: never", 0, 1024)
+    ] = 0
     LOSS_WEIGHTING: Annotated[
         str,
         Setting("min_snr (arXiv:2303.09556), or edm's weights and timesteps (2206.00364)", choices=("min_snr", "edm")),
@@ -70,6 +78,9 @@ class DDPMConfig:
     USE_AMP: Annotated[bool, Setting("mixed precision: bf16, or fp16 on GPUs without bf16")] = False
     COMPILE_MODEL: Annotated[bool, Setting("compile the training step with torch.compile")] = False
     CUDA_GRAPH: Annotated[bool, Setting("launch a step's kernels as one CUDA graph (one GPU)")] = False
+    GRADIENT_CHECKPOINTING: Annotated[bool, Setting("keep less for the backward pass, compute it again")] = False
+    FIT_MEMORY: Annotated[bool, Setting("find the largest micro-batch that fits by trying (one GPU)")] = False
+    MEMORY_GIB: Annotated[float, Setting("GPU memory that this process may allocate, GiB, 0: all of it", 0)] = 0.0
     SEED: Annotated[int, Setting("seed of everything random", 0, 2**31 - 1)] = 0
 
     # output
@@ -105,9 +116,27 @@ LENGTHS = ("EPOCHS", "MAX_STEPS", "MINUTES")
 
 PRESETS: dict[str, dict[str, Any]] = {
     "cifar10": dict(IMAGE_SIZE=32, DIM=64, BATCH_SIZE=256, EPOCHS=200, CHECKPOINT_EVERY=50),
-    "celeba": dict(IMAGE_SIZE=64, DIM=128, BATCH_SIZE=128, LEARNING_RATE=1e-3),
-    "stl10": dict(IMAGE_SIZE=96, DIM=160, BATCH_SIZE=64, LEARNING_RATE=1e-3),
+    "celeba": dict(IMAGE_SIZE=64),
+    "stl10": dict(IMAGE_SIZE=96),
     "shapes": dict(IMAGE_SIZE=32, DIM=64, HORIZONTAL_FLIP=False, EPOCHS=20),
+}
+# For large images, whatever they show. Taken from the papers named; none of it has been compared here yet.
+LARGE_IMAGES: dict[str, Any] = dict(
+    # the finer the pixels the more neighbours agree, so that the same noise hides less: simple diffusion
+    # (arXiv:2301.11093) shifts the noise for it, and that of the CIFAR-10 preset is for 32 px
+    SCHEDULE_SIZE=32,
+    # that is at 16 and 8 pixels a side, or 24 and 12: ADM (arXiv:2105.05233) attends at several levels, and the work
+    # grows with the fourth power of the side
+    FULL_ATTENTION_SIZE=24,
+    # 140 million parameters and more for some 100,000 images: as in DDIM's CelebA model (arXiv:2010.02502)
+    DROPOUT=0.1,
+)
+# by the smallest size that they are for; smaller images than the first have a preset by data set alone
+SIZE_PRESETS: dict[int, dict[str, Any]] = {
+    64: LARGE_IMAGES | dict(DIM=128, BATCH_SIZE=128, LEARNING_RATE=1e-3),
+    96: LARGE_IMAGES | dict(DIM=160, BATCH_SIZE=64, LEARNING_RATE=1e-3),
+    # the network for 64 px and one more level on top, not wider than the next: most work is where the pixels are
+    128: LARGE_IMAGES | dict(DIM=128, DIM_MULTS=(1, 1, 2, 4, 8), BATCH_SIZE=64, LEARNING_RATE=1e-3),
 }
 # Without a GPU: small enough that the shapes can be named after five minutes on two cores (docs/cpu.md has what was
 # tried). Attention takes half of the time unless it is made small at the upper levels.
@@ -119,14 +148,14 @@ CPU_PRESETS: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 # neither compilation (60 to 100 s before the first step) nor bf16 made it faster on the CPUs it was tried on
-CPU_LIMITS = dict(USE_AMP=False, COMPILE_MODEL=False, CUDA_GRAPH=False)
+CPU_LIMITS = dict(USE_AMP=False, COMPILE_MODEL=False, CUDA_GRAPH=False, FIT_MEMORY=False)
 
 
 def detect_tier() -> Tier:
-    """The tier of the current GPU by its memory, or the CPU's."""
+    """The tier of the current GPU by the memory that this process may have of it, or the CPU's."""
     if not torch.cuda.is_available():
         return Tier("CPU", 32, 0.0)
-    return tier_of(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30)
+    return tier_of(memory_limit() / 2**30)
 
 
 def tier_of(memory: float) -> Tier:
@@ -160,6 +189,13 @@ class Resolved(argparse.Namespace):
         """The attributes alone, as plain values."""
         return {name: getattr(self, name) for name in DDPMConfig.settings()}
 
+    def split_batch(self, micro_batch: int) -> None:
+        """Computes the effective batch in micro-batches of the given size, which divides it."""
+        if micro_batch != self.BATCH_SIZE:
+            self.GRADIENT_ACCUMULATION = self.BATCH_SIZE * self.GRADIENT_ACCUMULATION // micro_batch
+            self.BATCH_SIZE = micro_batch
+            self.origin["BATCH_SIZE"] = self.origin["GRADIENT_ACCUMULATION"] = "fits (tried)"
+
     def table(self) -> str:
         """One line for each attribute: name, value, where it came from."""
         return "\n".join(f"{name:22} {getattr(self, name)!s:14} {self.origin[name]}" for name in self.origin)
@@ -178,18 +214,17 @@ def resolve(
     dataset: one of DATASETS but not `auto`. checkpoint: the configuration of a run that goes on; it stands in
     for script, preset and tier. Raises UserError for a name that does not exist or a value out of range.
     """
-    preset = PRESETS.get(dataset, {})
-    for_cpu = CPU_PRESETS.get(dataset, {}) if tier.name == "CPU" else {}
-    own, flags = own_values(subclass) if subclass else {}, flags or {}
+    settings = DDPMConfig.settings()
+    script, own, flags = script or {}, own_values(subclass) if subclass else {}, flags or {}
+    named = {**own, **flags}
     layers = [("default", DDPMConfig.values())]
     if checkpoint:
         layers += [("checkpoint", checkpoint)]
     else:
-        layers += [("script", script or {}), (f"preset {dataset}", preset), (f"preset {dataset} (CPU)", for_cpu)]
+        layers += [("script", script), *presets_for(dataset, tier, script, named)]
         layers += [("tier", {})]
     layers += [(getattr(subclass, "__name__", ""), own), ("flag", flags)]
 
-    settings = DDPMConfig.settings()
     value: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for source, layer in layers:
@@ -205,10 +240,12 @@ def resolve(
             kind, setting = settings[name]
             value[name], origin[name] = setting.check(name, given, kind), source
         if source == "tier":
-            apply_tier(value, origin, tier, has_width="DIM" in preset)
+            apply_tier(value, origin, tier, has_width=any("DIM" in layer for _, layer in layers[1:-2]))
     value["DATASET"] = dataset
-    if "BATCH_SIZE" in {**own, **flags} and "GRADIENT_ACCUMULATION" not in {**own, **flags}:
+    if "BATCH_SIZE" in named and "GRADIENT_ACCUMULATION" not in named:
         value["GRADIENT_ACCUMULATION"] = 1  # who names the batch means that batch
+    if ("BATCH_SIZE" in named or "GRADIENT_ACCUMULATION" in named) and "FIT_MEMORY" not in named:
+        value["FIT_MEMORY"], origin["FIT_MEMORY"] = False, "batch named"
     for name in ("ATTENTION_HEADS", "ATTENTION_DIM"):  # a preset's attention goes with the preset's levels
         if origin[name].startswith("preset") and len(value[name]) != len(value["DIM_MULTS"]):
             value[name], origin[name] = getattr(DDPMConfig, name), "default"
@@ -216,6 +253,25 @@ def resolve(
     config = Resolved(**value)
     config.origin = origin
     return config
+
+
+def presets_for(
+    dataset: str, tier: Tier, script: Mapping[str, Any], named: Mapping[str, Any]
+) -> list[tuple[str, dict[str, Any]]]:
+    """The presets by data set, by image size and for a CPU, by name, in the order in which they are laid.
+
+    A script for large images asks for a size; of a data set's and its own it gets the larger, unless one is named.
+    """
+    layers = [(f"preset {dataset}", PRESETS.get(dataset, {}))]
+    if tier.name == "CPU":
+        layers += [(f"preset {dataset} (CPU)", CPU_PRESETS.get(dataset, {}))]
+    wanted = script.get("IMAGE_SIZE", 0)
+    layers = [(n, {k: v for k, v in layer.items() if k != "IMAGE_SIZE" or v >= wanted}) for n, layer in layers]
+    size = DDPMConfig.IMAGE_SIZE
+    for layer in (script, *(layer for _, layer in layers), named):
+        size = layer.get("IMAGE_SIZE", size)
+    least = max((s for s in SIZE_PRESETS if type(size) is int and s <= size), default=0)
+    return [layers[0], (f"preset {least} px", SIZE_PRESETS.get(least, {})), *layers[1:]]
 
 
 def apply_tier(value: dict[str, Any], origin: dict[str, str], tier: Tier, has_width: bool) -> None:
@@ -297,12 +353,14 @@ def from_command_line(
     if options.resume:
         options.resume = checkpoints.find(options.resume)
         checkpoint = checkpoints.load_training(options.resume)["config"]
-    layers = [script, checkpoint or {}, own_values(subclass) if subclass else {}, flags]
+    layers = [DDPMConfig.values(), script, checkpoint or {}, own_values(subclass) if subclass else {}, flags]
     settings = DDPMConfig.settings()
-    dataset, data_dir = (
-        settings[name][1].check(name, next((v[name] for v in reversed(layers) if name in v), default), str)
-        for name, default in (("DATASET", DDPMConfig.DATASET), ("DATA_DIR", DDPMConfig.DATA_DIR))
+    dataset, data_dir, memory_gib = (
+        settings[name][1].check(name, next(v[name] for v in reversed(layers) if name in v), settings[name][0])
+        for name in ("DATASET", "DATA_DIR", "MEMORY_GIB")
     )
+    if memory_gib:
+        cap_memory(memory_gib)
     tier = detect_tier()
     if dataset == "auto":
         said_once = print if os.environ.get("RANK", "0") == "0" else lambda _: None

@@ -17,6 +17,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 from torch import Tensor, nn
 
@@ -35,7 +36,9 @@ class DDPMModel(nn.Module):
     """A Unet and the diffusion process it was trained for.
 
     Images at this boundary are float tensors (B, C, H, W) in [0, 1]. Any further keyword goes to the library's
-    Unet (`dropout`, `self_condition`, `attn_heads`, ...). Raises UserError for sizes that do not go together.
+    Unet (`dropout`, `self_condition`, `attn_heads`, ...). schedule_size: image size that the beta schedule and edm's
+    noise levels are taken to be made for; for another the logSNR is shifted (see shift_log_snr), 0: never. Raises
+    UserError for sizes that do not go together.
     """
 
     cuda_graph = True  # samplers on a GPU launch the network as one CUDA graph; set to False where that is not wanted
@@ -52,6 +55,7 @@ class DDPMModel(nn.Module):
         beta_schedule: str = "cosine",
         loss_weighting: str = "min_snr",
         min_snr_gamma: float = 5.0,
+        schedule_size: int = 0,
         **unet_kwargs: Any,
     ):
         super().__init__()
@@ -71,6 +75,7 @@ class DDPMModel(nn.Module):
             "beta_schedule": beta_schedule,
             "loss_weighting": loss_weighting,
             "min_snr_gamma": min_snr_gamma,
+            "schedule_size": schedule_size,
             **unet_kwargs,
         }
         self._build()
@@ -95,10 +100,14 @@ class DDPMModel(nn.Module):
             min_snr_loss_weight=own["min_snr_gamma"] > 0,
             min_snr_gamma=own["min_snr_gamma"],
         )
+        # files of earlier versions have none
+        shift = 2 * math.log(own["schedule_size"] / self.image_size) if own.get("schedule_size") else 0.0
+        if shift:
+            shift_log_snr(self.diffusion, shift, own["min_snr_gamma"])
         # cumulative distribution of the timesteps that training draws
         drawn = torch.arange(1, own["timesteps"] + 1).double() / own["timesteps"]
         if own["loss_weighting"] == "edm":
-            density, weight = edm_weighting(self.diffusion)
+            density, weight = edm_weighting(self.diffusion, EDM_MEAN - shift / 2)
             self.diffusion.loss_weight.copy_(weight)
             drawn = density.cumsum(0)
         self.register_buffer("drawn", drawn.float(), persistent=False)
@@ -107,7 +116,7 @@ class DDPMModel(nn.Module):
     def from_config(cls, config: Any) -> "DDPMModel":
         """The model of a configuration, with weights that are a function of its SEED."""
         torch.manual_seed(config.SEED)
-        return cls(
+        model = cls(
             image_size=config.IMAGE_SIZE,
             dim=config.DIM,
             dim_mults=config.DIM_MULTS,
@@ -117,10 +126,14 @@ class DDPMModel(nn.Module):
             beta_schedule=config.BETA_SCHEDULE,
             loss_weighting=config.LOSS_WEIGHTING,
             min_snr_gamma=config.MIN_SNR_GAMMA,
+            schedule_size=config.SCHEDULE_SIZE,
             dropout=config.DROPOUT,
+            full_attn=full_attention(config),
             attn_heads=per_level(config.ATTENTION_HEADS, config.DIM_MULTS),
             attn_dim_head=per_level(config.ATTENTION_DIM, config.DIM_MULTS),
         )
+        model.unet.checkpointing = config.GRADIENT_CHECKPOINTING
+        return model
 
     @classmethod
     def from_pretrained(cls, name: str) -> "DDPMModel":
@@ -449,21 +462,55 @@ def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
     return seeds
 
 
+def shift_log_snr(process: GaussianDiffusion, shift: float, min_snr_gamma: float) -> None:
+    """Adds `shift` to the log of the SNR at every timestep; what else the library derives from its betas follows.
+
+    Neighbouring pixels of a larger image agree more, so that the same noise hides less of it. A schedule made for
+    images of size s is as hard at size n if shifted by 2 log(s / n): Hoogeboom et al. (arXiv:2301.11093).
+    """
+    alpha_bar = (1 - process.betas.double()).cumprod(0)
+    alpha_bar = torch.sigmoid(alpha_bar.logit() + shift)
+    before = F.pad(alpha_bar[:-1], (1, 0), value=1.0)
+    alpha = alpha_bar / before
+    variance = (1 - alpha) * (1 - before) / (1 - alpha_bar)
+    snr = alpha_bar / (1 - alpha_bar)
+    limited = snr.clamp(max=min_snr_gamma) if min_snr_gamma > 0 else snr
+    weight = {"pred_noise": limited / snr, "pred_x0": limited, "pred_v": limited / (snr + 1)}
+    derived = {
+        "betas": 1 - alpha,
+        "alphas_cumprod": alpha_bar,
+        "alphas_cumprod_prev": before,
+        "sqrt_alphas_cumprod": alpha_bar.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": (1 - alpha_bar).sqrt(),
+        "log_one_minus_alphas_cumprod": (1 - alpha_bar).log(),
+        "sqrt_recip_alphas_cumprod": alpha_bar.rsqrt(),
+        "sqrt_recipm1_alphas_cumprod": snr.rsqrt(),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
+        "posterior_mean_coef1": (1 - alpha) * before.sqrt() / (1 - alpha_bar),
+        "posterior_mean_coef2": (1 - before) * alpha.sqrt() / (1 - alpha_bar),
+        "loss_weight": weight[process.objective],
+    }
+    for name, values in derived.items():
+        getattr(process, name).copy_(values)
+
+
 def add_noise(x: Tensor, noise: Tensor, alpha_bar: float) -> Tensor:
     """x further along the process by the given product of 1 - beta."""
     return math.sqrt(alpha_bar) * x + math.sqrt(1 - alpha_bar) * noise
 
 
-def edm_weighting(process: GaussianDiffusion) -> tuple[Tensor, Tensor]:
+def edm_weighting(process: GaussianDiffusion, mean: float = EDM_MEAN) -> tuple[Tensor, Tensor]:
     """How often each timestep is trained on, and the loss weight there, both (T,), of mean 1 over what is drawn.
 
-    Karras et al. (arXiv:2206.00364), table 1, for images in [-1, 1]: log sigma is drawn from a normal distribution, and
-    the error of x_0 weighs (sigma^2 + s^2) / (sigma s)^2. Here it is that of what the objective predicts.
+    Karras et al. (arXiv:2206.00364), table 1, for images in [-1, 1]: log sigma is drawn from a normal distribution
+    around `mean`, and the error of x_0 weighs (sigma^2 + s^2) / (sigma s)^2. Here it is that of what the objective
+    predicts.
     """
     alpha_bar = process.alphas_cumprod.double()
     variance = (1 - alpha_bar) / alpha_bar.clamp(min=1e-12)  # sigma^2
     log_sigma = variance.log() / 2
-    density = torch.exp(-((log_sigma - EDM_MEAN) ** 2) / (2 * EDM_DEVIATION**2)) * torch.gradient(log_sigma)[0].abs()
+    density = torch.exp(-((log_sigma - mean) ** 2) / (2 * EDM_DEVIATION**2)) * torch.gradient(log_sigma)[0].abs()
     density = density / density.sum()
     weight = (variance + EDM_DATA**2) / (variance * EDM_DATA**2)
     if process.objective == "pred_v":
@@ -476,6 +523,12 @@ def edm_weighting(process: GaussianDiffusion) -> tuple[Tensor, Tensor]:
 def per_level(values: Sequence[int], levels: Sequence[int]) -> list[int]:
     """One value for each level, from as many or from a single one."""
     return list(values) if len(values) > 1 else list(values) * len(levels)
+
+
+def full_attention(config: Any) -> list[bool]:
+    """For each level of a configuration's network, whether its attention is full; otherwise it is linear."""
+    sizes = [config.IMAGE_SIZE // 2**level for level in range(len(config.DIM_MULTS))]
+    return [size <= max(config.FULL_ATTENTION_SIZE, sizes[-1]) for size in sizes]
 
 
 def to_unit(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 from config import from_command_line, memory_gib
 from ddpm_model import DDPMModel
 from engine.command_line import run
+from engine.fitting import fit
 from engine.processes import together
 from engine.sources import load_images
 from engine.training import estimate, train
@@ -28,8 +29,10 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] = DEFAUL
         with processes.local_main_process_first():  # the first process decodes, the others find it done
             images = load_images(
                 config.DATASET, config.IMAGE_SIZE, Path(config.DATA_DIR), workers=config.NUM_WORKERS,
-                progress=processes.is_local_main_process,
+                progress=processes.is_local_main_process, upsampling=config.USE_UPSAMPLING,
             )  # fmt: skip
+        if config.FIT_MEMORY and processes.device.type == "cuda" and processes.num_processes == 1:
+            config.split_batch(fit(DDPMModel.from_config, config, images))
         model = DDPMModel.from_config(config)
         if options.dry_run and processes.is_main_process:
             parameters = sum(p.numel() for p in model.parameters())

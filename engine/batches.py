@@ -1,6 +1,6 @@
 """Which images each step trains on, and how they reach the device."""
 
-import warnings
+import mmap
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from engine.errors import UserError
+from engine.memory import memory_limit
 
-GPU_SHARE = 0.25  # images are held on the GPU if they take less than this share of its memory
+GPU_SHARE = 0.25  # images are held on the GPU if they take less than this share of the memory that we may have
+PIECE = 4096  # images copied to the GPU at a time
 VALIDATION_IMAGES = 512
 VALIDATION_SHARE = 0.05
 
@@ -19,6 +21,24 @@ def split(count: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices of training and of held-out images: every so many-th is held out, whatever the seed."""
     held_out = np.arange(count)[:: max(count // VALIDATION_IMAGES, round(1 / VALIDATION_SHARE))]
     return np.setdiff1d(np.arange(count), held_out), held_out
+
+
+def fit_on_gpu(images: np.ndarray) -> bool:
+    """Whether images, uint8 (N, C, H, W), are few enough to be held on the GPU, where there is one."""
+    return torch.cuda.is_available() and images.nbytes < GPU_SHARE * memory_limit()
+
+
+def on_device(images: np.ndarray, device: torch.device) -> Tensor:
+    """A copy of images, uint8 (N, C, H, W), on the device, made piece by piece.
+
+    What was read of a memory map is let go, lest the whole file count as this process's memory.
+    """
+    copied = torch.empty(images.shape, dtype=torch.uint8, device=device)
+    for start in range(0, len(images), PIECE):
+        copied[start : start + PIECE] = torch.from_numpy(np.array(images[start : start + PIECE]))
+        if isinstance(images.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            images.base.madvise(mmap.MADV_DONTNEED)
+    return copied
 
 
 class Batches:
@@ -50,10 +70,8 @@ class Batches:
         self.images, self.batch_size, self.seed = images, batch_size, seed
         self.device, self.workers, self.rank, self.world = device, workers, rank, world
         self.resident: Tensor | None = None
-        if device.type == "cuda" and images.nbytes < GPU_SHARE * torch.cuda.get_device_properties(device).total_memory:
-            with warnings.catch_warnings():  # of memory that cannot be written: it is only read
-                warnings.simplefilter("ignore", UserWarning)
-                self.resident = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+        if device.type == "cuda" and fit_on_gpu(images):
+            self.resident = on_device(images, device)
 
     def __len__(self) -> int:
         """Steps in an epoch; what does not fill a batch waits for the next epoch's order."""

@@ -20,12 +20,16 @@ from engine.errors import UserError
 
 @dataclass(frozen=True)
 class Setting:
-    """What a configuration attribute means and which values it may take; bounds are inclusive."""
+    """What a configuration attribute means and which values it may take; bounds are inclusive.
+
+    alias: another name for its flag.
+    """
 
     help: str
     low: float | None = None
     high: float | None = None
     choices: tuple[str, ...] = ()
+    alias: str = ""
 
     def check(self, name: str, value: Any, kind: type) -> Any:
         """Returns the value as `kind` (bool, int, float, str or a tuple of int), or raises UserError naming it."""
@@ -80,7 +84,8 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(f"--{name.lower()}", action=argparse.BooleanOptionalAction, **options)
         else:
             convert = whole_numbers if kind is tuple else kind
-            self.add_argument(f"--{name.lower()}", type=convert, metavar=kind.__name__.upper(), **options)
+            names = [f"--{each.lower()}" for each in (name, setting.alias) if each]
+            self.add_argument(*names, type=convert, metavar=kind.__name__.upper(), **options)
 
     def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)

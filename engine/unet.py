@@ -7,13 +7,15 @@ are rounded together once, not one by one.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from denoising_diffusion_pytorch import Unet
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 try:
     from engine import kernels
@@ -27,6 +29,8 @@ class FastUnet(Unet):
     Within a relative error of 1e-5 in fp32 and 1e-2 in bf16. Like the library's under autocast, it computes in the
     autocast's precision and gives its output in that.
     """
+
+    checkpointing = False  # set to True, blocks and attention keep their inputs alone and are computed again backwards
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -59,33 +63,58 @@ class FastUnet(Unet):
         sizes = [block.mlp[1].out_features for block in self.blocks]
         modulation = dict(zip(self.blocks, F.linear(t, weight, bias).split(sizes, dim=1), strict=True))
 
-        def block(x: Tensor, module: nn.Module) -> Tensor:
+        def compute_block(x: Tensor, module: nn.Module, kept: Tensor | None) -> Tensor:
             y = conv(x, module.block1.proj, w, with_bias=False)
             y = norm(y, module.block1.proj.bias, module.block1.norm.g, modulation[module], activated=True)
-            y = module.block1.dropout(y)
+            y = module.block1.dropout(y) if kept is None else y * kept
             y = conv(y, module.block2.proj, w, with_bias=False)
             rest, rest_bias = x, None
             if isinstance(module.res_conv, nn.Conv2d):
                 rest, rest_bias = conv(x, module.res_conv, w, with_bias=False), module.res_conv.bias
             return norm(y, module.block2.proj.bias, module.block2.norm.g, None, rest, rest_bias, activated=True)
 
+        again = self.checkpointing and torch.is_grad_enabled()
+        run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False) if again else at_once
+
+        def block(x: Tensor, module: nn.Module) -> Tensor:
+            return run(compute_block, x, module, kept_by_dropout(x, module) if again else None)
+
         saved = []
         for block1, block2, attention, downsample in self.downs:
             x = block(x, block1)
             saved.append(x)
-            x = attend(block(x, block2), attention, w)
+            x = run(attend, block(x, block2), attention, w)
             saved.append(x)
             x = shrink(x, downsample[1], w) if isinstance(downsample, nn.Sequential) else conv(x, downsample, w)
         x = block(x, self.mid_block1)
-        x = attend(x, self.mid_attn, w)
+        x = run(attend, x, self.mid_attn, w)
         x = block(x, self.mid_block2)
         for block1, block2, attention, upsample in self.ups:
             x = block(torch.cat((x, saved.pop()), dim=1), block1)
             x = block(torch.cat((x, saved.pop()), dim=1), block2)
-            x = attend(x, attention, w)
+            x = run(attend, x, attention, w)
             x = grow(x, upsample[1], self.doubling) if isinstance(upsample, nn.Sequential) else conv(x, upsample, w)
         x = block(torch.cat((x, first), dim=1), self.final_res_block)
         return conv(x, self.final_conv, w)
+
+
+def at_once(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """Computes without checkpointing."""
+    return function(*inputs)
+
+
+def kept_by_dropout(x: Tensor, module: nn.Module) -> Tensor | None:
+    """What the dropout of a block with input x multiplies by, 0 or 1 / (1 - p); None where nothing is dropped.
+
+    Drawn before the block, so that a block computed twice drops the same both times: putting back the state of the
+    random generator instead is not possible while a CUDA graph is captured.
+    """
+    p = module.block1.dropout.p
+    if not (module.training and p):
+        return None
+    shape = len(x), module.block1.proj.out_channels, *x.shape[2:]
+    kept = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return kept.bernoulli_(1 - p).div_(1 - p)
 
 
 class Rounded(torch.autograd.Function):

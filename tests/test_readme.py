@@ -97,9 +97,10 @@ def test_every_flag_that_the_readme_names_exists():
     from inference import FILES, SETTINGS
 
     known = {name.lower() for name in DDPMConfig.settings()} | {"resume", "config", "dry_run"}
+    known |= {setting.alias.lower() for _, setting in DDPMConfig.settings().values()}
     known |= {name.lower() for name in SETTINGS} | {*FILES, "checkpoint", "from_png", "output_dir"}
     known |= {name.lower() for name in OWN_SETTINGS} | {"images", "inception_weights"}
-    known |= {"quick", "only", "estimate", "readme", *map(str.lower, BENCHMARK)}
+    known |= {"quick", "only", "estimate", "readme", "memory", *map(str.lower, BENCHMARK)}
     known |= {"full", "dev", "check", "torch_index", "help"}
     known |= {"num_processes", "nproc_per_node", "logdir"}
     known |= {"multi_gpu", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "cpu"}  # accelerate

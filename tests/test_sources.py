@@ -3,7 +3,10 @@
 import io
 import os
 import tarfile
+import threading
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
@@ -112,6 +115,21 @@ def test_stl10_planes_are_stored_by_columns(load, monkeypatch):
     train, unlabeled = by_columns[:2].tobytes(), by_columns[2:].tobytes()
     write_files(load.data, {"stl10_binary/train_X.bin": train, "stl10_binary/unlabeled_X.bin": unlabeled})
     np.testing.assert_array_equal(load("stl10", 96), images)
+
+
+def test_stl10_archive_put_there_by_hand(load, monkeypatch):
+    monkeypatch.setattr(sources, "STL10_BINS", {"stl10_binary/train_X.bin": 2, "stl10_binary/unlabeled_X.bin": 3})
+    images = random_images(5, 96)
+    by_columns = np.ascontiguousarray(images.transpose(0, 1, 3, 2))
+    train, unlabeled = by_columns[:2].tobytes(), by_columns[2:].tobytes()
+    others = {f"stl10_binary/{name}": b"1" for name in ("test_X.bin", "train_y.bin", "class_names.txt")}
+    path = load.data / "stl10_binary.tar.gz"
+    write_tar(path, {**others, "stl10_binary/train_X.bin": train, "stl10_binary/unlabeled_X.bin": unlabeled})
+    with pytest.raises(UserError, match=r"stl10_binary\.tar\.gz is damaged or incomplete"):
+        load("stl10", 96)
+    monkeypatch.setattr(sources, "STL10_ARCHIVE", replace(sources.STL10_ARCHIVE, md5=calculate_md5(path)))
+    np.testing.assert_array_equal(load("stl10", 96), images)
+    assert {path.name for path in (load.data / "stl10_binary").iterdir()} == {"train_X.bin", "unlabeled_X.bin"}
 
 
 def test_celeba_zip_put_there_by_hand(load, monkeypatch):
@@ -271,6 +289,33 @@ def test_folder_without_images(load):
         load(folder="data/file.png")
 
 
+# --- pixels that the images do not have
+
+
+def test_more_pixels_than_there_are_is_refused(load, cifar10, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "SHAPES_COUNT", 10)
+
+    def refused(dataset: str, size: int, folder: str = "data") -> str:
+        with pytest.raises(UserError) as caught:
+            load_images(dataset, size, tmp_path / folder, load.cache, progress=False, upsampling=False)
+        return str(caught.value)
+
+    write_files(load.data, cifar10_files(cifar10))
+    assert "64 px are asked for, but the images in" in refused("cifar10", 64)
+    assert "have 32 (fewer than 64: 1 of 1 looked at): ask for 32 at most" in refused("cifar10", 64)
+    for i in range(5):  # the smaller side counts
+        small = (tmp_path / "mixed" / f"{i}.png", (90, 40)), (tmp_path / "mixed" / f"{i}b.png", (70, 64))
+        for path, size in small[: 1 if i == 4 else 2]:
+            path.parent.mkdir(exist_ok=True)
+            Image.new("L", size).save(path)
+    assert "(fewer than 64: 5 of 9 looked at)" in refused("folder", 64, "mixed")
+    Image.new("L", (64, 64)).save(tmp_path / "mixed" / "more.png")  # half of them have enough
+    loaded = load_images("folder", 64, tmp_path / "mixed", load.cache, progress=False, upsampling=False)
+    assert len(loaded) == 10
+    assert len(load_images("shapes", 64, load.data, load.cache, progress=False, upsampling=False)) == 10
+    assert len(load("cifar10", 64)) == 10
+
+
 # --- the cache
 
 
@@ -297,17 +342,61 @@ def test_cache_is_used_until_the_source_changes(load, tmp_path):
     assert load()[:, 0, 0, 0].tolist() == [1, 3]
 
 
-def test_killed_half_way_leaves_nothing_under_a_final_name(load, monkeypatch):
+def test_interrupted_goes_on_behind_the_last_finished_block(load, monkeypatch):
+    drawn = []
+
     def draw(index, size, seed):
         assert not list(load.cache.glob("*.npy"))
-        if 500 in index:
+        if 500 in index and interrupted:
             raise KeyboardInterrupt
+        drawn.append(index[0])
         return draw_shapes(index, size, seed)
 
     monkeypatch.setattr(sources, "draw_shapes", draw)
+    monkeypatch.setattr(sources, "SHAPES_COUNT", 1000)
+    interrupted = True
     with pytest.raises(KeyboardInterrupt):
         load("shapes", 8)
-    assert not list(load.cache.iterdir())
+    (journal,) = load.cache.glob("*.journal")
+    finished = len(journal.read_text().splitlines()) - 1
+    assert finished == 7  # blocks of 64 before that of image 500
+    (partial,) = load.cache.glob("*.part")
+    with partial.open("r+b") as file:  # as a crash of the machine leaves it: noted, but not all of it written
+        file.seek(-50, os.SEEK_END)
+        file.write(bytes(50))
+    with journal.open("a") as file:
+        file.write('{"images": 64, "c')
+    interrupted = False
+    drawn.clear()
+    np.testing.assert_array_equal(load("shapes", 8), draw_shapes(np.arange(1000), 8, seed=0))
+    assert sorted(drawn) == list(range(64 * 6, 1000, 64))
+    assert [path.suffix for path in load.cache.iterdir()] == [".npy"]
+
+
+def test_a_second_process_waits_for_the_first(load, monkeypatch):
+    drawn, started = [], threading.Event()
+
+    def draw(index, size, seed):
+        drawn.append(index[0])
+        started.set()
+        time.sleep(0.05)
+        return draw_shapes(index, size, seed)
+
+    monkeypatch.setattr(sources, "draw_shapes", draw)
+    monkeypatch.setattr(sources, "SHAPES_COUNT", 300)
+    with ThreadPoolExecutor(2) as pool:  # locks are between open files, so that threads will do
+        first = pool.submit(load, "shapes", 8)
+        started.wait()
+        second = pool.submit(load, "shapes", 8)
+    np.testing.assert_array_equal(first.result(), second.result())
+    assert len(drawn) == 5 and [path.suffix for path in load.cache.iterdir()] == [".npy"]
+
+
+def test_without_locks_each_process_builds_for_itself(load, monkeypatch):
+    monkeypatch.setattr(sources, "fcntl", None)
+    monkeypatch.setattr(sources, "SHAPES_COUNT", 100)
+    np.testing.assert_array_equal(load("shapes", 8), draw_shapes(np.arange(100), 8, seed=0))
+    assert [path.suffix for path in load.cache.iterdir()] == [".npy"]
 
 
 # --- collect

@@ -200,7 +200,7 @@ def test_bad_input_gets_one_line(trained):
     (trained / "cut.pt").write_bytes((trained / "checkpoints/whole/final.pt").read_bytes()[:-2000])
     folder = ["--dataset", "folder", "--data_dir"]
     assert "no images in empty" in fails(trained, "train.py", *folder, "empty")
-    assert "too many of the 8 images in" in fails(trained, "train.py", *folder, "half")
+    assert "too many of the 8 images in" in fails(trained, "train.py", *folder, "half", *TINY[2:])
     assert "nowhere is missing" in fails(trained, "train_optimized.py", *folder, "nowhere")
     assert "fewer than one batch of 16" in fails(trained, "train.py", *folder, "few", *TINY[2:])
     assert "did you mean --batch_size" in fails(trained, "train.py", "--batchsize", "3")

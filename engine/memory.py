@@ -1,0 +1,29 @@
+"""How much of the GPU's memory this process may have."""
+
+import os
+
+import torch
+
+cap: float | None = None  # bytes
+
+
+def cap_memory(gib: float) -> None:
+    """Lets this process allocate at most so many GiB of its GPU's memory, as if there were no more.
+
+    What CUDA itself takes, some 0.5 GiB, comes on top. Without a GPU one line says that nothing is capped.
+    """
+    global cap
+    if not torch.cuda.is_available():
+        print(f"no GPU whose memory could be capped at {gib:g} GiB")
+        return
+    cap = gib * 2**30
+    # of several processes each has a GPU; if they are too many, that is said where they come together
+    device = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), device)
+
+
+def memory_limit() -> float:
+    """Bytes of the current GPU that this process may allocate: its memory, or the cap where there is one."""
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return total if cap is None else min(cap, total)
