@@ -175,6 +175,7 @@ def describe(step: Step) -> str:
         str(step.dtype).removeprefix("torch.") if config.USE_AMP else "float32",
         *(["compiled"] if config.COMPILE_MODEL else []),
         *(["CUDA graphs"] if step.graphs is not None else []),
+        *(["gradient checkpointing"] if config.GRADIENT_CHECKPOINTING else []),
         name if step.world == 1 else f"{step.world} x {name}",
     ]
     return ", ".join(parts)

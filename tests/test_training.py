@@ -213,10 +213,6 @@ def test_bad_input_gets_one_line(trained):
     assert "steps is 4000, but" in fails(trained, "inference.py", "--steps", "4000")
 
 
-def test_inference_without_a_checkpoint_says_what_to_run(tmp_path):
-    assert "train one with `python train_optimized.py`" in fails(tmp_path, "inference.py")
-
-
 def test_a_run_goes_on_from_any_of_its_files_and_with_another_batch(trained, tmp_path):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     run(tmp_path, "train.py", "--resume", "checkpoints/ddpm_final.pt", "--batch_size", "8", "--max_steps", "50")
