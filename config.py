@@ -77,7 +77,7 @@ class DDPMConfig:
     EMA_DECAY: Annotated[float, Setting("decay of the averaged weights per step, 0: none", 0, 0.999999)] = 0.9995
     USE_AMP: Annotated[bool, Setting("mixed precision: bf16, or fp16 on GPUs without bf16")] = False
     COMPILE_MODEL: Annotated[bool, Setting("compile the training step with torch.compile")] = False
-    CUDA_GRAPH: Annotated[bool, Setting("launch a step's kernels as one CUDA graph (one GPU)")] = False
+    CUDA_GRAPH: Annotated[bool, Setting("launch a step's kernels as CUDA graphs")] = False
     GRADIENT_CHECKPOINTING: Annotated[bool, Setting("keep less for the backward pass, compute it again")] = False
     FIT_MEMORY: Annotated[bool, Setting("find the largest micro-batch that fits by trying (one GPU)")] = False
     MEMORY_GIB: Annotated[float, Setting("GPU memory that this process may allocate, GiB, 0: all of it", 0)] = 0.0

@@ -203,8 +203,9 @@ def test_two_processes_draw_what_one_draws(shared, monkeypatch):
     assert summary["processes"] == 2 and summary["seeds"] == list(range(600))
     model = DDPMModel().load_model("checkpoints/ddpm_final.pt")
     drawn = inference.batch_generate(model, total_samples=10, batch_size=3, seed=5, sampler="ddpm")
-    for rank in range(2):
-        assert torch.equal(torch.load(f"rank{rank}.pt", weights_only=True)["drawn"], drawn)
+    for rank in range(2):  # the processes have one thread each, this one may have more and round otherwise
+        other = torch.load(f"rank{rank}.pt", weights_only=True)["drawn"]
+        torch.testing.assert_close(other, drawn, rtol=0, atol=1e-5)
 
 
 def test_half_a_batch_in_each_of_two_processes_is_a_step_of_the_whole(shared, monkeypatch):
