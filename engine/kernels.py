@@ -401,3 +401,27 @@ def adam(
     _adam[(triton.cdiv(weights.numel(), 2048),)](
         weights, gradient, mean, square, rate, factor, good, steps, weights.numel(), *betas, epsilon, SIZE=2048
     )
+
+
+@triton.jit
+def _momentum(gradient, mean, ahead, factor, good, count, momentum, SIZE: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = at < count
+    if tl.load(good) > 0:
+        g = tl.load(gradient + at, inside, 0.0) * tl.load(factor)
+        m = tl.load(mean + at, inside, 0.0)
+        m += (1 - momentum) * (g - m)
+        tl.store(mean + at, m, inside)
+        tl.store(ahead + at, g + momentum * (m - g), inside)
+    else:
+        tl.store(ahead + at, tl.zeros([SIZE], tl.float32), inside)
+
+
+def momentum(
+    gradient: Tensor, mean: Tensor, ahead: Tensor, factor: Tensor, good: Tensor, momentum: float
+) -> None:  # fmt: skip
+    """engine.optimizer.Muon.ahead in one pass, into `ahead`: all vectors are contiguous, factor and good scalars."""
+    if gradient.numel():
+        _momentum[(triton.cdiv(gradient.numel(), 2048),)](
+            gradient, mean, ahead, factor, good, gradient.numel(), momentum, SIZE=2048
+        )

@@ -100,10 +100,7 @@ class Muon:
 
     def update(self, weights: Tensor, gradient: Tensor, rate: Tensor, factor: Tensor, good: Tensor) -> None:
         """One step along gradient * factor; rate, factor and good are scalars. Where good is 0 nothing changes."""
-        gradient = torch.where(good > 0, gradient * factor, 0)
-        self.mean.lerp_(gradient, (1 - MOMENTUM) * good)
-        ahead = gradient.lerp_(self.mean, MOMENTUM)  # Nesterov's
-        ahead = ahead.bfloat16() if ahead.is_cuda else ahead
+        ahead = self.ahead(gradient, factor, good)
         for batch in self.batches.values():
             parts = [lying(matrices.of(ahead)) for matrices in batch]
             short, long = (max(part.shape[i] for part in parts) for i in (1, 2))
@@ -114,6 +111,19 @@ class Muon:
                 target = lying(matrices.of(weights))
                 longer = max(matrices.rows, matrices.columns) ** 0.5
                 target.sub_(update[:, : target.shape[1], : target.shape[2]], alpha=longer)
+
+    def ahead(self, gradient: Tensor, factor: Tensor, good: Tensor) -> Tensor:
+        """Takes gradient * factor into the mean and gives the mean that it would lead to a second time (Nesterov).
+
+        In bf16 on a GPU, in which the matrices are made orthogonal there. Where good is 0: zeros, and the mean stays.
+        """
+        if fused(gradient):
+            ahead = torch.empty_like(gradient, dtype=torch.bfloat16 if gradient.is_cuda else None)
+            kernels.momentum(gradient, self.mean, ahead, factor, good, MOMENTUM)
+            return ahead
+        gradient = torch.where(good > 0, gradient * factor, 0)
+        self.mean.lerp_(gradient, (1 - MOMENTUM) * good)
+        return gradient.lerp_(self.mean, MOMENTUM * good)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"mean": self.mean}
@@ -158,5 +168,7 @@ def orthogonal(x: Tensor) -> Tensor:
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         square = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        polynomial.diagonal(dim1=1, dim2=2).add_(a)
+        x = polynomial @ x
     return x

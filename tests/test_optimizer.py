@@ -10,14 +10,17 @@ from engine.optimizer import Adam, Muon, flatten, is_matrix, orthogonal, padded,
 ONE = torch.tensor(1.0)
 
 
+by_formula_and_kernel = pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=pytest.mark.skipif(
+    unet.kernels is None or torch.cuda.is_available(), reason="needs Triton's interpreter"))])  # fmt: skip
+
+
 def gradients(count: int, steps: int) -> torch.Tensor:
     return torch.randn(steps, count, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 1e-4]).repeat(
         count // 2
     )
 
 
-@pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=pytest.mark.skipif(
-    unet.kernels is None or torch.cuda.is_available(), reason="needs Triton's interpreter"))])  # fmt: skip
+@by_formula_and_kernel
 def test_adam_is_pytorchs_and_leaves_out_what_is_not_good(kernel, monkeypatch):
     monkeypatch.setattr(optimizer, "fused", lambda _: kernel)
     start = torch.linspace(-1, 1, 5000)
@@ -45,7 +48,9 @@ def test_orthogonal_keeps_singular_vectors_and_brings_values_near_one():
         assert values[s > 0.1 * s.amax()].min() > 0.6 and values.max() < 1.3
 
 
-def test_muon_moves_each_matrix_by_its_own_momentum():
+@by_formula_and_kernel
+def test_muon_moves_each_matrix_by_its_own_momentum(kernel, monkeypatch):
+    monkeypatch.setattr(optimizer, "fused", lambda _: kernel)
     shapes = [torch.Size([4, 2, 3, 3])] * 2 + [torch.Size([8, 5])]
     parameters = [torch.zeros(shape) for shape in shapes]
     weights = torch.zeros(sum(map(padded, parameters)))
