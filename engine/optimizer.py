@@ -84,17 +84,17 @@ class Muon:
 
     A convolution counts as a matrix of one row for each output channel. `shapes` are those of the parameters in
     `weights`, equal ones together. Updates are scaled such that learning rates mean what they mean to Adam.
+    gather: make matrices up to a common size, since many small products take a GPU as long as a few large ones.
     """
 
-    def __init__(self, weights: Tensor, shapes: Sequence[torch.Size]):
+    def __init__(self, weights: Tensor, shapes: Sequence[torch.Size], gather: bool):
         self.mean = torch.zeros_like(weights)
-        # many small products take a GPU as long as a few large ones: all matrices of a key are one batch
         self.batches: dict[tuple[int, int], list[Matrices]] = {}
         start = 0
         for (rows, columns), equal in itertools.groupby((shape[0], shape[1:].numel()) for shape in shapes):
             matrices = Matrices(start, len(list(equal)), rows, columns)
             short, long = min(rows, columns), max(rows, columns)
-            key = (2 ** math.ceil(math.log2(short)), long if long > NARROW else NARROW)
+            key = (2 ** math.ceil(math.log2(short)), max(long, NARROW)) if gather else (short, long)
             self.batches.setdefault(key, []).append(matrices)
             start = matrices.stop
 

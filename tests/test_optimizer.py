@@ -48,13 +48,14 @@ def test_orthogonal_keeps_singular_vectors_and_brings_values_near_one():
         assert values[s > 0.1 * s.amax()].min() > 0.6 and values.max() < 1.3
 
 
+@pytest.mark.parametrize("gather", [False, True])
 @by_formula_and_kernel
-def test_muon_moves_each_matrix_by_its_own_momentum(kernel, monkeypatch):
+def test_muon_moves_each_matrix_by_its_own_momentum(kernel, gather, monkeypatch):
     monkeypatch.setattr(optimizer, "fused", lambda _: kernel)
     shapes = [torch.Size([4, 2, 3, 3])] * 2 + [torch.Size([8, 5])]
     parameters = [torch.zeros(shape) for shape in shapes]
     weights = torch.zeros(sum(map(padded, parameters)))
-    muon, generator = Muon(weights, shapes), torch.Generator().manual_seed(0)
+    muon, generator = Muon(weights, shapes, gather), torch.Generator().manual_seed(0)
     for part in views(weights, parameters):
         part.copy_(torch.randn(part.shape, generator=generator))
     expected, mean = [part.clone() for part in views(weights, parameters)], [torch.zeros(shape) for shape in shapes]
@@ -87,7 +88,7 @@ def test_flattened_parameters_are_views_in_which_equal_matrices_lie_together():
         )
     matrices = [p.shape for name, p in named if is_matrix(name, p)]
     assert [is_matrix(name, p) for name, p in named] == [True] * len(matrices) + [False] * (len(named) - len(matrices))
-    groups = [group for batch in Muon(flat[:0], matrices).batches.values() for group in batch]
+    groups = [group for batch in Muon(flat[:0], matrices, gather=True).batches.values() for group in batch]
     assert len(groups) == len({(shape[0], shape[1:].numel()) for shape in matrices})
     flat.zero_()
     assert all(not p.any() for p in model.parameters())
