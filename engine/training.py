@@ -21,7 +21,8 @@ from engine.step import Step, learning_rate
 
 MOST_SKIPPED_IN_A_ROW = 20
 VERSION = 2  # of the layout of a checkpoint
-ASIDE = 0.02  # share of the time that validation, and keeping what it found best, may take
+ASIDE = 0.02  # share of the time that validation, and keeping what it found best, may take...
+ALWAYS = 5  # ...after so many epochs
 
 
 def train(model: nn.Module, images: np.ndarray, config: Any, resume: Path | None = None) -> Path:
@@ -131,7 +132,8 @@ def train(model: nn.Module, images: np.ndarray, config: Any, resume: Path | None
                     break
             if progress["position"] == len(batches):
                 progress["epoch"], progress["position"] = progress["epoch"] + 1, 0
-            if main and (clock.finished() or time.monotonic() >= validate_at):
+            due = progress["epoch"] <= ALWAYS or time.monotonic() >= validate_at
+            if main and (due or clock.finished()):
                 start = time.monotonic()
                 validation = step.validate(held_out)
                 log.scalars(progress, validation_loss=validation)

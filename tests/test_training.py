@@ -138,8 +138,8 @@ def test_every_tenth_epoch_is_kept(tmp_path):
     names = {path.name for path in (tmp_path / "checkpoints/kept").glob("epoch*")}
     assert names == {"epoch_0010.pt", "epoch_0020.pt"}
     rows = [json.loads(line) for line in (tmp_path / "samples/kept/metrics.jsonl").read_text().splitlines()]
-    validated = [row["step"] for row in rows if "validation_loss" in row]  # not after each of so short epochs
-    assert validated[0] == 2 and validated[-1] == 40 and len(validated) <= 20
+    validated = [row["step"] for row in rows if "validation_loss" in row]  # later not after each of so short epochs
+    assert validated[:5] == list(range(2, 12, 2)) and validated[-1] == 40
     best = min(row["validation_loss"] for row in rows if "validation_loss" in row)
     assert torch.load(tmp_path / "checkpoints/kept/best.pt", weights_only=True)["progress"]["best"] == best
 
