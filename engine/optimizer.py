@@ -34,24 +34,22 @@ def flatten(model: nn.Module) -> tuple[Tensor, list[tuple[str, nn.Parameter]]]:
     Returns the vector and the parameters in its order: first those of `is_matrix`, equal shapes together.
     """
     named = sorted(model.named_parameters(), key=lambda item: (not is_matrix(*item), *item[1].shape))
-    flat = torch.zeros(sum(padded(p) for _, p in named), device=named[0][1].device)
-    start = 0
-    for _, p in named:
-        view = flat[start : start + p.numel()].as_strided(p.shape, p.stride())
+    parameters = [p for _, p in named]
+    flat = torch.zeros(sum(padded(p.numel()) for p in parameters), device=parameters[0].device)
+    for p, view in zip(parameters, views(flat, parameters), strict=True):
         view.copy_(p.detach())
         p.data = view
-        start += padded(p)
     return flat, named
 
 
-def padded(p: Tensor) -> int:
-    """Values that a parameter takes in the vector, those left empty behind it included."""
-    return -(-p.numel() // ALIGNED) * ALIGNED
+def padded(count: int) -> int:
+    """Values that a parameter of `count` takes in the vector, those left empty behind it included."""
+    return -(-count // ALIGNED) * ALIGNED
 
 
 def views(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """The parts of another vector that belong to the parameters, as tensors of their shapes and strides."""
-    parts = flat.split([padded(p) for p in parameters])
+    parts = flat.split([padded(p.numel()) for p in parameters])
     return [part[: p.numel()].as_strided(p.shape, p.stride()) for part, p in zip(parts, parameters, strict=True)]
 
 
@@ -141,7 +139,7 @@ class Matrices:
     @property
     def stride(self) -> int:
         """From one to the next."""
-        return -(-self.rows * self.columns // ALIGNED) * ALIGNED
+        return padded(self.rows * self.columns)
 
     @property
     def stop(self) -> int:

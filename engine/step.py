@@ -71,9 +71,9 @@ class Step:
         self.gradient = torch.zeros_like(self.weights)
         self.parts = views(self.gradient, self.parameters)
         matrices = [p for name, p in named if config.OPTIMIZER == "muon" and is_matrix(name, p)]
-        boundary = sum(map(padded, matrices))
-        shapes, adam = [p.shape for p in matrices], Adam(self.weights[boundary:])
-        muon = Muon(self.weights[:boundary], shapes, gather=self.device.type == "cuda")
+        boundary = sum(padded(p.numel()) for p in matrices)
+        muon = Muon(self.weights[:boundary], [p.shape for p in matrices], gather=self.device.type == "cuda")
+        adam = Adam(self.weights[boundary:])
         self.optimizers = {"muon": (muon, slice(0, boundary)), "adam": (adam, slice(boundary, None))}
         self.dtype = amp_dtype(self.device)
         self.network = torch.compile(model, dynamic=False) if config.COMPILE_MODEL else model

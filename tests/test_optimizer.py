@@ -54,7 +54,7 @@ def test_muon_moves_each_matrix_by_its_own_momentum(kernel, gather, monkeypatch)
     monkeypatch.setattr(optimizer, "fused", lambda _: kernel)
     shapes = [torch.Size([4, 2, 3, 3])] * 2 + [torch.Size([8, 5])]
     parameters = [torch.zeros(shape) for shape in shapes]
-    weights = torch.zeros(sum(map(padded, parameters)))
+    weights = torch.zeros(sum(padded(p.numel()) for p in parameters))
     muon, generator = Muon(weights, shapes, gather), torch.Generator().manual_seed(0)
     for part in views(weights, parameters):
         part.copy_(torch.randn(part.shape, generator=generator))
