@@ -5,11 +5,13 @@ images = model.sample(batch_size=16, seed=0)         # (16, 3, 32, 32), floats i
 """
 
 import contextlib
+import copy
 import inspect
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,23 @@ from torch import Tensor, nn
 from engine import checkpoints
 from engine.errors import UserError
 from engine.graph import Replays
-from engine.samplers import SAMPLER, SAMPLERS, SPACING, SPACINGS, SeededNoise, ddim_encode, intervals, slerp
+from engine.samplers import (
+    SAMPLER,
+    SAMPLERS,
+    SPACING,
+    SPACINGS,
+    SeededNoise,
+    ddim_encode,
+    intervals,
+    noise_level,
+    slerp,
+)
 from engine.unet import FastUnet
 
 OBJECTIVES = ("pred_v", "pred_noise", "pred_x0")
 BETA_SCHEDULES = ("cosine", "linear", "sigmoid")
 EDM_MEAN, EDM_DEVIATION, EDM_DATA = -1.2, 1.2, 0.5  # of log sigma in training; standard deviation of the images
+GUIDED = (0.2, 5.0)  # sigma between which the guide is asked: docs/recipe.md has what other limits gave
 
 
 class DDPMModel(nn.Module):
@@ -37,8 +50,9 @@ class DDPMModel(nn.Module):
 
     Images at this boundary are float tensors (B, C, H, W) in [0, 1]. Any further keyword goes to the library's
     Unet (`dropout`, `self_condition`, `attn_heads`, ...). schedule_size: image size that the beta schedule and edm's
-    noise levels are taken to be made for; for another the logSNR is shifted (see shift_log_snr), 0: never. Raises
-    UserError for sizes that do not go together.
+    noise levels are taken to be made for; for another the logSNR is shifted (see shift_log_snr), 0: never. guidance:
+    how far samples are led away from what the guide, if there is one, would draw (see keep_guide); 1 is not at all.
+    Raises UserError for sizes that do not go together.
     """
 
     cuda_graph = True  # samplers on a GPU launch the network as one CUDA graph; set to False where that is not wanted
@@ -50,12 +64,13 @@ class DDPMModel(nn.Module):
         dim_mults: Sequence[int] = (1, 2, 4, 8),
         channels: int = 3,
         timesteps: int = 1000,
-        sampling_timesteps: int = 20,
+        sampling_timesteps: int = 14,
         objective: str = "pred_v",
         beta_schedule: str = "cosine",
         loss_weighting: str = "min_snr",
         min_snr_gamma: float = 5.0,
         schedule_size: int = 0,
+        guidance: float = 1.5,
         **unet_kwargs: Any,
     ):
         super().__init__()
@@ -76,6 +91,7 @@ class DDPMModel(nn.Module):
             "loss_weighting": loss_weighting,
             "min_snr_gamma": min_snr_gamma,
             "schedule_size": schedule_size,
+            "guidance": guidance,
             **unet_kwargs,
         }
         self._build()
@@ -89,6 +105,7 @@ class DDPMModel(nn.Module):
         rest = {name: tuple(value) if isinstance(value, list) else value for name, value in a.items()}
         self.image_size, self.channels = own["image_size"], own["channels"]
         self.sampling_timesteps, self.num_timesteps = own["sampling_timesteps"], own["timesteps"]
+        self.guidance, self.guide = own.get("guidance", 1.0), None
         unet = FastUnet(own["dim"], dim_mults=tuple(own["dim_mults"]), channels=own["channels"], **rest)
         self.diffusion = GaussianDiffusion(
             unet,
@@ -104,6 +121,7 @@ class DDPMModel(nn.Module):
         shift = 2 * math.log(own["schedule_size"] / self.image_size) if own.get("schedule_size") else 0.0
         if shift:
             shift_log_snr(self.diffusion, shift, own["min_snr_gamma"])
+        self.guided = tuple(sigma * math.exp(-shift / 2) for sigma in GUIDED)
         # cumulative distribution of the timesteps that training draws
         drawn = torch.arange(1, own["timesteps"] + 1).double() / own["timesteps"]
         if own["loss_weighting"] == "edm":
@@ -127,6 +145,7 @@ class DDPMModel(nn.Module):
             loss_weighting=config.LOSS_WEIGHTING,
             min_snr_gamma=config.MIN_SNR_GAMMA,
             schedule_size=config.SCHEDULE_SIZE,
+            guidance=config.GUIDANCE,
             dropout=config.DROPOUT,
             full_attn=full_attention(config),
             attn_heads=per_level(config.ATTENTION_HEADS, config.DIM_MULTS),
@@ -148,6 +167,21 @@ class DDPMModel(nn.Module):
     def unet(self) -> Unet:
         """The network alone, the library's Unet computed faster: (B, C, H, W) and timesteps (B,) to (B, C, H, W)."""
         return self.diffusion.model
+
+    def keep_guide(self) -> None:
+        """Takes the network as it is now for the guide of what is drawn later.
+
+        Autoguidance, Karras et al. (arXiv:2406.02507): a worse version of a network errs in the same direction, only
+        further. Where the two disagree a sample is led away from the worse one.
+        """
+        self.guide = copy.deepcopy(self.unet)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *arguments: Any, **options: Any) -> Any:
+        """As any module's; with the guide that the state has, or without one."""
+        self.guide = None
+        if any(name.startswith("guide.") for name in state_dict):
+            self.keep_guide()
+        return super().load_state_dict(state_dict, *arguments, **options)
 
     @property
     def capturable(self) -> bool:
@@ -194,30 +228,43 @@ class DDPMModel(nn.Module):
         self.replays.clear()
         return super()._apply(*arguments, **options)
 
-    def evaluate(self, x: Tensor, t: Tensor, previous: Tensor | None = None) -> Tensor:
-        """The network at x (B, C, H, W) and timesteps t (B,), launched as one CUDA graph where that is possible."""
+    def evaluate(self, network: nn.Module, x: Tensor, t: Tensor, previous: Tensor | None = None) -> Tensor:
+        """A network at x (B, C, H, W) and timesteps t (B,), launched as one CUDA graph where that is possible."""
         if not (self.cuda_graph and self.capturable and x.is_cuda) or torch.is_grad_enabled():
-            return self.unet(x, t, previous)
+            return network(x, t, previous)
         try:
-            return self.replays(self.unet, x, t)
+            return self.replays(network, x, t)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as problem:
             print(f"CUDA graph capture FAILED, sampling goes on without it: {str(problem).strip().splitlines()[0]}")
             self.cuda_graph = False
-        return self.unet(x, t)
+        return network(x, t)
 
-    def denoiser(self, clip: bool = True) -> "ModelDenoiser":
-        """This model as the samplers see it; a new one for every sample, since self-conditioning remembers."""
-        return ModelDenoiser(self.diffusion, self.evaluate, clip)
+    def denoiser(self, clip: bool = True, guidance: float | None = None) -> "ModelDenoiser":
+        """This model as the samplers see it; a new one for every sample, since self-conditioning remembers.
+
+        guidance: instead of the model's own.
+        """
+        weight = self.guidance if guidance is None else guidance
+        guide = partial(self.evaluate, self.guide) if self.guide is not None and weight != 1 else None
+        return ModelDenoiser(self.diffusion, partial(self.evaluate, self.unet), clip, guide, weight, self.guided)
+
+    def evaluations(self, sampler: Callable, timesteps: Sequence[int], guidance: float | None = None) -> int:
+        """Network evaluations (NFE) of an image drawn along these timesteps, the guide's included."""
+        counter = Counter(self.denoiser(guidance=guidance))
+        for _ in sampler(counter, torch.zeros(1, 1, 1, 1), timesteps, torch.zeros_like):
+            pass
+        return counter.count
 
     def plan(
         self, sampler: str | Callable | None = None, steps: int | None = None, spacing: str = SPACING
     ) -> tuple[Callable, list[int]]:
         """The sampler as a function, and the timesteps it goes through, from the highest to -1, the clean image.
 
-        sampler: a name or a function like those of engine.samplers. steps: network evaluations (NFE). Raises UserError
-        for names that do not exist or a number of steps that the model does not have.
+        sampler: a name or a function like those of engine.samplers. steps: evaluations of the network; the guide's come
+        on top (see evaluations). Raises UserError for names that do not exist or a number of steps that the model does
+        not have.
         """
         steps = self.sampling_timesteps if steps is None else steps
         if not 1 <= steps <= self.num_timesteps:
@@ -238,14 +285,22 @@ class DDPMModel(nn.Module):
 
     @torch.no_grad()
     def trajectory(
-        self, x: Tensor, timesteps: Sequence[int], sampler: Callable, randn: Callable, clip: bool = True, **options: Any
+        self,
+        x: Tensor,
+        timesteps: Sequence[int],
+        sampler: Callable,
+        randn: Callable,
+        clip: bool = True,
+        guidance: float | None = None,
+        **options: Any,
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Goes from x at timesteps[0] to the clean image: yields t, x_t and the x_0 predicted from it, in [-1, 1].
 
-        The last is (-1, sample, sample). clip: limit each predicted x_0 to [-1, 1]. options go to the sampler.
+        The last is (-1, sample, sample). clip: limit each predicted x_0 to [-1, 1]. guidance: instead of the model's
+        own. options go to the sampler.
         """
         with evaluating(self):
-            steps = sampler(self.denoiser(clip), x, timesteps, randn, **options)
+            steps = sampler(self.denoiser(clip, guidance), x, timesteps, randn, **options)
             for t, (following, x_0) in zip(timesteps, steps, strict=False):
                 yield t, x, x_0
                 x = following
@@ -265,7 +320,8 @@ class DDPMModel(nn.Module):
 
         sampler, steps, spacing: as in `plan`. seed: image i is drawn from seed + i, or from the i-th of the seeds
         given, and is the same whatever the batch; without one it is new each time. return_all_timesteps: also x at
-        every step, (batch_size, steps + 1, C, H, W), noise first (heun: half as many). options: the sampler's (`eta`).
+        every step, (batch_size, steps + 1, C, H, W), noise first (heun: half as many). options: `guidance` and the
+        sampler's (`eta`).
         """
         function, timesteps = self.plan(sampler, steps, spacing)
         x, randn = self.noise(seeds_of(seed, batch_size))
@@ -287,17 +343,18 @@ class DDPMModel(nn.Module):
         """Images between two given ones, each (C, H, W) or (1, C, H, W) in [0, 1]: (num_steps, C, H, W).
 
         Both are encoded to x_T by DDIM run backwards, `steps` evaluations each; what lies on the arc between the
-        codes is decoded with the sampler. Raises UserError for images of another size or fewer than 2 images.
+        codes is decoded with the sampler. Without the guide, which the given images were not drawn with. Raises
+        UserError for images of another size or fewer than 2 images.
         """
         if num_steps < 2:
             raise UserError(f"num_steps is {num_steps}, but an interpolation has at least its 2 ends")
         pair = torch.stack([self.given(image1), self.given(image2)])
         function, timesteps = self.plan(sampler, min(steps, self.num_timesteps), "uniform")
         with evaluating(self):
-            code1, code2 = ddim_encode(self.denoiser(clip=False), pair * 2 - 1, timesteps)
+            code1, code2 = ddim_encode(self.denoiser(clip=False, guidance=1), pair * 2 - 1, timesteps)
         codes = slerp(code1, code2, torch.linspace(0, 1, num_steps, device=self.device))
         randn = SeededNoise(range(num_steps))
-        *_, (_, images, _) = self.trajectory(codes, timesteps, function, randn, clip=False, **options)
+        *_, (_, images, _) = self.trajectory(codes, timesteps, function, randn, clip=False, guidance=1, **options)
         return to_unit(images)
 
     @torch.no_grad()
@@ -371,14 +428,13 @@ class DDPMModel(nn.Module):
     def save_model(self, path: str | Path, half: bool = False) -> None:
         """Writes weights and architecture: `.safetensors`, or a `.pt` that load_model reads.
 
-        half: the network's weights in fp16, at half the size.
+        half: the weights of the network and of its guide in fp16, at half the size.
         """
         path = Path(path)
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         if half:
-            state = {
-                name: value.half() if name.startswith("diffusion.model.") else value for name, value in state.items()
-            }
+            networks = ("diffusion.model.", "guide.")
+            state = {name: value.half() if name.startswith(networks) else value for name, value in state.items()}
         if path.suffix == ".safetensors":
             metadata = {"format": "pt", "architecture": json.dumps(self.architecture)}
             checkpoints.write_atomically(path, lambda file: file.write(safetensors.torch.save(state, metadata)))
@@ -414,12 +470,23 @@ class DDPMModel(nn.Module):
 class ModelDenoiser:
     """Predicts x_0 with a process's network, converting from whatever it predicts. See engine.samplers.Denoiser.
 
+    Where sigma is within `limits` and there is a guide, what it predicts is moved away from: w x_0 + (1 - w) x_0 of the
+    guide with w = guidance, equation 4 of arXiv:2406.02507; limits are those of Kynkaanniemi et al. (arXiv:2404.07724).
     Where alpha_bar is 0 a predicted noise says nothing of x_0: a `pred_noise` network is then asked as if x were at
     the last timestep that has some signal, from which pure noise hardly differs.
     """
 
-    def __init__(self, process: GaussianDiffusion, network: Callable[..., Tensor], clip: bool):
+    def __init__(
+        self,
+        process: GaussianDiffusion,
+        network: Callable[..., Tensor],
+        clip: bool,
+        guide: Callable[..., Tensor] | None = None,
+        guidance: float = 1.0,
+        limits: tuple[float, float] = (0.0, math.inf),
+    ):
         self.process, self.network, self.clip = process, network, clip
+        self.guide, self.guidance, self.limits = guide, guidance, limits
         self.alpha_bar: list[float] = process.alphas_cumprod.double().tolist()
         self.last = max(t for t, a in enumerate(self.alpha_bar) if a > 0 or process.objective != "pred_noise")
         self.previous: Tensor | None = None
@@ -427,18 +494,41 @@ class ModelDenoiser:
     def __call__(self, x: Tensor, t: int) -> Tensor:
         """x_0 (B, C, H, W) from x_t, limited to [-1, 1] if this denoiser clips; t in [0, T)."""
         t = min(t, self.last)
-        signal, noise = math.sqrt(self.alpha_bar[t]), math.sqrt(1 - self.alpha_bar[t])
-        times = torch.full((len(x),), t, device=x.device, dtype=torch.long)
-        x_0 = self.network(x, times, self.previous).to(x.dtype)
-        if self.process.objective == "pred_noise":
-            x_0 = (x - noise * x_0) / signal
-        elif self.process.objective == "pred_v":
-            x_0 = signal * x - noise * x_0
+        x_0 = self.predict(self.network, x, t)
+        if self.asks_guide(t):
+            worse = self.predict(self.guide, x, t)
+            x_0 = worse + self.guidance * (x_0 - worse)
         if self.clip:
             x_0 = x_0.clamp(-1, 1)
         if self.process.self_condition:
             self.previous = x_0
         return x_0
+
+    def asks_guide(self, t: int) -> bool:
+        """Whether the guide has a say at timestep t."""
+        return self.guide is not None and self.limits[0] <= noise_level(self.alpha_bar[t]) <= self.limits[1]
+
+    def predict(self, network: Callable[..., Tensor], x: Tensor, t: int) -> Tensor:
+        """x_0 as one network sees it."""
+        signal, noise = math.sqrt(self.alpha_bar[t]), math.sqrt(1 - self.alpha_bar[t])
+        times = torch.full((len(x),), t, device=x.device, dtype=torch.long)
+        predicted = network(x, times, self.previous).to(x.dtype)
+        if self.process.objective == "pred_noise":
+            return (x - noise * predicted) / signal
+        if self.process.objective == "pred_v":
+            return signal * x - noise * predicted
+        return predicted
+
+
+class Counter:
+    """A denoiser that counts what another would have evaluated, and evaluates nothing."""
+
+    def __init__(self, denoiser: ModelDenoiser):
+        self.denoiser, self.alpha_bar, self.count = denoiser, denoiser.alpha_bar, 0
+
+    def __call__(self, x: Tensor, t: int) -> Tensor:
+        self.count += 1 + self.denoiser.asks_guide(min(t, self.denoiser.last))
+        return x
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from engine.command_line import Parser, Setting, run
 from engine.drawing import PACKAGES, digest, fitting_batch, load_sampler, precision
 from engine.errors import UserError
 from engine.processes import from_first, together
-from engine.samplers import SPACING, evaluations
+from engine.samplers import SPACING
 from engine.sources import DATASETS, load_images
 from inference import SETTINGS, batch_generate
 
@@ -43,7 +43,7 @@ OWN_SETTINGS: dict[str, tuple[type, Setting, Any]] = {
     "NUM_SAMPLES": (int, Setting("images to draw; distances depend on how many", 2, 10_000_000), 10_000),
     "SEEDS": (int, Setting("seed of the first image; the others follow", 0, 2**31 - 1), 0),
 }
-DRAWING = ("SAMPLER", "STEPS", "SPACING", "BATCH_SIZE", "USE_AMP")  # settings of inference.py, with its defaults
+DRAWING = ("SAMPLER", "STEPS", "SPACING", "GUIDANCE", "BATCH_SIZE", "USE_AMP")  # as inference.py has them
 Found = dict[str, Any]  # what was measured and how, as it stands in the JSON
 
 
@@ -118,19 +118,21 @@ def draw(model: DDPMModel, path: Path, settings: argparse.Namespace) -> tuple[np
     """Samples of a checkpoint's model as uint8 (N, 3, H, W), and how they were drawn."""
     start, sampler = time.perf_counter(), load_sampler(settings.sampler)
     steps = settings.steps or (model.num_timesteps if sampler == "ddpm" else model.sampling_timesteps)
-    function, _ = model.plan(sampler, steps, settings.spacing)
+    plan, guidance = model.plan(sampler, steps, settings.spacing), settings.guidance or None
     batch = settings.batch_size or from_first(fitting_batch(model, settings.use_amp))
     with precision(model, settings.use_amp):
         images = batch_generate(
-            model, settings.num_samples, batch, settings.seeds, sampler, steps, spacing=settings.spacing
-        )
+            model, settings.num_samples, batch, settings.seeds, sampler, steps, spacing=settings.spacing,
+            guidance=guidance,
+        )  # fmt: skip
     how = {
         "checkpoint": str(path),
         "sha256": digest(path),
         "sampler": settings.sampler,
         "steps": steps,
         "spacing": settings.spacing,
-        "nfe": evaluations(function, steps),
+        "guidance": 1.0 if model.guide is None else guidance or model.guidance,
+        "nfe": model.evaluations(*plan, guidance),
         "seeds": f"{settings.seeds}-{settings.seeds + settings.num_samples - 1}",
         "use_amp": settings.use_amp,
         "seconds_drawing": round(time.perf_counter() - start, 2),

@@ -215,7 +215,7 @@ def compare(job: Job) -> str:
     seeds = job.settings["seeds"][:4]
     names = [*SAMPLERS, *([job.sampler] if callable(job.sampler) else [])]
     counts = [steps for steps in COMPARED_STEPS if steps <= job.model.num_timesteps]
-    how = {"spacing": job.settings["spacing"]}
+    how = {name: job.how[name] for name in ("spacing", "guidance")}
     tiles, labels, took = [], [], {}
     with job.precision():
         job.model.sample(len(seeds), steps=2 if job.model.num_timesteps > 1 else 1, seed=seeds)  # warms up
@@ -227,7 +227,7 @@ def compare(job: Job) -> str:
                 took[f"{label} {steps}"] = round(time.perf_counter() - start, 3)
                 tiles.append(make_grid(plots.enlarge(images, 80), 2, padding=1, pad_value=1.0))
                 labels.append(f"{label} {steps}: {took[f'{label} {steps}']:.2f} s")
-    title = f"seeds {', '.join(map(str, seeds))}; sampler, evaluations: seconds for {len(seeds)} images"
+    title = f"seeds {', '.join(map(str, seeds))}; sampler, steps: seconds for {len(seeds)} images"
     figure = plots.labelled_grid(torch.stack(tiles), labels, columns=len(counts), title=title)
     job.save(figure, "compare.png", seeds=seeds)
     job.finish(seconds_by_sampler=took)
@@ -280,7 +280,8 @@ MODES: dict[str, Callable[[Job], str]] = {
 SETTINGS: dict[str, tuple[type, Setting, Any]] = {
     "MODE": (str, Setting("what to draw", choices=(*MODES, "all")), "samples"),
     "SAMPLER": (str, Setting(f"how to go from noise to image: {', '.join(SAMPLERS)}, or file.py:function"), SAMPLER),
-    "STEPS": (int, Setting("network evaluations (NFE), 0: all timesteps for ddpm, else the model's own choice", 0), 0),
+    "STEPS": (int, Setting("network evaluations, 0: all timesteps for ddpm, else the model's own choice", 0), 0),
+    "GUIDANCE": (float, Setting("weight of the model's guide, 1: none, 0: the model's own choice", 0, 10), 0.0),
     "SPACING": (str, Setting("which timesteps are visited", choices=tuple(SPACINGS)), SPACING),
     "ETA": (float, Setting("fresh noise in ddim: 0 none, 1 as much as ddpm", 0, 1), 0.0),
     "SEEDS": (str, Setting("seeds of the images, such as 0-63 or 3,7; the first --num_samples unless given"), ""),
@@ -357,12 +358,14 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
             model.unet.compile()
         if not settings["steps"]:
             settings["steps"] = model.num_timesteps if sampler == "ddpm" else model.sampling_timesteps
-        model.plan(sampler, settings["steps"], settings["spacing"])  # says what is wrong before anything is drawn
+        # says what is wrong before anything is drawn
+        plan = model.plan(sampler, settings["steps"], settings["spacing"])
+        nfe = model.evaluations(*plan, settings["guidance"] or None)
         wanted = list(MODES) if settings["mode"] == "all" else [settings["mode"]]
         say = print if processes.is_main_process else lambda _: None
         say(
             f"{settings['checkpoint']}: {model.image_size} px, {settings['sampler']}, {settings['steps']} steps, "
-            f"{device.type}"
+            f"{nfe} network evaluations an image, {device.type}"
         )
         if model.image_size < (defaults or {}).get("SMALLEST", 0):
             say(f"note: the figures are laid out for larger images; inference.py suits {model.image_size} px better")

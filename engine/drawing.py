@@ -126,9 +126,10 @@ class Job:
 
     @property
     def how(self) -> dict[str, Any]:
-        """Sampler, steps and spacing as DDPMModel's methods take them."""
+        """Sampler, steps, spacing and guidance as DDPMModel's methods take them."""
         eta = {"eta": self.settings["eta"]} if self.sampler == "ddim" else {}
-        return {"sampler": self.sampler, "steps": self.settings["steps"], "spacing": self.settings["spacing"]} | eta
+        steps, spacing, guidance = (self.settings[name] for name in ("steps", "spacing", "guidance"))
+        return {"sampler": self.sampler, "steps": steps, "spacing": spacing, "guidance": guidance or None} | eta
 
     def precision(self) -> contextlib.AbstractContextManager:
         """Mixed precision, if it was asked for."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-KEPT = 4  # graphs of one network for different shapes: each holds its memory
+KEPT = 4  # graphs for different networks and shapes: each holds its memory
 
 
 @contextlib.contextmanager
@@ -62,7 +62,7 @@ class Graph:
 
 
 class Replays:
-    """A network's outputs without gradients, from a graph for each shape and precision that it is asked for.
+    """Outputs of networks without gradients, from a graph for each network, shape and precision asked for.
 
     The weights may change where they are; if they move, `clear` must be called. A copy starts without graphs.
     """
@@ -80,7 +80,7 @@ class Replays:
     def __call__(self, network: nn.Module, *inputs: Tensor) -> Tensor:
         """network(*inputs), which lie on a GPU, in autocast's precision where that is on."""
         precision = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        key = (network.training, precision, *((x.shape, x.dtype) for x in inputs))
+        key = (network, network.training, precision, *((x.shape, x.dtype) for x in inputs))
         if key not in self.graphs:
             while len(self.graphs) >= KEPT:
                 del self.graphs[next(iter(self.graphs))]

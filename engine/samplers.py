@@ -231,11 +231,6 @@ def intervals(sampler: Callable[..., Iterator[Step]], steps: int) -> int:
     return (steps + 1) // 2 if sampler is heun else steps
 
 
-def evaluations(sampler: Callable[..., Iterator[Step]], steps: int) -> int:
-    """Network evaluations (NFE) of a sample in `steps`: as many, but for the one that Heun may save."""
-    return 2 * intervals(sampler, steps) - 1 if sampler is heun else steps
-
-
 def uniform(alpha_bar: Sequence[float], steps: int) -> list[int]:
     """Evenly spaced timesteps, rounded down: those of the library's DDIM."""
     return torch.linspace(-1, len(alpha_bar) - 1, steps + 1).int().flip(0).tolist()

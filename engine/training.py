@@ -28,10 +28,10 @@ ALWAYS = 5  # ...after so many epochs
 def train(model: nn.Module, images: np.ndarray, config: Any, resume: Path | None = None) -> Path:
     """Trains until the configured length is reached and returns the final checkpoint.
 
-    model: called as model(images, t, noise), with `sample`, `architecture` and `timesteps_at`. images: uint8
-    (N, C, H, W). config: the attributes of DDPMConfig. resume: a checkpoint to go on from. Under `accelerate
-    launch` or torchrun every process calls this and only the first writes. Raises UserError for data that does
-    not fit or a loss that stays non-finite, and SystemExit, with everything saved, on Ctrl-C or SIGTERM.
+    model: called as model(images, t, noise), with `sample`, `architecture`, `timesteps_at`, `guide` and `keep_guide`.
+    images: uint8 (N, C, H, W). config: the attributes of DDPMConfig. resume: a checkpoint to go on from. Under
+    `accelerate launch` or torchrun every process calls this and only the first writes. Raises UserError for data that
+    does not fit or a loss that stays non-finite, and SystemExit, with everything saved, on Ctrl-C or SIGTERM.
     """
     processes = join()
     main, device, rank = processes.is_main_process, processes.device, processes.process_index
@@ -115,6 +115,8 @@ def train(model: nn.Module, images: np.ndarray, config: Any, resume: Path | None
                         )  # fmt: skip
                         bar.total = clock.total()
                         bar.set_postfix_str(f"loss {loss.item():.4f}, {speed:.0f} images/s", refresh=False)
+                if config.GUIDE_AT and step.ema.guide is None and clock.fraction() >= config.GUIDE_AT:
+                    step.ema.keep_guide()
                 grids = config.SAMPLE_GRIDS
                 if main and int(before * grids) < int(clock.fraction() * grids) < grids:
                     draw_grid(f"step_{progress['step']:07d}.png")

@@ -47,7 +47,7 @@ def test_mixed_precision_and_compilation_follow_full_precision(dtype, monkeypatc
     made = make(USE_AMP=True, COMPILE_MODEL=True)
     assert losses(made) == pytest.approx(exact, rel=0.03)
     assert made.skipped.item() == 0
-    assert made.scaler.is_enabled() == (dtype == torch.float16)
+    assert made.scales == (dtype == torch.float16)
 
 
 def test_the_kernels_give_what_the_library_gives(monkeypatch):

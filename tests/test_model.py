@@ -209,6 +209,57 @@ def test_wrong_arguments_are_named(call, message):
         call()
 
 
+@pytest.fixture
+def guided() -> DDPMModel:
+    """A model with a guide of other weights, both of which change what is drawn."""
+    model = small(guidance=2.0)
+    for _ in range(2):
+        model.keep_guide()
+        for p in model.unet.parameters():
+            p.data += 0.05 * torch.randn_like(p)
+    return model
+
+
+def test_samples_are_led_away_from_the_guide_at_its_noise_levels(guided):
+    main, worse, x = small(), small(), torch.randn(2, 3, 8, 8)
+    main.unet.load_state_dict(guided.unet.state_dict())
+    worse.unet.load_state_dict(guided.guide.state_dict())
+    sigma = [math.sqrt(1 / a - 1) for a in guided.denoiser().alpha_bar]
+    asked = [t for t in range(40) if guided.guided[0] <= sigma[t] <= guided.guided[1]]
+    assert 5 < len(asked) < 35
+    for t in (0, asked[0], asked[-1], 39):
+        a, b = (model.denoiser(clip=False)(x, t) for model in (main, worse))
+        expected = b + 2 * (a - b) if t in asked else a
+        torch.testing.assert_close(guided.denoiser(clip=False)(x, t), expected)
+        torch.testing.assert_close(guided.denoiser(clip=False, guidance=1)(x, t), a)
+        assert not torch.allclose(a, b, atol=1e-3)
+    assert torch.equal(guided.sample(1, seed=0, guidance=1), main.sample(1, seed=0))
+    assert not torch.allclose(guided.sample(1, seed=0), main.sample(1, seed=0), atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", ["unipc", "heun", "ddim"])
+def test_evaluations_count_both_networks(guided, sampler):
+    calls = []
+    for network in (guided.unet, guided.guide):
+        network.register_forward_hook(lambda *_: calls.append(1))
+    plan = guided.plan(sampler, 9)
+    guided.sample(1, sampler=sampler, steps=9, seed=0)
+    assert 9 < len(calls) == guided.evaluations(*plan)
+    assert guided.evaluations(*plan, guidance=1) == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "half"), [("model.pt", False), ("model.safetensors", False), ("model.safetensors", True)]
+)
+def test_the_guide_is_saved_with_the_model(guided, name, half, tmp_path):
+    guided.save_model(tmp_path / name, half)
+    other = DDPMModel().load_model(tmp_path / name).eval()
+    assert other.guidance == 2.0
+    torch.testing.assert_close(other.sample(2, seed=0), guided.sample(2, seed=0), atol=0.02 if half else 0, rtol=0)
+    small().save_model(tmp_path / name)
+    assert other.load_model(tmp_path / name).guide is None
+
+
 @pytest.mark.parametrize("objective", ["pred_v", "pred_noise", "pred_x0"])
 def test_edm_weighting_is_the_papers(objective):
     model = DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), objective=objective, loss_weighting="edm")

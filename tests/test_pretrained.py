@@ -22,7 +22,7 @@ def test_it_is_small_half_precision_and_its_schedule_is_not():
     assert FILE.stat().st_size < 32e6
     with safe_open(FILE, framework="pt") as file:
         kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - not a dict
-    assert all((kind == "F16") == name.startswith("diffusion.model.") for name, kind in kinds.items())
+    assert all((kind == "F16") == name.startswith(("diffusion.model.", "guide.")) for name, kind in kinds.items())
 
 
 def test_it_is_trained():

@@ -19,7 +19,18 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--dataset", "shapes", "--image_size", "8", "--dim", "8", "--dim_mults", "1,2", "--batch_size", "16"]
-TINY += ["--sampling_timesteps", "4", "--num_samples", "4", "--sample_grids", "2", "--dropout", "0.1"]
+TINY += [
+    "--sampling_timesteps",
+    "4",
+    "--num_samples",
+    "4",
+    "--sample_grids",
+    "2",
+    "--dropout",
+    "0.1",
+    "--guide_at",
+    "0.5",
+]
 
 
 def command(script: str, *arguments: str) -> list[str]:
@@ -100,6 +111,20 @@ def test_killed_at_a_random_step_and_resumed_ends_with_the_same_weights(trained,
     assert largest_difference(tmp_path / "checkpoints" / "killed" / "final.pt", whole) == 0, f"killed at step {at}"
     rows = [json.loads(line) for line in (tmp_path / "samples/killed/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [10, 20, 30, 40]
+
+
+def test_the_guide_is_the_average_of_that_time(tmp_path):
+    run(tmp_path, "train.py", *TINY, "--run_name", "whole", "--max_steps", "6")  # at a constant rate
+    run(tmp_path, "train.py", *TINY, "--run_name", "part", "--max_steps", "3", "--guide_at", "0")
+    whole, part = (
+        torch.load(tmp_path / f"checkpoints/{name}/final.pt", weights_only=True) for name in ("whole", "part")
+    )
+    guide = {name.removeprefix("guide."): value for name, value in whole["ema"].items() if name.startswith("guide.")}
+    then = {name: value for name, value in part["ema"].items() if name.startswith("diffusion.model.")}
+    assert len(guide) == len(then) and not any(name.startswith("guide.") for name in part["ema"])
+    for name, value in guide.items():
+        assert torch.equal(value, then[f"diffusion.model.{name}"])
+        assert value.ndim == 0 or not torch.equal(value, whole["ema"][f"diffusion.model.{name}"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
