@@ -115,7 +115,7 @@ def train(model: nn.Module, images: np.ndarray, config: Any, resume: Path | None
                         )  # fmt: skip
                         bar.total = clock.total()
                         bar.set_postfix_str(f"loss {loss.item():.4f}, {speed:.0f} images/s", refresh=False)
-                if config.GUIDE_AT and step.ema.guide is None and clock.fraction() >= config.GUIDE_AT:
+                if step.ema.guide is None and guide_is_due(config, progress["step"], clock.fraction()):
                     step.ema.keep_guide()
                 grids = config.SAMPLE_GRIDS
                 if main and int(before * grids) < int(clock.fraction() * grids) < grids:
@@ -166,6 +166,15 @@ def train(model: nn.Module, images: np.ndarray, config: Any, resume: Path | None
             f"  next      python inference.py"
         )
     return final
+
+
+def guide_is_due(config: Any, step: int, fraction: float) -> bool:
+    """Whether the averaged weights are now what samples shall be led away from.
+
+    Twice the warm-up at least must be over: an average of the first weights is no guide, with it samples became worse
+    than without (docs/recipe.md).
+    """
+    return 0 < config.GUIDE_AT <= fraction and step >= 2 * config.WARMUP_STEPS
 
 
 def describe(step: Step) -> str:

@@ -48,14 +48,18 @@ def test_a_tier_caps_the_width_and_keeps_the_effective_batch(dataset, memory):
     assert made.BATCH_SIZE * made.GRADIENT_ACCUMULATION == roomy.BATCH_SIZE
 
 
-@pytest.mark.parametrize(("dataset", "size", "dim"), [("cifar10", 32, 64), ("celeba", 64, 128), ("stl10", 96, 160)])
-def test_presets_are_those_of_the_design(dataset, size, dim):
+@pytest.mark.parametrize(
+    ("dataset", "size", "dim", "levels"),
+    [("cifar10", 32, 128, (1, 2, 2, 2)), ("celeba", 64, 128, (1, 2, 4, 8)), ("stl10", 96, 160, (1, 2, 4, 8))],
+)
+def test_each_data_set_has_its_preset(dataset, size, dim, levels):
     made = resolve(dataset, LARGE)
-    assert (size, dim, (1, 2, 4, 8)) == (made.IMAGE_SIZE, made.DIM, made.DIM_MULTS)
+    assert (size, dim, levels) == (made.IMAGE_SIZE, made.DIM, made.DIM_MULTS)
 
 
-def test_a_dataset_without_a_preset_takes_the_tiers_width():
-    assert (resolve("folder", tier_of(12)).DIM, resolve("folder", LARGE).DIM) == (128, 256)
+def test_a_folder_gets_the_preset_for_its_size_as_far_as_the_tier_allows():
+    assert (resolve("folder", tier_of(6)).DIM, resolve("folder", LARGE).DIM) == (64, 128)
+    assert resolve("folder", LARGE, flags={"IMAGE_SIZE": 4, "DIM_MULTS": (1, 2)}).DIM == 256  # too small for any
 
 
 def test_naming_the_batch_means_that_batch():
@@ -65,7 +69,7 @@ def test_naming_the_batch_means_that_batch():
 
 
 def test_other_levels_than_the_presets_drop_the_presets_attention():
-    assert resolve("shapes", CPU).ATTENTION_HEADS == (1, 1, 4)
+    assert (resolve("shapes", CPU).ATTENTION_HEADS, resolve("shapes", CPU).FULL_ATTENTION_SIZE) == ((1, 1, 4), 0)
     made = resolve("shapes", CPU, flags={"DIM_MULTS": (1, 2)})
     assert (made.ATTENTION_HEADS, made.ATTENTION_DIM) == ((4,), (32,))
     with pytest.raises(UserError, match="ATTENTION_HEADS has 3 numbers, but must have 1 or 2"):

@@ -173,7 +173,7 @@ def test_a_model_of_before_the_shift_still_loads(tmp_path):
         ("stl10", {}, (96, 160, (1, 2, 4, 8), 64, (False, False, True, True))),
         ("folder", {"IMAGE_SIZE": 128}, (128, 128, (1, 1, 2, 4, 8), 64, (False, False, False, True, True))),
         ("cifar10", {"IMAGE_SIZE": 64}, (64, 128, (1, 2, 4, 8), 128, (False, False, True, True))),
-        ("cifar10", {}, (32, 64, (1, 2, 4, 8), 256, (False, False, False, True))),
+        ("cifar10", {}, (32, 128, (1, 2, 2, 2), 256, (False, True, True, True))),
     ],
 )
 def test_large_images_get_their_preset_whatever_they_show(dataset, flags, expected):
@@ -190,7 +190,7 @@ def test_a_script_for_large_images_asks_for_more_than_a_small_data_sets_preset()
     assert [resolve(name, LARGE, script).IMAGE_SIZE for name in ("cifar10", "shapes", "celeba", "stl10", "folder")] == [
         64, 64, 64, 96, 64,
     ]  # fmt: skip
-    assert resolve("cifar10", LARGE, script, flags={"IMAGE_SIZE": 32}).DIM == 64
+    assert resolve("cifar10", LARGE, script, flags={"IMAGE_SIZE": 32}).DIM_MULTS == (1, 2, 2, 2)
     at_96 = resolve("celeba", LARGE, train_stl10_optimized.DEFAULTS)
     assert (at_96.IMAGE_SIZE, at_96.DIM) == (96, 160)
     on_a_cpu = resolve("shapes", Tier("CPU", 32, 0.0), script)

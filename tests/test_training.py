@@ -19,18 +19,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--dataset", "shapes", "--image_size", "8", "--dim", "8", "--dim_mults", "1,2", "--batch_size", "16"]
-TINY += [
-    "--sampling_timesteps",
-    "4",
-    "--num_samples",
-    "4",
-    "--sample_grids",
-    "2",
-    "--dropout",
-    "0.1",
-    "--guide_at",
-    "0.5",
-]
+TINY += ["--sampling_timesteps", "4", "--num_samples", "4", "--sample_grids", "2", "--dropout", "0.1"]
+TINY += ["--warmup_steps", "2", "--guide_at", "0.5"]
 
 
 def command(script: str, *arguments: str) -> list[str]:
