@@ -181,7 +181,7 @@ def tier_of(memory: float) -> Tier:
 def memory_gib(dim: int, image_size: int, batch_size: int, parameters: int, use_amp: bool) -> float:
     """Estimated peak memory of a training step in GiB.
 
-    Weights, gradients, both Adam moments and EMA take 20 bytes a parameter; what the backward pass needs grows
+    Weights, gradients, moments, EMA and guide take 20 bytes a parameter with Muon; what the backward pass needs grows
     with dim * pixels. The constants were measured for dim_mults (1,2,4,8), 32 px, on an H200 (docs/speed.md).
     """
     activations = (ACTIVATION_BYTES_AMP if use_amp else ACTIVATION_BYTES) * dim * image_size**2 * batch_size

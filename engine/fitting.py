@@ -151,6 +151,8 @@ def trial(make: Callable[[Any], nn.Module], config: Any, steps: int) -> dict[str
         with nothing_given_up():
             model = make(config).to(device).train()
             step = Step(model, config)
+            if config.GUIDE_AT:
+                step.ema.keep_guide()
             shape = (batch, model.channels, model.image_size, model.image_size)
             images = torch.randint(256, shape, dtype=torch.uint8, device=device)
             for number in range(steps):
@@ -161,7 +163,7 @@ def trial(make: Callable[[Any], nn.Module], config: Any, steps: int) -> dict[str
             loss = loss.item()
             seconds = time.perf_counter() - start
             step.validate(images[:micro].cpu())
-            step.ema.sample(min(micro, config.NUM_SAMPLES), steps=2, seed=0)
+            step.ema.sample(min(micro, config.NUM_SAMPLES), steps=3, seed=0)  # one of them asks the guide
     except torch.OutOfMemoryError:
         return None
     except (FellBack, UserError) as problem:
