@@ -128,15 +128,17 @@ def picture(job: Job, name: str, seed: int) -> tuple[Tensor, str]:
         return job.draw(job.model.sample, [int(given)], **job.how)[0], f"seed {given}"
     kind, _, index = given.partition(":")
     if kind == "data" and index.isdigit():
-        return training_image(Path(job.settings["checkpoint"]), int(index)), given
+        return training_image(job, int(index)), given
     return read_picture(Path(given), job.model.image_size), Path(given).name
 
 
-def training_image(checkpoint: Path, index: int) -> Tensor:
-    """The image with this index of the data that a checkpoint was trained on, (3, H, W) in [0, 1]."""
-    config = {} if checkpoint.suffix == ".safetensors" else checkpoints.load(checkpoint).get("config")
+def training_image(job: Job, index: int) -> Tensor:
+    """The image with this index of the data that the model was trained on, (3, H, W) in [0, 1]."""
+    config = job.model.provenance["config"]
     if not config:
-        raise UserError(f"{checkpoint} does not say what it was trained on: name a file or a seed, not data:{index}")
+        raise UserError(
+            f"{job.settings['checkpoint']} does not say what it was trained on: name a file or a seed, not data:{index}"
+        )
     images = load_images(config["DATASET"], config["IMAGE_SIZE"], Path(config["DATA_DIR"]))
     if index >= len(images):
         raise UserError(f"data:{index} is asked for, but {config['DATASET']} has {len(images)} images")
