@@ -11,7 +11,6 @@ limited by the tier, the subclass, the flag. `--dry_run` shows which it was.
 """
 
 import argparse
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from engine import checkpoints
 from engine.command_line import Parser, Setting, load_from_file, nearest
 from engine.errors import UserError
 from engine.memory import cap_memory, memory_limit
+from engine.processes import say_once
 from engine.sources import DATASETS, resolve_auto
 
 
@@ -375,6 +375,5 @@ def from_command_line(
         cap_memory(memory_gib)
     tier = detect_tier()
     if dataset == "auto":
-        said_once = print if os.environ.get("RANK", "0") == "0" else lambda _: None
-        dataset = resolve_auto(Path(data_dir), tier.name != "CPU", said_once)
+        dataset = resolve_auto(Path(data_dir), tier.name != "CPU", say_once)
     return resolve(dataset, tier, script, subclass, flags, checkpoint), options

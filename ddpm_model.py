@@ -52,6 +52,7 @@ class DDPMModel(nn.Module):
     Unet (`dropout`, `self_condition`, `attn_heads`, ...). schedule_size: image size that the beta schedule and edm's
     noise levels are taken to be made for; for another the logSNR is shifted (see shift_log_snr), 0: never. guidance:
     how far samples are led away from what the guide, if there is one, would draw (see keep_guide); 1 is not at all.
+    `provenance`: `config` and `progress` of the run that made the weights, each empty unless a loaded file says them.
     Raises UserError for sizes that do not go together.
     """
 
@@ -75,6 +76,7 @@ class DDPMModel(nn.Module):
     ):
         super().__init__()
         self.replays = Replays()
+        self.provenance: dict[str, dict[str, Any]] = {"config": {}, "progress": {}}
         if image_size % 2 ** (len(dim_mults) - 1):
             raise UserError(f"image_size {image_size} is not a multiple of {2 ** (len(dim_mults) - 1)}")
         if not 1 <= sampling_timesteps <= timesteps:
@@ -442,13 +444,13 @@ class DDPMModel(nn.Module):
             checkpoints.save(path, {"architecture": self.architecture, "model": state})
 
     def load_model(self, path: str | Path) -> "DDPMModel":
-        """Takes architecture and weights from a file and returns itself, on the device it was on.
+        """Takes architecture, weights and provenance from a file and returns itself, on the device it was on.
 
         Reads our checkpoints (their EMA weights), what save_model writes, and checkpoints of the library's own
         Trainer, which do not say the image size: for those it stays what this model was made with. Raises
         UserError if the file is missing, damaged, not a model or needs another class of model.
         """
-        path, device = Path(path), self.device
+        path, device, file = Path(path), self.device, {}
         if path.suffix == ".safetensors":
             architecture, state = read_safetensors(path)
         else:
@@ -464,6 +466,7 @@ class DDPMModel(nn.Module):
         except (RuntimeError, TypeError, KeyError) as problem:
             reason = str(problem).splitlines()[0].rstrip(":")
             raise UserError(f"{path} does not fit {type(self).__name__}: {reason}") from problem
+        self.provenance = {name: file.get(name, {}) for name in self.provenance}
         return self.to(device)
 
 

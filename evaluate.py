@@ -88,12 +88,6 @@ def feature_networks(weights: Path | None, device: torch.device) -> list[nn.Modu
     return networks
 
 
-def trained_on(path: Path) -> dict[str, Any]:
-    """The configuration of the run that a checkpoint is from and its progress; empty for a file of weights alone."""
-    state = {} if path.suffix == ".safetensors" else checkpoints.load(path)
-    return {name: state.get(name, {}) for name in ("config", "progress")}
-
-
 def read_images(path: Path, size: int) -> np.ndarray:
     """The images of a folder, or of an .npz as inference.py writes it: uint8 (N, 3, H, W); size 0: as the first is."""
     if path.is_dir():
@@ -231,8 +225,8 @@ def evaluate(settings: argparse.Namespace, device: torch.device) -> None:
         given, config = read_images(first, settings.image_size), {}
         size = given.shape[2]
     else:
-        config, model = trained_on(first)["config"], DDPMModel().to(device)
-        size = model.load_model(first).image_size
+        model = DDPMModel().to(device).load_model(first)
+        config, size = model.provenance["config"], model.image_size
     if settings.dataset:
         dataset, data_dir = settings.dataset, settings.data_dir
     elif config:
@@ -252,15 +246,16 @@ def evaluate(settings: argparse.Namespace, device: torch.device) -> None:
     validation = held_out(config) if config else None
     losses: dict[str, list[float]] = {}
     label = ""  # of the first that is measured
-    for path in settings.paths:
+    for i, path in enumerate(settings.paths):
         began = time.perf_counter()
         if settings.images:
             images, found = given, {"name": path.stem, "images": str(path)}
         else:
-            progress = trained_on(path)["progress"]
-            images, how = draw(model.load_model(path), path, settings)
+            if i > 0:  # the first is loaded already
+                model.load_model(path)
+            images, how = draw(model, path, settings)
             found = {"name": checkpoints.name_of(path), **how}
-            found |= {f"trained_{name}": progress.get(name) for name in ("seconds", "images")}
+            found |= {f"trained_{name}": model.provenance["progress"].get(name) for name in ("seconds", "images")}
             if validation is not None:
                 timesteps, losses[found["name"]] = metrics.loss_by_timestep(model, validation)
         found |= {"num_samples": len(images), "scores": measure(images, references, device)}

@@ -38,7 +38,7 @@ from engine.drawing import (
     settings_of,
 )
 from engine.errors import UserError
-from engine.processes import from_first, join, together
+from engine.processes import from_first, join, say_once, together
 from engine.samplers import SAMPLER, SAMPLERS, SPACING, SPACINGS, groups
 from engine.sources import load_images
 
@@ -128,15 +128,17 @@ def picture(job: Job, name: str, seed: int) -> tuple[Tensor, str]:
         return job.draw(job.model.sample, [int(given)], **job.how)[0], f"seed {given}"
     kind, _, index = given.partition(":")
     if kind == "data" and index.isdigit():
-        return training_image(Path(job.settings["checkpoint"]), int(index)), given
+        return training_image(job, int(index)), given
     return read_picture(Path(given), job.model.image_size), Path(given).name
 
 
-def training_image(checkpoint: Path, index: int) -> Tensor:
-    """The image with this index of the data that a checkpoint was trained on, (3, H, W) in [0, 1]."""
-    config = {} if checkpoint.suffix == ".safetensors" else checkpoints.load(checkpoint).get("config")
+def training_image(job: Job, index: int) -> Tensor:
+    """The image with this index of the data that the model was trained on, (3, H, W) in [0, 1]."""
+    config = job.model.provenance["config"]
     if not config:
-        raise UserError(f"{checkpoint} does not say what it was trained on: name a file or a seed, not data:{index}")
+        raise UserError(
+            f"{job.settings['checkpoint']} does not say what it was trained on: name a file or a seed, not data:{index}"
+        )
     images = load_images(config["DATASET"], config["IMAGE_SIZE"], Path(config["DATA_DIR"]))
     if index >= len(images):
         raise UserError(f"data:{index} is asked for, but {config['DATASET']} has {len(images)} images")
@@ -362,22 +364,23 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
         plan = model.plan(sampler, settings["steps"], settings["spacing"])
         nfe = model.evaluations(*plan, settings["guidance"] or None)
         wanted = list(MODES) if settings["mode"] == "all" else [settings["mode"]]
-        say = print if processes.is_main_process else lambda _: None
-        say(
+        say_once(
             f"{settings['checkpoint']}: {model.image_size} px, {settings['sampler']}, {settings['steps']} steps, "
             f"{nfe} network evaluations an image, {device.type}"
         )
         if model.image_size < (defaults or {}).get("SMALLEST", 0):
-            say(f"note: the figures are laid out for larger images; inference.py suits {model.image_size} px better")
+            say_once(
+                f"note: the figures are laid out for larger images; inference.py suits {model.image_size} px better"
+            )
         if processes.num_processes > 1 and "batch" not in wanted:
-            say(f"note: one process draws this; {processes.num_processes} processes share --mode batch alone")
+            say_once(f"note: one process draws this; {processes.num_processes} processes share --mode batch alone")
         for mode in wanted:
             if mode != "batch" and not processes.is_main_process:
                 continue
             start = time.perf_counter()
             mine = settings | {"mode": mode}
             job = Job(model, mine, output / f"{mode}-{label_of(mine)}", sampler)
-            say(f"{mode}: {MODES[mode](job)} ({time.perf_counter() - start:.1f} s) in {job.folder}/")
+            say_once(f"{mode}: {MODES[mode](job)} ({time.perf_counter() - start:.1f} s) in {job.folder}/")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import torch
 
 from engine.errors import UserError
+from engine.processes import say_once
 
 FOLDER = Path("checkpoints")
 SHIPPED = Path(__file__).resolve().parent.parent / "weights"  # come with the project
@@ -101,7 +102,7 @@ def newest() -> Path:
     """The checkpoint written last, of any run, or weights that come with the project: the default of inference."""
     found = [path for path in FOLDER.rglob("*") if path.suffix in (".pt", ".safetensors") and path.name[0] != "."]
     if not found:
-        print(f"nothing was trained in {FOLDER}/ yet: here is the model that comes with the project", flush=True)
+        say_once(f"nothing was trained in {FOLDER}/ yet: here is the model that comes with the project")
         return SHIPPED / "cifar10.safetensors"
     # a finished run's final.pt is also called ddpm_final.pt: the shorter name is the one to show
     return max(found, key=lambda path: (path.stat().st_mtime_ns, -len(path.parts)))

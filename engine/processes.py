@@ -45,6 +45,12 @@ def from_first(value: Any) -> Any:
     return values[0]
 
 
+def say_once(line: str) -> None:
+    """Prints a line; of several processes, even if they have not come together yet, only the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+
+
 @contextlib.contextmanager
 def together(how_to_go_on: Callable[[], str]) -> Iterator[PartialState]:
     """A block that the processes go through together: if one of them is lost in it, all others end within a minute.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine import checkpoints
@@ -34,60 +34,28 @@ def train(model: nn.Module, images: np.ndarray, config: Any, resume: Path | None
     does not fit or a loss that stays non-finite, and SystemExit, with everything saved, on Ctrl-C or SIGTERM.
     """
     processes = join()
-    main, device, rank = processes.is_main_process, processes.device, processes.process_index
+    main, device = processes.is_main_process, processes.device
+    rank, world = processes.process_index, processes.num_processes
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(config.SEED + rank)  # dropout; what else is random is drawn in engine.step
     random.seed(config.SEED + rank)
     effective_batch = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
-    batches = Batches(
-        images, effective_batch, config.SEED, device, config.NUM_WORKERS, rank, processes.num_processes
-    )  # fmt: skip
-    step = Step(model.to(device).train(), config, rank, processes.num_processes)
+    batches = Batches(images, effective_batch, config.SEED, device, config.NUM_WORKERS, rank, world)
+    step = Step(model.to(device).train(), config, rank, world)
     data = {"dataset": config.DATASET, "images": len(images), "shape": list(images.shape[1:])}
     progress: dict[str, Any] = {"step": 0, "epoch": 0, "position": 0, "images": 0, "seconds": 0.0, "best": None}
+    name = ""
     if resume:
-        state = checkpoints.load_training(resume)
-        if state["version"] != VERSION:
-            raise UserError(f"{resume} was written by another version of this project and cannot be resumed")
-        if state["data"] != data:
-            raise UserError(f"{resume} was trained on {state['data']}, but what is here is {data}")
-        step.load_state_dict(state)
-        progress = state["progress"]
-        before = state["config"]["BATCH_SIZE"] * state["config"]["GRADIENT_ACCUMULATION"]
-        progress["position"] = min(progress["position"] * before // effective_batch, len(batches) - 1)
-        if rank == 0:
-            set_rng(state["rng"])
+        name, progress = go_on_from(resume, data, step, batches)
     clock = Clock(config, len(batches), progress, processes)
     if clock.finished():
         raise UserError(f"{resume} is a finished run: lengthen it with --epochs, --max_steps or --minutes")
-    name = state["run"] if resume else from_first(new_name(config) if main else None)
-    folder, log = checkpoints.FOLDER / name, Log(SAMPLES / name, progress) if main else None
-
-    def save(file: str) -> None:
-        state = {"version": VERSION, "run": name, "architecture": model.architecture, "config": config.as_dict()}
-        state |= {"data": data, "progress": progress, "rng": rng(), **step.state_dict()}
-        try:
-            checkpoints.save(folder / file, state)
-        except OSError as problem:
-            if file == "final.pt":
-                raise
-            print(f"{folder / file} COULD NOT BE SAVED ({problem.strerror}): free some space; training goes on")
-
-    def how_to_go_on() -> str:
-        saved = (folder / "last.pt").exists()
-        return f"go on with --resume {name}" if saved else f"run {name} had saved nothing yet, start again"
-
-    def draw_grid(file: str) -> None:
-        some = groups(range(config.NUM_SAMPLES), step.micro_batch)
-        images = torch.cat([step.ema.sample(len(seeds), seed=seeds).cpu() for seeds in some])
-        log.grid(images, progress["step"], file)
-
+    name = name or from_first(new_name(config) if main else None)
     if main:
         print(f"run {name}: {len(batches.training)} images, {describe(step)}", flush=True)
-    held_out, saved_at, validation = batches.validation(), time.monotonic(), float("nan")
-    validate_at = time.monotonic()
-    bar = tqdm(disable=not main, initial=progress["step"], unit="step", mininterval=1, dynamic_ncols=True)
-    with together(how_to_go_on), Interrupt(processes) as interrupt:
+    record = Record(name, data, step, batches, clock) if main else None
+
+    with together(lambda: how_to_go_on(name)), Interrupt(processes) as interrupt:
         while not clock.finished():
             for batch in batches.epoch(progress["epoch"], progress["position"]):
                 before = clock.fraction()
@@ -98,74 +66,65 @@ def train(model: nn.Module, images: np.ndarray, config: Any, resume: Path | None
                 progress["position"] += 1
                 progress["images"] += effective_batch
                 clock.tick()
-                bar.update()
-                if progress["step"] % LOG_EVERY == 0 or clock.finished():
-                    if step.skipped_in_a_row.item() >= MOST_SKIPPED_IN_A_ROW:
-                        raise UserError(
-                            f"{MOST_SKIPPED_IN_A_ROW} updates in a row were not finite; stopped at step "
-                            f"{progress['step']}. The checkpoints in {folder}/ are good: --resume {name} with a lower "
-                            "--learning_rate or --no-use_amp",
-                            exit_code=1,
-                        )
-                    if main:
-                        speed = log.speed(progress["images"])
-                        log.scalars(
-                            progress, loss=loss.item(), learning_rate=rate, gradient_norm=norm.item(),
-                            images_per_second=speed, skipped=step.skipped.item(),
-                        )  # fmt: skip
-                        bar.total = clock.total()
-                        bar.set_postfix_str(f"loss {loss.item():.4f}, {speed:.0f} images/s", refresh=False)
                 if step.ema.guide is None and guide_is_due(config, progress["step"], clock.fraction()):
                     step.ema.keep_guide()
-                grids = config.SAMPLE_GRIDS
-                if main and int(before * grids) < int(clock.fraction() * grids) < grids:
-                    draw_grid(f"step_{progress['step']:07d}.png")
+                if progress["step"] % LOG_EVERY == 0 or clock.finished():
+                    stop_if_broken(step, progress["step"], name)
+                    if main:
+                        record.log_step(loss, norm, rate)
+                if main:
+                    record.show(before)
                 if interrupt.wanted(progress["step"]):
                     if main:
-                        save("last.pt")
-                        log.close()
-                        bar.close()
-                        print(f"interrupted and saved at step {progress['step']}: go on with --resume {name}")
+                        record.interrupted()
                     raise SystemExit(128 + interrupt.number)
-                if main and time.monotonic() - saved_at >= 60 * config.SAVE_MINUTES:
-                    save("last.pt")
-                    saved_at = time.monotonic()
+                if main:
+                    record.save_if_due()
                 if clock.finished():
                     break
             if progress["position"] == len(batches):
                 progress["epoch"], progress["position"] = progress["epoch"] + 1, 0
-            due = progress["epoch"] <= ALWAYS or time.monotonic() >= validate_at
-            if main and (due or clock.finished()):
-                start = time.monotonic()
-                validation = step.validate(held_out)
-                log.scalars(progress, validation_loss=validation)
-                if progress["best"] is None or validation < progress["best"]:
-                    progress["best"] = validation
-                    save("best.pt")
-                # where epochs are short, not after each of them
-                validate_at = start + (time.monotonic() - start) / ASIDE
             if main:
-                every = config.CHECKPOINT_EVERY
-                if every and progress["position"] == 0 and progress["epoch"] % every == 0:
-                    save(f"epoch_{progress['epoch']:04d}.pt")
-    bar.close()
-    final = folder / "final.pt"
+                record.validate_if_due()
+                record.keep_epoch_if_due()
     if main:
-        save("final.pt")
-        checkpoints.publish(final, folder / "last.pt")
-        checkpoints.publish(final, checkpoints.FOLDER / "ddpm_final.pt")
-        draw_grid("final.png")
-        log.close()
-        memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
-        print(
-            f"done: {progress['images']:,} images in {progress['seconds']:.0f} s{memory}, "
-            f"validation loss {validation:.4f}\n"
-            f"  model     {checkpoints.FOLDER / 'ddpm_final.pt'} (checkpoints of the run: {folder}/)\n"
-            f"  pictures  {log.folder / 'final.png'}, loss.png, grids along the way\n"
-            f"  scalars   tensorboard --logdir {log.folder}\n"
-            f"  next      python inference.py"
+        record.finished()
+    return checkpoints.FOLDER / name / "final.pt"
+
+
+def go_on_from(path: Path, data: dict[str, Any], step: Step, batches: Batches) -> tuple[str, dict[str, Any]]:
+    """Puts a checkpoint's state back; returns the run's name and progress.
+
+    data: what is trained on now. Raises UserError if the checkpoint was trained on other data or has another layout.
+    """
+    state = checkpoints.load_training(path)
+    if state["version"] != VERSION:
+        raise UserError(f"{path} was written by another version of this project and cannot be resumed")
+    if state["data"] != data:
+        raise UserError(f"{path} was trained on {state['data']}, but what is here is {data}")
+    step.load_state_dict(state)
+    if step.rank == 0:
+        set_rng(state["rng"])
+    progress = state["progress"]
+    before = state["config"]["BATCH_SIZE"] * state["config"]["GRADIENT_ACCUMULATION"]
+    progress["position"] = min(progress["position"] * before // batches.batch_size, len(batches) - 1)
+    return state["run"], progress
+
+
+def how_to_go_on(name: str) -> str:
+    """What to do after a run of this name has ended too early."""
+    saved = (checkpoints.FOLDER / name / "last.pt").exists()
+    return f"go on with --resume {name}" if saved else f"run {name} had saved nothing yet, start again"
+
+
+def stop_if_broken(step: Step, number: int, name: str) -> None:
+    """Raises UserError if the updates before step `number` were not finite, too many in a row."""
+    if step.skipped_in_a_row.item() >= MOST_SKIPPED_IN_A_ROW:
+        raise UserError(
+            f"{MOST_SKIPPED_IN_A_ROW} updates in a row were not finite; stopped at step {number}. The checkpoints in "
+            f"{checkpoints.FOLDER / name}/ are good: --resume {name} with a lower --learning_rate or --no-use_amp",
+            exit_code=1,
         )
-    return final
 
 
 def guide_is_due(config: Any, step: int, fraction: float) -> bool:
@@ -175,6 +134,109 @@ def guide_is_due(config: Any, step: int, fraction: float) -> bool:
     than without (docs/recipe.md).
     """
     return 0 < config.GUIDE_AT <= fraction and step >= 2 * config.WARMUP_STEPS
+
+
+class Record:
+    """What a run leaves behind, checkpoints, scalars and pictures, and shows meanwhile: the first process has it.
+
+    data: what is trained on, as a checkpoint says it. step and clock: those of the run, read whenever it is saved.
+    """
+
+    def __init__(self, name: str, data: dict[str, Any], step: Step, batches: Batches, clock: Clock):
+        self.name, self.data, self.step, self.clock = name, data, step, clock
+        self.config, self.progress = step.config, clock.progress
+        self.folder, self.log = checkpoints.FOLDER / name, Log(SAMPLES / name, self.progress)
+        self.held_out, self.validation = batches.validation(), float("nan")
+        self.saved_at = self.validate_at = time.monotonic()
+        self.bar = tqdm(initial=self.progress["step"], unit="step", mininterval=1, dynamic_ncols=True)
+
+    def log_step(self, loss: Tensor, norm: Tensor, rate: float) -> None:
+        """Logs the step just done; its loss and the speed stay at the bar until the next that is logged."""
+        speed = self.log.speed(self.progress["images"])
+        self.log.scalars(
+            self.progress, loss=loss.item(), learning_rate=rate, gradient_norm=norm.item(), images_per_second=speed,
+            skipped=self.step.skipped.item(),
+        )  # fmt: skip
+        self.bar.total = self.clock.total()
+        self.bar.set_postfix_str(f"loss {loss.item():.4f}, {speed:.0f} images/s", refresh=False)
+
+    def show(self, before: float) -> None:
+        """Moves the bar on, and draws a grid if the step done led over the end of one of SAMPLE_GRIDS parts of the run.
+
+        before: the fraction of the run that was over before that step.
+        """
+        self.bar.update()
+        grids = self.config.SAMPLE_GRIDS
+        if int(before * grids) < int(self.clock.fraction() * grids) < grids:
+            self.draw_grid(f"step_{self.progress['step']:07d}.png")
+
+    def draw_grid(self, file: str) -> None:
+        """Draws with the averaged weights."""
+        some = groups(range(self.config.NUM_SAMPLES), self.step.micro_batch)
+        images = torch.cat([self.step.ema.sample(len(seeds), seed=seeds).cpu() for seeds in some])
+        self.log.grid(images, self.progress["step"], file)
+
+    def save(self, file: str) -> None:
+        """Writes a checkpoint; a full disk is fatal to the final one alone."""
+        state = {"version": VERSION, "run": self.name, "architecture": self.step.model.architecture}
+        state |= {"config": self.config.as_dict(), "data": self.data, "progress": self.progress, "rng": rng()}
+        try:
+            checkpoints.save(self.folder / file, state | self.step.state_dict())
+        except OSError as problem:
+            if file == "final.pt":
+                raise
+            print(f"{self.folder / file} COULD NOT BE SAVED ({problem.strerror}): free some space; training goes on")
+
+    def save_if_due(self) -> None:
+        """Saves every SAVE_MINUTES."""
+        if time.monotonic() - self.saved_at >= 60 * self.config.SAVE_MINUTES:
+            self.save("last.pt")
+            self.saved_at = time.monotonic()
+
+    def validate_if_due(self) -> None:
+        """Validates, where epochs are short not after each of them, and saves what is the best so far."""
+        start = time.monotonic()
+        if self.progress["epoch"] > ALWAYS and start < self.validate_at and not self.clock.finished():
+            return
+        self.validation = self.step.validate(self.held_out)
+        self.log.scalars(self.progress, validation_loss=self.validation)
+        if self.progress["best"] is None or self.validation < self.progress["best"]:
+            self.progress["best"] = self.validation
+            self.save("best.pt")
+        self.validate_at = start + (time.monotonic() - start) / ASIDE
+
+    def keep_epoch_if_due(self) -> None:
+        """Keeps a checkpoint of every CHECKPOINT_EVERY-th epoch."""
+        every, epoch = self.config.CHECKPOINT_EVERY, self.progress["epoch"]
+        if every and self.progress["position"] == 0 and epoch % every == 0:
+            self.save(f"epoch_{epoch:04d}.pt")
+
+    def interrupted(self) -> None:
+        """Saves a run that shall stop here."""
+        self.save("last.pt")
+        self.log.close()
+        self.bar.close()
+        print(f"interrupted and saved at step {self.progress['step']}: go on with --resume {self.name}")
+
+    def finished(self) -> None:
+        """Saves and publishes the final checkpoint, draws with it and says where everything is."""
+        self.bar.close()
+        final, published = self.folder / "final.pt", checkpoints.FOLDER / "ddpm_final.pt"
+        self.save("final.pt")
+        checkpoints.publish(final, self.folder / "last.pt")
+        checkpoints.publish(final, published)
+        self.draw_grid("final.png")
+        self.log.close()
+        on_gpu = self.step.device.type == "cuda"
+        memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if on_gpu else ""
+        print(
+            f"done: {self.progress['images']:,} images in {self.progress['seconds']:.0f} s{memory}, "
+            f"validation loss {self.validation:.4f}\n"
+            f"  model     {published} (checkpoints of the run: {self.folder}/)\n"
+            f"  pictures  {self.log.folder / 'final.png'}, loss.png, grids along the way\n"
+            f"  scalars   tensorboard --logdir {self.log.folder}\n"
+            f"  next      python inference.py"
+        )
 
 
 def describe(step: Step) -> str:

@@ -155,11 +155,13 @@ def test_lite0_sees_images_resized_as_by_pillow():
 
 
 def test_checkpoints_give_table_json_and_pictures(folder, monkeypatch, capsys):
-    paths = ["checkpoints/run/late.pt", "checkpoints/run/early.pt"]
+    paths, load, read = ["checkpoints/run/late.pt", "checkpoints/run/early.pt"], checkpoints.load, []
+    monkeypatch.setattr(checkpoints, "load", lambda path: read.append(str(path)) or load(path))
     monkeypatch.setattr(evaluate.metrics, "fetch_inception", no_network)
     flags = ["--num_samples", "6", "--seeds", "3", "--steps", "2", "--sampler", "heun"]
     assert command(monkeypatch, "--checkpoint", *paths, *flags) == 0
     out = capsys.readouterr().out
+    assert read == paths  # each once
     assert "FID is left out: no network here" in out and "FD-Lite0" in out
     label = "results/evaluate-run-late-and-1-more-heun-2-6-vs-real"
     found = json.loads(Path(f"{label}.json").read_text())

@@ -16,7 +16,7 @@ from PIL import Image
 
 import inference
 from ddpm_model import DDPMModel
-from engine import drawing, plots
+from engine import checkpoints, drawing, plots
 from engine.command_line import run
 from engine.errors import UserError
 
@@ -169,6 +169,22 @@ def test_interpolation_between_files_reproduces_them(folder, monkeypatch):
     summary = json.loads((only("interpolate-*") / "summary.json").read_text())
     assert min(summary["psnr"]) > 30
     assert Image.open(only("interpolate-*") / "interpolation.gif").n_frames == 6  # there and back
+
+
+def test_training_images_are_those_of_the_checkpoint_which_is_read_once(folder, monkeypatch):
+    (folder / "real").mkdir()
+    for i in range(4):
+        Image.new("RGB", (16, 16), (40 * i + 60, 128, 128)).save(folder / "real" / f"{i}.png")
+    path, read, load = Path("checkpoints/ddpm_final.pt"), [], checkpoints.load
+    config = {"DATASET": "folder", "IMAGE_SIZE": 16, "DATA_DIR": "real"}
+    checkpoints.save(path, load(path) | {"config": config})
+    monkeypatch.setattr(checkpoints, "load", lambda path: read.append(path) or load(path))
+    given, interpolate = [], DDPMModel.interpolate
+    monkeypatch.setattr(
+        DDPMModel, "interpolate", lambda model, *ends: given.extend(ends[:2]) or interpolate(model, *ends)
+    )
+    assert infer(monkeypatch, "--mode", "interpolate", "--image1", "data:1", "--image2", "data:3") == 0
+    assert [round(255 * image[0].mean().item()) for image in given] == [100, 180] and read == [path]
 
 
 def test_vary_stays_nearer_the_less_it_goes_back():

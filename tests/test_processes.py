@@ -157,19 +157,22 @@ def test_processes_that_wait_for_ever_end_when_one_is_gone(how, lost, tmp_path):
 
 
 SHARED = f"""
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
 import inference
 from ddpm_model import DDPMModel
+from engine import checkpoints
 from engine.processes import together
 from engine.step import Step
 
+checkpoints.FOLDER, checkpoints.SHIPPED = Path("empty"), Path("checkpoints")  # as in a fresh clone
 inference.main()
 with together(str) as processes:
     rank, world = processes.process_index, processes.num_processes
-    model = DDPMModel().load_model("checkpoints/ddpm_final.pt")
+    model = DDPMModel().load_model("checkpoints/cifar10.safetensors")
     drawn = inference.batch_generate(model, total_samples=10, batch_size=3, seed=5, sampler="ddpm")
     step = Step(model, SimpleNamespace(**{SETTINGS | {"BATCH_SIZE": 16}}), rank, world)
     loss, norm = step(torch.load("images.pt")[16 * rank :][:16], 3, 1e-3)
@@ -185,10 +188,11 @@ def shared(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shared")
     torch.manual_seed(0)
     model = DDPMModel(image_size=16, dim=8, dim_mults=(1, 2), timesteps=20, sampling_timesteps=2)
-    model.save_model(folder / "checkpoints/ddpm_final.pt")
+    model.save_model(folder / "checkpoints/cifar10.safetensors")
     torch.save(torch.randint(256, (32, 3, 16, 16), dtype=torch.uint8), folder / "images.pt")
     (folder / "shared.py").write_text(SHARED)
     output = finish(torchrun(folder, "shared.py", *BATCH, "two"))
+    assert output.count("nothing was trained in empty/ yet") == 1
     assert output.count("batch: 600 images: images.npz") == 1
     return folder
 
@@ -201,7 +205,7 @@ def test_two_processes_draw_what_one_draws(shared, monkeypatch):
     assert one.read_bytes() == two.read_bytes() and len(np.unique(np.load(one)["images"], axis=0)) == 600
     summary = json.loads((two.parent / "summary.json").read_text())
     assert summary["processes"] == 2 and summary["seeds"] == list(range(600))
-    model = DDPMModel().load_model("checkpoints/ddpm_final.pt")
+    model = DDPMModel().load_model("checkpoints/cifar10.safetensors")
     drawn = inference.batch_generate(model, total_samples=10, batch_size=3, seed=5, sampler="ddpm")
     for rank in range(2):  # the processes have one thread each, this one may have more and round otherwise
         other = torch.load(f"rank{rank}.pt", weights_only=True)["drawn"]
@@ -210,7 +214,7 @@ def test_two_processes_draw_what_one_draws(shared, monkeypatch):
 
 def test_half_a_batch_in_each_of_two_processes_is_a_step_of_the_whole(shared, monkeypatch):
     monkeypatch.chdir(shared)
-    step = Step(DDPMModel().load_model("checkpoints/ddpm_final.pt"), SimpleNamespace(**SETTINGS))
+    step = Step(DDPMModel().load_model("checkpoints/cifar10.safetensors"), SimpleNamespace(**SETTINGS))
     loss, norm = step(torch.load("images.pt", weights_only=True), 3, 1e-3)
     for rank in range(2):
         two = torch.load(f"rank{rank}.pt", weights_only=True)
