@@ -176,8 +176,8 @@ class Record:
         images = torch.cat([self.step.ema.sample(len(seeds), seed=seeds).cpu() for seeds in some])
         self.log.grid(images, self.progress["step"], file)
 
-    def save(self, file: str) -> None:
-        """Writes a checkpoint; a full disk is fatal to the final one alone."""
+    def save(self, file: str) -> bool:
+        """Writes a checkpoint and says whether that worked; a full disk is fatal to the final one alone."""
         state = {"version": VERSION, "run": self.name, "architecture": self.step.model.architecture}
         state |= {"config": self.config.as_dict(), "data": self.data, "progress": self.progress, "rng": rng()}
         try:
@@ -185,7 +185,9 @@ class Record:
         except OSError as problem:
             if file == "final.pt":
                 raise
-            print(f"{self.folder / file} COULD NOT BE SAVED ({problem.strerror}): free some space; training goes on")
+            print(f"{self.folder / file} COULD NOT BE SAVED ({problem.strerror}): free some space")
+            return False
+        return True
 
     def save_if_due(self) -> None:
         """Saves every SAVE_MINUTES."""
@@ -213,10 +215,11 @@ class Record:
 
     def interrupted(self) -> None:
         """Saves a run that shall stop here."""
-        self.save("last.pt")
+        saved = self.save("last.pt")
         self.log.close()
         self.bar.close()
-        print(f"interrupted and saved at step {self.progress['step']}: go on with --resume {self.name}")
+        state = f"interrupted {'and saved' if saved else 'and NOT saved'} at step {self.progress['step']}"
+        print(f"{state}: {how_to_go_on(self.name)}")
 
     def finished(self) -> None:
         """Saves and publishes the final checkpoint, draws with it and says where everything is."""
