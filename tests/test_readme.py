@@ -44,7 +44,7 @@ def test_every_block_is_tested():
 def test_inference_block(folder):
     names = execute(block("batch_generate").replace("total_samples=1000", "total_samples=3"))
     assert names["samples"].shape == (16, 3, 16, 16)
-    assert names["way"].shape == (1, 21, 3, 16, 16)
+    assert names["way"].shape == (1, 15, 3, 16, 16)
     assert names["between"].shape == (10, 3, 16, 16)
     assert names["others"].shape == (4, 3, 16, 16)
     assert names["mended"].shape == (1, 3, 16, 16)
