@@ -66,10 +66,9 @@ PRESET_OF = {32: "cifar10", 64: "celeba", 96: "stl10", 128: "folder"}  # data se
 SETTINGS: dict[str, tuple[type, Setting, Any]] = {
     "PRESET": (str, Setting("whose model to measure", choices=tuple(PRESETS)), "cifar10; without a GPU shapes"),
     "IMAGE_SIZE": (int, Setting("side of the square images, pixels", 4, 1024), "the preset's"),
-    **{
-        name: (*DDPMConfig.settings()[name], "the preset's for the image size")
-        for name in ("DIM", "DIM_MULTS", "FULL_ATTENTION_SIZE")
-    },
+    "DIM": (*DDPMConfig.settings()["DIM"], "the preset's for the image size"),
+    "DIM_MULTS": (*DDPMConfig.settings()["DIM_MULTS"], ("the preset's for the image size",)),
+    "FULL_ATTENTION_SIZE": (*DDPMConfig.settings()["FULL_ATTENTION_SIZE"], "the preset's for the image size"),
     "BATCH": (
         tuple,
         Setting("images in a training step; on a GPU those between the first and the last have our fast path alone", 1),
@@ -598,7 +597,7 @@ def options_of(arguments: argparse.Namespace, gpu: bool) -> argparse.Namespace:
 def main() -> None:
     """Measures, prints as it goes, and writes after each part."""
     parser = Parser(__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer variants, fewer steps: two minutes at most")
+    parser.add_argument("--quick", action="store_true", help="fewer variants, fewer steps: some two minutes")
     parser.add_argument("--only", choices=report.PARTS, help="measure one part and keep the others of the last report")
     parser.add_argument(
         "--estimate", action="store_true", help="how long each preset would train here; measures a minute"
