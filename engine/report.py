@@ -162,7 +162,7 @@ def picture(report: dict[str, Any]) -> bytes:
             axes.margins(x=0.2)
             if part == "sampling" and rows:
                 axes.set_xscale("log")
-            axes.set(xlabel="images/s", title=f"{part}, {key}, {result.get('device', 'not measured')}")
+            axes.set(xlabel="images/s", title=f"{part}, {result.get('device', 'not measured')}\n{key}")
         curves = parts.get("curves", {"rows": []})["rows"]
         for row in curves:
             if "losses" in row:
@@ -171,7 +171,7 @@ def picture(report: dict[str, Any]) -> bytes:
                 panels[2].plot(smooth, "--" if row["kind"] == "fast" else "-", label=row["what"], linewidth=1)
                 panels[2].set(yscale="log", ylabel=f"loss, mean of {width} steps")
                 panels[2].legend()
-        panels[2].set(xlabel="step", title=f"learning curves, {key}{'' if curves else ', not measured'}")
+        panels[2].set(xlabel="step", title=f"learning curves{'' if curves else ', not measured'}\n{key}")
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=80)
     return file.getvalue()
