@@ -1,13 +1,18 @@
 """Measures this machine: training, sampling, the data path, and whether the fast path learns what plain fp32 does.
 
-    python benchmark.py                                everything: some five minutes on a GPU
-    python benchmark.py --quick --only training        two minutes at most without --only
+    python benchmark.py                                everything: nine minutes on a GPU, if foreseen rightly
+    python benchmark.py --quick --only training        a minute; two without --only
+    python benchmark.py --dim 64 --dim_mults 1,2,4,8 --full_attention_size 0     another network than the preset's
     python benchmark.py --estimate                     how long each preset would take here, and with what batch
     python benchmark.py --memory                       what trains on cards of 3, 6, 12 and 24 GiB: ten minutes
 
+The nine minutes are a sum of what such variants took one by one on an H100 with a slow host, not one run's: training
+4.5 (1 to 2 of them a compilation, most of the rest cuDNN's search for fp32 kernels), sampling 1, data 1, curves 2. What
+matters most comes first, the library's step and our fast path, and each part is written as soon as it is measured.
+
 The peers, in the same run: the step of the library's Trainer and the library's 1000 ancestral steps and, where
-diffusers is installed, its UNet2DModel with as many parameters. Each variant that could hang runs in a process of its
-own. Writes results/benchmark-<device>.json and .png; `--readme` puts all of results/ into the README's tables.
+diffusers is installed, its UNet2DModel with as many parameters, to 10 %. What hangs or dies costs its own row alone.
+Writes results/benchmark-<device>.json and .png; `--readme` puts all of results/ into the README's tables.
 """
 
 import argparse
@@ -36,7 +41,7 @@ from torch import nn
 from tqdm import tqdm
 
 import train_optimized
-from config import PRESETS, Resolved, detect_tier, resolve, tier_of
+from config import PRESETS, DDPMConfig, Resolved, detect_tier, resolve, tier_of
 from ddpm_model import DDPMModel, full_attention, per_level
 from engine import batches, measuring, report
 from engine.checkpoints import write_atomically
@@ -44,22 +49,31 @@ from engine.command_line import Parser, Setting, run
 from engine.errors import UserError
 from engine.fitting import memory_table
 from engine.measuring import Job, Processes
+from engine.samplers import SAMPLER
 from engine.sources import SHAPES_COUNT, load_images
 from engine.step import Step, amp_dtype
 from engine.training import duration
 
+NETWORK = ("IMAGE_SIZE", "DIM", "DIM_MULTS", "FULL_ATTENTION_SIZE")  # the attributes that say which network it is
 RESULTS, README = Path("results"), Path("README.md")
 IMAGES = {"cifar10": 50_000, "celeba": 202_599, "stl10": 105_000, "shapes": SHAPES_COUNT}
-SAMPLERS = (("unipc", 10), ("ddim", 50), ("dpmpp_2m", 20), ("heun", 19), ("ddpm", 50))
+SAMPLERS = (("ddim", 50), ("dpmpp_2m", 20), ("heun", 19), ("ddpm", 50))  # beside the default with its own steps
 DIFFUSERS = "diffusers' UNet2DModel"
+ALIKE = 0.1  # how much diffusers' network may have more or fewer parameters than ours
 LIMIT, CPU_LIMIT = 120.0, 900.0  # seconds that a variant may take on a GPU (compiled: twice that) and elsewhere
 CAPS = (3.0, 6.0, 12.0, 24.0)  # GiB: a card of each tier
 PRESET_OF = {32: "cifar10", 64: "celeba", 96: "stl10", 128: "folder"}  # data set whose preset is for this image size
 SETTINGS: dict[str, tuple[type, Setting, Any]] = {
     "PRESET": (str, Setting("whose model to measure", choices=tuple(PRESETS)), "cifar10; without a GPU shapes"),
     "IMAGE_SIZE": (int, Setting("side of the square images, pixels", 4, 1024), "the preset's"),
-    "DIM": (int, Setting("width of the Unet's first level, channels", 8, 1024), "the preset's"),
-    "BATCH": (tuple, Setting("images in a training step", 1), ("128,512; above 32 px the preset's; fewer on a CPU",)),
+    "DIM": (*DDPMConfig.settings()["DIM"], "the preset's for the image size"),
+    "DIM_MULTS": (*DDPMConfig.settings()["DIM_MULTS"], ("the preset's for the image size",)),
+    "FULL_ATTENTION_SIZE": (*DDPMConfig.settings()["FULL_ATTENTION_SIZE"], "the preset's for the image size"),
+    "BATCH": (
+        tuple,
+        Setting("images in a training step; on a GPU those between the first and the last have our fast path alone", 1),
+        ("128,256,512; above 32 px the preset's; fewer on a CPU",),
+    ),
     "THREADS": (int, Setting("CPU threads of what is not said to have 1", 1, 1024), "all cores"),
     "CURVE_STEPS": (
         int,
@@ -71,15 +85,33 @@ SETTINGS: dict[str, tuple[type, Setting, Any]] = {
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is measured: a preset's, perhaps of another size."""
+    """The model that is measured: a preset's, perhaps with another network."""
 
     preset: str
     image_size: int
     dim: int
+    dim_mults: tuple[int, ...]
+    full_attention_size: int
+
+    @classmethod
+    def of(cls, config: Resolved) -> "Subject":
+        """The one that a configuration describes."""
+        return cls(config.DATASET, config.IMAGE_SIZE, config.DIM, config.DIM_MULTS, config.FULL_ATTENTION_SIZE)
+
+    def network(self) -> dict[str, Any]:
+        """The attributes of the network."""
+        return {name: getattr(self, name.lower()) for name in NETWORK}
 
     def config(self, **flags: Any) -> Resolved:
         """Its configuration with the given attributes."""
-        return resolve(self.preset, detect_tier(), flags={"IMAGE_SIZE": self.image_size, "DIM": self.dim, **flags})
+        return resolve(self.preset, detect_tier(), flags=self.network() | flags)
+
+    def key(self) -> str:
+        """What its results are filed under: the preset's name where the network is the preset's, else all of it."""
+        if self == Subject.of(resolve(self.preset, detect_tier())):
+            return self.preset
+        mults = ",".join(map(str, self.dim_mults))
+        return f"{self.preset}-{self.image_size}px-dim{self.dim}-{mults}-full{self.full_attention_size}"
 
     def library_unet(self) -> Unet:
         """The library's own network of this size."""
@@ -96,15 +128,44 @@ class Subject:
         return GaussianDiffusion(self.library_unet(), image_size=self.image_size, objective=objective)
 
     def diffusers_unet(self) -> nn.Module:
-        """diffusers' network, laid out as Ho et al.'s for CIFAR-10, of the width that gives it as many parameters."""
-        from diffusers import UNet2DModel
+        """diffusers' network of the width at which it comes nearest to our parameters."""
+        ours, widths = parameters_of(self.library_unet), range(64, 1025, 32)  # it normalises groups of 32 channels
+        return ho_unet(self.image_size, min(widths, key=lambda width: abs(ho_parameters(width) - ours)))
 
-        plain, attention = ("DownBlock2D", "UpBlock2D"), ("AttnDownBlock2D", "AttnUpBlock2D")
-        down, up = zip(plain, attention, plain, plain, strict=True)
-        return UNet2DModel(
-            sample_size=self.image_size, block_out_channels=tuple(2 * self.dim * m for m in (1, 2, 2, 2)),
-            down_block_types=down, up_block_types=up[::-1], layers_per_block=2, attention_head_dim=None,
-        )  # fmt: skip
+    def without_diffusers(self) -> str:
+        """Why diffusers' network is no peer of ours here; empty if it is one."""
+        if not importlib.util.find_spec("diffusers"):
+            return "it is not installed"
+        if self.image_size % 8:
+            return f"its four levels need a multiple of 8 pixels, not {self.image_size}"
+        theirs, ours = parameters_of(self.diffusers_unet), parameters_of(self.library_unet)
+        if abs(theirs / ours - 1) > ALIKE:
+            return f"the width nearest to ours has {theirs / 1e6:.2f} M parameters, ours {ours / 1e6:.2f} M"
+        return ""
+
+
+def ho_unet(image_size: int, width: int) -> nn.Module:
+    """diffusers' network with the levels of Ho et al. (arXiv:2006.11239): half of the width at full size, then all."""
+    from diffusers import UNet2DModel
+
+    plain, attention = ("DownBlock2D", "UpBlock2D"), ("AttnDownBlock2D", "AttnUpBlock2D")
+    down, up = zip(plain, attention, plain, plain, strict=True)
+    return UNet2DModel(
+        sample_size=image_size, block_out_channels=(32 * round(width / 64), width, width, width),
+        down_block_types=down, up_block_types=up[::-1], layers_per_block=2, attention_head_dim=None,
+    )  # fmt: skip
+
+
+@functools.cache
+def ho_parameters(width: int) -> int:
+    """Parameters of ho_unet, whatever the size of the images."""
+    return parameters_of(lambda: ho_unet(32, width))
+
+
+def parameters_of(make: Callable[[], nn.Module]) -> int:
+    """Parameters of the network that make() gives, which takes no memory."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in make().parameters())
 
 
 def library_training(subject: Subject, batch: int, amp: bool, threads: int | None, round_seconds: float) -> dict:
@@ -186,8 +247,12 @@ def make_step(subject: Subject, device: torch.device, **flags: Any) -> Step:
 
 @functools.lru_cache(maxsize=1)  # one model, and so one CUDA graph, for all samplers that a process measures
 def untrained(subject: Subject, device: torch.device) -> DDPMModel:
-    """A model with new weights, on the device."""
-    return DDPMModel.from_config(subject.config()).to(device).eval()
+    """A model with new weights, on the device; with a guide, which costs the same, if training would keep one."""
+    config = subject.config()
+    model = DDPMModel.from_config(config)
+    if config.GUIDE_AT:
+        model.keep_guide()
+    return model.to(device).eval()
 
 
 def our_sampling(
@@ -197,8 +262,13 @@ def our_sampling(
     device = measuring.prepare(threads)
     model = untrained(subject, device)
     model.cuda_graph = graph
-    with torch.autocast(device.type, amp_dtype(device), enabled=amp):
-        return measuring.draw_rates(lambda: model.sample(batch, sampler=sampler, steps=steps, seed=0), batch, rounds)
+
+    def draw() -> torch.Tensor:
+        with torch.autocast(device.type, amp_dtype(device), enabled=amp):
+            return model.sample(batch, sampler=sampler, steps=steps, seed=0)
+
+    draw().cpu()
+    return measuring.draw_rates(draw, batch, rounds) | {"evaluations": model.evaluations(*model.plan(sampler, steps))}
 
 
 def library_sampling(subject: Subject, batch: int, done: int, threads: int | None) -> dict:
@@ -215,7 +285,7 @@ def library_sampling(subject: Subject, batch: int, done: int, threads: int | Non
 
     draw(1).cpu()
     rate = measuring.draw_rates(lambda: draw(done), batch, 1)["images_per_second"] * done / process.num_timesteps
-    return {"images_per_second": rate, "rounds": [rate]}
+    return {"images_per_second": rate, "rounds": [rate], "evaluations": process.num_timesteps}
 
 
 def data_path(subject: Subject, batch: int, resident: bool) -> dict:
@@ -252,7 +322,7 @@ def learning_curve(subject: Subject, batch: int, seed: int, steps: int, flags: d
 def preset_speed(preset: str, threads: int) -> dict:
     """How fast the optimised step of a preset is here and, on a GPU, how many images `fit` into one (a power of 2)."""
     config = resolve(preset, detect_tier(), train_optimized.DEFAULTS)
-    subject = Subject(preset, config.IMAGE_SIZE, config.DIM)
+    subject = Subject.of(config)
     flags = {name: getattr(config, name) for name in ("USE_AMP", "COMPILE_MODEL", "CUDA_GRAPH")}
     gpu = torch.cuda.is_available()
     batch = config.BATCH_SIZE if gpu else cpu_batch(config.IMAGE_SIZE)
@@ -283,85 +353,88 @@ def cpu_batch(image_size: int) -> int:
     return max(2, 32 * 16**2 // image_size**2)
 
 
-def training_jobs(subject: Subject, sizes: Sequence[int], threads: int, quick: bool, gpu: bool) -> Iterator[Job]:
-    """Peers and ours by precision, launching, threads and batch; the library comes first, since it is the measure."""
+def training_jobs(
+    subject: Subject, sizes: Sequence[int], threads: int, quick: bool, gpu: bool, diffusers: bool
+) -> list[Job]:
+    """Peers and ours by precision, launching, threads and batch.
+
+    The library comes first, since it is the measure, and beside it our fast path, lest a run that is cut off lack it.
+    """
     low, amp, graph, compiled = low_precision(), {"USE_AMP": True}, {"CUDA_GRAPH": True}, {"COMPILE_MODEL": True}
-    peers, own = ("peers", "ours") if gpu else ("eager", "eager")
-    # name, process (None: one for each batch), function, options, in which runs: all, full, or once (full, first batch)
-    variants: list[tuple[str, str | None, Callable[..., dict], dict, str]] = [
-        ("library's Trainer, fp32", peers, library_training, {"amp": False}, "all"),
-        (f"{DIFFUSERS}, fp32", peers, diffusers_training, {"amp": False}, "full"),
-    ]
-    if gpu:
-        variants += [
-            (f"{DIFFUSERS}, {low}", peers, diffusers_training, {"amp": True}, "all"),
-            ("library's Trainer, fp16", None, library_training, {"amp": True}, "once"),
-            ("ours, fp32", own, our_training, {"flags": {}}, "all"),
-            (f"ours, {low}", own, our_training, {"flags": amp}, "all"),
-            ("ours, fp32, CUDA graph", None, our_training, {"flags": graph}, "full"),
-            (f"ours, {low}, CUDA graph", None, our_training, {"flags": amp | graph}, "all"),
-            (f"ours, {low}, compiled", None, our_training, {"flags": amp | compiled}, "once"),
-            (f"ours, {low}, compiled, CUDA graph", None, our_training, {"flags": amp | compiled | graph}, "once"),
-        ]
-    else:
-        variants += [
-            ("ours, fp32", own, our_training, {"flags": {}}, "all"),
-            *[(f"ours, {low}", own, our_training, {"flags": amp}, "all")] * measuring.has_cpu_bf16(),
-            ("ours, fp32, compiled", None, our_training, {"flags": compiled}, "full"),
-        ]
-        one = [(f"{n}, 1 thread", p, f, o | {"threads": 1}, "full") for n, p, f, o, _ in variants if n.endswith("fp32")]
-        variants += one if threads > 1 else []
-    # as large as ours with these levels only, and made of groups of 32 channels
-    comparable = subject.config().DIM_MULTS == (1, 2, 4, 8) and subject.dim % 16 == 0
-    comparable = comparable and importlib.util.find_spec("diffusers")
-    for name, process, function, options, runs in variants:
-        if (quick and runs != "all") or (name.startswith(DIFFUSERS) and not comparable):
-            continue
-        for batch in sizes[:1] if runs == "once" else sizes:
-            common = {"subject": subject, "batch": batch, "threads": threads, "round_seconds": 0.5}
-            limit = LIMIT * (2 if "compiled" in name else 1) if gpu else CPU_LIMIT
-            yield Job({"what": name, "batch": batch}, process or f"{name} {batch}", function, common | options, limit)
+    limit = LIMIT if gpu else CPU_LIMIT
+
+    def ours(what: str, batch: int, flags: dict[str, bool], process: str = "steps", threads: int = threads) -> Job:
+        options = {"subject": subject, "batch": batch, "flags": flags, "threads": threads, "round_seconds": 0.5}
+        allowed = limit * (2 if "COMPILE_MODEL" in flags else 1)
+        return Job({"what": f"ours, {what}", "batch": batch}, process, our_training, options, allowed)
+
+    def peer(what: str, batch: int, amp: bool = False, threads: int = threads) -> Job:
+        measure = diffusers_training if what.startswith(DIFFUSERS) else library_training
+        options = {"subject": subject, "batch": batch, "amp": amp, "threads": threads, "round_seconds": 0.5}
+        return Job({"what": what, "batch": batch}, "steps", measure, options, limit)
+
+    library, fast = "library's Trainer, fp32", f"{low}, CUDA graph"
+    if not gpu:
+        jobs = []
+        for batch in sizes:
+            jobs += [peer(library, batch), ours("fp32", batch, {})]
+            jobs += [ours(low, batch, amp)] * measuring.has_cpu_bf16()
+            if quick:
+                continue
+            jobs += [peer(f"{DIFFUSERS}, fp32", batch)] * diffusers
+            if threads > 1:
+                jobs += [peer(f"{library}, 1 thread", batch, threads=1), ours("fp32, 1 thread", batch, {}, threads=1)]
+            jobs += [ours("fp32, compiled", batch, compiled, f"compiled {batch}")]
+        return jobs
+    first, ends = sizes[0], dict.fromkeys((sizes[0], sizes[-1]))
+    jobs = [job for batch in ends for job in (peer(library, batch), ours(fast, batch, amp | graph))]
+    jobs += [ours(fast, batch, amp | graph) for batch in sizes[1:-1]]
+    jobs += [ours(low, first, amp)]
+    if quick:
+        return jobs
+    jobs += [ours("fp32", first, {})]
+    jobs += [peer(f"{DIFFUSERS}, {low}", batch, amp=True) for batch in ends if diffusers]
+    return [*jobs, ours(f"{low}, compiled, CUDA graph", first, amp | compiled | graph, "compiled")]
 
 
 def sampling_jobs(subject: Subject, threads: int, quick: bool, gpu: bool) -> Iterator[Job]:
-    """The library's 1000 ancestral steps, then ours by precision, launching, batch, sampler and steps."""
-    low, few = low_precision(), SAMPLERS[:2]
+    """The library's 1000 ancestral steps, then ours: first as DDPMModel.sample draws unless told otherwise."""
+    low, default = low_precision(), [(SAMPLER, subject.config().SAMPLING_TIMESTEPS)]
+    samplers = default if quick else [*default, *SAMPLERS]
     small, large = (64, 256) if gpu else (4, 16)
-    done = (50 if quick else 1000) if gpu else 5
+    done = (50 if quick else 250) if gpu else 5
     common = {"subject": subject, "threads": threads}
     limit = LIMIT if gpu else CPU_LIMIT
-    row = {"what": "library, fp32", "sampler": "ddpm", "steps": 1000, "batch": small}
-    row["what"] += f" ({done} of 1000 steps)" if done < 1000 else ""
-    yield Job(row, "eager", library_sampling, common | {"batch": small, "done": done}, limit)
-    # name, process, mixed precision, CUDA graph, batch, samplers
-    variants: list[tuple[str, str, bool, bool, int, Sequence[tuple[str, int]]]] = [
-        ("ours, fp32", "eager", False, False, small, few),
-    ]
+    row = {"what": f"library, fp32 ({done} of 1000 steps)", "sampler": "ddpm", "steps": 1000, "batch": small}
+    yield Job(row, "samples", library_sampling, common | {"batch": small, "done": done}, limit)
+    # name, mixed precision, CUDA graph, batch, samplers
+    variants: list[tuple[str, bool, bool, int, Sequence[tuple[str, int]]]]
     if gpu:
-        variants += [
-            (f"ours, {low}", "eager", True, False, small, few),
-            ("ours, fp32, CUDA graph", "fp32", False, True, small, few),
-            (f"ours, {low}, CUDA graph", "small", True, True, small, SAMPLERS),
-            (f"ours, {low}, CUDA graph", "large", True, True, large, SAMPLERS),
-        ]
-        variants = [variants[0], (*variants[-1][:5], few)] if quick else variants
-    elif not quick:
-        variants += [("ours, fp32", "eager", False, False, large, SAMPLERS)]
-        variants += [(f"ours, {low}", "eager", True, False, large, few)] * measuring.has_cpu_bf16()
-    for name, process, amp, graph, batch, samplers in variants:
-        for sampler, steps in samplers:
+        variants = [
+            (f"ours, {low}, CUDA graph", True, True, large, samplers),
+            (f"ours, {low}, CUDA graph", True, True, small, default),
+            ("ours, fp32, CUDA graph", False, True, small, default),
+            (f"ours, {low}", True, False, small, default),
+            ("ours, fp32", False, False, small, default),
+        ][: 1 if quick else None]
+    else:
+        variants = [("ours, fp32", False, False, small, default)]
+        if not quick:
+            variants += [("ours, fp32", False, False, large, samplers)]
+            variants += [(f"ours, {low}", True, False, large, default)] * measuring.has_cpu_bf16()
+    for name, amp, graph, batch, drawn in variants:
+        for sampler, steps in drawn:
             row = {"what": name, "sampler": sampler, "steps": steps, "batch": batch}
             options = {"batch": batch, "sampler": sampler, "steps": steps, "amp": amp, "graph": graph}
-            yield Job(
-                row, process, our_sampling, common | options | {"rounds": 1 if quick else measuring.ROUNDS}, limit
-            )
+            options["rounds"] = 1 if quick else measuring.ROUNDS
+            yield Job(row, "samples", our_sampling, common | options, limit)
 
 
 def data_jobs(subject: Subject, batch: int) -> Iterator[Job]:
     """The two ways in which images reach a GPU."""
     for name, resident in (("on the GPU", True), ("from 8 workers", False)):
         options = {"subject": subject, "batch": batch, "resident": resident}
-        yield Job({"what": name, "batch": batch}, name, data_path, options, LIMIT)
+        yield Job({"what": name, "batch": batch}, "data", data_path, options, LIMIT)
 
 
 def curve_jobs(subject: Subject, batch: int, steps: int, threads: int, gpu: bool) -> list[Job]:
@@ -387,7 +460,7 @@ def low_precision() -> str:
 
 def in_words(row: dict[str, Any]) -> str:
     """A row as it is printed."""
-    size = "  ".join(f"{row[key]!s:>9}" for key in ("sampler", "steps", "batch") if key in row)
+    size = "  ".join(f"{row[key]!s:>9}" for key in ("sampler", "steps", "evaluations", "batch") if key in row)
     head = f"{row['what']:36} {size}  "
     if "failed" in row:
         return f"{head}FAILED: {row['failed']}"
@@ -416,8 +489,11 @@ def measure(
     """The rows of a part, each printed as it comes."""
     flops, peak = {}, None
     if part == "training":
-        jobs = list(training_jobs(subject, options.batch, options.threads, options.quick, gpu))
-        flops = work_of(subject, diffusers=any(job.measure is diffusers_training for job in jobs))
+        without = "--quick" if options.quick else subject.without_diffusers()
+        if without:
+            print(f"{DIFFUSERS} is left out: {without}", flush=True)
+        jobs = training_jobs(subject, options.batch, options.threads, options.quick, gpu, diffusers=not without)
+        flops = work_of(subject, diffusers=not without)
         size, dtype = (8192, amp_dtype(torch.device("cuda"))) if gpu else (2048, torch.float32)
         product = {"size": size, "dtype": dtype, "threads": options.threads}
         jobs.insert(0, Job({}, jobs[0].process, measuring.matmul_rate, product, LIMIT))
@@ -502,17 +578,18 @@ def options_of(arguments: argparse.Namespace, gpu: bool) -> argparse.Namespace:
         given = getattr(arguments, name, None)
         setattr(arguments, name.lower(), None if given is None else setting.check(f"--{name.lower()}", given, kind))
     arguments.preset = arguments.preset or ("cifar10" if gpu else "shapes")
-    config = resolve(arguments.preset, detect_tier())
-    arguments.image_size = arguments.image_size or config.IMAGE_SIZE
-    arguments.dim = arguments.dim or config.DIM
-    resolve(arguments.preset, detect_tier(), flags={"IMAGE_SIZE": arguments.image_size, "DIM": arguments.dim})
-    if arguments.dim % 2:
-        raise UserError(f"--dim is {arguments.dim}, but must be even")
+    given = {name: getattr(arguments, name.lower()) for name in NETWORK}
+    flags = {name: value for name, value in given.items() if value is not None}
+    config = resolve(arguments.preset, detect_tier(), flags=flags)
+    arguments.subject = Subject.of(config)
+    if config.DIM % 2:
+        raise UserError(f"--dim is {config.DIM}, but must be even")
     if not arguments.batch:
-        of_preset = (128, 512) if arguments.image_size <= 32 else (config.BATCH_SIZE * config.GRADIENT_ACCUMULATION,)
-        arguments.batch = of_preset[: 1 if arguments.quick else None] if gpu else (cpu_batch(arguments.image_size),)
+        small = config.IMAGE_SIZE <= 32
+        usual = (128, 256, 512) if small else (config.BATCH_SIZE * config.GRADIENT_ACCUMULATION,)
+        arguments.batch = usual[: 1 if arguments.quick else None] if gpu else (cpu_batch(config.IMAGE_SIZE),)
     arguments.threads = arguments.threads or measuring.cores()
-    whole = (500 if arguments.image_size <= 32 else 100) if gpu else 200
+    whole = (500 if config.IMAGE_SIZE <= 32 else 100) if gpu else 200
     arguments.curve_steps = arguments.curve_steps or whole // (5 if arguments.quick else 1)
     return arguments
 
@@ -520,7 +597,7 @@ def options_of(arguments: argparse.Namespace, gpu: bool) -> argparse.Namespace:
 def main() -> None:
     """Measures, prints as it goes, and writes after each part."""
     parser = Parser(__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer variants, fewer steps: two minutes at most")
+    parser.add_argument("--quick", action="store_true", help="fewer variants, fewer steps: some two minutes")
     parser.add_argument("--only", choices=report.PARTS, help="measure one part and keep the others of the last report")
     parser.add_argument(
         "--estimate", action="store_true", help="how long each preset would train here; measures a minute"
@@ -554,14 +631,10 @@ def main() -> None:
     if options.estimate:
         estimate(options.threads)
         return
-    subject = Subject(options.preset, options.image_size, options.dim)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in subject.library_unet().parameters())
-    sizes = f"{subject.image_size} px, dim {subject.dim}, {parameters / 1e6:.1f} M parameters"
-    print(f"{subject.preset}: {sizes}", flush=True)
-    preset = resolve(subject.preset, detect_tier())
-    own = (subject.image_size, subject.dim) == (preset.IMAGE_SIZE, preset.DIM)
-    key = subject.preset if own else f"{subject.preset}-{subject.image_size}px-dim{subject.dim}"
+    subject, key = options.subject, options.subject.key()
+    network = {name.lower(): value for name, value in subject.network().items()}
+    network["parameters"] = parameters_of(subject.library_unet)
+    print(f"{subject.preset}: {report.network_in_words(network)}", flush=True)
     path = RESULTS / f"benchmark-{file}.json"
     if options.only == "data" and not gpu:
         raise UserError("--only data compares images on the GPU with images from workers, and there is no GPU here")
@@ -570,8 +643,7 @@ def main() -> None:
         for part in [options.only] if options.only else parts:
             rows = measure(part, subject, options, gpu, processes)
             result = {"device": name, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
-            result |= {"quick": options.quick, "image_size": subject.image_size, "dim": subject.dim}
-            whole = report.merge(path, key, part, result | {"parameters": parameters, "rows": rows})
+            whole = report.merge(path, key, part, result | {"quick": options.quick} | network | {"rows": rows})
             write_atomically(path.with_suffix(".png"), lambda file, whole=whole: file.write(report.picture(whole)))
             if part == "curves":
                 print(report.verdict(rows))

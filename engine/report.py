@@ -1,6 +1,6 @@
 """What was measured, kept: one JSON file for each device, a picture of it, and the README's tables.
 
-{preset: {part: {"device", "torch", "date", ..., "rows": [{...}, ...]}}}, part being training, sampling, data or curves.
+{key of the network: {part: {"device", "torch", "date", ..., "rows": [{...}, ...]}}}, part being one of PARTS.
 """
 
 import io
@@ -28,10 +28,10 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({problem}): delete it and measure again") from problem
 
 
-def merge(path: Path, preset: str, part: str, result: dict[str, Any]) -> dict[str, Any]:
-    """Puts a part in the place of the one of the same preset, leaves the others, and returns the whole report."""
+def merge(path: Path, key: str, part: str, result: dict[str, Any]) -> dict[str, Any]:
+    """Puts a part in the place of the one of the same key, leaves the others, and returns the whole report."""
     report = load(path)
-    report.setdefault(preset, {})[part] = result
+    report.setdefault(key, {})[part] = result
     text = json.dumps(report, indent=1)
     # a list of numbers is one line
     text = re.sub(r"\[\s+([-+.\deE,\s]+?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
@@ -70,7 +70,10 @@ def number(value: float | None) -> str:
 
 def cells(row: dict[str, Any], *, training: bool) -> list[str]:
     """A row of the training or of the sampling table."""
-    head = [row["what"]] + ([] if training else [f"`{row['sampler']}`", str(row["steps"])]) + [str(row["batch"])]
+    head = [row["what"]]
+    if not training:
+        head += [f"`{row['sampler']}`", str(row["steps"]), str(row.get("evaluations", ""))]
+    head += [str(row["batch"])]
     if "failed" in row:
         return [*head, f"failed: {row['failed']}".replace("|", "/"), *[""] * (4 if training else 1)]
     over = number(row.get("over_library"))
@@ -87,24 +90,29 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def readme_tables(reports: list[dict[str, Any]]) -> str:
-    """The README's tables of all devices, presets and parts, Markdown."""
+    """The README's tables of all devices, networks and parts, Markdown."""
     lines: list[str] = []
     for report in reports:
-        for preset, parts in report.items():
+        for key, parts in report.items():
             for part in PARTS:
                 if part in parts:
-                    lines += ["", *readme_part(preset, part, parts[part])]
+                    lines += ["", *readme_part(key, part, parts[part])]
     return "\n".join(lines).strip()
 
 
-def readme_part(preset: str, part: str, result: dict[str, Any]) -> list[str]:
-    """One part of one device and preset, Markdown lines."""
+def network_in_words(result: dict[str, Any]) -> str:
+    """Which network it is, of `image_size`, `dim`, `dim_mults`, `full_attention_size` and `parameters`."""
+    size, mults = result["full_attention_size"], ",".join(map(str, result["dim_mults"]))
+    attention = f"full attention up to {size} px" if size else "full attention at the innermost level alone"
+    parameters = f"{result['parameters'] / 1e6:.1f} M parameters"
+    return f"{result['image_size']} px, dim {result['dim']}, dim_mults {mults}, {attention}, {parameters}"
+
+
+def readme_part(key: str, part: str, result: dict[str, Any]) -> list[str]:
+    """One part of one device and network, Markdown lines."""
     titles = {"training": "Training step", "sampling": "Sampling", "data": "Data path", "curves": "Learning curves"}
-    model = (
-        f"`{preset}` ({result['image_size']} px, dim {result['dim']}, {result['parameters'] / 1e6:.1f} M parameters)"
-    )
     when = f"torch {result['torch']}, {result['date']}{', quick' if result.get('quick') else ''}"
-    lines = [f"**{titles[part]}**, {model}, {result['device']}, {when}"]
+    lines = [f"**{titles[part]}**, `{key}` ({network_in_words(result)}), {result['device']}, {when}"]
     if "note" in result:
         lines[0] += f" ({result['note']})"
     rows = result["rows"]
@@ -112,7 +120,7 @@ def readme_part(preset: str, part: str, result: dict[str, Any]) -> list[str]:
         header = ["step", "batch", "images/s", "ms", "GPU memory, GiB", "MFU", "over the library"]
         lines += ["", *table(header, [cells(row, training=True) for row in rows])]
     elif part == "sampling":
-        header = ["network", "sampler", "evaluations", "batch", "images/s", "over the library"]
+        header = ["network", "sampler", "steps", "NFE", "batch", "images/s", "over the library"]
         lines += ["", *table(header, [cells(row, training=False) for row in rows])]
     elif part == "data":
         words = [f"{row['what']} {number(row.get('images_per_second')) or 'failed'}" for row in rows]
@@ -138,10 +146,10 @@ def write_readme(path: Path, results: Path) -> None:
 
 
 def picture(report: dict[str, Any]) -> bytes:
-    """Rates of training and of sampling as bars, and learning curves, a line of panels for each preset: a PNG."""
+    """Rates of training and of sampling as bars, and learning curves, a line of panels for each network: a PNG."""
     most = max(len(parts.get(part, {}).get("rows", [])) for parts in report.values() for part in PARTS[:2])
     figure = Figure(figsize=(20, len(report) * max(4.5, 0.27 * most)), layout="constrained")
-    for (preset, parts), panels in zip(report.items(), figure.subplots(len(report), 3, squeeze=False), strict=True):
+    for (key, parts), panels in zip(report.items(), figure.subplots(len(report), 3, squeeze=False), strict=True):
         for part, axes in zip(("training", "sampling"), panels, strict=False):
             result = parts.get(part, {"rows": []})
             rows = [row for row in result["rows"] if "failed" not in row]
@@ -154,7 +162,7 @@ def picture(report: dict[str, Any]) -> bytes:
             axes.margins(x=0.2)
             if part == "sampling" and rows:
                 axes.set_xscale("log")
-            axes.set(xlabel="images/s", title=f"{part}, {preset}, {result.get('device', 'not measured')}")
+            axes.set(xlabel="images/s", title=f"{part}, {result.get('device', 'not measured')}\n{key}")
         curves = parts.get("curves", {"rows": []})["rows"]
         for row in curves:
             if "losses" in row:
@@ -163,7 +171,7 @@ def picture(report: dict[str, Any]) -> bytes:
                 panels[2].plot(smooth, "--" if row["kind"] == "fast" else "-", label=row["what"], linewidth=1)
                 panels[2].set(yscale="log", ylabel=f"loss, mean of {width} steps")
                 panels[2].legend()
-        panels[2].set(xlabel="step", title=f"learning curves, {preset}{'' if curves else ', not measured'}")
+        panels[2].set(xlabel="step", title=f"learning curves{'' if curves else ', not measured'}\n{key}")
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=80)
     return file.getvalue()

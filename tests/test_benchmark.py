@@ -1,5 +1,6 @@
 """benchmark.py: a real run, what becomes of variants that fail, its files, the README's tables and its arithmetic."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 import benchmark
+from config import resolve, tier_of
+from ddpm_model import DDPMModel
 from engine import measuring, report
 from engine.errors import UserError
 from engine.measuring import Job
@@ -22,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_a_quick_run_measures_each_part_and_writes_both_files(tmp_path):
     flags = ["--quick", "--preset=shapes", "--image_size=16", "--dim=8", "--batch=4", "--threads=1", "--curve_steps=10"]
+    flags += ["--dim_mults=1,2", "--full_attention_size=16"]
     result = subprocess.run(
         [sys.executable, str(ROOT / "benchmark.py"), *flags], cwd=tmp_path, capture_output=True, text=True
     )
@@ -29,8 +33,11 @@ def test_a_quick_run_measures_each_part_and_writes_both_files(tmp_path):
     (path,) = (tmp_path / "results").glob("benchmark-*.json")
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     ((preset, parts),) = report.load(path).items()
-    assert preset == "shapes-16px-dim8" and set(parts) == {"training", "sampling", "curves"}
+    assert preset == "shapes-16px-dim8-1,2-full16" and set(parts) == {"training", "sampling", "curves"}
     assert all(part["torch"] == torch.__version__ and part["quick"] for part in parts.values())
+    model = DDPMModel(16, 8, (1, 2), full_attn=(True, True), attn_dim_head=32)
+    assert all(part["parameters"] == sum(p.numel() for p in model.unet.parameters()) for part in parts.values())
+    assert all((part["dim_mults"], part["full_attention_size"]) == ([1, 2], 16) for part in parts.values())
     for part in ("training", "sampling"):
         rows = {row["what"]: row for row in parts[part]["rows"] if not row["what"].startswith(benchmark.DIFFUSERS)}
         library, *ours = rows.values()
@@ -85,7 +92,7 @@ def test_what_went_on_without_compilation_is_not_measured_as_compiled(monkeypatc
         return forward
 
     monkeypatch.setattr(torch, "compile", compiler)
-    subject = benchmark.Subject("shapes", 16, 8)
+    subject = benchmark.Subject("shapes", 16, 8, (1, 2, 2), 0)
     with pytest.raises(measuring.FellBack, match="no C"), measuring.nothing_given_up():
         benchmark.our_training(subject, 2, {"COMPILE_MODEL": True}, None, 0.0)
 
@@ -117,6 +124,66 @@ def test_the_tables_in_the_readme_are_those_of_the_results(tmp_path):
         report.write_readme(copy, ROOT / "results")
 
 
+LARGE = tier_of(80.0)
+
+
+def test_results_are_filed_under_the_network_that_they_are_of(monkeypatch):
+    """Fails when a preset changes: then what was measured of its former network needs the key of that one."""
+    monkeypatch.setattr(benchmark, "detect_tier", lambda: LARGE)
+    for file in (ROOT / "results").glob("benchmark-NVIDIA*.json"):
+        for key, parts in report.load(file).items():
+            for part in parts.values():
+                network = {**part, "dim_mults": tuple(part["dim_mults"])}
+                subject = benchmark.Subject(key.split("-")[0], *(network[name.lower()] for name in benchmark.NETWORK))
+                assert subject.key() == key, file
+    preset = benchmark.Subject.of(resolve("cifar10", LARGE))
+    assert preset.key() == "cifar10"
+    changed = {"image_size": 16, "dim": 64, "dim_mults": (1, 2), "full_attention_size": 8}
+    keys = {dataclasses.replace(preset, **{name: value}).key() for name, value in changed.items()}
+    assert len(keys | {"cifar10"}) == 5
+
+
+def test_a_peer_has_as_many_parameters_or_a_reason_to_be_left_out(monkeypatch):
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr(benchmark, "detect_tier", lambda: LARGE)
+    of_issue = benchmark.Subject("cifar10", 32, 64, (1, 2, 4, 8), 0)
+    for subject in (of_issue, *(benchmark.Subject.of(resolve(name, LARGE)) for name in ("cifar10", "celeba", "stl10"))):
+        assert not subject.without_diffusers()
+        with torch.device("meta"):
+            peer, ours = subject.diffusers_unet(), DDPMModel.from_config(subject.config()).unet
+        assert sum(p.numel() for p in peer.parameters()) == pytest.approx(
+            sum(p.numel() for p in ours.parameters()), rel=0.1
+        )
+    assert "parameters" in dataclasses.replace(of_issue, dim=8).without_diffusers()
+    assert "multiple of 8" in benchmark.Subject("cifar10", 20, 64, (1, 2), 0).without_diffusers()
+
+
+def test_on_a_gpu_the_library_and_the_fast_path_come_first_and_one_variant_is_compiled():
+    subject = benchmark.Subject("cifar10", 32, 64, (1, 2, 4, 8), 0)
+    jobs = benchmark.training_jobs(subject, (128, 256, 512), 1, quick=False, gpu=True, diffusers=True)
+    rows = [(job.row["what"], job.row["batch"]) for job in jobs]
+    library, fast = "library's Trainer, fp32", "ours, bf16, CUDA graph"
+    assert rows[:4] == [(library, 128), (fast, 128), (library, 512), (fast, 512)]
+    assert [what for what, batch in rows if batch == 256] == [fast]
+    assert sum("compiled" in what for what, _ in rows) == 1 and len(rows) == len(set(rows))
+    quick = benchmark.training_jobs(subject, (128,), 1, quick=True, gpu=True, diffusers=False)
+    assert [(job.row["what"], job.row["batch"]) for job in quick][:2] == rows[:2] and len(quick) < 4
+
+
+def test_sampling_is_measured_as_a_user_samples_guide_and_all():
+    subject = benchmark.Subject("cifar10", 16, 8, (1, 2), 0)
+    first = next(job for job in benchmark.sampling_jobs(subject, 1, quick=True, gpu=False) if "ours" in job.row["what"])
+    assert (first.row["sampler"], first.row["steps"]) == ("unipc", resolve("cifar10", LARGE).SAMPLING_TIMESTEPS)
+    model, calls = benchmark.untrained(subject, torch.device("cpu")), []
+    for network in (model.unet, model.guide):
+        network.register_forward_hook(lambda *_: calls.append(1))
+    result = first.measure(**first.options)
+    assert len(calls) == 2 * result["evaluations"]  # one draw before the clock starts, one on it
+    assert first.row["steps"] < result["evaluations"] <= 20
+    cells = report.cells(first.row | result, training=False)
+    assert cells[2:4] == [str(first.row["steps"]), str(result["evaluations"])]
+
+
 def test_utilisation_is_the_arithmetic_over_what_the_device_does():
     height, width, channels, features = 6, 10, 3, 5
     work = measuring.training_flops(lambda: nn.Conv2d(channels, features, 3, padding=1), (1, channels, height, width))
@@ -138,5 +205,5 @@ def test_the_verdict_compares_the_fast_path_with_the_spread_of_seeds():
 
 def test_the_estimate_is_what_the_preset_trains_on_over_the_speed():
     line = benchmark.in_time("cifar10", {"images_per_second": 1000.0, "fit": 4096})
-    hours = 200 * (49_484 // 256) * 256 / 1000 / 3600  # 200 epochs of the images that are not held out
-    assert f"{hours:.1f} hours (200 epochs, 9.88 M images at 1,000 images/s)" in line and "up to 4096" in line
+    minutes = 120 * (49_484 // 256) * 256 / 1000 / 60  # 120 epochs of the images that are not held out
+    assert f"{minutes:.1f} minutes (120 epochs, 5.93 M images at 1,000 images/s)" in line and "up to 4096" in line
