@@ -345,8 +345,8 @@ class DDPMModel(nn.Module):
         """Images between two given ones, each (C, H, W) or (1, C, H, W) in [0, 1]: (num_steps, C, H, W).
 
         Both are encoded to x_T by DDIM run backwards, `steps` evaluations each; what lies on the arc between the
-        codes is decoded with the sampler. Without the guide, which the given images were not drawn with. Raises
-        UserError for images of another size or fewer than 2 images.
+        codes is decoded with the sampler. Both go without the guide, which would lead the ends away from the given
+        images. Raises UserError for images of another size or fewer than 2 images.
         """
         if num_steps < 2:
             raise UserError(f"num_steps is {num_steps}, but an interpolation has at least its 2 ends")

@@ -353,11 +353,12 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
         settings["batch_size"] = settings["batch_size"] or from_first(
             fitting_batch(model, settings["use_amp"])
         )  # before it is compiled
-        if settings["channels_last"]:
-            model.unet.to(memory_format=torch.channels_last)
-        if settings["compile_model"]:
-            model.cuda_graph = False
-            model.unet.compile()
+        for network in [model.unet] if model.guide is None else [model.unet, model.guide]:
+            if settings["channels_last"]:
+                network.to(memory_format=torch.channels_last)
+            if settings["compile_model"]:
+                model.cuda_graph = False
+                network.compile()
         if not settings["steps"]:
             settings["steps"] = model.num_timesteps if sampler == "ddpm" else model.sampling_timesteps
         # says what is wrong before anything is drawn
