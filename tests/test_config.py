@@ -125,7 +125,7 @@ def test_help_shows_every_flag_with_its_default(capsys):
         (["--objective", "pred_vv"], "OBJECTIVE is 'pred_vv'; did you mean pred_v"),
         (["--dataset", "cifar"], "did you mean cifar10"),
         (["--image_size", "30"], "need a multiple of"),
-        (["--timesteps", "10"], "SAMPLING_TIMESTEPS is 20, but must be at most TIMESTEPS, 10"),
+        (["--timesteps", "10"], "SAMPLING_TIMESTEPS is 14, but must be at most TIMESTEPS, 10"),
         (["--minutes", "0"], "set one of them"),
         (["--config", "nowhere.py:Mine"], "nowhere.py, which does not exist"),
         (["--config", "Mine"], "must look like my_config.py:MyConfig"),
