@@ -1,4 +1,4 @@
-"""Checks an installation from end to end: ten checks, about a minute and a half on two CPU cores, no network.
+"""Checks an installation from end to end: ten checks, about a minute on two CPU cores, no network.
 
     python demo.py                 everything on the built-in shapes
     python demo.py --full          also CIFAR-10, which is fetched if it is not in data/

@@ -417,9 +417,7 @@ def _momentum(gradient, mean, ahead, factor, good, count, momentum, SIZE: tl.con
         tl.store(ahead + at, tl.zeros([SIZE], tl.float32), inside)
 
 
-def momentum(
-    gradient: Tensor, mean: Tensor, ahead: Tensor, factor: Tensor, good: Tensor, momentum: float
-) -> None:  # fmt: skip
+def momentum(gradient: Tensor, mean: Tensor, ahead: Tensor, factor: Tensor, good: Tensor, momentum: float) -> None:
     """engine.optimizer.Muon.ahead in one pass, into `ahead`: all vectors are contiguous, factor and good scalars."""
     if gradient.numel():
         _momentum[(triton.cdiv(gradient.numel(), 2048),)](

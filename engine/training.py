@@ -176,8 +176,11 @@ class Record:
         images = torch.cat([self.step.ema.sample(len(seeds), seed=seeds).cpu() for seeds in some])
         self.log.grid(images, self.progress["step"], file)
 
-    def save(self, file: str) -> bool:
-        """Writes a checkpoint and says whether that worked; a full disk is fatal to the final one alone."""
+    def save(self, file: str, otherwise: str = "training goes on") -> bool:
+        """Writes a checkpoint; a full disk is fatal to the final one alone.
+
+        Returns whether that worked, and prints what happens otherwise.
+        """
         state = {"version": VERSION, "run": self.name, "architecture": self.step.model.architecture}
         state |= {"config": self.config.as_dict(), "data": self.data, "progress": self.progress, "rng": rng()}
         try:
@@ -185,7 +188,7 @@ class Record:
         except OSError as problem:
             if file == "final.pt":
                 raise
-            print(f"{self.folder / file} COULD NOT BE SAVED ({problem.strerror}): free some space")
+            print(f"{self.folder / file} COULD NOT BE SAVED ({problem.strerror}): free some space; {otherwise}")
             return False
         return True
 
@@ -215,7 +218,7 @@ class Record:
 
     def interrupted(self) -> None:
         """Saves a run that shall stop here."""
-        saved = self.save("last.pt")
+        saved = self.save("last.pt", otherwise="the run stops here")
         self.log.close()
         self.bar.close()
         state = f"interrupted {'and saved' if saved else 'and NOT saved'} at step {self.progress['step']}"
