@@ -110,8 +110,19 @@ class Rows(Dataset):
     def __init__(self, images: np.ndarray, order: np.ndarray):
         self.images, self.order = images, order
 
+    def __reduce__(self):
+        """A worker that is not forked opens the file itself: pickled, the map would be a copy of all images."""
+        if isinstance(self.images.base, mmap.mmap):
+            return opened, (self.images.filename, self.images.offset, self.images.shape, self.order)
+        return Rows, (self.images, self.order)
+
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, step: int) -> Tensor:
         return torch.from_numpy(self.images[self.order[step]])
+
+
+def opened(path: str, offset: int, shape: tuple[int, ...], order: np.ndarray) -> Rows:
+    """Rows of the uint8 images that lie in a file from `offset` on."""
+    return Rows(np.memmap(path, np.uint8, "r", offset, shape), order)

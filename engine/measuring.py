@@ -79,6 +79,7 @@ class Child:
 def serve(pipe: Connection) -> None:
     """The loop of a Child's process: answers each job with a dict, or with the reason for its failure."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    multiprocessing.set_start_method(None, force=True)  # what a job starts, it starts as a training run would
     while True:
         try:
             job = pipe.recv()

@@ -189,7 +189,8 @@ class Step:
 
     def give_up(self, what: str, flag: str, problem: Exception) -> None:
         """Says that training goes on without something."""
-        reason = str(problem).strip().splitlines()[0]
+        lines = [line for line in (str(problem) or repr(problem)).split("Set TORCH")[0].splitlines() if line.strip()]
+        reason = " ... ".join(dict.fromkeys((lines[0], lines[-1])))  # what failed, and why where that is told last
         print(f"{what} FAILED, going on without it ({flag} is the same): {reason}")
 
     @torch.no_grad()

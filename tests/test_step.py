@@ -1,6 +1,7 @@
 """The training step: what it computes, and what it does when something goes wrong."""
 
 import copy
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from ddpm_model import DDPMModel
-from engine.batches import Batches, split
+from engine.batches import Batches, Rows, split
 from engine.errors import UserError
 from engine.step import Step, draw, ema_decay, learning_rate
 from engine.training import MOST_SKIPPED_IN_A_ROW
@@ -224,3 +225,13 @@ def test_an_epoch_is_every_training_image_once_shared_out_over_the_processes():
         Batches(data, 256, 0, torch.device("cpu"), 1)
     with pytest.raises(UserError, match="cannot be shared equally by 3"):
         Batches(data, 16, 0, torch.device("cpu"), 1, 0, 3)
+
+
+def test_workers_that_are_not_forked_get_the_path_of_a_memory_map_not_its_images(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (64, 3, 8, 8), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    mapped, order = np.load(tmp_path / "images.npy", mmap_mode="r"), np.array([[5, 2, 63], [0, 7, 7]])
+    for there in (mapped, mapped[::-1], images):
+        pickled = pickle.dumps(Rows(there, order))
+        assert (len(pickled) < 1000) == (there is mapped)
+        assert np.array_equal(pickle.loads(pickled)[1], there[order[1]])
