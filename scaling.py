@@ -7,7 +7,8 @@
 Weak scaling: the batch of each GPU stays, so perfect is N times the images/s. Strong scaling: the effective batch stays
 and is shared out. Efficiency is images/s over N times those of one GPU. Last, the same seed and effective batch are
 trained on the built-in shapes with each number of GPUs; the validation losses should differ no more than those of three
-seeds on one GPU do. The third command tries all of it without a GPU. Writes results/scaling-<device>.json and .png.
+seeds on one GPU do. The third command tries all of it without a GPU. Writes results/scaling-<device>.json and .png,
+from which `python benchmark.py --readme` makes the table in the README.
 """
 
 import argparse
@@ -245,7 +246,7 @@ def main() -> None:
         ("steps", int, 500, "training steps before validation losses are compared, 0: none"),
         ("seconds", float, 1.5, "length of each of 3 rounds, seconds"),
         ("time_limit", float, 300.0, "for each number of processes, seconds"),
-        ("dim", int, 0, "width of both models, channels, 0: the presets' 64 and 160"),
+        ("dim", int, 0, "width of both models, channels, 0: the presets' 128 and 160"),
         ("image_size", int, 0, "size of the images of both, pixels, 0: the presets' 32 and 96"),
     ):
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default

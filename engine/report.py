@@ -16,7 +16,6 @@ from engine.checkpoints import write_atomically
 from engine.errors import UserError
 
 PARTS = ("training", "sampling", "data", "curves")
-BEGIN, END = "<!-- tables of benchmark.py -->", "<!-- end of the tables of benchmark.py -->"
 LAST = 100  # steps at the end of a learning curve whose mean counts, or its last fifth if that is shorter
 
 
@@ -134,15 +133,38 @@ def readme_part(key: str, part: str, result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def scaling_tables(reports: list[dict[str, Any]]) -> str:
+    """The README's tables of what scaling.py measured, one for each device, and what it says of the losses."""
+    header = ["scaling", "preset", "GPUs", "batch a GPU", "images/s", "efficiency"]
+    lines: list[str] = []
+    for report in reports:
+        speeds = [row for row in report["rows"] if row["kind"] != "loss"]
+        speeds.sort(key=lambda row: (row["kind"], row["preset"], row["kind"] == "weak" and row["batch"]))
+        rows = [
+            [
+                row["kind"], f"{row['preset']}, {row['image_size']} px, dim {row['dim']}", str(row["processes"]),
+                str(row["batch"]), number(row["images_per_second"]),
+                f"{100 * row['efficiency']:.1f} %" if row["efficiency"] else "",
+            ]
+            for row in speeds
+        ]  # fmt: skip
+        lines += ["", f"**Scaling**, {report['device']}, torch {report['torch']}; {report['agreement']}", ""]
+        lines += table(header, rows)
+    return "\n".join(lines).strip()
+
+
 def write_readme(path: Path, results: Path) -> None:
-    """Puts the tables of results/benchmark-*.json between the two marks of a README; raises UserError without marks."""
+    """Puts the tables of results/ between the marks of a README; raises UserError where marks are missing."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f"{path} has no lines {BEGIN} and {END} between which the tables could go")
-    tables = readme_tables([load(file) for file in sorted(results.glob("benchmark-*.json"))])
-    write_atomically(path, lambda file: file.write(f"{before}{BEGIN}\n{tables}\n{END}{after}".encode()))
+    for name, tables_of in (("benchmark", readme_tables), ("scaling", scaling_tables)):
+        begin, end = f"<!-- tables of {name}.py -->", f"<!-- end of the tables of {name}.py -->"
+        before, found, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not found or not closed:
+            raise UserError(f"{path} has no lines {begin} and {end} between which the tables could go")
+        tables = tables_of([load(file) for file in sorted(results.glob(f"{name}-*.json"))])
+        text = f"{before}{begin}\n{tables}\n{end}{after}"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def picture(report: dict[str, Any]) -> bytes:

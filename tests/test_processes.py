@@ -32,7 +32,8 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs the p
 
 
 def start(folder: Path, arguments: list[str], **environment: str) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     return subprocess.Popen(arguments, cwd=folder, env=environment, text=True, **pipes)
 
