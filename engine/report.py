@@ -1,4 +1,4 @@
-"""What was measured, kept: one JSON file for each device, a picture of it, and the README's tables.
+"""What was measured, kept: one JSON file for each device, a picture of it, and the README's tables (scaling.py's too).
 
 {key of the network: {part: {"device", "torch", "date", ..., "rows": [{...}, ...]}}}, part being one of PARTS.
 """
@@ -135,18 +135,21 @@ def readme_part(key: str, part: str, result: dict[str, Any]) -> list[str]:
 
 def scaling_tables(reports: list[dict[str, Any]]) -> str:
     """The README's tables of what scaling.py measured, one for each device, and what it says of the losses."""
-    header = ["scaling", "preset", "GPUs", "batch a GPU", "images/s", "efficiency"]
+    header = ["scaling", "preset", "processes", "batch of each", "images/s", "efficiency"]
     lines: list[str] = []
     for report in reports:
-        speeds = [row for row in report["rows"] if row["kind"] != "loss"]
-        speeds.sort(key=lambda row: (row["kind"], row["preset"], row["kind"] == "weak" and row["batch"]))
+        speeds = {"weak": [], "strong": []}  # the same work by more and more processes is one below the other
+        for row in report["rows"]:
+            speeds.get(row["kind"], []).append(row)
+        speeds["weak"].sort(key=lambda row: (row["preset"], row["batch"]))
+        speeds["strong"].sort(key=lambda row: row["preset"])
         rows = [
             [
                 row["kind"], f"{row['preset']}, {row['image_size']} px, dim {row['dim']}", str(row["processes"]),
                 str(row["batch"]), number(row["images_per_second"]),
                 f"{100 * row['efficiency']:.1f} %" if row["efficiency"] else "",
             ]
-            for row in speeds
+            for row in speeds["weak"] + speeds["strong"]
         ]  # fmt: skip
         lines += ["", f"**Scaling**, {report['device']}, torch {report['torch']}; {report['agreement']}", ""]
         lines += table(header, rows)

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 import scaling
+from engine import report
 
 
 def speed(kind: str, processes: int, batch: int, rate: float, preset: str = "cifar10") -> dict:
@@ -30,6 +31,15 @@ def test_efficiency_is_over_as_many_times_one_process_of_the_same_work():
     assert [row["efficiency"] for row in rows] == [1, 1, 1, 1, 0.9, 0.5, 0.75, 0.95, None]
     assert all(str(round(row["images_per_second"])) in scaling.told(row) for row in rows)
     rows += [loss(1, seed, 0.1 + seed / 100) for seed in scaling.SEEDS] + [loss(4, 0, 0.11)]
+    table = report.scaling_tables([{"device": "none", "torch": "0", "rows": rows, "agreement": "all agree"}])
+    assert table.splitlines()[0].endswith("; all agree")
+    assert table.splitlines()[4:8] == [
+        "| weak | cifar10, 32 px, dim 64 | 1 | 128 | 100 | 100.0 % |",
+        "| weak | cifar10, 32 px, dim 64 | 4 | 128 | 360 | 90.0 % |",
+        "| weak | cifar10, 32 px, dim 64 | 1 | 512 | 300 | 100.0 % |",
+        "| weak | cifar10, 32 px, dim 64 | 4 | 512 | 600 | 50.0 % |",
+    ]
+    assert len(table.splitlines()) == 4 + 9  # the losses are no rows
     png = scaling.picture({"device": "none", "torch": "0", "rows": rows})
     assert np.asarray(Image.open(io.BytesIO(png)).convert("L")).std() > 5
 
