@@ -95,7 +95,8 @@ def measure(options: argparse.Namespace, preset: str, share: int, processes: Par
         wait(processes)
         rates.append(count * share * processes.num_processes / (time.perf_counter() - start))
     return {
-        "preset": preset, "image_size": config.IMAGE_SIZE, "dim": config.DIM, "batch": share,
+        "preset": preset, "image_size": config.IMAGE_SIZE, "dim": config.DIM,
+        "dim_mults": list(config.DIM_MULTS), "batch": share,
         "images_per_second": statistics.median(rates), "rounds": rates, "steps_a_round": count,
     }  # fmt: skip
 

@@ -135,7 +135,7 @@ def readme_part(key: str, part: str, result: dict[str, Any]) -> list[str]:
 
 def scaling_tables(reports: list[dict[str, Any]]) -> str:
     """The README's tables of what scaling.py measured, one for each device, and what it says of the losses."""
-    header = ["scaling", "preset", "processes", "batch of each", "images/s", "efficiency"]
+    header = ["scaling", "preset", "dim_mults", "processes", "batch of each", "images/s", "efficiency"]
     lines: list[str] = []
     for report in reports:
         speeds = {"weak": [], "strong": []}  # the same work by more and more processes is one below the other
@@ -145,8 +145,9 @@ def scaling_tables(reports: list[dict[str, Any]]) -> str:
         speeds["strong"].sort(key=lambda row: row["preset"])
         rows = [
             [
-                row["kind"], f"{row['preset']}, {row['image_size']} px, dim {row['dim']}", str(row["processes"]),
-                str(row["batch"]), number(row["images_per_second"]),
+                row["kind"], f"{row['preset']}, {row['image_size']} px, dim {row['dim']}",
+                ",".join(map(str, row["dim_mults"])), str(row["processes"]), str(row["batch"]),
+                number(row["images_per_second"]),
                 f"{100 * row['efficiency']:.1f} %" if row["efficiency"] else "",
             ]
             for row in speeds["weak"] + speeds["strong"]

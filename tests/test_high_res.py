@@ -169,10 +169,10 @@ def test_a_model_of_before_the_shift_still_loads(tmp_path):
 @pytest.mark.parametrize(
     ("dataset", "flags", "expected"),
     [
-        ("celeba", {}, (64, 128, (1, 2, 4, 8), 128, (False, False, True, True))),
-        ("stl10", {}, (96, 160, (1, 2, 4, 8), 64, (False, False, True, True))),
-        ("folder", {"IMAGE_SIZE": 128}, (128, 128, (1, 1, 2, 4, 8), 64, (False, False, False, True, True))),
-        ("cifar10", {"IMAGE_SIZE": 64}, (64, 128, (1, 2, 4, 8), 128, (False, False, True, True))),
+        ("celeba", {}, (64, 128, (1, 2, 2, 2), 128, (False, False, True, True))),
+        ("stl10", {}, (96, 160, (1, 2, 2, 2), 64, (False, False, True, True))),
+        ("folder", {"IMAGE_SIZE": 128}, (128, 128, (1, 1, 2, 2, 2), 64, (False, False, False, True, True))),
+        ("cifar10", {"IMAGE_SIZE": 64}, (64, 128, (1, 2, 2, 2), 128, (False, False, True, True))),
         ("cifar10", {}, (32, 128, (1, 2, 2, 2), 256, (False, True, True, True))),
     ],
 )
@@ -366,9 +366,10 @@ def test_a_checkpointed_step_is_captured_and_takes_less_memory():
 def test_a_cap_makes_a_smaller_card(capped):
     tier = detect_tier()
     assert (tier.name, tier.memory) == ("Small", 6.0)
+    left = 6 * 2**30 - torch.cuda.memory_reserved()  # earlier tests may hold some
     with pytest.raises(torch.OutOfMemoryError):
-        torch.empty(7 * 2**30, dtype=torch.uint8, device="cuda")
-    torch.empty(5 * 2**30, dtype=torch.uint8, device="cuda")
+        torch.empty(left + 2**30, dtype=torch.uint8, device="cuda")
+    torch.empty(left - 2**30, dtype=torch.uint8, device="cuda")
 
 
 @on_the_gpu

@@ -12,7 +12,7 @@ from engine import report
 
 def speed(kind: str, processes: int, batch: int, rate: float, preset: str = "cifar10") -> dict:
     row = {"kind": kind, "preset": preset, "processes": processes, "batch": batch, "images_per_second": rate}
-    return row | {"image_size": 32, "dim": 64, "rounds": [rate]}
+    return row | {"image_size": 32, "dim": 64, "dim_mults": [1, 2], "rounds": [rate]}
 
 
 def loss(processes: int, seed: int, value: float) -> dict:
@@ -34,10 +34,10 @@ def test_efficiency_is_over_as_many_times_one_process_of_the_same_work():
     table = report.scaling_tables([{"device": "none", "torch": "0", "rows": rows, "agreement": "all agree"}])
     assert table.splitlines()[0].endswith("; all agree")
     assert table.splitlines()[4:8] == [
-        "| weak | cifar10, 32 px, dim 64 | 1 | 128 | 100 | 100.0 % |",
-        "| weak | cifar10, 32 px, dim 64 | 4 | 128 | 360 | 90.0 % |",
-        "| weak | cifar10, 32 px, dim 64 | 1 | 512 | 300 | 100.0 % |",
-        "| weak | cifar10, 32 px, dim 64 | 4 | 512 | 600 | 50.0 % |",
+        "| weak | cifar10, 32 px, dim 64 | 1,2 | 1 | 128 | 100 | 100.0 % |",
+        "| weak | cifar10, 32 px, dim 64 | 1,2 | 4 | 128 | 360 | 90.0 % |",
+        "| weak | cifar10, 32 px, dim 64 | 1,2 | 1 | 512 | 300 | 100.0 % |",
+        "| weak | cifar10, 32 px, dim 64 | 1,2 | 4 | 512 | 600 | 50.0 % |",
     ]
     assert len(table.splitlines()) == 4 + 9  # the losses are no rows
     png = scaling.picture({"device": "none", "torch": "0", "rows": rows})
