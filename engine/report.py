@@ -138,11 +138,9 @@ def scaling_tables(reports: list[dict[str, Any]]) -> str:
     header = ["scaling", "preset", "dim_mults", "processes", "batch of each", "images/s", "efficiency"]
     lines: list[str] = []
     for report in reports:
-        speeds = {"weak": [], "strong": []}  # the same work by more and more processes is one below the other
-        for row in report["rows"]:
-            speeds.get(row["kind"], []).append(row)
-        speeds["weak"].sort(key=lambda row: (row["preset"], row["batch"]))
-        speeds["strong"].sort(key=lambda row: row["preset"])
+        speeds = [row for row in report["rows"] if row["kind"] != "loss"]
+        # weak first; the same work by more and more processes is one below the other
+        speeds.sort(key=lambda row: (row["kind"] != "weak", row["preset"], row["kind"] == "weak" and row["batch"]))
         rows = [
             [
                 row["kind"], f"{row['preset']}, {row['image_size']} px, dim {row['dim']}",
@@ -150,7 +148,7 @@ def scaling_tables(reports: list[dict[str, Any]]) -> str:
                 number(row["images_per_second"]),
                 f"{100 * row['efficiency']:.1f} %" if row["efficiency"] else "",
             ]
-            for row in speeds["weak"] + speeds["strong"]
+            for row in speeds
         ]  # fmt: skip
         lines += ["", f"**Scaling**, {report['device']}, torch {report['torch']}; {report['agreement']}", ""]
         lines += table(header, rows)
