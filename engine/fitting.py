@@ -84,28 +84,35 @@ def search(make: Callable[[Any], nn.Module], config: Any, room: float) -> dict[s
         try:
             tried = trial(make, split(config, micro, min(batch, 2 * micro)), steps=2)
         except (RuntimeError, FellBack):
-            if not fitted:
+            if not fitted and micro < batch:
                 raise
             tried = None  # a lack of memory that was reported as something else
         fitted = fitted or tried is not None
         print(f"  {micro} at once: {'too many' if tried is None else gib(tried['peak_gib'])}", file=sys.stderr)
         return None if tried is None else tried["peak_gib"] or 0.0
 
-    micro, taken = largest_micro_batch(peak, batch, limit)
+    micro, taken = largest_micro_batch(peak, batch, limit, whole_first=batch == config.BATCH_SIZE)
     return {"micro_batch": micro, "peak_gib": round(taken, 3)}
 
 
-def largest_micro_batch(peak: Callable[[int], float | None], batch: int, limit: float) -> tuple[int, float]:
+def largest_micro_batch(
+    peak: Callable[[int], float | None], batch: int, limit: float, whole_first: bool = False
+) -> tuple[int, float]:
     """The largest divisor of `batch` that fits, and its peak memory.
 
     peak(micro) tries one: the memory that it took, or None if it did not fit. Two small ones foretell, by a straight
-    line, which is the largest within `limit`; that is tried, and from there it goes up or down. Raises UserError if
-    not even 1 fits.
+    line, which is the largest within `limit`; that is tried, and from there it goes up or down. whole_first: the batch
+    itself is expected to fit, so that one trial may do. Raises UserError if not even 1 fits.
     """
     sizes = [size for size in range(1, batch + 1) if batch % size == 0]
     fitting: dict[int, float] = {}
     too_large = batch + 1
-    wanted = [size for size in sizes if size <= 8][-2:]
+    if whole_first:
+        taken = peak(batch)
+        if taken is not None:
+            return batch, taken
+        too_large = batch
+    wanted = [size for size in sizes if size <= 8 and size < too_large][-2:]
     while wanted:
         size = wanted.pop(0)
         taken = peak(size)

@@ -1,6 +1,7 @@
-"""What was measured, kept: one JSON file for each device, a picture of it, and the README's tables (scaling.py's too).
+"""What was measured, kept: one JSON file for each device, a picture of it, and the README's tables.
 
 {key of the network: {part: {"device", "torch", "date", ..., "rows": [{...}, ...]}}}, part being one of PARTS.
+What scaling.py and benchmark.py's --memory measured has files of its own: {"device", "torch", ..., "rows": [...]}.
 """
 
 import io
@@ -155,11 +156,33 @@ def scaling_tables(reports: list[dict[str, Any]]) -> str:
     return "\n".join(lines).strip()
 
 
+def memory_tables(reports: list[dict[str, Any]]) -> str:
+    """The README's tables of what trains on which card, of benchmark.py's --memory, one for each device."""
+    header = ["image", "card, GiB", "dim", "micro-batch x accumulation", "peak, GiB", "images/s"]
+    header += ["fp32, GiB", "mixed precision, GiB", "saved"]
+    lines: list[str] = []
+    for report in reports:
+        rows = []
+        for row in sorted(report["rows"], key=lambda row: (row["image_size"], row["cap_gib"])):
+            cells = [f"{row['image_size']} px", f"{row['cap_gib']:g}", str(row["dim"])]
+            if "failed" in row:
+                cells += [f"failed: {row['failed']}", *[""] * 5]
+            else:
+                known = row["fp32_gib"] and row["amp_gib"]
+                cells += [f"{row['micro_batch']} x {row['accumulation']}", number(row["peak_gib"])]
+                cells += [number(row[name]) for name in ("images_per_second", "fp32_gib", "amp_gib")]
+                cells += [f"{100 * (1 - row['amp_gib'] / row['fp32_gib']):.0f} %" if known else ""]
+            rows.append(cells)
+        lines += ["", f"{report['device']}, torch {report['torch']}, {report['steps']} steps each", ""]
+        lines += table(header, rows)
+    return "\n".join(lines).strip()
+
+
 def write_readme(path: Path, results: Path) -> None:
     """Puts the tables of results/ between the marks of a README; raises UserError where marks are missing."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    for name, tables_of in (("benchmark", readme_tables), ("scaling", scaling_tables)):
-        begin, end = f"<!-- tables of {name}.py -->", f"<!-- end of the tables of {name}.py -->"
+    for name, tables_of in TABLES.items():
+        begin, end = f"<!-- tables of {name} -->", f"<!-- end of the tables of {name} -->"
         before, found, rest = text.partition(begin)
         _, closed, after = rest.partition(end)
         if not found or not closed:
@@ -167,6 +190,9 @@ def write_readme(path: Path, results: Path) -> None:
         tables = tables_of([load(file) for file in sorted(results.glob(f"{name}-*.json"))])
         text = f"{before}{begin}\n{tables}\n{end}{after}"
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+TABLES = {"benchmark": readme_tables, "memory": memory_tables, "scaling": scaling_tables}  # by how the files begin
 
 
 def picture(report: dict[str, Any]) -> bytes:

@@ -199,7 +199,9 @@ def norm(
     if fused(x):
         return kernels.Norm.apply(x, bias, gain, modulation, residual, residual_bias, activated)
     y = x.float() if bias is None else x + bias.float().view(1, -1, 1, 1)
-    y = F.normalize(y, dim=1) * (gain.view(1, -1, 1, 1) * math.sqrt(x.shape[1]))
+    # F.normalize, but Triton 3.6 (torch 2.11) cannot compile what Inductor makes of its gradient in fp16
+    y = y * y.square().sum(dim=1, keepdim=True).clamp(min=1e-24).rsqrt()
+    y = y * (gain.view(1, -1, 1, 1) * math.sqrt(x.shape[1]))
     if modulation is not None:
         scale, shift = modulation[:, :, None, None].chunk(2, dim=1)
         y = torch.addcmul(shift, y, scale + 1)

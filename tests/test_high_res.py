@@ -26,7 +26,7 @@ import train_stl10_optimized
 import train_true_high_res
 from config import Tier, detect_tier, from_command_line, resolve, tier_of
 from ddpm_model import DDPMModel
-from engine import batches, fitting, memory, sources, unet
+from engine import batches, fitting, memory, report, sources, unet
 from engine.errors import UserError
 from engine.fitting import fit, largest_micro_batch, memory_table, search
 from engine.measuring import Processes, prepare
@@ -220,7 +220,8 @@ def test_a_batch_is_split_and_stays_the_same_batch():
     ("batch", "most"), [(64, 64), (64, 63), (64, 16), (64, 5), (64, 1), (96, 47), (13, 12), (13, 13), (1, 1), (7, 6)]
 )
 @pytest.mark.parametrize("truth", ["line", "above the line", "below the line", "no memory told"])
-def test_the_largest_divisor_that_fits_is_found_in_few_trials(batch, most, truth):
+@pytest.mark.parametrize("whole_first", [False, True])
+def test_the_largest_divisor_that_fits_is_found_in_few_trials(batch, most, truth, whole_first):
     tried = []
 
     def peak(micro: int) -> float | None:
@@ -231,8 +232,8 @@ def test_the_largest_divisor_that_fits_is_found_in_few_trials(batch, most, truth
 
     limit = {"line": 1.001 + 0.1 * most, "no memory told": 1.0}.get(truth, 1e9)
     largest = max(size for size in range(1, most + 1) if batch % size == 0)
-    assert largest_micro_batch(peak, batch, limit)[0] == largest
-    assert len(tried) == len(set(tried)) <= 7
+    assert largest_micro_batch(peak, batch, limit, whole_first)[0] == largest
+    assert len(tried) == len(set(tried)) <= (1 if whole_first and most == batch else 7)
     failed = [size for size in tried if size > most]
     assert failed == sorted(failed, reverse=True)  # nothing larger than what did not fit
 
@@ -259,6 +260,8 @@ def test_trials_are_real_steps(capsys):
     found = search(Hungry.from_config, tiny_config(BATCH_SIZE=8, GRADIENT_ACCUMULATION=2), room=1.0)
     assert found["micro_batch"] == 4
     assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == ["  4 at once", "  8 at once"]
+    assert search(Hungry.from_config, tiny_config(BATCH_SIZE=16), room=1.0)["micro_batch"] == 4
+    assert "16 at once: too many" in capsys.readouterr().err.splitlines()[0]
 
 
 class Here(Processes):
@@ -294,8 +297,8 @@ def test_what_was_found_is_remembered_by_card_and_configuration(tmp_path, monkey
         trials.clear()
         return fit(None, tiny_config(BATCH_SIZE=64, **changes), images, file), len(trials)
 
-    micro, count = fitted()
-    assert micro == 8 and count == 2  # 16 would take all of the 9 GiB, of which some stay free
+    micro, _ = fitted()
+    assert micro == 8 and trials == [64, 4, 8]  # 16 would take all of the 9 GiB, of which some stay free
     assert fitted() == (micro, 0)
     assert "as" in capsys.readouterr().out
     assert fitted(DIM=16)[1] > 0
@@ -323,6 +326,9 @@ def test_the_memory_table_runs_through(tmp_path, monkeypatch, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory ")]
     assert len(lines) == 2 and "4 x 1" in lines[0] and "FAILED: UserError: not even one" in lines[1]
     assert json.loads(path.read_text())["rows"] == rows
+    measured = rows[0] | {"peak_gib": 2.5, "fp32_gib": 4.0, "amp_gib": 3.0}
+    table = report.memory_tables([{"device": "card", "torch": "2", "steps": 3, "rows": [rows[1], measured]}])
+    assert "| 3 | 8 | 4 x 1 | 2.5 |" in table and "| 4 | 3 | 25 % |" in table and "failed: UserError: not even" in table
 
 
 # --- the same on a GPU
