@@ -52,7 +52,7 @@ class DDPMConfig:
     ] = 14
     GUIDANCE: Annotated[
         float, Setting("how far samples are led away from the guide's (arXiv:2406.02507), 1: not at all", 0, 10)
-    ] = 1.5
+    ] = 2.0  # of 1.5 to 2.5 the best after 8 and 20 minutes on CIFAR-10 (docs/recipe.md)
     GUIDE_AT: Annotated[
         float, Setting("share of the training after which the averaged weights are kept as the guide, 0: none", 0, 1)
     ] = 0.125  # but not before twice the warm-up: see engine.training
@@ -139,6 +139,8 @@ LARGE_IMAGES: dict[str, Any] = dict(
     FULL_ATTENTION_SIZE=24,
     # as in DDIM's CelebA model (arXiv:2010.02502): after 72 s it made no difference; small data sets are seen often
     DROPOUT=0.1,
+    # nearer than without a guide, after 72 s; more was not tried
+    GUIDANCE=1.5,
 )
 # by the smallest size that they are for
 SIZE_PRESETS: dict[int, dict[str, Any]] = {

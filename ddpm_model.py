@@ -71,7 +71,7 @@ class DDPMModel(nn.Module):
         loss_weighting: str = "min_snr",
         min_snr_gamma: float = 5.0,
         schedule_size: int = 0,
-        guidance: float = 1.5,
+        guidance: float = 2.0,
         **unet_kwargs: Any,
     ):
         super().__init__()
