@@ -84,9 +84,9 @@ def search(make: Callable[[Any], nn.Module], config: Any, room: float) -> dict[s
         try:
             tried = trial(make, split(config, micro, min(batch, 2 * micro)), steps=2)
         except (RuntimeError, FellBack):
-            if not fitted and micro < batch:
+            if not fitted and (micro < batch or batch == 1):
                 raise
-            tried = None  # a lack of memory that was reported as something else
+            tried = None  # a lack of memory that was reported as something else; if not, a smaller one tells
         fitted = fitted or tried is not None
         print(f"  {micro} at once: {'too many' if tried is None else gib(tried['peak_gib'])}", file=sys.stderr)
         return None if tried is None else tried["peak_gib"] or 0.0

@@ -75,7 +75,7 @@ def cells(row: dict[str, Any], *, training: bool) -> list[str]:
         head += [f"`{row['sampler']}`", str(row["steps"]), str(row.get("evaluations", ""))]
     head += [str(row["batch"])]
     if "failed" in row:
-        return [*head, f"failed: {row['failed']}".replace("|", "/"), *[""] * (4 if training else 1)]
+        return [*head, f"failed: {row['failed']}", *[""] * (4 if training else 1)]
     over = number(row.get("over_library"))
     if not training:
         return [*head, number(row["images_per_second"]), over]
@@ -85,8 +85,9 @@ def cells(row: dict[str, Any], *, training: bool) -> list[str]:
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table."""
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+    """Lines of a Markdown table; what a cell says must not end it."""
+    lines = (header, ["---"] * len(header), *rows)
+    return [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in lines]
 
 
 def readme_tables(reports: list[dict[str, Any]]) -> str:
@@ -164,15 +165,14 @@ def memory_tables(reports: list[dict[str, Any]]) -> str:
     for report in reports:
         rows = []
         for row in sorted(report["rows"], key=lambda row: (row["image_size"], row["cap_gib"])):
-            cells = [f"{row['image_size']} px", f"{row['cap_gib']:g}", str(row["dim"])]
+            head = [f"{row['image_size']} px", f"{row['cap_gib']:g}", str(row["dim"])]
             if "failed" in row:
-                cells += [f"failed: {row['failed']}", *[""] * 5]
-            else:
-                known = row["fp32_gib"] and row["amp_gib"]
-                cells += [f"{row['micro_batch']} x {row['accumulation']}", number(row["peak_gib"])]
-                cells += [number(row[name]) for name in ("images_per_second", "fp32_gib", "amp_gib")]
-                cells += [f"{100 * (1 - row['amp_gib'] / row['fp32_gib']):.0f} %" if known else ""]
-            rows.append(cells)
+                rows.append([*head, f"failed: {row['failed']}", *[""] * 5])
+                continue
+            known = row["fp32_gib"] and row["amp_gib"]
+            saved = f"{100 * (1 - row['amp_gib'] / row['fp32_gib']):.0f} %" if known else ""
+            measured = [number(row[name]) for name in ("peak_gib", "images_per_second", "fp32_gib", "amp_gib")]
+            rows.append([*head, f"{row['micro_batch']} x {row['accumulation']}", *measured, saved])
         lines += ["", f"{report['device']}, torch {report['torch']}, {report['steps']} steps each", ""]
         lines += table(header, rows)
     return "\n".join(lines).strip()
@@ -181,7 +181,8 @@ def memory_tables(reports: list[dict[str, Any]]) -> str:
 def write_readme(path: Path, results: Path) -> None:
     """Puts the tables of results/ between the marks of a README; raises UserError where marks are missing."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    for name, tables_of in TABLES.items():
+    makers = {"benchmark": readme_tables, "memory": memory_tables, "scaling": scaling_tables}
+    for name, tables_of in makers.items():
         begin, end = f"<!-- tables of {name} -->", f"<!-- end of the tables of {name} -->"
         before, found, rest = text.partition(begin)
         _, closed, after = rest.partition(end)
@@ -190,9 +191,6 @@ def write_readme(path: Path, results: Path) -> None:
         tables = tables_of([load(file) for file in sorted(results.glob(f"{name}-*.json"))])
         text = f"{before}{begin}\n{tables}\n{end}{after}"
     write_atomically(path, lambda file: file.write(text.encode()))
-
-
-TABLES = {"benchmark": readme_tables, "memory": memory_tables, "scaling": scaling_tables}  # by how the files begin
 
 
 def picture(report: dict[str, Any]) -> bytes:

@@ -81,6 +81,7 @@ def test_a_variant_that_fails_dies_or_hangs_is_reported_and_the_others_go_on():
     rows = [row for _, row in measuring.measured_at_once([job(fails), job(good, value=2)])]
     assert rows == [{"what": "fails", "failed": "ValueError: no such thing"}, {"what": "good", "value": 2}]
     assert "failed: ValueError: no such thing" in report.cells(rows[0] | {"batch": 8}, training=True)
+    assert report.table(["why"], [["failed: a | b"]])[-1] == "| failed: a / b |"
     assert "FAILED: ValueError" in benchmark.in_words(rows[0])
 
 

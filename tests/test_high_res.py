@@ -264,6 +264,19 @@ def test_trials_are_real_steps(capsys):
     assert "16 at once: too many" in capsys.readouterr().err.splitlines()[0]
 
 
+class Broken(DDPMModel):
+    """Fails whatever its batch."""
+
+    def forward(self, images, t, noise):
+        raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize("batch", [1, 2, 16])
+def test_what_fails_at_any_size_is_no_lack_of_memory(batch):
+    with pytest.raises(RuntimeError, match="broken"):
+        search(Broken.from_config, tiny_config(BATCH_SIZE=batch), room=1.0)
+
+
 class Here(Processes):
     """Does in this process what others do in a new one."""
 
