@@ -161,7 +161,7 @@ CPU_PRESETS: dict[str, dict[str, Any]] = {
     "shapes": dict(
         IMAGE_SIZE=16, DIM=32, DIM_MULTS=(1, 2, 2), ATTENTION_HEADS=(1, 1, 4), ATTENTION_DIM=(8, 16, 32),
         FULL_ATTENTION_SIZE=0, BATCH_SIZE=32, LEARNING_RATE=5e-3, LOSS_WEIGHTING="min_snr", WARMUP_STEPS=100,
-        EMA_DECAY=0.998, GUIDE_AT=0.25, MINUTES=4.75, SAMPLE_GRIDS=5, NUM_SAMPLES=36,
+        EMA_DECAY=0.998, GUIDE_AT=0.25, GUIDANCE=1.5, MINUTES=4.75, SAMPLE_GRIDS=5, NUM_SAMPLES=36,
     ),
 }  # fmt: skip
 # neither compilation (60 to 100 s before the first step) nor bf16 made it faster on the CPUs it was tried on
