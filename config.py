@@ -139,7 +139,7 @@ LARGE_IMAGES: dict[str, Any] = dict(
     FULL_ATTENTION_SIZE=24,
     # as in DDIM's CelebA model (arXiv:2010.02502): after 72 s it made no difference; small data sets are seen often
     DROPOUT=0.1,
-    # nearer than without a guide, after 72 s; more was not tried
+    # photographs 14.0 with 1.5 and 19.5 with 2 after 8 minutes, emoji a tenth nearer with 2
     GUIDANCE=1.5,
 )
 # by the smallest size that they are for

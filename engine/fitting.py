@@ -150,7 +150,8 @@ def trial(make: Callable[[Any], nn.Module], config: Any, steps: int) -> dict[str
     """What a run does to memory, done with random images: `steps` updates, a validation, a few samples.
 
     Returns the GPU's peak memory (`peak_gib`, None on a CPU), `images_per_second` without the first two steps, if there
-    are more, and the last `loss`; or None if it did not fit. Raises FellBack if a step gave up what is configured.
+    are more, and the last `loss`; or None if it did not fit. Raises FellBack if a step gave up what is configured. The
+    peak leaves out the first time of everything: cuDNN tries kernels then, with workspaces as large as memory is free.
     """
     device = prepare()
     micro, batch = config.BATCH_SIZE, config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
@@ -162,15 +163,22 @@ def trial(make: Callable[[Any], nn.Module], config: Any, steps: int) -> dict[str
                 step.ema.keep_guide()
             shape = (batch, model.channels, model.image_size, model.image_size)
             images = torch.randint(256, shape, dtype=torch.uint8, device=device)
+
+            def show() -> None:
+                step.validate(images[:micro].cpu())
+                step.ema.sample(min(micro, config.NUM_SAMPLES), steps=3, seed=0)  # one of them asks the guide
+
             for number in range(steps):
+                if number == 1:
+                    show()
+                    prepare()
                 if number == min(2, steps - 1):
                     wait(device)
                     start = time.perf_counter()
                 loss, _ = step(images, number, 1e-4)
             loss = loss.item()
             seconds = time.perf_counter() - start
-            step.validate(images[:micro].cpu())
-            step.ema.sample(min(micro, config.NUM_SAMPLES), steps=3, seed=0)  # one of them asks the guide
+            show()
     except torch.OutOfMemoryError:
         return None
     except (FellBack, UserError) as problem:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from engine.checkpoints import write_atomically
@@ -194,32 +195,40 @@ def write_readme(path: Path, results: Path) -> None:
 
 
 def picture(report: dict[str, Any]) -> bytes:
-    """Rates of training and of sampling as bars, and learning curves, a line of panels for each network: a PNG."""
-    most = max(len(parts.get(part, {}).get("rows", [])) for parts in report.values() for part in PARTS[:2])
-    figure = Figure(figsize=(20, len(report) * max(4.5, 0.27 * most)), layout="constrained")
-    for (key, parts), panels in zip(report.items(), figure.subplots(len(report), 3, squeeze=False), strict=True):
-        for part, axes in zip(("training", "sampling"), panels, strict=False):
-            result = parts.get(part, {"rows": []})
-            rows = [row for row in result["rows"] if "failed" not in row]
-            labels = [" ".join(str(row[key]) for key in ("what", "sampler", "steps") if key in row) for row in rows]
-            labels = [f"{label}, batch {row['batch']}" for label, row in zip(labels, rows, strict=True)]
-            bars = axes.barh(range(len(rows)), [row["images_per_second"] for row in rows])
-            axes.bar_label(bars, [number(row["images_per_second"]) for row in rows], padding=3)
-            axes.set_yticks(range(len(rows)), labels)
-            axes.invert_yaxis()
-            axes.margins(x=0.2)
-            if part == "sampling" and rows:
-                axes.set_xscale("log")
-            axes.set(xlabel="images/s", title=f"{part}, {result.get('device', 'not measured')}\n{key}")
-        curves = parts.get("curves", {"rows": []})["rows"]
-        for row in curves:
-            if "losses" in row:
-                width = max(1, min(20, len(row["losses"]) // 10))
-                smooth = np.convolve(row["losses"], np.ones(width) / width, "valid")
-                panels[2].plot(smooth, "--" if row["kind"] == "fast" else "-", label=row["what"], linewidth=1)
-                panels[2].set(yscale="log", ylabel=f"loss, mean of {width} steps")
-                panels[2].legend()
-        panels[2].set(xlabel="step", title=f"learning curves{'' if curves else ', not measured'}\n{key}")
+    """A panel for each part that was measured of each network, rates as bars and losses as curves: a PNG."""
+    panels = [(key, part, parts[part]) for key, parts in report.items() for part in PARTS if part in parts]
+    heights = [4.0 if part == "curves" else 1.2 + 0.27 * len(result["rows"]) for _, part, result in panels]
+    figure = Figure(figsize=(11, sum(heights)), layout="constrained")
+    columns = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for (key, part, result), axes in zip(panels, columns, strict=True):
+        rows = [row for row in result["rows"] if "failed" not in row]
+        draw_curves(axes, rows) if part == "curves" else draw_bars(axes, rows)
+        if part == "sampling" and rows:
+            axes.set_xscale("log")
+        axes.set_title(f"{part}, {key}, {result['device']}")
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=80)
     return file.getvalue()
+
+
+def draw_bars(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """images/s of each row."""
+    labels = [" ".join(str(row[key]) for key in ("what", "sampler", "steps") if key in row) for row in rows]
+    bars = axes.barh(range(len(rows)), [row["images_per_second"] for row in rows])
+    axes.bar_label(bars, [number(row["images_per_second"]) for row in rows], padding=3)
+    axes.set_yticks(
+        range(len(rows)), [f"{label}, batch {row['batch']}" for label, row in zip(labels, rows, strict=True)]
+    )
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    axes.set_xlabel("images/s")
+
+
+def draw_curves(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """Losses of each row by step, smoothed."""
+    for row in rows:
+        width = max(1, min(20, len(row["losses"]) // 10))
+        smooth = np.convolve(row["losses"], np.ones(width) / width, "valid")
+        axes.plot(smooth, "--" if row["kind"] == "fast" else "-", label=row["what"], linewidth=1)
+        axes.set(yscale="log", xlabel="step", ylabel=f"loss, mean of {width} steps")
+        axes.legend()
