@@ -4,7 +4,7 @@
     python benchmark.py --quick --only training        a minute; two without --only
     python benchmark.py --dim 64 --dim_mults 1,2,4,8 --full_attention_size 0     another network than the preset's
     python benchmark.py --estimate                     how long each preset would take here, and with what batch
-    python benchmark.py --memory                       what trains on cards of 3, 6, 12 and 24 GiB: ten minutes
+    python benchmark.py --memory                       what trains on cards of 3, 6, 12 and 24 GiB: 13 minutes
 
 The nine minutes are a sum of what such variants took one by one on an H100 with a slow host, not one run's: training
 4.5 (1 to 2 of them a compilation, most of the rest cuDNN's search for fp32 kernels), sampling 1, data 1, curves 2. What
@@ -607,7 +607,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--memory", nargs="?", const="all", choices=("all", *map(str, PRESET_OF)),
-        help="what trains on cards of 3, 6, 12 and 24 GiB at this image size, pixels: half a minute a case",
+        help="what trains on cards of 3, 6, 12 and 24 GiB at this image size, pixels: 3 minutes a size",
     )  # fmt: skip
     for name, (kind, setting, default) in SETTINGS.items():
         parser.add_setting(name, kind, setting, default)

@@ -52,7 +52,7 @@ class DDPMConfig:
     ] = 14
     GUIDANCE: Annotated[
         float, Setting("how far samples are led away from the guide's (arXiv:2406.02507), 1: not at all", 0, 10)
-    ] = 2.0  # of 1.5 to 2.5 the best after 8 and 20 minutes on CIFAR-10 (docs/recipe.md)
+    ] = 2.0  # on CIFAR-10 the best of 1.5 to 3 after 8 minutes, of 1.5 to 2 after 20 (docs/recipe.md)
     GUIDE_AT: Annotated[
         float, Setting("share of the training after which the averaged weights are kept as the guide, 0: none", 0, 1)
     ] = 0.125  # but not before twice the warm-up: see engine.training

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from engine.checkpoints import write_atomically
 from engine.errors import UserError
 
-PARTS = ("training", "sampling", "data", "curves")
+PARTS = {"training": "Training step", "sampling": "Sampling", "data": "Data path", "curves": "Learning curves"}
 LAST = 100  # steps at the end of a learning curve whose mean counts, or its last fifth if that is shorter
 
 
@@ -76,7 +76,7 @@ def cells(row: dict[str, Any], *, training: bool) -> list[str]:
         head += [f"`{row['sampler']}`", str(row["steps"]), str(row.get("evaluations", ""))]
     head += [str(row["batch"])]
     if "failed" in row:
-        return [*head, f"failed: {row['failed']}", *[""] * (4 if training else 1)]
+        return [*head, f"failed: {row['failed']}"]
     over = number(row.get("over_library"))
     if not training:
         return [*head, number(row["images_per_second"]), over]
@@ -86,8 +86,8 @@ def cells(row: dict[str, Any], *, training: bool) -> list[str]:
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table; what a cell says must not end it."""
-    lines = (header, ["---"] * len(header), *rows)
+    """Lines of a Markdown table; short rows are filled up, and what a cell says does not end it."""
+    lines = (header, ["---"] * len(header), *([*row, *[""] * (len(header) - len(row))] for row in rows))
     return [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in lines]
 
 
@@ -112,9 +112,8 @@ def network_in_words(result: dict[str, Any]) -> str:
 
 def readme_part(key: str, part: str, result: dict[str, Any]) -> list[str]:
     """One part of one device and network, Markdown lines."""
-    titles = {"training": "Training step", "sampling": "Sampling", "data": "Data path", "curves": "Learning curves"}
     when = f"torch {result['torch']}, {result['date']}{', quick' if result.get('quick') else ''}"
-    lines = [f"**{titles[part]}**, `{key}` ({network_in_words(result)}), {result['device']}, {when}"]
+    lines = [f"**{PARTS[part]}**, `{key}` ({network_in_words(result)}), {result['device']}, {when}"]
     if "note" in result:
         lines[0] += f" ({result['note']})"
     rows = result["rows"]
@@ -168,7 +167,7 @@ def memory_tables(reports: list[dict[str, Any]]) -> str:
         for row in sorted(report["rows"], key=lambda row: (row["image_size"], row["cap_gib"])):
             head = [f"{row['image_size']} px", f"{row['cap_gib']:g}", str(row["dim"])]
             if "failed" in row:
-                rows.append([*head, f"failed: {row['failed']}", *[""] * 5])
+                rows.append([*head, f"failed: {row['failed']}"])
                 continue
             known = row["fp32_gib"] and row["amp_gib"]
             saved = f"{100 * (1 - row['amp_gib'] / row['fp32_gib']):.0f} %" if known else ""
@@ -205,7 +204,7 @@ def picture(report: dict[str, Any]) -> bytes:
         draw_curves(axes, rows) if part == "curves" else draw_bars(axes, rows)
         if part == "sampling" and rows:
             axes.set_xscale("log")
-        axes.set_title(f"{part}, {key}, {result['device']}")
+        axes.set_title(f"{PARTS[part]}, {key}, {result['device']}")
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=80)
     return file.getvalue()
