@@ -139,7 +139,11 @@ def cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tenso
 
 def rounded(parameters: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
     """The parameters as matrix products and convolutions of the given precision take them."""
-    return parameters if all(p.dtype == dtype for p in parameters) else Rounded.apply(dtype, *parameters)
+    if all(p.dtype == dtype for p in parameters):
+        return parameters
+    if torch.compiler.is_compiling():  # torch 2.11's loses what Rounded gives back, and needs no help
+        return [p.to(dtype) for p in parameters]
+    return Rounded.apply(dtype, *parameters)
 
 
 def conv(x: Tensor, module: nn.Conv2d, w: dict[Tensor, Tensor], with_bias: bool = True) -> Tensor:
