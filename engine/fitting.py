@@ -25,6 +25,7 @@ from engine.step import Step
 
 REMEMBERED = Path("data/cache/memory.json")
 HEADROOM = 0.05  # share of the memory that trials leave free, for what a long run does to it
+DOUBT = 0.1  # share by which a straight line may foretell too much: a size is tried all the same
 SECONDS = 300  # that trials may take; a compiled model needs minutes
 # what a configuration's memory depends on, beside the effective batch
 DECISIVE = (
@@ -101,8 +102,9 @@ def largest_micro_batch(
     """The largest divisor of `batch` that fits, and its peak memory.
 
     peak(micro) tries one: the memory that it took, or None if it did not fit. Two small ones foretell, by a straight
-    line, which is the largest within `limit`; that is tried, and from there it goes up or down. whole_first: the batch
-    itself is expected to fit, so that one trial may do. Raises UserError if not even 1 fits.
+    line, which is the largest within `limit` or a little above, lines being what they are; that is tried, and from
+    there it goes up or down. whole_first: the batch itself is expected to fit, so that one trial may do. Raises
+    UserError if not even 1 fits.
     """
     sizes = [size for size in range(1, batch + 1) if batch % size == 0]
     fitting: dict[int, float] = {}
@@ -122,7 +124,7 @@ def largest_micro_batch(
             too_large, wanted = size, []
         if not wanted:
             between = [size for size in sizes if max(fitting, default=0) < size < too_large]
-            wanted = [size for size in between if foretell(fitting, size) <= limit][-1:]
+            wanted = [size for size in between if foretell(fitting, size) <= (1 + DOUBT) * limit][-1:]
     if not fitting:
         raise UserError(
             "not even one image at a time fits into the GPU's memory: lower --dim or --image_size, or use "

@@ -104,7 +104,7 @@ class Muon:
             short, long = (max(part.shape[i] for part in parts) for i in (1, 2))
             # rows and columns of zeros change nothing and stay zeros
             x = torch.cat([F.pad(part, (0, long - part.shape[2], 0, short - part.shape[1])) for part in parts])
-            updates = (orthogonal(x) * (LIKE_ADAM * rate * good)).split([matrices.count for matrices in batch])
+            updates = orthogonal(x, LIKE_ADAM * rate * good).split([matrices.count for matrices in batch])
             for matrices, update in zip(batch, updates, strict=True):
                 target = lying(matrices.of(weights))
                 longer = max(matrices.rows, matrices.columns) ** 0.5
@@ -157,16 +157,26 @@ def lying(x: Tensor) -> Tensor:
     return x.mT if x.shape[1] > x.shape[2] else x
 
 
-def orthogonal(x: Tensor) -> Tensor:
-    """Matrices (K, M, N), M at most N, with their singular values moved near 1 by five Newton-Schulz steps.
+def orthogonal(x: Tensor, scale: Tensor) -> Tensor:
+    """Matrices (K, M, N), M at most N, with their singular values moved near `scale` by five Newton-Schulz steps.
 
-    The quintic's coefficients make small ones grow fast and leave all between 0.7 and 1.2.
+    Those steps need matrices of length 1 or less. Dividing by the length and scaling are left to the small square
+    products, so that nothing but matrix products goes over x.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
-        square = x @ x.mT
-        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
-        polynomial.diagonal(dim1=1, dim2=2).add_(a)
-        x = polynomial @ x
-    return x
+    square = x @ x.mT
+    length = square.diagonal(dim1=1, dim2=2).float().sum(1).sqrt()[:, None, None]
+    shorter = (1 / (length + 1e-7)).to(x.dtype)
+    x = (quintic(square * shorter**2) * shorter) @ x
+    for _ in range(3):
+        x = quintic(x @ x.mT) @ x
+    return (quintic(x @ x.mT) * scale) @ x
+
+
+def quintic(square: Tensor) -> Tensor:
+    """What x is multiplied by in a Newton-Schulz step, for x x^T (K, M, M).
+
+    The coefficients make small singular values grow fast and leave all between 0.7 and 1.2.
+    """
+    polynomial = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+    polynomial.diagonal(dim1=1, dim2=2).add_(3.4445)
+    return polynomial

@@ -42,7 +42,7 @@ def test_orthogonal_keeps_singular_vectors_and_brings_values_near_one():
     for shape in ((2, 8, 30), (1, 16, 16)):
         x = torch.randn(shape, generator=generator)
         u, s, v = torch.linalg.svd(x, full_matrices=False)
-        inside = u.mT @ orthogonal(x) @ v.mT  # diagonal, where the vectors are the same
+        inside = u.mT @ orthogonal(x, ONE) @ v.mT  # diagonal, where the vectors are the same
         values = inside.diagonal(dim1=1, dim2=2)
         assert (inside - torch.diag_embed(values)).abs().max() < 1e-4
         assert values[s > 0.1 * s.amax()].min() > 0.6 and values.max() < 1.3
@@ -68,9 +68,9 @@ def test_muon_moves_each_matrix_by_its_own_momentum(kernel, gather, monkeypatch)
         for w, m, g in zip(expected, mean, views(gradient, parameters), strict=True):
             m.mul_(0.95).add_(0.05 * 0.5 * g)
             ahead = (0.05 * 0.5 * g + 0.95 * m).flatten(1)
-            update = (
-                orthogonal(ahead[None])[0] if ahead.shape[0] <= ahead.shape[1] else orthogonal(ahead.mT[None])[0].mT
-            )
+            lying = ahead if ahead.shape[0] <= ahead.shape[1] else ahead.mT
+            update = orthogonal(lying[None], ONE)[0]
+            update = update if lying is ahead else update.mT
             w -= 0.1 * 0.2 * max(ahead.shape) ** 0.5 * update.reshape(w.shape)
     for w, part in zip(expected, views(weights, parameters), strict=True):
         torch.testing.assert_close(part, w, rtol=1e-4, atol=1e-5)
