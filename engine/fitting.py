@@ -30,7 +30,7 @@ SECONDS = 300  # that trials may take; a compiled model needs minutes
 # what a configuration's memory depends on, beside the effective batch
 DECISIVE = (
     "IMAGE_SIZE", "DIM", "DIM_MULTS", "ATTENTION_HEADS", "ATTENTION_DIM", "FULL_ATTENTION_SIZE", "DROPOUT", "USE_AMP",
-    "OPTIMIZER", "COMPILE_MODEL", "CUDA_GRAPH", "GRADIENT_CHECKPOINTING", "NUM_SAMPLES",
+    "OPTIMIZER", "COMPILE_MODEL", "CUDA_GRAPH", "GRADIENT_CHECKPOINTING", "NUM_SAMPLES", "GUIDE_AT",
 )  # fmt: skip
 
 

@@ -216,7 +216,7 @@ class Step:
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": {name: optimizer.state_dict() for name, (optimizer, _) in self.optimizers.items()},
-            "scale": self.scale.item(),
+            "scale": self.scale.item() if self.scales else FIRST_SCALE,  # for whoever goes on in fp16
             "skipped": self.skipped.item(),
         }
 

@@ -107,7 +107,7 @@ def go_on_from(path: Path, data: dict[str, Any], step: Step, batches: Batches) -
         set_rng(state["rng"])
     progress = state["progress"]
     before = state["config"]["BATCH_SIZE"] * state["config"]["GRADIENT_ACCUMULATION"]
-    progress["position"] = min(progress["position"] * before // batches.batch_size, len(batches) - 1)
+    progress["position"] = min(progress["position"] * before // batches.batch_size, len(batches))
     return state["run"], progress
 
 

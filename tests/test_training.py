@@ -12,11 +12,16 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from engine import checkpoints
+from engine.batches import Batches
+from engine.training import VERSION, go_on_from
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--dataset", "shapes", "--image_size", "8", "--dim", "8", "--dim_mults", "1,2", "--batch_size", "16"]
@@ -81,6 +86,19 @@ def test_a_run_leaves_what_it_promises(trained):
     assert [row["step"] for row in rows if "loss" in row] == [10, 20, 30, 40]
     assert [row["step"] for row in rows if "validation_loss" in row] == [40]
     assert rows[-1]["images"] == 640
+
+
+def test_saved_at_the_last_step_of_an_epoch_it_goes_on_with_the_next(monkeypatch):
+    images = np.zeros((80, 3, 8, 8), np.uint8)
+    batches = Batches(images, 16, 0, torch.device("cpu"), 1)
+    end = len(batches)
+    progress = {"step": end, "epoch": 0, "position": end}
+    state = {"version": VERSION, "data": {}, "progress": progress, "run": "ended"}
+    state["config"] = {"BATCH_SIZE": 16, "GRADIENT_ACCUMULATION": 1}
+    monkeypatch.setattr(checkpoints, "load_training", lambda path: state)
+    step = SimpleNamespace(rank=1, load_state_dict=lambda state: None)
+    _, found = go_on_from(Path("last.pt"), {}, step, batches)
+    assert found["position"] == end and not list(batches.epoch(0, end))
 
 
 def test_killed_at_a_random_step_and_resumed_ends_with_the_same_weights(trained, tmp_path):

@@ -140,3 +140,13 @@ def test_the_bias_kernel():
     x, bias = channels_last(3, 24, 7, 5, dtype=torch.float32), torch.randn(24)
     dy = channels_last(3, 48, 7, 5, dtype=torch.float32)[:, 24:]
     compare(lambda x, bias: unet.kernels.AddBias.apply(x * 1, bias), unet.biased, [x, bias], dy, 1e-5)
+
+
+@on_the_cpu
+def test_kernels_where_the_image_is_one_pixel():  # whose strides say nothing of where the channels lie
+    torch.manual_seed(0)
+    x, bias, dy = torch.randn(3, 24, 1, 1), torch.randn(24), torch.randn(3, 24, 1, 1)
+    compare(lambda x, bias: unet.kernels.AddBias.apply(x * 1, bias), unet.biased, [x, bias], dy, 1e-5)
+    gain = torch.randn(1, 24, 1, 1)
+    kernel = lambda x, gain: unet.kernels.Norm.apply(x, None, gain, None, None, None, True)  # noqa: E731
+    compare(kernel, lambda x, gain: unet.norm(x, None, gain, activated=True), [x, gain], dy, 1e-5)
