@@ -68,9 +68,8 @@ def test_muon_moves_each_matrix_by_its_own_momentum(kernel, gather, monkeypatch)
         for w, m, g in zip(expected, mean, views(gradient, parameters), strict=True):
             m.mul_(0.95).add_(0.05 * 0.5 * g)
             ahead = (0.05 * 0.5 * g + 0.95 * m).flatten(1)
-            lying = ahead if ahead.shape[0] <= ahead.shape[1] else ahead.mT
-            update = orthogonal(lying[None], ONE)[0]
-            update = update if lying is ahead else update.mT
+            wide = ahead.shape[0] <= ahead.shape[1]
+            update = orthogonal(ahead[None], ONE)[0] if wide else orthogonal(ahead.mT[None], ONE)[0].mT
             w -= 0.1 * 0.2 * max(ahead.shape) ** 0.5 * update.reshape(w.shape)
     for w, part in zip(expected, views(weights, parameters), strict=True):
         torch.testing.assert_close(part, w, rtol=1e-4, atol=1e-5)

@@ -148,5 +148,8 @@ def test_kernels_where_the_image_is_one_pixel():  # whose strides say nothing of
     x, bias, dy = torch.randn(3, 24, 1, 1), torch.randn(24), torch.randn(3, 24, 1, 1)
     compare(lambda x, bias: unet.kernels.AddBias.apply(x * 1, bias), unet.biased, [x, bias], dy, 1e-5)
     gain = torch.randn(1, 24, 1, 1)
-    kernel = lambda x, gain: unet.kernels.Norm.apply(x, None, gain, None, None, None, True)  # noqa: E731
-    compare(kernel, lambda x, gain: unet.norm(x, None, gain, activated=True), [x, gain], dy, 1e-5)
+    compare(
+        lambda x, gain: unet.kernels.Norm.apply(x, None, gain, None, None, None, True),
+        lambda x, gain: unet.norm(x, None, gain, activated=True),
+        [x, gain], dy, 1e-5,
+    )  # fmt: skip
