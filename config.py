@@ -148,13 +148,13 @@ SIZE_PRESETS: dict[int, dict[str, Any]] = {
     # Ahead of dim 64 with (1,2,4,8) and linear attention at equal time, though it sees a third fewer images.
     8: dict(DIM=128, DIM_MULTS=(1, 2, 2, 2), FULL_ATTENTION_SIZE=16, BATCH_SIZE=256),
     # Measured at 64 px (docs/recipe.md): with these levels 2,930 images/s instead of 2,040 of (1,2,4,8), and nearer to
-    # the photographs in equal time; a little nearer with a learning rate of 2e-3 than with 1e-3, as at 96 and 128 px.
+    # the photographs in equal time; a little nearer with a learning rate of 2e-3 than with 1e-3
     64: LARGE_IMAGES | dict(DIM=128, DIM_MULTS=(1, 2, 2, 2), BATCH_SIZE=128),
-    # for hours on STL-10's 105,000 images; dim 128 is ahead after 84 s of emoji, for which it sees more of them
-    96: LARGE_IMAGES | dict(DIM=160, DIM_MULTS=(1, 2, 2, 2), BATCH_SIZE=64),
+    # dim 160 is behind after 84 s and after 8 minutes of emoji; 2e-3 is ahead after 84 s and behind after 8 minutes
+    96: LARGE_IMAGES | dict(DIM=128, DIM_MULTS=(1, 2, 2, 2), BATCH_SIZE=64, LEARNING_RATE=1e-3),
     # the network for 64 px and one more level on top, not wider than the next: most work is where the pixels are.
     # Ahead of (1,2,2,2) after 84 s
-    128: LARGE_IMAGES | dict(DIM=128, DIM_MULTS=(1, 1, 2, 2, 2), BATCH_SIZE=64),
+    128: LARGE_IMAGES | dict(DIM=128, DIM_MULTS=(1, 1, 2, 2, 2), BATCH_SIZE=64, LEARNING_RATE=1e-3),
 }
 # Without a GPU: small enough that the shapes can be named after five minutes on two cores (docs/cpu.md has what was
 # tried). Attention takes half of the time unless it is made small at the upper levels. Min-SNR rather than EDM: what

@@ -50,7 +50,7 @@ def test_a_tier_caps_the_width_and_keeps_the_effective_batch(dataset, memory):
 
 @pytest.mark.parametrize(
     ("dataset", "size", "dim", "levels"),
-    [("cifar10", 32, 128, (1, 2, 2, 2)), ("celeba", 64, 128, (1, 2, 2, 2)), ("stl10", 96, 160, (1, 2, 2, 2))],
+    [("cifar10", 32, 128, (1, 2, 2, 2)), ("celeba", 64, 128, (1, 2, 2, 2)), ("stl10", 96, 128, (1, 2, 2, 2))],
 )
 def test_each_data_set_has_its_preset(dataset, size, dim, levels):
     made = resolve(dataset, LARGE)

@@ -170,7 +170,7 @@ def test_a_model_of_before_the_shift_still_loads(tmp_path):
     ("dataset", "flags", "expected"),
     [
         ("celeba", {}, (64, 128, (1, 2, 2, 2), 128, (False, False, True, True))),
-        ("stl10", {}, (96, 160, (1, 2, 2, 2), 64, (False, False, True, True))),
+        ("stl10", {}, (96, 128, (1, 2, 2, 2), 64, (False, False, True, True))),
         ("folder", {"IMAGE_SIZE": 128}, (128, 128, (1, 1, 2, 2, 2), 64, (False, False, False, True, True))),
         ("cifar10", {"IMAGE_SIZE": 64}, (64, 128, (1, 2, 2, 2), 128, (False, False, True, True))),
         ("cifar10", {}, (32, 128, (1, 2, 2, 2), 256, (False, True, True, True))),
@@ -192,7 +192,7 @@ def test_a_script_for_large_images_asks_for_more_than_a_small_data_sets_preset()
     ]  # fmt: skip
     assert resolve("cifar10", LARGE, script, flags={"IMAGE_SIZE": 32}).DIM_MULTS == (1, 2, 2, 2)
     at_96 = resolve("celeba", LARGE, train_stl10_optimized.DEFAULTS)
-    assert (at_96.IMAGE_SIZE, at_96.DIM) == (96, 160)
+    assert (at_96.IMAGE_SIZE, at_96.LEARNING_RATE) == (96, 1e-3)
     on_a_cpu = resolve("shapes", Tier("CPU", 32, 0.0), script)
     assert (on_a_cpu.IMAGE_SIZE, on_a_cpu.DIM_MULTS) == (64, (1, 2, 2))
 
