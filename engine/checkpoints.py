@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,13 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Makes a folder if it is not there; raises OSError if no file can be made in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -96,6 +104,12 @@ def find(what: str) -> Path:
         if path.is_file():
             return path
     raise UserError(f"--resume names {what}, but there is neither such a file nor a run with a last.pt")
+
+
+def is_final(path: Path, run: Path) -> bool:
+    """Whether the run in the folder `run` has a final.pt, and not one of before the checkpoint `path`."""
+    final = run / "final.pt"
+    return final.exists() and final.stat().st_mtime_ns >= path.stat().st_mtime_ns
 
 
 def newest() -> Path:

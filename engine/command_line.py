@@ -17,6 +17,11 @@ import torch
 
 from engine.errors import UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CANNOT_WRITE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG,
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -135,10 +140,11 @@ def run(main: Callable[[], None]) -> NoReturn:
     except UserError as problem:
         fail(str(problem), problem.exit_code)
     except OSError as problem:
-        if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
+        if problem.errno not in (*FULL, *CANNOT_WRITE):
             raise
         where = f" ({problem.filename})" if problem.filename else ""
-        fail(f"{problem.strerror}{where}: free some space or choose a writable folder", 2)
+        what_to_do = "free some space" if problem.errno in FULL else "choose a folder that can be written to"
+        fail(f"{problem.strerror}{where}: {what_to_do}", 2)
     except torch.OutOfMemoryError:
         fail("out of GPU memory: ask for fewer or smaller images at a time", 1)
     except KeyboardInterrupt:

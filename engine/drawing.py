@@ -20,6 +20,7 @@ from engine import plots
 from engine.checkpoints import FOLDER, write_atomically
 from engine.command_line import load_from_file, nearest
 from engine.errors import UserError
+from engine.memory import in_parts
 from engine.processes import join
 from engine.samplers import SAMPLERS
 from engine.sources import center_square, to_rgb
@@ -140,28 +141,19 @@ class Job:
 
         Out of GPU memory halves the batch and goes on; the images are the same, since each has its own seed.
         """
-        parts, done = [], 0
-        quiet = not join().is_main_process
+
+        def some(part: slice) -> Tensor:
+            group = list(seeds[part])
+            with self.precision():
+                return function(*arguments, batch_size=len(group), seed=group, **options).float().cpu()
+
+        parts, quiet = [], not join().is_main_process
         with tqdm(total=len(seeds), unit="image", desc=self.settings["mode"], leave=False, disable=quiet) as bar:
-            while done < len(seeds):
-                some = list(seeds[done : done + self.batch_size])
-                images = None
-                try:
-                    with self.precision():
-                        images = function(*arguments, batch_size=len(some), seed=some, **options).float().cpu()
-                except torch.OutOfMemoryError:
-                    if len(some) == 1:
-                        raise UserError(
-                            "one image alone does not fit into the GPU's memory: try --use_amp", 1
-                        ) from None
-                if images is None:  # outside the handler, where the failed batch's tensors are free again
-                    torch.cuda.empty_cache()
-                    self.batch_size = (len(some) + 1) // 2
-                    print(f"out of GPU memory: going on with batches of {self.batch_size}")
-                    continue
+            for part, images in in_parts(len(seeds), self.batch_size, some):
                 parts.append(images)
-                done += len(some)
-                bar.update(len(some))
+                bar.update(len(images))
+                if part.stop < len(seeds):
+                    self.batch_size = len(images)  # what fits, for the next call
         return torch.cat(parts)
 
     def path(self, name: str) -> Path:

@@ -1,8 +1,12 @@
 """How much of the GPU's memory this process may have."""
 
 import os
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+
+from engine.errors import UserError
 
 cap: float | None = None  # bytes
 
@@ -27,3 +31,26 @@ def memory_limit() -> float:
     """Bytes of the current GPU that this process may allocate: its memory, or the cap where there is one."""
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     return total if cap is None else min(cap, total)
+
+
+def in_parts(count: int, size: int, work: Callable[[slice], Any]) -> Iterator[tuple[slice, Any]]:
+    """work(part) and the part, for parts of `size` that cover `count` in order.
+
+    Running out of GPU memory halves the size, which is said in one line, and does that part again; raises UserError
+    if 1 is too many.
+    """
+    start = 0
+    while start < count:
+        part = slice(start, min(start + size, count))
+        try:
+            result = work(part)
+        except torch.OutOfMemoryError:
+            if part.stop - start == 1:
+                raise UserError("one image alone does not fit into the GPU's memory: try --use_amp", 1) from None
+        else:
+            yield part, result
+            start = part.stop
+            continue
+        torch.cuda.empty_cache()  # outside the handler, where what the failed call had is free again
+        size = (part.stop - start + 1) // 2
+        print(f"out of GPU memory: going on with batches of {size}")

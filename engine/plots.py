@@ -1,5 +1,6 @@
 """Pictures: sample grids and loss curves, written whole or not at all."""
 
+import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -102,9 +103,12 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that a crash cut short is left out."""
-    lines = path.read_text().split("\n") if path.exists() else []
-    return [json.loads(line) for line in lines[:-1]]
+    """The lines of a metrics.jsonl; those that a crash or a full disk cut short are left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def save_loss_curve(metrics: Path, path: Path) -> None:

@@ -1,8 +1,11 @@
 """What belongs to one run: its folders, its log, its clock, and the wish to stop."""
 
+import contextlib
 import json
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,8 +25,8 @@ LOG_EVERY = 10  # steps: the only times the host waits for the device
 def new_name(config: Any) -> str:
     """The configured name, or one of data set, size and date; raises UserError if the name asked for is taken."""
 
-    def taken(name: str) -> bool:
-        return (checkpoints.FOLDER / name).exists() or (SAMPLES / name).exists()
+    def taken(name: str) -> bool:  # one that ended before it saved anything may start again
+        return any((checkpoints.FOLDER / name).glob("*.pt")) or (SAMPLES / name / "final.png").exists()
 
     if config.RUN_NAME:
         if taken(config.RUN_NAME):
@@ -37,15 +40,16 @@ def new_name(config: Any) -> str:
 
 
 class Clock:
-    """How far a run is, in steps or in minutes, over all its sessions.
+    """How far a run is, in epochs, steps or minutes, over all its sessions.
 
-    progress: the run's `step` and `seconds`, kept up to date here. With several processes the first one's clock
-    counts for all, read every LOG_EVERY steps, so that all stop at the same step.
+    progress: the run's `step` and `seconds`, kept up to date here, and `epoch` and `position` in it, in steps. With
+    several processes the first one's clock counts for all, read every LOG_EVERY steps, so that all stop at the same
+    step.
     """
 
     def __init__(self, config: Any, steps_per_epoch: int, progress: dict[str, Any], processes: PartialState):
-        self.steps = config.MAX_STEPS or config.EPOCHS * steps_per_epoch
-        self.limit = 60 * config.MINUTES
+        self.epochs, self.steps, self.limit = config.EPOCHS, config.MAX_STEPS, 60 * config.MINUTES
+        self.steps_per_epoch = steps_per_epoch
         self.progress, self.processes = progress, processes
         self.started = time.monotonic() - progress["seconds"]
 
@@ -63,7 +67,10 @@ class Clock:
         """Share of the run that is over, 0 to 1 or more."""
         if self.limit:
             return self.progress["seconds"] / self.limit
-        return self.progress["step"] / self.steps
+        if self.steps:
+            return self.progress["step"] / self.steps
+        # earlier sessions may have had another batch, and so other steps
+        return (self.progress["epoch"] + self.progress["position"] / self.steps_per_epoch) / self.epochs
 
     def finished(self) -> bool:
         """Whether the run is as long as it should be."""
@@ -71,7 +78,10 @@ class Clock:
 
     def total(self) -> int:
         """Steps of the whole run; in minutes, as many as the speed so far foretells."""
-        return self.steps or round(self.progress["step"] / max(self.fraction(), 1e-9))
+        step = self.progress["step"]
+        if self.limit:
+            return round(step / max(self.fraction(), 1e-9))
+        return self.steps or step + round((1 - self.fraction()) * self.epochs * self.steps_per_epoch)
 
 
 class Interrupt:
@@ -103,8 +113,18 @@ class Interrupt:
         return self.number > 0
 
 
+def quiet_writer(failure: threading.ExceptHookArgs) -> None:
+    """Leaves out the traceback of TensorBoard's thread for a full disk, of which Log.or_without hears too."""
+    if type(failure.thread).__module__.startswith("tensorboard") and isinstance(failure.exc_value, OSError):
+        return
+    threading.__excepthook__(failure)
+
+
 class Log:
-    """Writes every scalar to TensorBoard and metrics.jsonl, and pictures beside them, in samples/<run>/."""
+    """Writes every scalar to TensorBoard and metrics.jsonl, and pictures beside them, in samples/<run>/.
+
+    A disk that is full costs rows and pictures, which one line says, and TensorBoard for the rest of the session.
+    """
 
     def __init__(self, folder: Path, progress: dict[str, Any]):
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,16 +133,35 @@ class Log:
         kept = [row for row in plots.read_metrics(self.metrics) if row["step"] <= progress["step"]]
         text = "".join(json.dumps(row) + "\n" for row in kept)
         checkpoints.write_atomically(self.metrics, lambda file: file.write(text.encode()))
-        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=progress["step"] + 1)
-        self.last = (time.monotonic(), progress["images"])
+        self.tensorboard: SummaryWriter | None = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=progress["step"] + 1
+        )
+        threading.excepthook = quiet_writer
+        self.last, self.full = (time.monotonic(), progress["images"]), False
+
+    @contextlib.contextmanager
+    def or_without(self, what: str) -> Iterator[None]:
+        """A block that writes, and that a run can do without."""
+        try:
+            yield
+            self.full = False
+        except OSError as problem:
+            if not self.full:
+                why = f"COULD NOT BE WRITTEN ({problem.strerror})"
+                print(f"{self.folder / what} {why}: free some space; training goes on")
+            self.full, tensorboard, self.tensorboard = True, self.tensorboard, None
+            with contextlib.suppress(OSError):
+                if tensorboard:
+                    tensorboard.close()
 
     def scalars(self, progress: dict[str, Any], **values: float) -> None:
         """Logs values at the current step."""
         row = {key: progress[key] for key in ("step", "epoch", "images")} | {"seconds": round(progress["seconds"], 3)}
-        with open(self.metrics, "a") as file:
-            file.write(json.dumps(row | values) + "\n")
-        for name, value in values.items():
-            self.tensorboard.add_scalar(name, value, progress["step"])
+        with self.or_without("metrics.jsonl"):
+            with open(self.metrics, "a") as file:
+                file.write(json.dumps(row | values) + "\n")
+            for name, value in values.items() if self.tensorboard else ():
+                self.tensorboard.add_scalar(name, value, progress["step"])
 
     def speed(self, images: int) -> float:
         """Images per second since the last call, given the number seen so far."""
@@ -132,11 +171,15 @@ class Log:
 
     def grid(self, images: Tensor, step: int, name: str) -> None:
         """Writes sample images (B, C, H, W) in [0, 1] as a grid, and brings the loss curve up to date."""
-        plots.save_image(plots.grid(images), self.folder / name)
-        plots.save_loss_curve(self.metrics, self.folder / "loss.png")
-        self.tensorboard.add_images("samples", images.clamp(0, 1), step)
+        with self.or_without(name):
+            plots.save_image(plots.grid(images), self.folder / name)
+            plots.save_loss_curve(self.metrics, self.folder / "loss.png")
+            if self.tensorboard:
+                self.tensorboard.add_images("samples", images.clamp(0, 1), step)
 
     def close(self) -> None:
         """Flushes TensorBoard and draws the loss curve."""
-        self.tensorboard.close()
-        plots.save_loss_curve(self.metrics, self.folder / "loss.png")
+        with self.or_without("loss.png"):
+            if self.tensorboard:
+                self.tensorboard.close()
+            plots.save_loss_curve(self.metrics, self.folder / "loss.png")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.graph import Graph
+from engine.memory import in_parts
 from engine.optimizer import Adam, Muon, flatten, is_matrix, padded, views
 
 FIRST_SCALE = 2.0**12  # of the loss in fp16, whose small gradients would vanish
@@ -142,15 +143,15 @@ class Step:
             self.scale.mul_(torch.where(grows, 2.0, torch.where(good > 0, 1.0, 0.5)))
         for optimizer, part in self.optimizers.values():
             optimizer.update(self.weights[part], self.gradient[part], self.rate, factor, good)
-        self.average.lerp_(self.weights, self.fresh)
+        self.average.lerp_(self.weights, self.fresh * good)
         return norm
 
     def __call__(self, images: Tensor, step: int, rate: float) -> tuple[Tensor, Tensor]:
         """One update with learning rate `rate`; returns loss and gradient norm as scalars on the device.
 
         An update whose loss or gradient is not finite is left out and counted. Out of GPU memory halves the
-        micro-batch and does the same step again; raises UserError if one image alone does not fit. The norm is
-        overwritten by the next call.
+        micro-batch and does the same step again; raises UserError if one image alone does not fit, or the optimiser,
+        whose memory does not depend on the batch. The norm is overwritten by the next call.
         """
         loss = None
         while loss is None:
@@ -185,7 +186,10 @@ class Step:
             torch.distributed.all_reduce(loss)
         self.rate.fill_(rate)
         self.fresh.fill_(1 - ema_decay(self.config.EMA_DECAY, step))
-        return loss, self.launch("update", self.update, loss)
+        try:
+            return loss, self.launch("update", self.update, loss)
+        except torch.OutOfMemoryError:  # what it has changed by then is not known: the checkpoints are good
+            raise UserError("out of GPU memory in the update: lower --dim, or have the card alone", 1) from None
 
     def give_up(self, what: str, flag: str, problem: Exception) -> None:
         """Says that training goes on without something."""
@@ -202,13 +206,13 @@ class Step:
         count = len(images)
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
         t = self.model.timesteps_at(((torch.arange(count) + 0.5) / count).to(self.device))
-        total = 0.0
-        for start in range(0, count, self.micro_batch):
-            part = slice(start, start + self.micro_batch)
+
+        def loss(part: slice) -> float:
             x, at, eps = (v[part].to(self.device) for v in (images, t, noise))
             with self.autocast():
-                total += self.ema(x.float() / 255, at, eps).item() * len(x)
-        return total / count
+                return self.ema(x.float() / 255, at, eps).item() * len(x)
+
+        return sum(loss for _, loss in in_parts(count, self.micro_batch, loss)) / count
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, averaged weights and optimiser, to go on from."""
@@ -217,6 +221,7 @@ class Step:
             "ema": self.ema.state_dict(),
             "optimizer": {name: optimizer.state_dict() for name, (optimizer, _) in self.optimizers.items()},
             "scale": self.scale.item() if self.scales else FIRST_SCALE,  # for whoever goes on in fp16
+            "good_in_a_row": self.good_in_a_row.item(),
             "skipped": self.skipped.item(),
         }
 
@@ -231,4 +236,5 @@ class Step:
         self.ema.load_state_dict(state["ema"])
         if self.scales:
             self.scale.fill_(state["scale"])
+        self.good_in_a_row.fill_(state.get("good_in_a_row", 0.0))  # files of before lack it
         self.skipped.fill_(state["skipped"])

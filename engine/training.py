@@ -14,15 +14,16 @@ from tqdm import tqdm
 from engine import checkpoints
 from engine.batches import Batches
 from engine.errors import UserError
+from engine.memory import in_parts
 from engine.processes import from_first, join, together
 from engine.runs import LOG_EVERY, SAMPLES, Clock, Interrupt, Log, new_name
-from engine.samplers import groups
 from engine.step import Step, learning_rate
 
 MOST_SKIPPED_IN_A_ROW = 20
 VERSION = 2  # of the layout of a checkpoint
 ASIDE = 0.02  # share of the time that validation, and keeping what it found best, may take...
 ALWAYS = 5  # ...after so many epochs
+CHANGEABLE = {"sampling_timesteps", "guidance", "dropout"}  # of a model's architecture, when a run goes on
 
 
 def train(model: nn.Module, images: np.ndarray, config: Any, resume: Path | None = None) -> Path:
@@ -48,7 +49,8 @@ def train(model: nn.Module, images: np.ndarray, config: Any, resume: Path | None
     if resume:
         name, progress = go_on_from(resume, data, step, batches)
     clock = Clock(config, len(batches), progress, processes)
-    if clock.finished():
+    over = clock.finished()  # be it that it was stopped between its last step and the final checkpoint
+    if over and from_first(checkpoints.is_final(resume, checkpoints.FOLDER / name) if main else None):
         raise UserError(f"{resume} is a finished run: lengthen it with --epochs, --max_steps or --minutes")
     name = name or from_first(new_name(config) if main else None)
     if main:
@@ -74,7 +76,7 @@ def train(model: nn.Module, images: np.ndarray, config: Any, resume: Path | None
                         record.log_step(loss, norm, rate)
                 if main:
                     record.show(before)
-                if interrupt.wanted(progress["step"]):
+                if interrupt.wanted(progress["step"]) and not clock.finished():
                     if main:
                         record.interrupted()
                     raise SystemExit(128 + interrupt.number)
@@ -88,6 +90,8 @@ def train(model: nn.Module, images: np.ndarray, config: Any, resume: Path | None
                 record.validate_if_due()
                 record.keep_epoch_if_due()
     if main:
+        if over:
+            record.validate_if_due()
         record.finished()
     return checkpoints.FOLDER / name / "final.pt"
 
@@ -95,17 +99,25 @@ def train(model: nn.Module, images: np.ndarray, config: Any, resume: Path | None
 def go_on_from(path: Path, data: dict[str, Any], step: Step, batches: Batches) -> tuple[str, dict[str, Any]]:
     """Puts a checkpoint's state back; returns the run's name and progress.
 
-    data: what is trained on now. Raises UserError if the checkpoint was trained on other data or has another layout.
+    data: what is trained on now. Raises UserError if the checkpoint was trained on other data, is of a model with
+    another architecture, or has another layout.
     """
     state = checkpoints.load_training(path)
     if state["version"] != VERSION:
         raise UserError(f"{path} was written by another version of this project and cannot be resumed")
     if state["data"] != data:
         raise UserError(f"{path} was trained on {state['data']}, but what is here is {data}")
+    for key, value in step.model.architecture.items():
+        before = state["architecture"].get(key, value)
+        if before != value and key not in CHANGEABLE:
+            raise UserError(f"{path} was trained with {key} {before}, which cannot become {value}: start another run")
     step.load_state_dict(state)
+    progress = state["progress"]
     if step.rank == 0:
         set_rng(state["rng"])
-    progress = state["progress"]
+    else:  # whose state nobody kept: dropout that was not used yet
+        torch.manual_seed(step.config.SEED + step.rank + step.world * progress["step"])
+        random.seed(step.config.SEED + step.rank + step.world * progress["step"])
     before = state["config"]["BATCH_SIZE"] * state["config"]["GRADIENT_ACCUMULATION"]
     progress["position"] = min(progress["position"] * before // batches.batch_size, len(batches))
     return state["run"], progress
@@ -146,6 +158,7 @@ class Record:
         self.name, self.data, self.step, self.clock = name, data, step, clock
         self.config, self.progress = step.config, clock.progress
         self.folder, self.log = checkpoints.FOLDER / name, Log(SAMPLES / name, self.progress)
+        checkpoints.check_writable(self.folder)  # now, not after hours
         self.held_out, self.validation = batches.validation(), float("nan")
         self.saved_at = self.validate_at = time.monotonic()
         self.bar = tqdm(initial=self.progress["step"], unit="step", mininterval=1, dynamic_ncols=True)
@@ -171,9 +184,17 @@ class Record:
             self.draw_grid(f"step_{self.progress['step']:07d}.png")
 
     def draw_grid(self, file: str) -> None:
-        """Draws with the averaged weights."""
-        some = groups(range(self.config.NUM_SAMPLES), self.step.micro_batch)
-        images = torch.cat([self.step.ema.sample(len(seeds), seed=seeds).cpu() for seeds in some])
+        """Draws with the averaged weights; no picture is worth a run."""
+        seeds, ema = list(range(self.config.NUM_SAMPLES)), self.step.ema
+
+        def some(part: slice) -> Tensor:
+            return ema.sample(len(seeds[part]), seed=seeds[part]).cpu()
+
+        try:
+            images = torch.cat([images for _, images in in_parts(len(seeds), self.step.micro_batch, some)])
+        except UserError as problem:
+            print(f"{file} COULD NOT BE DRAWN ({problem}); training goes on")
+            return
         self.log.grid(images, self.progress["step"], file)
 
     def save(self, file: str, otherwise: str = "training goes on") -> bool:

@@ -146,7 +146,7 @@ def test_an_update_that_is_not_finite_is_left_out_and_counted():
     for number in range(3):
         step(images(), 1 + number, 1e-3)
     assert (step.skipped.item(), step.skipped_in_a_row.item()) == (3, 3)
-    assert largest_difference(step.model, before.model) == 0
+    assert largest_difference(step.model, before.model) == largest_difference(step.ema, before.ema) == 0
     step.model.broken = False
     step(images(), 4, 1e-3)
     before(images(), 4, 1e-3)
@@ -165,6 +165,27 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(capsys):
     assert capsys.readouterr().out.count("out of GPU memory") == 2
     step.model.most_images = 0
     with pytest.raises(UserError, match="out of GPU memory"):
+        step(images(), 1, 1e-3)
+
+
+def test_out_of_memory_while_validating_or_updating(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    step = make()
+    expected = step.validate(images(20))
+    step.ema.most_images = 5
+    assert step.validate(images(20)) == pytest.approx(expected, rel=1e-5)
+    assert capsys.readouterr().out.split("\n")[:-1] == [
+        f"out of GPU memory: going on with batches of {size}" for size in (10, 5)
+    ]
+    step.ema.most_images = 0
+    with pytest.raises(UserError, match="one image alone does not fit"):
+        step.validate(images(20))
+
+    def fail(loss):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(step, "update", fail)
+    with pytest.raises(UserError, match="out of GPU memory in the update"):
         step(images(), 1, 1e-3)
 
 

@@ -19,8 +19,9 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import checkpoints
+from engine import checkpoints, plots
 from engine.batches import Batches
+from engine.runs import Clock
 from engine.training import VERSION, go_on_from
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,12 +94,22 @@ def test_saved_at_the_last_step_of_an_epoch_it_goes_on_with_the_next(monkeypatch
     batches = Batches(images, 16, 0, torch.device("cpu"), 1)
     end = len(batches)
     progress = {"step": end, "epoch": 0, "position": end}
-    state = {"version": VERSION, "data": {}, "progress": progress, "run": "ended"}
+    state = {"version": VERSION, "data": {}, "progress": progress, "run": "ended", "architecture": {}}
     state["config"] = {"BATCH_SIZE": 16, "GRADIENT_ACCUMULATION": 1}
     monkeypatch.setattr(checkpoints, "load_training", lambda path: state)
-    step = SimpleNamespace(rank=1, load_state_dict=lambda state: None)
+    model, config = SimpleNamespace(architecture={}), SimpleNamespace(SEED=0)
+    step = SimpleNamespace(rank=1, world=2, model=model, config=config, load_state_dict=lambda state: None)
     _, found = go_on_from(Path("last.pt"), {}, step, batches)
     assert found["position"] == end and not list(batches.epoch(0, end))
+
+
+def test_epochs_are_passes_over_the_images_whatever_the_batch_was_before():
+    config, processes = SimpleNamespace(EPOCHS=4, MAX_STEPS=0, MINUTES=0), SimpleNamespace(num_processes=1)
+    progress = {"step": 20, "epoch": 2, "position": 5, "seconds": 0.0}  # two epochs of 8 steps, then the batch doubled
+    clock = Clock(config, 10, progress, processes)
+    assert (clock.fraction(), clock.total(), clock.finished()) == (2.5 / 4, 35, False)
+    progress |= {"epoch": 3, "position": 10}
+    assert clock.finished()
 
 
 def test_killed_at_a_random_step_and_resumed_ends_with_the_same_weights(trained, tmp_path):
@@ -178,22 +189,40 @@ def test_every_tenth_epoch_is_kept(tmp_path):
     assert torch.load(tmp_path / "checkpoints/kept/best.pt", weights_only=True)["progress"]["best"] == best
 
 
-def test_a_loss_that_stays_broken_stops_the_run_and_keeps_the_good_weights(tmp_path):
-    shutil.copy(ROOT / "train.py", tmp_path / "break.py")
-    text = (tmp_path / "break.py").read_text()
+def run_with(folder: Path, change: str, *arguments: str) -> subprocess.CompletedProcess:
+    """train.py whose loss is loss * (the expression `change` of `calls`, the number of losses so far)."""
+    text = (ROOT / "train.py").read_text()
     text = text.replace(
         "            train(model, images,",
-        "            whole, model.calls = model.forward, 0\n"
+        "            import os\n"
+        "            whole, calls = model.forward, 0\n"
         "            def forward(*a):\n"
-        "                model.calls += 1\n"
-        "                return whole(*a) * (1 if model.calls <= 5 else float('nan'))\n"
+        "                nonlocal calls\n"
+        "                calls += 1\n"
+        f"                return whole(*a) * ({change})\n"
         "            model.forward = forward\n"
         "            train(model, images,",
     )
-    (tmp_path / "break.py").write_text(text)
+    (folder / "changed.py").write_text(text)
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    arguments = [sys.executable, "break.py", *TINY, "--run_name", "bad", "--max_steps", "100", "--save_minutes", "0"]
-    result = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    command = [sys.executable, "changed.py", *TINY, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_stopped_at_its_last_step_a_run_is_finished(trained, tmp_path):
+    result = run_with(tmp_path, "1 + 0 * (calls == 12 and os.kill(os.getpid(), 15) or 0)", "--max_steps", "12")
+    assert result.returncode == 0 and "done: 192 images" in result.stdout
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    final = tmp_path / "checkpoints" / "whole" / "final.pt"
+    final.unlink()  # as if it had been killed before it was there
+    output = run(tmp_path, "train_optimized.py", "--resume", "whole")
+    assert re.search(r"done: 640 images in .* validation loss \d", output)
+    assert largest_difference(final, trained / "checkpoints" / "whole" / "final.pt") == 0
+
+
+def test_a_loss_that_stays_broken_stops_the_run_and_keeps_the_good_weights(tmp_path):
+    flags = ["--run_name", "bad", "--max_steps", "100", "--save_minutes", "0"]
+    result = run_with(tmp_path, "1 if calls <= 5 else float('nan')", *flags)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "20 updates in a row were not finite; stopped at step 30" in result.stderr
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "checkpoints/bad/last.pt").values())
@@ -242,6 +271,8 @@ def test_bad_input_gets_one_line(trained):
         "there is a run whole already": ["train.py", *TINY, "--run_name", "whole"],
         "is a finished run": ["train.py", *resume],
         "was trained on": ["train.py", *resume, "--image_size", "16", "--max_steps", "99"],
+        "with objective pred_v, which cannot become pred_noise": ["train.py", *resume, "--objective", "pred_noise"],
+        "with dim 8, which cannot become 16": ["train.py", *resume, "--dim", "16", "--max_steps", "99"],
         "cut.pt is damaged or cut short": ["inference.py", "--checkpoint", "cut.pt"],
         "steps is 4000, but": ["inference.py", "--steps", "4000"],
     }
@@ -273,9 +304,29 @@ def test_a_full_disk_stops_no_run_and_leaves_no_half_file(trained, tmp_path):
     assert not list((tmp_path / "checkpoints").rglob("*.*"))
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(trained, tmp_path):
-    from engine import checkpoints
+def test_where_nothing_can_be_written_at_all_training_ends_as_it_should_and_says_so(trained, tmp_path):
+    shutil.copytree(trained / "data", tmp_path / "data")
+    result = subprocess.run(
+        command("train.py", *TINY, "--run_name", "full", "--max_steps", "40"), cwd=tmp_path, text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400)),
+    )  # fmt: skip
+    assert "metrics.jsonl COULD NOT BE WRITTEN (File too large): free some space; training goes on" in result.stdout
+    assert result.stdout.count("COULD NOT BE WRITTEN") == 1 and "best.pt COULD NOT BE SAVED" in result.stdout
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "error: File too large (checkpoints/full/final.pt): free some space" in result.stderr
+    rows = plots.read_metrics(tmp_path / "samples/full/metrics.jsonl")
+    assert rows[0]["step"] == 10 and len(rows) < 4
 
+
+def test_that_no_checkpoint_can_be_written_is_said_before_the_first_step(trained, tmp_path):
+    shutil.copytree(trained / "data", tmp_path / "data")
+    (tmp_path / "checkpoints").write_text("a file")
+    assert "checkpoints" in fails(tmp_path, "train.py", *TINY, "--run_name", "none", "--max_steps", "40")
+    assert not plots.read_metrics(tmp_path / "samples/none/metrics.jsonl")
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(trained, tmp_path):
     path = tmp_path / "model.pt"
     checkpoints.save(path, {"value": torch.zeros(3)})
 
