@@ -559,13 +559,11 @@ def in_time(preset: str, row: dict[str, Any]) -> str:
     )
 
 
-def memory_cases(sizes: Sequence[int], gpu: bool) -> dict[str, Resolved]:
-    """The presets for images of these sizes on cards of each tier; without a GPU toys of them, which need none."""
-    toy = {"DIM": 8, "ATTENTION_HEADS": (1,), "BATCH_SIZE": 4, "NUM_SAMPLES": 2, "USE_AMP": False, "CUDA_GRAPH": False}
+def memory_cases(sizes: Sequence[int]) -> dict[str, Resolved]:
+    """The presets for images of these sizes on cards of each tier."""
     return {
         f"{size} px, {cap:g} GiB": resolve(
-            PRESET_OF[size], tier_of(cap), train_optimized.DEFAULTS,
-            flags={"IMAGE_SIZE": size, "MEMORY_GIB": cap, **({} if gpu else toy)},
+            PRESET_OF[size], tier_of(cap), train_optimized.DEFAULTS, flags={"IMAGE_SIZE": size, "MEMORY_GIB": cap},
         )
         for size in sizes
         for cap in CAPS
@@ -621,9 +619,11 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}", flush=True)
     file = re.sub("[^A-Za-z0-9]+", "-", name).strip("-")
     if options.memory:
+        if not gpu:
+            raise UserError("--memory measures a GPU's memory, and there is no GPU here")
         sizes = list(PRESET_OF) if options.memory == "all" else [int(options.memory)]
         path = RESULTS / f"memory-{file}.json"
-        rows = memory_table(DDPMModel.from_config, memory_cases(sizes, gpu), path, steps=50 if gpu else 3)
+        rows = memory_table(DDPMModel.from_config, memory_cases(sizes), path)
         print(f"written: {path}")
         if any("failed" in row for row in rows):
             raise UserError("not all of them train: see above", exit_code=1)

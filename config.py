@@ -121,6 +121,7 @@ class Tier:
 
 TIERS = (("Tiny", 32), ("Small", 64), ("Medium", 128), ("Large", 256))  # below 4, 4 to 8, 8 to 16, above 16 GiB
 LENGTHS = ("EPOCHS", "MAX_STEPS", "MINUTES")
+MOST_SHIFT = 16  # of SCHEDULE_SIZE over IMAGE_SIZE: above, the first timesteps' noise is lost in rounding
 
 PRESETS: dict[str, dict[str, Any]] = {
     "cifar10": dict(IMAGE_SIZE=32, EPOCHS=120, CHECKPOINT_EVERY=20),
@@ -327,6 +328,15 @@ def check_together(value: Mapping[str, Any]) -> None:
     factor = 2 ** (len(value["DIM_MULTS"]) - 1)
     if value["IMAGE_SIZE"] % factor:
         raise UserError(f"IMAGE_SIZE is {value['IMAGE_SIZE']}, but the levels of DIM_MULTS need a multiple of {factor}")
+    if value["DIM"] % 2:  # sine and cosine of the timestep
+        raise UserError(f"DIM is {value['DIM']}, but must be even")
+    if value["BETA_SCHEDULE"] == "linear" and value["TIMESTEPS"] < 20:
+        raise UserError(f"TIMESTEPS is {value['TIMESTEPS']}, but the linear BETA_SCHEDULE needs at least 20")
+    if value["SCHEDULE_SIZE"] > MOST_SHIFT * value["IMAGE_SIZE"]:
+        raise UserError(
+            f"SCHEDULE_SIZE is {value['SCHEDULE_SIZE']}, but must be at most {MOST_SHIFT} times IMAGE_SIZE, "
+            f"{value['IMAGE_SIZE']}"
+        )
     for name in ("ATTENTION_HEADS", "ATTENTION_DIM"):
         if len(value[name]) not in (1, len(value["DIM_MULTS"])):
             raise UserError(f"{name} has {len(value[name])} numbers, but must have 1 or {len(value['DIM_MULTS'])}")

@@ -219,7 +219,6 @@ def versions() -> dict[str, str]:
 def evaluate(settings: argparse.Namespace, device: torch.device) -> None:
     """Measures, writes table, JSON and figures."""
     start, output = time.perf_counter(), settings.output_dir
-    networks = feature_networks(settings.inception_weights, device)
     first = settings.paths[0]
     if settings.images:
         given, config = read_images(first, settings.image_size), {}
@@ -233,6 +232,8 @@ def evaluate(settings: argparse.Namespace, device: torch.device) -> None:
         dataset, data_dir = config["DATASET"], config["DATA_DIR"]
     else:
         raise UserError(f"{first} does not say what to compare it with: name that by --dataset and --data_dir")
+    checkpoints.check_writable(output)  # now, not after all has been measured
+    networks = feature_networks(settings.inception_weights, device)
     real = load_images(dataset, settings.image_size or size, Path(data_dir))
     references = {network: metrics.reference_of(network, real, device) for network in networks}
     reference = {"dataset": dataset, "data_dir": data_dir, "images": len(real), "image_size": real.shape[2]}

@@ -31,6 +31,7 @@ from engine.drawing import (
     digest,
     fitting_batch,
     load_sampler,
+    own_folder,
     parse_seeds,
     psnr,
     read_mask,
@@ -364,6 +365,7 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
         # says what is wrong before anything is drawn
         plan = model.plan(sampler, settings["steps"], settings["spacing"])
         nfe = model.evaluations(*plan, settings["guidance"] or None)
+        checkpoints.check_writable(output)
         wanted = list(MODES) if settings["mode"] == "all" else [settings["mode"]]
         say_once(
             f"{settings['checkpoint']}: {model.image_size} px, {settings['sampler']}, {settings['steps']} steps, "
@@ -373,6 +375,8 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
             say_once(
                 f"note: the figures are laid out for larger images; inference.py suits {model.image_size} px better"
             )
+        if model.guide is None and settings["guidance"] not in (0, 1):
+            say_once(f"note: this model has no guide, so --guidance {settings['guidance']:g} changes nothing")
         if processes.num_processes > 1 and "batch" not in wanted:
             say_once(f"note: one process draws this; {processes.num_processes} processes share --mode batch alone")
         for mode in wanted:
@@ -380,7 +384,9 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
                 continue
             start = time.perf_counter()
             mine = settings | {"mode": mode}
-            job = Job(model, mine, output / f"{mode}-{label_of(mine)}", sampler)
+            folder = output / f"{mode}-{label_of(mine)}"
+            # batch goes on in a folder of its own settings, and says so of another's
+            job = Job(model, mine, folder if mode == "batch" else own_folder(folder, mine), sampler)
             say_once(f"{mode}: {MODES[mode](job)} ({time.perf_counter() - start:.1f} s) in {job.folder}/")
 
 

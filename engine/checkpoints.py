@@ -72,6 +72,8 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises UserError if it is missing, cut short, or holds more than tensors and plain values.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a checkpoint in it, such as {path / 'final.pt'}")
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}: train one with `python train_optimized.py`")
     try:
@@ -96,9 +98,9 @@ def load_training(path: Path) -> dict[str, Any]:
 def find(what: str) -> Path:
     """The checkpoint meant by `what`: a file, a run's folder or name (its last.pt), or `newest` for any run's."""
     if what == "newest":
-        found = sorted(FOLDER.glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
+        found = sorted(FOLDER.rglob("last.pt"), key=lambda path: path.stat().st_mtime)
         if not found:
-            raise UserError(f"there is no {FOLDER}/*/last.pt to resume: train without --resume first")
+            raise UserError(f"there is no last.pt in {FOLDER}/ to resume: train without --resume first")
         return found[-1]
     for path in (Path(what), Path(what) / "last.pt", FOLDER / what / "last.pt"):
         if path.is_file():

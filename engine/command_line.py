@@ -67,7 +67,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def whole_numbers(text: str) -> tuple[int, ...]:
     """`1,2,4,8` or `(1, 2, 4, 8)` as a tuple."""
-    return tuple(int(part) for part in text.strip("() ").rstrip(",").split(","))
+    try:
+        return tuple(int(part) for part in text.strip("() ").rstrip(",").split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} are no whole numbers such as 1,2,4,8") from None
 
 
 class Parser(argparse.ArgumentParser):
@@ -96,7 +99,7 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].split("=")[0]
-            known = [option for action in self._actions for option in action.option_strings]
+            known = [option for action in self._actions[1:] for option in action.option_strings]  # the first is --help
             self.error(f"there is no {flag}{nearest(flag, known)} (--help lists all flags)")
         return parsed
 

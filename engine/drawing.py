@@ -3,10 +3,11 @@
 import contextlib
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from engine.samplers import SAMPLERS
 from engine.sources import center_square, to_rgb
 from engine.step import amp_dtype
 
+MOST_SEEDS = 10_000_000
 PACKAGES = ("torch", "denoising-diffusion-pytorch", "numpy", "pillow")
 
 
@@ -43,9 +45,14 @@ def parse_seeds(text: str) -> list[int]:
     seeds: list[int] = []
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
-        if not first.isdigit() or (last and not last.isdigit()) or int(last or first) < int(first):
+        last = last or first
+        if max(len(first), len(last)) > 18:
+            raise UserError(f"--seeds is {text!r}, but seeds have at most 18 digits")
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise UserError(f"--seeds is {text!r}, but must look like 7, 0-63 or 1,5,10-12")
-        seeds += range(int(first), int(last or first) + 1)
+        if int(last) - int(first) >= MOST_SEEDS:
+            raise UserError(f"--seeds is {text!r}, but at most {MOST_SEEDS:,} images can be drawn")
+        seeds += range(int(first), int(last) + 1)
     return seeds
 
 
@@ -179,6 +186,27 @@ class Job:
         summary["versions"] |= {name: importlib.metadata.version(name) for name in PACKAGES}
         text = json.dumps(summary, indent=2) + "\n"
         write_atomically(self.path("summary.json"), lambda file: file.write(text.encode()))
+
+
+def own_folder(folder: Path, settings: Mapping[str, Any]) -> Path:
+    """`folder`, or, where other settings' results lie in it, the first of `folder`-2, -3 ... where none do."""
+    seeds = settings["seeds"]
+    usual = {"image": str(seeds[0]), "image1": str(seeds[0]), "image2": str(seeds[-1])}  # as a job notes them down
+    speed = {"checkpoint", "batch_size", "compile_model", "channels_last"}  # the checkpoint counts by its content
+
+    def there(path: Path) -> bool:
+        try:
+            found = json.loads((path / "summary.json").read_text())
+        except (OSError, ValueError):
+            return False
+        return any(
+            found.get(name) not in (value, usual.get(name) if value is None else value)
+            for name, value in settings.items()
+            if name not in speed
+        )
+
+    numbered = (folder.with_name(f"{folder.name}-{i}") for i in itertools.count(2))
+    return next(path for path in itertools.chain([folder], numbered) if not there(path))
 
 
 def settings_of(picture: Path, needed: set[str]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ SECONDS = 300  # that trials may take; a compiled model needs minutes
 # what a configuration's memory depends on, beside the effective batch
 DECISIVE = (
     "IMAGE_SIZE", "DIM", "DIM_MULTS", "ATTENTION_HEADS", "ATTENTION_DIM", "FULL_ATTENTION_SIZE", "DROPOUT", "USE_AMP",
-    "OPTIMIZER", "COMPILE_MODEL", "CUDA_GRAPH", "GRADIENT_CHECKPOINTING", "NUM_SAMPLES", "GUIDE_AT",
+    "OPTIMIZER", "COMPILE_MODEL", "CUDA_GRAPH", "GRADIENT_CHECKPOINTING", "NUM_SAMPLES",
 )  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def fit(make: Callable[[Any], nn.Module], config: Any, images: np.ndarray, remem
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()  # others may be on the card
     gib_free = (min(memory_limit(), free) - held) / 2**30
     room = math.floor(2 * gib_free) / 2  # to the half, since it is never quite the same
-    settings = " ".join(f"{name}={getattr(config, name)}" for name in DECISIVE)
+    settings = " ".join(f"{name}={getattr(config, name)}" for name in DECISIVE) + f" guide={config.GUIDE_AT > 0}"
     key = f"{torch.cuda.get_device_name()}, {room:g} GiB, torch {torch.__version__}: batch={batch} {settings}"
     known = json.loads(remembered.read_text()) if remembered.exists() else {}
     how = f"as {remembered} remembers"

@@ -23,12 +23,17 @@ LOG_EVERY = 10  # steps: the only times the host waits for the device
 
 
 def new_name(config: Any) -> str:
-    """The configured name, or one of data set, size and date; raises UserError if the name asked for is taken."""
+    """The configured name, or one of data set, size and date.
+
+    Raises UserError if the name asked for is taken or leads elsewhere.
+    """
 
     def taken(name: str) -> bool:  # one that ended before it saved anything may start again
         return any((checkpoints.FOLDER / name).glob("*.pt")) or (SAMPLES / name / "final.png").exists()
 
     if config.RUN_NAME:
+        if Path(config.RUN_NAME).is_absolute() or not {"..", "."}.isdisjoint(Path(config.RUN_NAME).parts):
+            raise UserError(f"--run_name is {config.RUN_NAME}, but must name a folder below {checkpoints.FOLDER}/")
         if taken(config.RUN_NAME):
             raise UserError(
                 f"there is a run {config.RUN_NAME} already: go on with it (--resume {config.RUN_NAME}) "

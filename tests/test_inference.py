@@ -111,6 +111,16 @@ def test_a_variation_is_drawn_again_from_the_same_original(folder, monkeypatch):
     assert np.abs(pixels(again) - pixels(picture)).max() <= 1
 
 
+def test_results_of_other_settings_stay(folder, monkeypatch, capsys):
+    flags = ["--mode", "vary", "--seeds", "4-5", "--batch_size", "1"]
+    for more in ([], ["--guidance", "1"], ["--image", "9"], ["--image", "4", "--batch_size", "2"]):
+        assert infer(monkeypatch, *flags, *more) == 0
+    folders = sorted(Path("inference_results").glob("vary-*"))
+    assert [path.name.removeprefix(folders[0].name) for path in folders] == ["", "-2", "-3"]  # the last is the first
+    assert infer(monkeypatch, *flags, "--guidance", "3") == 0
+    assert "this model has no guide, so --guidance 3 changes nothing" in capsys.readouterr().out
+
+
 def test_the_batch_does_not_matter(folder, monkeypatch):
     for size, name in (("1", "ones"), ("5", "fives")):
         arguments = ["--num_samples", "5", "--sampler", "ddpm", "--batch_size", size, "--output_dir", name]
@@ -268,6 +278,11 @@ def test_a_process_killed_in_a_batch_leaves_no_half_image(folder):
         (["--sampler", "nowhere.py:mine"], "nowhere.py, which does not exist"),
         (["--spacing", "wide"], "--spacing is 'wide'"),
         (["--seeds", "9-3"], "--seeds is '9-3', but must look like"),
+        (["--seeds", "9" * 23], "but seeds have at most 18 digits"),
+        (["--seeds", "0-99999999999"], "but at most 10,000,000 images can be drawn"),
+        (["--checkpoint", "checkpoints"], "checkpoints is a folder: name a checkpoint in it"),
+        (["--output_dir", "a.png"], "choose a folder that can be written to"),
+        (["--output_dir", "/proc/there"], "choose a folder that can be written to"),
         (["--mode", "vary", "--image", "text.pt"], "text.pt cannot be read as an image"),
         (["--mode", "vary", "--image", "cut.png"], "cut.png cannot be read as an image"),
         (["--mode", "vary", "--image", "nowhere.png"], "nowhere.png cannot be read as an image"),

@@ -268,6 +268,7 @@ def test_bad_input_gets_one_line(trained):
         "nowhere is missing": ["train_optimized.py", *folder, "nowhere"],
         "fewer than one batch of 16": ["train.py", *folder, "few", *TINY[2:]],
         "did you mean --batch_size": ["train.py", "--batchsize", "3"],
+        "../whole, but must name a folder below checkpoints/": ["train.py", *TINY, "--run_name", "../whole"],
         "there is a run whole already": ["train.py", *TINY, "--run_name", "whole"],
         "is a finished run": ["train.py", *resume],
         "was trained on": ["train.py", *resume, "--image_size", "16", "--max_steps", "99"],
