@@ -60,7 +60,7 @@ class Step:
     def __init__(self, model: nn.Module, config: Any, rank: int = 0, world: int = 1):
         self.model, self.config, self.rank, self.world = model, config, rank, world
         self.device = next(model.parameters()).device
-        self.micro_batch = config.BATCH_SIZE
+        self.micro_batch = self.aside = config.BATCH_SIZE  # images at once in training, and beside it
         model.to(memory_format=torch.channels_last)  # as engine.unet computes
         self.ema = copy.deepcopy(model).requires_grad_(False).eval()
         self.weights, named = flatten(model)
@@ -212,7 +212,16 @@ class Step:
             with self.autocast():
                 return self.ema(x.float() / 255, at, eps).item() * len(x)
 
-        return sum(loss for _, loss in in_parts(count, self.micro_batch, loss)) / count
+        return sum(self.beside(count, loss)) / count
+
+    def beside(self, count: int, work: Callable[[slice], Any]) -> list[Any]:
+        """work(part) for parts of `count` images that fit into the memory that training leaves."""
+        results = []
+        for part, result in in_parts(count, min(self.aside, self.micro_batch), work):
+            results.append(result)
+            if part.stop < count:
+                self.aside = part.stop - part.start  # what fits, for the next time
+        return results
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, averaged weights and optimiser, to go on from."""

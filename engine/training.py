@@ -14,7 +14,6 @@ from tqdm import tqdm
 from engine import checkpoints
 from engine.batches import Batches
 from engine.errors import UserError
-from engine.memory import in_parts
 from engine.processes import from_first, join, together
 from engine.runs import LOG_EVERY, SAMPLES, Clock, Interrupt, Log, new_name
 from engine.step import Step, learning_rate
@@ -191,7 +190,7 @@ class Record:
             return ema.sample(len(seeds[part]), seed=seeds[part]).cpu()
 
         try:
-            images = torch.cat([images for _, images in in_parts(len(seeds), self.step.micro_batch, some)])
+            images = torch.cat(self.step.beside(len(seeds), some))
         except UserError as problem:
             print(f"{file} COULD NOT BE DRAWN ({problem}); training goes on")
             return

@@ -177,6 +177,7 @@ def test_out_of_memory_while_validating_or_updating(capsys, monkeypatch):
     assert capsys.readouterr().out.split("\n")[:-1] == [
         f"out of GPU memory: going on with batches of {size}" for size in (10, 5)
     ]
+    assert step.validate(images(20)) == pytest.approx(expected, rel=1e-5) and not capsys.readouterr().out
     step.ema.most_images = 0
     with pytest.raises(UserError, match="one image alone does not fit"):
         step.validate(images(20))
