@@ -32,7 +32,8 @@ def new_name(config: Any) -> str:
         return any((checkpoints.FOLDER / name).glob("*.pt")) or (SAMPLES / name / "final.png").exists()
 
     if config.RUN_NAME:
-        if Path(config.RUN_NAME).is_absolute() or not {"..", "."}.isdisjoint(Path(config.RUN_NAME).parts):
+        asked = Path(config.RUN_NAME)
+        if asked.is_absolute() or ".." in asked.parts or not asked.parts:
             raise UserError(f"--run_name is {config.RUN_NAME}, but must name a folder below {checkpoints.FOLDER}/")
         if taken(config.RUN_NAME):
             raise UserError(
