@@ -189,7 +189,7 @@ class Job:
 
 
 def own_folder(folder: Path, settings: Mapping[str, Any]) -> Path:
-    """`folder`, or, where other settings' results lie in it, the first of `folder`-2, -3 ... where none do."""
+    """`folder`, or, where other settings' results lie in it, the first of `folder`_2, _3 ... where none do."""
     seeds = settings["seeds"]
     usual = {"image": str(seeds[0]), "image1": str(seeds[0]), "image2": str(seeds[-1])}  # as a job notes them down
     speed = {"checkpoint", "batch_size", "compile_model", "channels_last"}  # the checkpoint counts by its content
@@ -205,7 +205,7 @@ def own_folder(folder: Path, settings: Mapping[str, Any]) -> Path:
             if name not in speed
         )
 
-    numbered = (folder.with_name(f"{folder.name}-{i}") for i in itertools.count(2))
+    numbered = (folder.with_name(f"{folder.name}_{i}") for i in itertools.count(2))
     return next(path for path in itertools.chain([folder], numbered) if not there(path))
 
 

@@ -116,7 +116,7 @@ def test_results_of_other_settings_stay(folder, monkeypatch, capsys):
     for more in ([], ["--guidance", "1"], ["--image", "9"], ["--image", "4", "--batch_size", "2"]):
         assert infer(monkeypatch, *flags, *more) == 0
     folders = sorted(Path("inference_results").glob("vary-*"))
-    assert [path.name.removeprefix(folders[0].name) for path in folders] == ["", "-2", "-3"]  # the last is the first
+    assert [path.name.removeprefix(folders[0].name) for path in folders] == ["", "_2", "_3"]  # the last is the first
     assert infer(monkeypatch, *flags, "--guidance", "3") == 0
     assert "this model has no guide, so --guidance 3 changes nothing" in capsys.readouterr().out
 
