@@ -1,14 +1,14 @@
 """Measures this machine: training, sampling, the data path, and whether the fast path learns what plain fp32 does.
 
-    python benchmark.py                                everything: nine minutes on a GPU, if foreseen rightly
+    python benchmark.py                                everything: about nine minutes on a GPU (estimated)
     python benchmark.py --quick --only training        a minute; two without --only
     python benchmark.py --dim 64 --dim_mults 1,2,4,8 --full_attention_size 0     another network than the preset's
     python benchmark.py --estimate                     how long each preset would take here, and with what batch
     python benchmark.py --memory                       what trains on cards of 3, 6, 12 and 24 GiB: 13 minutes
 
-The nine minutes are a sum of what such variants took one by one on an H100 with a slow host, not one run's: training
-4.5 (1 to 2 of them a compilation, most of the rest cuDNN's search for fp32 kernels), sampling 1, data 1, curves 2. What
-matters most comes first, the library's step and our fast path, and each part is written as soon as it is measured.
+Of them training takes 4.5 (1 to 2 a compilation, most of the rest cuDNN's search for fp32 kernels), sampling 1, data 1
+and curves 2. What matters most comes first, the library's step and our fast path, and each part is written as soon as
+it is measured.
 
 The peers, in the same run: the step of the library's Trainer and the library's 1000 ancestral steps and, where
 diffusers is installed, its UNet2DModel with as many parameters, to 10 %. What hangs or dies costs its own row alone.

@@ -6,8 +6,8 @@
 
     python train_optimized.py --config my_config.py:MyConfig --batch_size 32 --dry_run
 
-Where a value is set in several places the last of these wins: the script's default, the dataset's preset
-limited by the tier, the subclass, the flag. `--dry_run` shows which it was.
+Where a value is set in several places the last of these wins: the class's default, the script's, the presets of the
+data set, of the image size and of a CPU, the tier, the subclass, the flag. `--dry_run` shows which it was.
 """
 
 import argparse
@@ -367,7 +367,11 @@ def from_command_line(
     """
     parser = Parser(description)
     parser.add_argument("--config", metavar="FILE.py:CLASS", help="a subclass of DDPMConfig")
-    parser.add_argument("--dry_run", action="store_true", help="show what would be done, and how long it takes; stop")
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="show each setting after presets and tier, what would be done and how long it takes; stop",
+    )
     parser.add_argument(
         "--resume", nargs="?", const="newest", metavar="CHECKPOINT",
         help="go on with a run: a checkpoint, a run's folder, or nothing for the newest run",

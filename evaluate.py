@@ -201,6 +201,8 @@ def label_of(first: Found, others: int, reference: dict[str, Any]) -> str:
     if "checkpoint" in first:
         parts += [first["sampler"].replace(".py:", "-").replace("/", "-"), str(first["steps"])]
         parts += [first["spacing"]] if first["spacing"] != SPACING else []
+        parts += [f"guidance-{first['guidance']:g}"] if first["guidance"] != 1 else []
+        parts += [f"seeds-{first['seeds']}"] if not first["seeds"].startswith("0-") else []
     against = Path(reference["data_dir"]).resolve().name if reference["dataset"] == "folder" else reference["dataset"]
     return "-".join([*parts, str(first["num_samples"]), "vs", against])
 

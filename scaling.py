@@ -247,7 +247,7 @@ def main() -> None:
         ("steps", int, 500, "training steps before validation losses are compared, 0: none"),
         ("seconds", float, 1.5, "length of each of 3 rounds, seconds"),
         ("time_limit", float, 300.0, "for each number of processes, seconds"),
-        ("dim", int, 0, "width of both models, channels, 0: the presets' 128 and 160"),
+        ("dim", int, 0, "width of both models, channels, 0: the presets' 128"),
         ("image_size", int, 0, "size of the images of both, pixels, 0: the presets' 32 and 96"),
     ):
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default

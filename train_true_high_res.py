@@ -5,7 +5,8 @@
     python train_true_high_res.py --dataset cifar10 --target_size 64 --use_upsampling
 
 Everything is on as in train_optimized.py, and before the first run with a configuration on a card it is tried out how
-many images fit into its memory at once. What is chosen for large images, and why, is in config.py (LARGE_IMAGES).
+many images fit into its memory at once. What is chosen for large images, and why, is in config.py (LARGE_IMAGES and
+SIZE_PRESETS).
 """
 
 import train

@@ -163,7 +163,7 @@ def test_checkpoints_give_table_json_and_pictures(folder, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert read == paths  # each once
     assert "FID is left out: no network here" in out and "FD-Lite0" in out
-    label = "results/evaluate-run-late-and-1-more-heun-2-6-vs-real"
+    label = "results/evaluate-run-late-and-1-more-heun-2-seeds-3-8-6-vs-real"
     found = json.loads(Path(f"{label}.json").read_text())
     assert found["reference"] | {"images": 24, "image_size": 16, "dataset": "folder"} == found["reference"]
     late, early = found["evaluations"]
