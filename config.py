@@ -383,7 +383,9 @@ def from_command_line(
     subclass = load_subclass(options.config) if options.config else None
 
     checkpoint = None
-    if options.resume:
+    if options.resume is not None:
+        if "RUN_NAME" in flags:
+            raise UserError("--run_name is for a new run, and --resume goes on with one: choose one of them")
         options.resume = checkpoints.find(options.resume)
         checkpoint = checkpoints.load_training(options.resume)["config"]
     layers = [DDPMConfig.values(), script, checkpoint or {}, own_values(subclass) if subclass else {}, flags]

@@ -317,7 +317,12 @@ def read_settings(description: str | None, defaults: Mapping[str, Any]) -> tuple
     for name, (kind, setting, default) in SETTINGS.items():
         parser.add_setting(name, kind, setting, defaults.get(name, default))
     given = parser.parse_args()
+    if given.checkpoint == "":
+        raise UserError("--checkpoint is given an empty name")
     if given.from_png:
+        others = [name for name in ("checkpoint", *FILES) if getattr(given, name) is not None]
+        if others := others + [name.lower() for name in SETTINGS if hasattr(given, name)]:
+            raise UserError(f"--from_png draws a picture as it was drawn: leave out --{others[0]}")
         needed = {"checkpoint", "seeds", "sha256", "tile", "columns", *FILES, *map(str.lower, SETTINGS)} - {
             "num_samples"
         }
@@ -377,6 +382,8 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
             )
         if model.guide is None and settings["guidance"] not in (0, 1):
             say_once(f"note: this model has no guide, so --guidance {settings['guidance']:g} changes nothing")
+        if settings["eta"] and sampler != "ddim":
+            say_once(f"note: --eta is for --sampler ddim, {settings['sampler']} does without")
         if processes.num_processes > 1 and "batch" not in wanted:
             say_once(f"note: one process draws this; {processes.num_processes} processes share --mode batch alone")
         for mode in wanted:

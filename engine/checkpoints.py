@@ -97,6 +97,8 @@ def load_training(path: Path) -> dict[str, Any]:
 
 def find(what: str) -> Path:
     """The checkpoint meant by `what`: a file, a run's folder or name (its last.pt), or `newest` for any run's."""
+    if not what:
+        raise UserError("--resume is given an empty name: name a run or a checkpoint, or nothing for the newest run")
     if what == "newest":
         found = sorted(FOLDER.rglob("last.pt"), key=lambda path: path.stat().st_mtime)
         if not found:
@@ -108,10 +110,25 @@ def find(what: str) -> Path:
     raise UserError(f"--resume names {what}, but there is neither such a file nor a run with a last.pt")
 
 
-def is_final(path: Path, run: Path) -> bool:
-    """Whether the run in the folder `run` has a final.pt, and not one of before the checkpoint `path`."""
+def run_of(path: Path, name: str) -> str:
+    """The run that goes on from a checkpoint: that of its folder, which may be another one's copy.
+
+    name: what the checkpoint says, which counts for one from elsewhere. Raises UserError if there is such a run too.
+    """
+    folder, runs = path.resolve().parent, FOLDER.resolve()
+    if runs in folder.parents:
+        return folder.relative_to(runs).as_posix()
+    if folder != runs and any((FOLDER / name).glob("*.pt")):
+        raise UserError(
+            f"{path} is of a run {name}, which {FOLDER}/ has too: copy it to {FOLDER}/NEW/last.pt, and --resume NEW"
+        )
+    return name
+
+
+def is_finished(run: Path, step: int) -> bool:
+    """Whether the run in the folder `run` has a final.pt, of this step or a later one."""
     final = run / "final.pt"
-    return final.exists() and final.stat().st_mtime_ns >= path.stat().st_mtime_ns
+    return final.exists() and load_training(final)["progress"]["step"] >= step
 
 
 def newest() -> Path:

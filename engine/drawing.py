@@ -199,7 +199,7 @@ def own_folder(folder: Path, settings: Mapping[str, Any]) -> Path:
             found = json.loads((path / "summary.json").read_text())
         except (OSError, ValueError):
             return False
-        return any(
+        return not isinstance(found, dict) or any(
             found.get(name) not in (value, usual.get(name) if value is None else value)
             for name, value in settings.items()
             if name not in speed

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import threading
 import time
@@ -18,12 +19,50 @@ from torch.utils.tensorboard import SummaryWriter
 from engine import checkpoints, plots
 from engine.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 SAMPLES = Path("samples")
 LOG_EVERY = 10  # steps: the only times the host waits for the device
 
 
+claims: dict[Path, int] = {}  # folders of runs that this process is at, with a handle that holds a lock on each
+
+
+def claim(name: str) -> bool:
+    """Makes the folder of a run this process's own until it ends or gives it back; False if another one has it.
+
+    Raises OSError if nothing can be written there. Where folders cannot be locked nobody is kept out.
+    """
+    folder = (checkpoints.FOLDER / name).resolve()
+    checkpoints.check_writable(folder)
+    if folder not in claims and fcntl:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return False
+        except OSError:  # some network file systems
+            pass
+        claims[folder] = handle
+    return True
+
+
+def give_back(name: str) -> None:
+    """Ends what claim began."""
+    if (handle := claims.pop((checkpoints.FOLDER / name).resolve(), None)) is not None:
+        os.close(handle)
+
+
+if fcntl:  # a data worker must not keep the lock of its dead parent
+    os.register_at_fork(after_in_child=lambda: [os.close(handle) for handle in claims.values()])
+
+
 def new_name(config: Any) -> str:
-    """The configured name, or one of data set, size and date.
+    """The configured name, or one of data set, size and date; its folder is claimed.
 
     Raises UserError if the name asked for is taken or leads elsewhere.
     """
@@ -35,14 +74,14 @@ def new_name(config: Any) -> str:
         asked = Path(config.RUN_NAME)
         if asked.is_absolute() or ".." in asked.parts or not asked.parts:
             raise UserError(f"--run_name is {config.RUN_NAME}, but must name a folder below {checkpoints.FOLDER}/")
-        if taken(config.RUN_NAME):
+        if taken(config.RUN_NAME) or not claim(config.RUN_NAME):
             raise UserError(
                 f"there is a run {config.RUN_NAME} already: go on with it (--resume {config.RUN_NAME}) "
                 "or choose another --run_name"
             )
         return config.RUN_NAME
     base = f"{config.DATASET}-{config.IMAGE_SIZE}px-{datetime.now():%Y%m%d-%H%M%S}"
-    return next(name for name in (base, *(f"{base}-{i}" for i in range(2, 1000))) if not taken(name))
+    return next(name for name in (base, *(f"{base}-{i}" for i in range(2, 1000))) if not taken(name) and claim(name))
 
 
 class Clock:

@@ -15,7 +15,7 @@ from engine import checkpoints
 from engine.batches import Batches
 from engine.errors import UserError
 from engine.processes import from_first, join, together
-from engine.runs import LOG_EVERY, SAMPLES, Clock, Interrupt, Log, new_name
+from engine.runs import LOG_EVERY, SAMPLES, Clock, Interrupt, Log, claim, give_back, new_name
 from engine.step import Step, learning_rate
 
 MOST_SKIPPED_IN_A_ROW = 20
@@ -49,7 +49,7 @@ def train(model: nn.Module, images: np.ndarray, config: Any, resume: Path | None
         name, progress = go_on_from(resume, data, step, batches)
     clock = Clock(config, len(batches), progress, processes)
     over = clock.finished()  # be it that it was stopped between its last step and the final checkpoint
-    if over and from_first(checkpoints.is_final(resume, checkpoints.FOLDER / name) if main else None):
+    if over and from_first(checkpoints.is_finished(checkpoints.FOLDER / name, progress["step"]) if main else None):
         raise UserError(f"{resume} is a finished run: lengthen it with --epochs, --max_steps or --minutes")
     name = name or from_first(new_name(config) if main else None)
     if main:
@@ -92,6 +92,7 @@ def train(model: nn.Module, images: np.ndarray, config: Any, resume: Path | None
         if over:
             record.validate_if_due()
         record.finished()
+        give_back(name)
     return checkpoints.FOLDER / name / "final.pt"
 
 
@@ -119,7 +120,7 @@ def go_on_from(path: Path, data: dict[str, Any], step: Step, batches: Batches) -
         random.seed(step.config.SEED + step.rank + step.world * progress["step"])
     before = state["config"]["BATCH_SIZE"] * state["config"]["GRADIENT_ACCUMULATION"]
     progress["position"] = min(progress["position"] * before // batches.batch_size, len(batches))
-    return state["run"], progress
+    return checkpoints.run_of(path, state["run"]), progress
 
 
 def how_to_go_on(name: str) -> str:
@@ -156,8 +157,12 @@ class Record:
     def __init__(self, name: str, data: dict[str, Any], step: Step, batches: Batches, clock: Clock):
         self.name, self.data, self.step, self.clock = name, data, step, clock
         self.config, self.progress = step.config, clock.progress
-        self.folder, self.log = checkpoints.FOLDER / name, Log(SAMPLES / name, self.progress)
-        checkpoints.check_writable(self.folder)  # now, not after hours
+        self.folder = checkpoints.FOLDER / name
+        if not claim(name):  # and if nothing can be written there, that is noticed now, not after hours
+            raise UserError(f"run {name} is going on in another process: wait for it, or stop it")
+        for left_over in self.folder.glob(".*.tmp"):  # by a process that was killed while it saved
+            left_over.unlink()
+        self.log = Log(SAMPLES / name, self.progress)
         self.held_out, self.validation = batches.validation(), float("nan")
         self.saved_at = self.validate_at = time.monotonic()
         self.bar = tqdm(initial=self.progress["step"], unit="step", mininterval=1, dynamic_ncols=True)

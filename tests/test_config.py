@@ -138,6 +138,8 @@ def test_help_shows_every_flag_with_its_default(capsys):
         (["--config", "typo.py:Kind"], "DIM is '64', but must be a whole number"),
         (["--config", "syntax.py:Mine"], "cannot be loaded: SyntaxError"),
         (["--resume", "no-such-run"], "neither such a file nor a run"),
+        (["--resume", ""], "--resume is given an empty name"),
+        (["--resume", "a", "--run_name", "b"], "--run_name is for a new run"),
     ],
 )
 def test_what_is_wrong_is_named_in_one_line(arguments, message, tmp_path, monkeypatch):

@@ -290,6 +290,8 @@ def test_a_process_killed_in_a_batch_leaves_no_half_image(folder):
         (["--mode", "vary", "--image", "data:3"], "ddpm_final.pt does not say what it was trained on"),
         (["--from_png", "other.png"], "other.png does not say how it was made, or another version wrote it"),
         (["--from_png", "a.png"], "a.png does not say how it was made"),
+        (["--from_png", "a.png", "--steps", "3"], "draws a picture as it was drawn: leave out --steps"),
+        (["--checkpoint", ""], "--checkpoint is given an empty name"),
         (["--from_png", "text.pt"], "text.pt is missing or not a picture"),
     ],
 )

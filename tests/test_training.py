@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +20,9 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import checkpoints, plots
+from engine import checkpoints, plots, runs
 from engine.batches import Batches
+from engine.errors import UserError
 from engine.runs import Clock
 from engine.training import VERSION, go_on_from
 
@@ -290,6 +292,47 @@ def test_a_run_goes_on_from_any_of_its_files_and_with_another_batch(trained, tmp
     assert (state["run"], state["progress"]["step"]) == ("whole", 50)
     assert (state["progress"]["images"], state["progress"]["position"]) == (40 * 16 + 10 * 8, 40 * 2 + 10)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"whole", "ddpm_final.pt"}
+
+
+def test_a_copy_of_a_run_goes_on_as_a_run_of_its_own(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "whole", folder / "copy")
+    (folder / "copy" / ".last.pt.4711.tmp").write_text("of a process that was killed while it saved")
+    run(tmp_path, "train.py", "--resume", "copy", "--max_steps", "42")
+    steps = {name: checkpoints.load(folder / name / "final.pt")["progress"]["step"] for name in ("whole", "copy")}
+    assert steps == {"whole": 40, "copy": 42}
+    assert {path.name for path in (folder / "copy").iterdir()} == {"last.pt", "best.pt", "final.pt"}
+    shutil.copy(folder / "whole" / "last.pt", tmp_path / "elsewhere.pt")
+    line = fails(tmp_path, "train.py", "--resume", "elsewhere.pt", "--max_steps", "42")
+    assert "of a run whole, which checkpoints/ has too: copy it to" in line
+
+
+def test_a_run_belongs_to_one_process(trained, tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "datetime", SimpleNamespace(now=lambda: datetime(2026, 1, 1)))
+
+    def lock(name: str) -> int:  # as another process would hold it
+        Path("checkpoints", name).mkdir(parents=True)
+        handle = os.open(Path("checkpoints", name), os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        return handle
+
+    unnamed, named = (SimpleNamespace(RUN_NAME=name, DATASET="shapes", IMAGE_SIZE=8) for name in ("", "mine"))
+    handle = lock("shapes-8px-20260101-000000")
+    assert runs.new_name(unnamed) == "shapes-8px-20260101-000000-2"
+    os.close(handle)
+    handle = lock("mine")
+    with pytest.raises(UserError, match="there is a run mine already"):
+        runs.new_name(named)
+    shutil.copy(trained / "checkpoints" / "whole" / "last.pt", "checkpoints/mine/last.pt")
+    shutil.copytree(trained / "data", "data")
+    line = fails(tmp_path, "train.py", "--resume", "mine", "--max_steps", "42")
+    assert "run mine is going on in another process" in line
+    os.close(handle)
+    assert runs.claim("mine")
+    runs.give_back("mine")
 
 
 def test_a_full_disk_stops_no_run_and_leaves_no_half_file(trained, tmp_path):
