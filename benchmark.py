@@ -580,8 +580,6 @@ def options_of(arguments: argparse.Namespace, gpu: bool) -> argparse.Namespace:
     flags = {name: value for name, value in given.items() if value is not None}
     config = resolve(arguments.preset, detect_tier(), flags=flags)
     arguments.subject = Subject.of(config)
-    if config.DIM % 2:
-        raise UserError(f"--dim is {config.DIM}, but must be even")
     if not arguments.batch:
         small = config.IMAGE_SIZE <= 32
         usual = (128, 256, 512) if small else (config.BATCH_SIZE * config.GRADIENT_ACCUMULATION,)

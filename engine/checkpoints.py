@@ -36,9 +36,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Makes a folder if it is not there; raises OSError if no file can be made in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
+    """Raises OSError if no file can be made in a folder, or, where it is not there yet, the folder; leaves nothing."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    with tempfile.TemporaryFile(dir=there):
         pass
 
 
@@ -110,6 +110,11 @@ def find(what: str) -> Path:
     raise UserError(f"--resume names {what}, but there is neither such a file nor a run with a last.pt")
 
 
+def has_saved(run: str) -> bool:
+    """Whether there is a run of this name with at least one checkpoint."""
+    return any((FOLDER / run).glob("*.pt"))
+
+
 def run_of(path: Path, name: str) -> str:
     """The run that goes on from a checkpoint: that of its folder, which may be another one's copy.
 
@@ -118,7 +123,7 @@ def run_of(path: Path, name: str) -> str:
     folder, runs = path.resolve().parent, FOLDER.resolve()
     if runs in folder.parents:
         return folder.relative_to(runs).as_posix()
-    if folder != runs and any((FOLDER / name).glob("*.pt")):
+    if folder != runs and has_saved(name):
         raise UserError(
             f"{path} is of a run {name}, which {FOLDER}/ has too: copy it to {FOLDER}/NEW/last.pt, and --resume NEW"
         )

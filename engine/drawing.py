@@ -21,7 +21,7 @@ from engine import plots
 from engine.checkpoints import FOLDER, write_atomically
 from engine.command_line import load_from_file, nearest
 from engine.errors import UserError
-from engine.memory import in_parts
+from engine.memory import AtOnce
 from engine.processes import join
 from engine.samplers import SAMPLERS
 from engine.sources import center_square, to_rgb
@@ -127,10 +127,10 @@ class Job:
     folder: Path
     sampler: str | Callable
     started: float = field(default_factory=time.perf_counter)
-    batch_size: int = 0
+    at_once: AtOnce = field(init=False)
 
     def __post_init__(self) -> None:
-        self.batch_size = self.settings["batch_size"]
+        self.at_once = AtOnce(self.settings["batch_size"])
 
     @property
     def how(self) -> dict[str, Any]:
@@ -156,11 +156,9 @@ class Job:
 
         parts, quiet = [], not join().is_main_process
         with tqdm(total=len(seeds), unit="image", desc=self.settings["mode"], leave=False, disable=quiet) as bar:
-            for part, images in in_parts(len(seeds), self.batch_size, some):
+            for images in self.at_once.parts(len(seeds), some):
                 parts.append(images)
                 bar.update(len(images))
-                if part.stop < len(seeds):
-                    self.batch_size = len(images)  # what fits, for the next call
         return torch.cat(parts)
 
     def path(self, name: str) -> Path:
@@ -194,7 +192,7 @@ def own_folder(folder: Path, settings: Mapping[str, Any]) -> Path:
     usual = {"image": str(seeds[0]), "image1": str(seeds[0]), "image2": str(seeds[-1])}  # as a job notes them down
     speed = {"checkpoint", "batch_size", "compile_model", "channels_last"}  # the checkpoint counts by its content
 
-    def there(path: Path) -> bool:
+    def holds_others(path: Path) -> bool:
         try:
             found = json.loads((path / "summary.json").read_text())
         except (OSError, ValueError):
@@ -206,7 +204,7 @@ def own_folder(folder: Path, settings: Mapping[str, Any]) -> Path:
         )
 
     numbered = (folder.with_name(f"{folder.name}_{i}") for i in itertools.count(2))
-    return next(path for path in itertools.chain([folder], numbered) if not there(path))
+    return next(path for path in itertools.chain([folder], numbered) if not holds_others(path))
 
 
 def settings_of(picture: Path, needed: set[str]) -> dict[str, Any]:

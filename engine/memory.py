@@ -33,24 +33,29 @@ def memory_limit() -> float:
     return total if cap is None else min(cap, total)
 
 
-def in_parts(count: int, size: int, work: Callable[[slice], Any]) -> Iterator[tuple[slice, Any]]:
-    """work(part) and the part, for parts of `size` that cover `count` in order.
+class AtOnce:
+    """How many images are computed at once: running out of GPU memory halves `size` for good."""
 
-    Running out of GPU memory halves the size, which is said in one line, and does that part again; raises UserError
-    if 1 is too many.
-    """
-    start = 0
-    while start < count:
-        part = slice(start, min(start + size, count))
-        try:
-            result = work(part)
-        except torch.OutOfMemoryError:
-            if part.stop - start == 1:
-                raise UserError("one image alone does not fit into the GPU's memory: try --use_amp", 1) from None
-        else:
-            yield part, result
-            start = part.stop
-            continue
-        torch.cuda.empty_cache()  # outside the handler, where what the failed call had is free again
-        size = (part.stop - start + 1) // 2
-        print(f"out of GPU memory: going on with batches of {size}")
+    def __init__(self, size: int):
+        self.size = size
+
+    def parts(self, count: int, work: Callable[[slice], Any]) -> Iterator[Any]:
+        """work(part) for parts that cover `count` in order; one for which memory runs out is done again in two.
+
+        Says in one line what the size is from then on. Raises UserError if 1 is too many.
+        """
+        start = 0
+        while start < count:
+            part = slice(start, min(start + self.size, count))
+            try:
+                result = work(part)
+            except torch.OutOfMemoryError:
+                if part.stop - start == 1:
+                    raise UserError("one image alone does not fit into the GPU's memory: try --use_amp", 1) from None
+            else:
+                yield result
+                start = part.stop
+                continue
+            torch.cuda.empty_cache()  # outside the handler, where what the failed call had is free again
+            self.size = (part.stop - start + 1) // 2
+            print(f"out of GPU memory: going on with batches of {self.size}")

@@ -18,11 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from engine import checkpoints, plots
 from engine.errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from engine.locks import lock
 
 SAMPLES = Path("samples")
 LOG_EVERY = 10  # steps: the only times the host waits for the device
@@ -37,16 +33,13 @@ def claim(name: str) -> bool:
     Raises OSError if nothing can be written there. Where folders cannot be locked nobody is kept out.
     """
     folder = (checkpoints.FOLDER / name).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
     checkpoints.check_writable(folder)
-    if folder not in claims and fcntl:
+    if folder not in claims and os.name != "nt":  # where folders cannot be opened
         handle = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if lock(handle) is False:
             os.close(handle)
             return False
-        except OSError:  # some network file systems
-            pass
         claims[folder] = handle
     return True
 
@@ -57,7 +50,7 @@ def give_back(name: str) -> None:
         os.close(handle)
 
 
-if fcntl:  # a data worker must not keep the lock of its dead parent
+if hasattr(os, "register_at_fork"):  # a data worker must not keep the lock of its dead parent
     os.register_at_fork(after_in_child=lambda: [os.close(handle) for handle in claims.values()])
 
 
@@ -68,7 +61,7 @@ def new_name(config: Any) -> str:
     """
 
     def taken(name: str) -> bool:  # one that ended before it saved anything may start again
-        return any((checkpoints.FOLDER / name).glob("*.pt")) or (SAMPLES / name / "final.png").exists()
+        return checkpoints.has_saved(name) or (SAMPLES / name / "final.png").exists()
 
     if config.RUN_NAME:
         asked = Path(config.RUN_NAME)

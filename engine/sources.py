@@ -31,12 +31,8 @@ from torchvision.datasets.utils import download_file_from_google_drive, download
 from tqdm import tqdm
 
 from engine.errors import UserError
+from engine.locks import lock
 from engine.shapes import draw_shapes
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 DATASETS = ("auto", "cifar10", "celeba", "stl10", "shapes", "folder")
 
@@ -378,15 +374,9 @@ def _build(source: Source, size: int, final: Path, workers: int, bar: tqdm) -> N
 
 
 def _can_lock(folder: Path) -> bool:
-    """Whether files there can be locked: not on Windows, nor on some network file systems."""
-    if fcntl is None:
-        return False
+    """Whether files there can be locked."""
     with TemporaryFile(dir=folder) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-    return True
+        return lock(file.fileno()) is not None
 
 
 @contextmanager
@@ -394,12 +384,9 @@ def _alone(path: Path, bar: tqdm) -> Iterator[BinaryIO]:
     """The file, made if need be, to read and write as the only process; another one is waited for."""
     while True:
         with open(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b") as file:
-            if _can_lock(path.parent):
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    bar.write("another process is building this cache: waiting for it", file=sys.stderr)
-                    fcntl.flock(file, fcntl.LOCK_EX)
+            if lock(file.fileno()) is False:
+                bar.write("another process is building this cache: waiting for it", file=sys.stderr)
+                lock(file.fileno(), wait=True)
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 yield file
                 return

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.graph import Graph
-from engine.memory import in_parts
+from engine.memory import AtOnce
 from engine.optimizer import Adam, Muon, flatten, is_matrix, padded, views
 
 FIRST_SCALE = 2.0**12  # of the loss in fp16, whose small gradients would vanish
@@ -60,7 +60,7 @@ class Step:
     def __init__(self, model: nn.Module, config: Any, rank: int = 0, world: int = 1):
         self.model, self.config, self.rank, self.world = model, config, rank, world
         self.device = next(model.parameters()).device
-        self.micro_batch = self.aside = config.BATCH_SIZE  # images at once in training, and beside it
+        self.micro_batch, self.aside = config.BATCH_SIZE, AtOnce(config.BATCH_SIZE)  # in training, and beside it
         model.to(memory_format=torch.channels_last)  # as engine.unet computes
         self.ema = copy.deepcopy(model).requires_grad_(False).eval()
         self.weights, named = flatten(model)
@@ -216,12 +216,8 @@ class Step:
 
     def beside(self, count: int, work: Callable[[slice], Any]) -> list[Any]:
         """work(part) for parts of `count` images that fit into the memory that training leaves."""
-        results = []
-        for part, result in in_parts(count, min(self.aside, self.micro_batch), work):
-            results.append(result)
-            if part.stop < count:
-                self.aside = part.stop - part.start  # what fits, for the next time
-        return results
+        self.aside.size = min(self.aside.size, self.micro_batch)
+        return list(self.aside.parts(count, work))
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, averaged weights and optimiser, to go on from."""

@@ -37,8 +37,7 @@ def train(model: nn.Module, images: np.ndarray, config: Any, resume: Path | None
     main, device = processes.is_main_process, processes.device
     rank, world = processes.process_index, processes.num_processes
     torch.backends.cudnn.benchmark = True
-    torch.manual_seed(config.SEED + rank)  # dropout; what else is random is drawn in engine.step
-    random.seed(config.SEED + rank)
+    seed(config.SEED + rank)
     effective_batch = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
     batches = Batches(images, effective_batch, config.SEED, device, config.NUM_WORKERS, rank, world)
     step = Step(model.to(device).train(), config, rank, world)
@@ -108,16 +107,15 @@ def go_on_from(path: Path, data: dict[str, Any], step: Step, batches: Batches) -
     if state["data"] != data:
         raise UserError(f"{path} was trained on {state['data']}, but what is here is {data}")
     for key, value in step.model.architecture.items():
-        before = state["architecture"].get(key, value)
-        if before != value and key not in CHANGEABLE:
-            raise UserError(f"{path} was trained with {key} {before}, which cannot become {value}: start another run")
+        was = state["architecture"].get(key, value)
+        if was != value and key not in CHANGEABLE:
+            raise UserError(f"{path} was trained with {key} {was}, which cannot become {value}: start another run")
     step.load_state_dict(state)
     progress = state["progress"]
     if step.rank == 0:
         set_rng(state["rng"])
     else:  # whose state nobody kept: dropout that was not used yet
-        torch.manual_seed(step.config.SEED + step.rank + step.world * progress["step"])
-        random.seed(step.config.SEED + step.rank + step.world * progress["step"])
+        seed(step.config.SEED + step.rank + step.world * progress["step"])
     before = state["config"]["BATCH_SIZE"] * state["config"]["GRADIENT_ACCUMULATION"]
     progress["position"] = min(progress["position"] * before // batches.batch_size, len(batches))
     return checkpoints.run_of(path, state["run"]), progress
@@ -285,6 +283,12 @@ def describe(step: Step) -> str:
         name if step.world == 1 else f"{step.world} x {name}",
     ]
     return ", ".join(parts)
+
+
+def seed(number: int) -> None:
+    """Seeds the global random generators; what else is random is drawn in engine.step."""
+    torch.manual_seed(number)
+    random.seed(number)
 
 
 def rng() -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torchvision.datasets.utils import calculate_md5
 
-from engine import sources
+from engine import locks, sources
 from engine.errors import UserError
 from engine.shapes import KINDS, NUMBERS, draw_shapes, kind_of, uniform
 from engine.sources import collect, load_images, resolve_auto
@@ -393,7 +393,7 @@ def test_a_second_process_waits_for_the_first(load, monkeypatch):
 
 
 def test_without_locks_each_process_builds_for_itself(load, monkeypatch):
-    monkeypatch.setattr(sources, "fcntl", None)
+    monkeypatch.setattr(locks, "fcntl", None)
     monkeypatch.setattr(sources, "SHAPES_COUNT", 100)
     np.testing.assert_array_equal(load("shapes", 8), draw_shapes(np.arange(100), 8, seed=0))
     assert [path.suffix for path in load.cache.iterdir()] == [".npy"]

@@ -207,8 +207,8 @@ def run_with(folder: Path, change: str, *arguments: str) -> subprocess.Completed
     )
     (folder / "changed.py").write_text(text)
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "changed.py", *TINY, *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    whole = [sys.executable, "changed.py", *TINY, *arguments]
+    return subprocess.run(whole, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
 
 
 def test_stopped_at_its_last_step_a_run_is_finished(trained, tmp_path):
