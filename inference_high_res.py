@@ -1,16 +1,16 @@
-"""Draws with models of 64 pixels and more: batches that fit the memory, figures laid out for large images.
+"""Samples images of 64 px and more: figures are laid out for large images.
 
     python inference_high_res.py                           9 samples from the newest checkpoint
     python inference_high_res.py --mode all
     python inference_high_res.py --mode batch --num_samples 5000 --format npz
 
-Everything else is as in inference.py, whose modes and flags these are.
+Modes and flags are those of inference.py.
 """
 
 import inference
-from engine.command_line import run
+from engine.cli import run_script
 
-DEFAULTS = {"NUM_SAMPLES": 9, "TILE": 192, "COLUMNS": 5, "SMALLEST": 64}
+DEFAULTS = {"num_samples": 9, "tile": 192, "columns": 5}
 
 if __name__ == "__main__":
-    run(lambda: inference.main(__doc__, DEFAULTS))
+    run_script(lambda: inference.main(__doc__, DEFAULTS))

@@ -1,46 +1,126 @@
-"""Trains a diffusion model in plain fp32: nothing switched on that could go wrong.
+"""Trains a diffusion model in plain fp32, no optimizations: the reference script.
 
     python train.py                                        CIFAR-10, or the built-in shapes
     python train.py --dataset folder --data_dir my_images --epochs 100
-    python train.py --resume                               goes on with the newest run
+    python train.py --resume                               resumes the newest run
 
 Ends with a sample grid in samples/<run>/ and a model in checkpoints/ddpm_final.pt.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import from_command_line, memory_gib
+from config import Config, DDPMConfig, detect_tier, estimate_memory_gib, resolve, subclass_overrides
 from ddpm_model import DDPMModel
-from engine.command_line import run
-from engine.fitting import fit
-from engine.processes import together
-from engine.sources import load_images
-from engine.training import estimate, train
+from engine import checkpoints, distributed
+from engine.checkpoints import TrainingCheckpoint
+from engine.cli import Parser, import_from_file, run_script
+from engine.datasets import choose_default_dataset, load_dataset
+from engine.errors import UserError
+from engine.gpu_memory import cap_memory
+from engine.micro_batch import find_micro_batch
+from engine.settings import suggest
+from engine.trainer import estimate, train
 
 DEFAULTS = {"USE_AMP": False, "COMPILE_MODEL": False, "LR_SCHEDULE": "constant"}
 
 
 def main(description: str | None = __doc__, defaults: Mapping[str, Any] = DEFAULTS) -> None:
-    """Configuration, data, model, training: what every training script does with its own defaults."""
-    config, options = from_command_line(description, defaults)
-    with together(lambda: "start it again") as processes:
-        with processes.local_main_process_first():  # the first process decodes, the others find it done
-            images = load_images(
-                config.DATASET, config.IMAGE_SIZE, Path(config.DATA_DIR), workers=config.NUM_WORKERS,
-                progress=processes.is_local_main_process, upsampling=config.USE_UPSAMPLING,
-            )  # fmt: skip
-        if config.FIT_MEMORY and processes.device.type == "cuda" and processes.num_processes == 1:
-            config.split_batch(fit(DDPMModel.from_config, config, images))
+    """Runs a training script, which differs from the others in its defaults only."""
+    # Configuration: flags, checkpoint, data set and GPU.
+    request = parse_command_line(description, defaults)
+    checkpoint = checkpoints.load_training(request.resume) if request.resume else None
+    config = configure(request, checkpoint)
+
+    # Data: rank 0 fetches and decodes before the process group exists, the others read the cache.
+    data = distributed.rank0_first("data", lambda: load_dataset(
+        config.DATASET, config.IMAGE_SIZE, Path(config.DATA_DIR), workers=config.NUM_WORKERS,
+        progress=distributed.launched_rank() == 0, upsampling=config.USE_UPSAMPLING,
+    ))  # fmt: skip
+
+    with distributed.session(lambda: "start it again") as dist:
         model = DDPMModel.from_config(config)
-        if options.dry_run and processes.is_main_process:
-            parameters = sum(p.numel() for p in model.parameters())
-            memory = memory_gib(config.DIM, config.IMAGE_SIZE, config.BATCH_SIZE, parameters, config.USE_AMP)
-            print(f"{config.table()}\n\n{estimate(model, len(images), config, memory)}")
-        if not options.dry_run:
-            train(model, images, config, options.resume)
+        if config.AUTO_MICRO_BATCH and dist.device.type == "cuda" and dist.num_processes == 1:
+            config.split_batch(find_micro_batch(DDPMModel.from_config, config, data.images))
+        if not request.dry_run:
+            train(model, data, config, checkpoint)
+        elif dist.is_main_process:
+            count = sum(p.numel() for p in model.parameters())
+            shape = config.DIM, config.IMAGE_SIZE, config.BATCH_SIZE
+            memory = estimate_memory_gib(*shape, count, config.USE_AMP)
+            print(f"{config.table()}\n\n{estimate(model, len(data), config, memory)}")
+
+
+@dataclass(frozen=True)
+class TrainingRequest:
+    """What a training script was asked to do, before data set, GPU and checkpoint are looked at."""
+
+    script: Mapping[str, Any]  # values that the script sets by default
+    subclass: type[DDPMConfig] | None
+    flags: Mapping[str, Any]
+    resume: Path | None  # the checkpoint
+    dry_run: bool
+
+    def value(self, name: str, checkpoint: Mapping[str, Any] | None) -> Any:
+        """Returns the value of a setting that no preset or tier sets. checkpoint: its config."""
+        base = DDPMConfig.current_names(checkpoint) if checkpoint else self.script
+        overrides = subclass_overrides(self.subclass) if self.subclass else {}
+        values = {**DDPMConfig.values(), **base, **overrides, **self.flags}
+        return DDPMConfig.settings()[name].check(name, values[name])
+
+
+def parse_command_line(
+    description: str | None, script: Mapping[str, Any], argv: Sequence[str] | None = None
+) -> TrainingRequest:
+    """Parses a training script's command line. script: the values it sets by default."""
+    parser = Parser(description)
+    parser.add_argument("--config", metavar="FILE.py:CLASS", help="a subclass of DDPMConfig")
+    parser.add_argument(
+        "--dry_run", action="store_true",
+        help="print each setting, the work and the time a run would take; train nothing",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resume", nargs="?", const="newest", metavar="CHECKPOINT",
+        help="resume a run: a checkpoint, a run's folder or name; without a value, the newest run",
+    )  # fmt: skip
+    DDPMConfig.add_flags(parser, script)
+    options = parser.parse_args(argv)
+    flags = DDPMConfig.given(options)
+    if options.resume is not None and "RUN_NAME" in flags:
+        raise UserError("--run_name is for a new run and --resume continues one: choose one")
+    subclass = load_subclass(options.config) if options.config else None
+    resume = None if options.resume is None else checkpoints.resolve_checkpoint(options.resume)
+    return TrainingRequest(script, subclass, flags, resume, options.dry_run)
+
+
+def load_subclass(reference: str) -> type[DDPMConfig]:
+    """Returns the class that `file.py:Class` names, which must derive from DDPMConfig."""
+    module, name = import_from_file(reference, "--config", "my_config.py:MyConfig")
+    subclasses = {
+        k: v for k, v in vars(module).items()
+        if isinstance(v, type) and issubclass(v, DDPMConfig) and v is not DDPMConfig
+    }  # fmt: skip
+    if name not in subclasses:
+        missing = f"no subclass of DDPMConfig named {name}{suggest(name, subclasses)}"
+        raise UserError(f"{module.__file__} has {missing}")
+    return subclasses[name]
+
+
+def configure(request: TrainingRequest, checkpoint: TrainingCheckpoint | None) -> Config:
+    """Resolves the configuration on this machine; caps its GPU memory and chooses a data set."""
+    resumed = checkpoint.config if checkpoint else None
+    if max_memory := request.value("MAX_MEMORY_GIB", resumed):
+        cap_memory(max_memory)
+    tier = detect_tier()
+
+    dataset = request.value("DATASET", resumed)
+    if dataset == "auto":
+        where = Path(request.value("DATA_DIR", resumed)), tier.name != "CPU"
+        dataset = distributed.from_rank0("dataset", lambda: choose_default_dataset(*where))
+    return resolve(dataset, tier, request.script, request.subclass, request.flags, resumed)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,7 +1,7 @@
-"""Trains on STL-10's 105,000 photographs at 96 px with every optimisation on, or in the same way on others.
+"""Trains on STL-10's 105,000 photos at 96 px with every optimization, or on other images likewise.
 
     python train_stl10_optimized.py
-    python train_stl10_optimized.py --memory_gib 6         as on a card of 6 GB, or beside somebody else's process
+    python train_stl10_optimized.py --max_memory_gib 6     limit to 6 GiB, e.g. to share the GPU
     python train_stl10_optimized.py --dataset folder --data_dir my_icons --use_upsampling
 
 Everything else is as in train_true_high_res.py.
@@ -9,9 +9,9 @@ Everything else is as in train_true_high_res.py.
 
 import train
 import train_true_high_res
-from engine.command_line import run
+from engine.cli import run_script
 
 DEFAULTS = {**train_true_high_res.DEFAULTS, "IMAGE_SIZE": 96}
 
 if __name__ == "__main__":
-    run(lambda: train.main(__doc__, DEFAULTS))
+    run_script(lambda: train.main(__doc__, DEFAULTS))

@@ -1,19 +1,20 @@
-"""Trains on large images at their own resolution: STL-10 at 96 px, CelebA at 64 px, a folder at 64, 96 or 128 px.
+"""Trains on large images at their native resolution: STL-10, CelebA, or a folder at 64 to 128 px.
 
     python train_true_high_res.py --dataset stl10
     python train_true_high_res.py --dataset folder --data_dir my_photos --target_size 128
     python train_true_high_res.py --dataset cifar10 --target_size 64 --use_upsampling
 
-Everything is on as in train_optimized.py, and before the first run with a configuration on a card it is tried out how
-many images fit into its memory at once. What is chosen for large images, and why, is in config.py (LARGE_IMAGES and
-SIZE_PRESETS).
+Everything is on as in train_optimized.py, and the largest micro-batch that fits in memory is found
+by a short search. The settings for large images are in config.py (SIZE_PRESETS).
 """
 
 import train
 import train_optimized
-from engine.command_line import run
+from engine.cli import run_script
 
-DEFAULTS = {**train_optimized.DEFAULTS, "FIT_MEMORY": True, "DATASET": "stl10", "IMAGE_SIZE": 64}
+DEFAULTS = {
+    **train_optimized.DEFAULTS, "AUTO_MICRO_BATCH": True, "DATASET": "stl10", "IMAGE_SIZE": 64,
+}  # fmt: skip
 
 if __name__ == "__main__":
-    run(lambda: train.main(__doc__, DEFAULTS))
+    run_script(lambda: train.main(__doc__, DEFAULTS))

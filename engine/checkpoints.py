@@ -1,25 +1,46 @@
-"""Checkpoints: written whole or not at all, and read without unpickling."""
+"""Checkpoint files: written atomically, read without unpickling, found by run name."""
 
+import json
 import os
 import pickle
 import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import safetensors
 import torch
+from torch import Tensor
 
+from engine.distributed import print0
 from engine.errors import UserError
-from engine.processes import say_once
+from engine.noise_schedule import BETA_SCHEDULES, OBJECTIVES, upstream_betas
 
-FOLDER = Path("checkpoints")
-SHIPPED = Path(__file__).resolve().parent.parent / "weights"  # come with the project
+CHECKPOINT_DIR = Path("checkpoints")
+PRETRAINED_DIR = Path(__file__).resolve().parent.parent / "weights"
+TRAINING_KEYS = {"model", "ema", "optimizer", "progress", "config", "run"}
+Weights = tuple[dict[str, Any], dict[str, Tensor]]  # architecture and state_dict
+
+
+@dataclass(frozen=True)
+class TrainingCheckpoint:
+    """A checkpoint that a run can resume from, as read from `path`."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration of the run that wrote it."""
+        return self.state["config"]
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Calls `write` with a temporary file in the same folder, flushes it to disk and renames it to `path`."""
+    """Calls `write` with a temporary file next to `path`, flushes it to disk and renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -28,43 +49,53 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as problem:
-        problem.filename = problem.filename or str(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically, UTF-8."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def check_writable(folder: Path) -> None:
-    """Raises OSError if no file can be made in a folder, or, where it is not there yet, the folder; leaves nothing."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    with tempfile.TemporaryFile(dir=there):
-        pass
+    """Raises OSError if no file can be made in a folder or, where it is missing, the folder."""
+    existing_parent = next(path for path in (folder, *folder.parents) if path.exists())
+    tempfile.TemporaryFile(dir=existing_parent).close()
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Writes a checkpoint; a crash or a full disk leaves the old file, never half of a new one."""
 
-    def write(file: BinaryIO) -> None:
-        try:
-            torch.save(state, file)
-        except RuntimeError as problem:  # torch closes its archive after a full disk, and fails at that instead
-            if isinstance(problem.__context__, OSError):
-                raise problem.__context__ from None
-            raise
-
-    write_atomically(path, write)
-
-
-def publish(path: Path, name: Path) -> None:
-    """Makes `name` another name of the finished file `path`, replacing what it named before."""
-    temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
     try:
-        os.link(path, temporary)
-        os.replace(temporary, name)
-    except OSError:  # a file system without hard links
-        with open(path, "rb") as source:
-            write_atomically(name, lambda file: shutil.copyfileobj(source, file))
+        write_atomically(path, lambda file: torch.save(state, file))
+    except RuntimeError as error:
+        # On a full disk torch fails at closing its archive, which hides the OSError.
+        if isinstance(error.__context__, OSError):
+            error.__context__.filename = str(path)
+            raise error.__context__ from None
+        raise
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Makes `target` another name of the file `source`, or a copy where links do not exist."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        os.link(source, temporary)
+        os.replace(temporary, target)
+    except OSError:
+        with open(source, "rb") as file:
+            write_atomically(target, lambda copy: shutil.copyfileobj(file, copy))
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a checkpoint in it, e.g. {path / 'final.pt'}")
+    if not path.is_file():
+        raise UserError(f"no checkpoint {path}: train one with `python train_optimized.py`")
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -72,81 +103,145 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises UserError if it is missing, cut short, or holds more than tensors and plain values.
     """
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: name a checkpoint in it, such as {path / 'final.pt'}")
-    if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}: train one with `python train_optimized.py`")
+    _check_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as problem:
-        raise UserError(f"{path} is not a checkpoint of plain tensors and is not opened") from problem
-    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as problem:
-        raise UserError(f"{path} is damaged or cut short: use another checkpoint of the run") from problem
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} contains pickled objects; refusing to load it") from error
+    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged: use another checkpoint of the run") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint")
     return state
 
 
-def load_training(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint that a run can go on from."""
+def load_training(path: Path) -> TrainingCheckpoint:
+    """Reads a checkpoint that a run can resume from; raises UserError if it cannot."""
     state = load(path)
-    if missing := {"model", "ema", "optimizer", "progress", "config", "run"} - state.keys():
-        raise UserError(f"{path} cannot be resumed: it holds no {', '.join(sorted(missing))}")
-    return state
+    if missing := TRAINING_KEYS - state.keys():
+        raise UserError(f"{path} has no {', '.join(sorted(missing))} and cannot be resumed")
+    return TrainingCheckpoint(path, state)
 
 
-def find(what: str) -> Path:
-    """The checkpoint meant by `what`: a file, a run's folder or name (its last.pt), or `newest` for any run's."""
-    if not what:
-        raise UserError("--resume is given an empty name: name a run or a checkpoint, or nothing for the newest run")
-    if what == "newest":
-        found = sorted(FOLDER.rglob("last.pt"), key=lambda path: path.stat().st_mtime)
+def load_safetensors(path: Path) -> Weights:
+    """Reads architecture and weights of a .safetensors file that save_model wrote."""
+    _check_file(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return json.loads(metadata["architecture"]), state
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is damaged, or not a .safetensors file of this project") from error
+
+
+def resolve_checkpoint(reference: str) -> Path:
+    """Returns the checkpoint that a file, a run's folder or name, or `newest` means."""
+    if not reference:
+        raise UserError("--resume is empty: name a run or a checkpoint, or drop the value")
+    if reference == "newest":
+        found = sorted(CHECKPOINT_DIR.rglob("last.pt"), key=lambda path: path.stat().st_mtime)
         if not found:
-            raise UserError(f"there is no last.pt in {FOLDER}/ to resume: train without --resume first")
+            raise UserError(f"no last.pt in {CHECKPOINT_DIR}/: train without --resume first")
         return found[-1]
-    for path in (Path(what), Path(what) / "last.pt", FOLDER / what / "last.pt"):
+    folders = (Path(reference), CHECKPOINT_DIR / reference)
+    for path in (Path(reference), *(folder / "last.pt" for folder in folders)):
         if path.is_file():
             return path
-    raise UserError(f"--resume names {what}, but there is neither such a file nor a run with a last.pt")
-
-
-def has_saved(run: str) -> bool:
-    """Whether there is a run of this name with at least one checkpoint."""
-    return any((FOLDER / run).glob("*.pt"))
-
-
-def run_of(path: Path, name: str) -> str:
-    """The run that goes on from a checkpoint: that of its folder, which may be another one's copy.
-
-    name: what the checkpoint says, which counts for one from elsewhere. Raises UserError if there is such a run too.
-    """
-    folder, runs = path.resolve().parent, FOLDER.resolve()
-    if runs in folder.parents:
-        return folder.relative_to(runs).as_posix()
-    if folder != runs and has_saved(name):
-        raise UserError(
-            f"{path} is of a run {name}, which {FOLDER}/ has too: copy it to {FOLDER}/NEW/last.pt, and --resume NEW"
-        )
-    return name
-
-
-def is_finished(run: Path, step: int) -> bool:
-    """Whether the run in the folder `run` has a final.pt, of this step or a later one."""
-    final = run / "final.pt"
-    return final.exists() and load_training(final)["progress"]["step"] >= step
+    raise UserError(f"--resume {reference}: no such checkpoint, and no run with a last.pt")
 
 
 def newest() -> Path:
-    """The checkpoint written last, of any run, or weights that come with the project: the default of inference."""
-    found = [path for path in FOLDER.rglob("*") if path.suffix in (".pt", ".safetensors") and path.name[0] != "."]
+    """Returns the newest checkpoint of any run, or the pretrained weights: inference's default."""
+    files = (*CHECKPOINT_DIR.rglob("*.pt"), *CHECKPOINT_DIR.rglob("*.safetensors"))
+    found = [file for file in files if not file.name.startswith(".")]
     if not found:
-        say_once(f"nothing was trained in {FOLDER}/ yet: here is the model that comes with the project")
-        return SHIPPED / "cifar10.safetensors"
-    # a finished run's final.pt is also called ddpm_final.pt: the shorter name is the one to show
+        pretrained = PRETRAINED_DIR / "cifar10.safetensors"
+        print0(f"no checkpoint in {CHECKPOINT_DIR}/ yet; using the pretrained {pretrained.name}")
+        return pretrained
+    # A finished run's final.pt is also ddpm_final.pt, whose shorter path is the one to show.
     return max(found, key=lambda path: (path.stat().st_mtime_ns, -len(path.parts)))
 
 
-def name_of(path: Path) -> str:
-    """What to call a checkpoint in names of results: run and file, or the file alone if it belongs to no run."""
-    run = path.resolve().parent.name
-    return path.stem if run == FOLDER.name else f"{run}-{path.stem}"
+def run_exists(run_name: str) -> bool:
+    """Whether there is a run of this name with at least one checkpoint."""
+    return any((CHECKPOINT_DIR / run_name).glob("*.pt"))
+
+
+def run_name_of(checkpoint: TrainingCheckpoint) -> str:
+    """Returns the run that resumes from a checkpoint: its folder's, so that a copy is its own run.
+
+    Outside CHECKPOINT_DIR it is the name in the file; UserError if there is such a run already.
+    """
+    folder = checkpoint.path.resolve().parent
+    runs = CHECKPOINT_DIR.resolve()
+    name = checkpoint.state["run"]
+    if runs in folder.parents:
+        return folder.relative_to(runs).as_posix()
+    if folder != runs and run_exists(name):
+        advice = f"copy it to {CHECKPOINT_DIR}/NEW/last.pt and --resume NEW"
+        exists = f"is of run {name}, which exists in {CHECKPOINT_DIR}/, too"
+        raise UserError(f"{checkpoint.path} {exists}: {advice}")
+    return name
+
+
+def is_finished(run_name: str, step: int) -> bool:
+    """Whether a run has a final.pt of this step or a later one."""
+    final = CHECKPOINT_DIR / run_name / "final.pt"
+    return final.exists() and load_training(final).state["progress"]["step"] >= step
+
+
+def display_name(path: Path) -> str:
+    """Returns a checkpoint's name for result files: run and file, or the file alone."""
+    run_name = path.resolve().parent.name
+    return path.stem if run_name == CHECKPOINT_DIR.name else f"{run_name}-{path.stem}"
+
+
+def import_lucidrains_checkpoint(file: dict[str, Any], image_size: int, path: Path) -> Weights:
+    """Returns architecture and weights (EMA if any) of a checkpoint of lucidrains' Trainer.
+
+    Width, levels, attention and channels follow from the shapes of the weights, the schedule from
+    the betas, and the objective from the loss weights stored next to them. path: for messages.
+    """
+    # Weights of the EMA copy, by the names that GaussianDiffusion and Unet give them.
+    source, prefix = (file["ema"], "ema_model.") if file.get("ema") else (file.get("model"), "")
+    if not isinstance(source, dict) or f"{prefix}model.init_conv.weight" not in source:
+        raise UserError(f"{path} is neither of this project nor of lucidrains' Trainer")
+    state = {name.removeprefix(prefix): v for name, v in source.items() if name.startswith(prefix)}
+    unet = {name.removeprefix("model."): v for name, v in state.items()}
+
+    # Network.
+    dim = unet["time_mlp.1.weight"].shape[1]
+    levels = 1 + max(int(name.split(".")[1]) for name in unet if name.startswith("downs."))
+    last = levels - 1
+    widths = [unet[f"downs.{i}.3.{'1.' if i < last else ''}weight"].shape[0] for i in range(levels)]
+    channels = unet["final_conv.weight"].shape[0]
+    init_dim, init_channels = unet["init_conv.weight"].shape[:2]
+    # Linear attention has a norm after its projection.
+    full = [f"downs.{i}.2.to_out.weight" in unet for i in range(levels)]
+    memory = [unet[f"downs.{i}.2.mem_kv"].shape for i in range(levels)]  # (2, heads, ...)
+    head_dims = [s[3] if is_full else s[2] for s, is_full in zip(memory, full, strict=True)]
+
+    # Diffusion process.
+    alpha_bar = state["alphas_cumprod"].double()
+    timesteps = len(alpha_bar)
+    snr = alpha_bar / (1 - alpha_bar)
+    base_weight = {"pred_noise": 1 / snr, "pred_x0": torch.ones_like(snr), "pred_v": 1 / (snr + 1)}
+    weights = {(o, g): base_weight[o] * snr.clamp(max=g) for o in OBJECTIVES for g in (inf, 5.0)}
+    found = state["loss_weight"].double()
+    same = (k for k, v in weights.items() if torch.allclose(found, v, rtol=1e-2, atol=1e-6))
+    objective, gamma = next(same, (None, 0.0))
+    betas = ((s, upstream_betas(s, timesteps)) for s in BETA_SCHEDULES)
+    schedule = next((s for s, values in betas if torch.allclose(values, state["betas"])), None)
+    if not objective or not schedule:
+        raise UserError(f"{path} has an objective or beta schedule that this project does not know")
+
+    architecture = {
+        "image_size": image_size, "channels": channels, "objective": objective,
+        "beta_schedule": schedule, "timesteps": timesteps, "sampling_timesteps": min(20, timesteps),
+        "loss_weighting": "min_snr", "min_snr_gamma": 0.0 if gamma == inf else gamma,
+        "dim": dim, "dim_mults": [width // dim for width in widths], "init_dim": init_dim,
+        "self_condition": init_channels == 2 * channels, "full_attn": full,
+        "attn_heads": [shape[1] for shape in memory], "attn_dim_head": head_dims,
+    }  # fmt: skip
+    return architecture, {f"diffusion.{name}": value for name, value in state.items()}

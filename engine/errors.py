@@ -1,9 +1,20 @@
-"""The one exception that is meant for the person at the keyboard."""
+"""Errors and warnings shown to the user as one line, without a traceback."""
 
 
 class UserError(Exception):
-    """What is wrong and what to do, in one line; scripts print it without a traceback and exit with `exit_code`."""
+    """Says in one line what is wrong and what to do; scripts print it and exit with `exit_code`."""
 
     def __init__(self, message: str, exit_code: int = 2):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class FallbackWarning(UserWarning):
+    """Something requested did not work, and the script continues without it or with less.
+
+    Every fallback warns with this category, so that benchmarks and tests can turn it into an error.
+    """
+
+
+class RenamedWarning(UserWarning):
+    """An old name of a flag, setting or function was used; it works for one more release."""

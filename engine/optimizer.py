@@ -1,7 +1,7 @@
-"""What a step does with the gradient: Adam and Muon over one flat vector of weights.
+"""Adam and Muon on one flat vector of parameters.
 
-A whole model is updated by a few kernels, none of which asks the host for anything: learning rate, clipping and whether
-the update is good at all are scalars on the device, so that an update can be part of a CUDA graph.
+A few kernels update a model and ask the host for nothing: lr, grad_scale and is_finite (1 or 0)
+are scalars on the device, so that a CUDA graph can hold the update.
 """
 
 import itertools
@@ -13,167 +13,175 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.unet import fused, kernels
+from engine.unet import triton_kernels, use_triton
 
-BETAS = (0.9, 0.99)
+BETAS = (0.9, 0.99)  # of Adam
 EPSILON = 1e-8
-MOMENTUM = 0.95
-LIKE_ADAM = 0.2  # root mean square of a Muon update, as Adam's are: Liu et al. (arXiv:2502.16982)
-NARROW = 2304  # columns: matrices of fewer are made up to the widest of them
-ALIGNED = 64  # values: each parameter begins at a multiple of 256 bytes, as kernels like it
+MOMENTUM = 0.95  # of Muon
+UPDATE_RMS = 0.2  # of a Muon update, matches Adam's: Liu et al. (arXiv:2502.16982)
+MIN_PADDED_WIDTH = 2304  # columns; narrower matrices are padded to the widest of them
+ALIGNMENT = 64  # values: each parameter begins at a multiple of 256 bytes
+OLD_STATE_NAMES = {"exp_avg": "mean", "exp_avg_sq": "square"}  # in earlier checkpoints
 
 
-def is_matrix(name: str, p: Tensor) -> bool:
-    """Whether Muon takes this parameter: the weights of the layers between the first and the last."""
-    return name.endswith("weight") and p.ndim >= 2 and not any(end in name for end in ("init_conv", "final_conv"))
+def use_muon(name: str, p: Tensor) -> bool:
+    """Whether Muon updates a parameter: the weights of all layers but the first and the last."""
+    is_inner = "init_conv" not in name and "final_conv" not in name
+    return is_inner and name.endswith("weight") and p.ndim >= 2
 
 
 def flatten(model: nn.Module) -> tuple[Tensor, list[tuple[str, nn.Parameter]]]:
-    """Moves all parameters of a model into one vector; each goes on as a view of its part, with its strides.
+    """Moves a model's parameters into one vector; each becomes a view of it, strides kept.
 
-    Returns the vector and the parameters in its order: first those of `is_matrix`, equal shapes together.
+    Returns the vector and the named parameters in its order: Muon's first, equal shapes together.
     """
-    named = sorted(model.named_parameters(), key=lambda item: (not is_matrix(*item), *item[1].shape))
-    parameters = [p for _, p in named]
-    flat = torch.zeros(sum(padded(p.numel()) for p in parameters), device=parameters[0].device)
-    for p, view in zip(parameters, views(flat, parameters), strict=True):
+    named = sorted(model.named_parameters(), key=lambda item: (not use_muon(*item), *item[1].shape))
+    params = [p for _, p in named]
+    flat = torch.zeros(sum(padded_numel(p.numel()) for p in params), device=params[0].device)
+    for p, view in zip(params, views(flat, params), strict=True):
         view.copy_(p.detach())
         p.data = view
     return flat, named
 
 
-def padded(count: int) -> int:
-    """Values that a parameter of `count` takes in the vector, those left empty behind it included."""
-    return -(-count // ALIGNED) * ALIGNED
+def padded_numel(count: int) -> int:
+    """Returns the values that a parameter of `count` takes in the vector, with its padding."""
+    return -(-count // ALIGNMENT) * ALIGNMENT
 
 
-def views(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The parts of another vector that belong to the parameters, as tensors of their shapes and strides."""
-    parts = flat.split([padded(p.numel()) for p in parameters])
-    return [part[: p.numel()].as_strided(p.shape, p.stride()) for part, p in zip(parts, parameters, strict=True)]
+def views(flat: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    """Returns a vector's parts for these parameters, as views with their shapes and strides."""
+    parts = flat.split([padded_numel(p.numel()) for p in params])
+    return [
+        part[: p.numel()].as_strided(p.shape, p.stride())
+        for part, p in zip(parts, params, strict=True)
+    ]
 
 
 class Adam:
-    """Adam: Kingma and Ba (arXiv:1412.6980), on a vector of weights."""
+    """Adam on a vector of parameters. Kingma and Ba (arXiv:1412.6980)."""
 
-    def __init__(self, weights: Tensor):
-        self.mean, self.square = torch.zeros_like(weights), torch.zeros_like(weights)
-        self.count = torch.zeros((), device=weights.device)
+    def __init__(self, params: Tensor):
+        self.exp_avg = torch.zeros_like(params)
+        self.exp_avg_sq = torch.zeros_like(params)
+        self.count = torch.zeros((), device=params.device)
 
-    def update(self, weights: Tensor, gradient: Tensor, rate: Tensor, factor: Tensor, good: Tensor) -> None:
-        """One step along gradient * factor; rate, factor and good are scalars. Where good is 0 nothing changes."""
-        self.count += good
-        if fused(weights):
-            kernels.adam(weights, gradient, self.mean, self.square, rate, factor, good, self.count, BETAS, EPSILON)
+    def update(
+        self, params: Tensor, grad: Tensor, lr: Tensor, grad_scale: Tensor, is_finite: Tensor
+    ) -> None:
+        """Steps along grad * grad_scale in place; if is_finite is 0, nothing changes."""
+        self.count += is_finite
+        if use_triton(params):
+            scalars = (lr, grad_scale, is_finite, self.count)
+            triton_kernels.adam(
+                params, grad, self.exp_avg, self.exp_avg_sq, *scalars, BETAS, EPSILON
+            )
             return
-        gradient = torch.where(good > 0, gradient * factor, 0)
-        self.mean.lerp_(gradient, (1 - BETAS[0]) * good)
-        self.square.lerp_(gradient.square(), (1 - BETAS[1]) * good)
+        grad = torch.where(is_finite > 0, grad * grad_scale, 0)
+        self.exp_avg.lerp_(grad, (1 - BETAS[0]) * is_finite)
+        self.exp_avg_sq.lerp_(grad.square(), (1 - BETAS[1]) * is_finite)
         count = self.count.clamp(min=1)
-        root = (self.square / (1 - BETAS[1] ** count)).sqrt_().add_(EPSILON)
-        weights.sub_(self.mean / root * (good * rate / (1 - BETAS[0] ** count)))
+        root = (self.exp_avg_sq / (1 - BETAS[1] ** count)).sqrt_().add_(EPSILON)
+        params.sub_(self.exp_avg / root * (is_finite * lr / (1 - BETAS[0] ** count)))
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"mean": self.mean, "square": self.square, "count": self.count}
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "count": self.count}
 
 
 class Muon:
-    """Muon: momentum whose matrices are made orthogonal before they are followed. Jordan et al. (2024).
+    """SGD momentum with orthogonalized updates. Jordan et al. (2024).
 
-    A convolution counts as a matrix of one row for each output channel. `shapes` are those of the parameters in
-    `weights`, equal ones together. Updates are scaled such that learning rates mean what they mean to Adam.
-    gather: make matrices up to a common size, since many small products take a GPU as long as a few large ones.
+    A convolution is a matrix with a row for each output channel. Learning rates mean what they
+    mean to Adam. shapes: of the parameters in the vector, equal ones together. pad_to_common_size:
+    orthogonalize different sizes in one batch; a GPU needs as long for many small products as for
+    a few large ones.
     """
 
-    def __init__(self, weights: Tensor, shapes: Sequence[torch.Size], gather: bool):
-        self.mean = torch.zeros_like(weights)
-        self.batches: dict[tuple[int, int], list[Matrices]] = {}
-        start = 0
-        for (rows, columns), equal in itertools.groupby((shape[0], shape[1:].numel()) for shape in shapes):
-            matrices = Matrices(start, len(list(equal)), rows, columns)
-            short, long = min(rows, columns), max(rows, columns)
-            key = (2 ** math.ceil(math.log2(short)), max(long, NARROW)) if gather else (short, long)
-            self.batches.setdefault(key, []).append(matrices)
-            start = matrices.stop
+    def __init__(self, params: Tensor, shapes: Sequence[torch.Size], pad_to_common_size: bool):
+        self.exp_avg = torch.zeros_like(params)
+        self.batches: dict[tuple[int, int], list[MatrixGroup]] = {}
+        end = 0
+        sizes = [(shape[0], shape[1:].numel()) for shape in shapes]
+        for (rows, columns), equal in itertools.groupby(sizes):
+            count = len(list(equal))
+            start = end
+            end += count * padded_numel(rows * columns)
+            short, long = sorted((rows, columns))
+            if pad_to_common_size:
+                short = 2 ** math.ceil(math.log2(short))
+                long = max(long, MIN_PADDED_WIDTH)
+            group = MatrixGroup(start, end, count, rows, columns)
+            self.batches.setdefault((short, long), []).append(group)
 
-    def update(self, weights: Tensor, gradient: Tensor, rate: Tensor, factor: Tensor, good: Tensor) -> None:
-        """One step along gradient * factor; rate, factor and good are scalars. Where good is 0 nothing changes."""
-        ahead = self.ahead(gradient, factor, good)
-        for batch in self.batches.values():
-            parts = [lying(matrices.of(ahead)) for matrices in batch]
+    def update(
+        self, params: Tensor, grad: Tensor, lr: Tensor, grad_scale: Tensor, is_finite: Tensor
+    ) -> None:
+        """Steps along the orthogonalized momentum in place; if is_finite is 0, nothing changes."""
+        momentum = self.nesterov_momentum(grad, grad_scale, is_finite)
+        for groups in self.batches.values():
+            parts = [transpose_if_tall(group.view_of(momentum)) for group in groups]
             short, long = (max(part.shape[i] for part in parts) for i in (1, 2))
-            # rows and columns of zeros change nothing and stay zeros
-            x = torch.cat([F.pad(part, (0, long - part.shape[2], 0, short - part.shape[1])) for part in parts])
-            updates = orthogonal(x, LIKE_ADAM * rate * good).split([matrices.count for matrices in batch])
-            for matrices, update in zip(batch, updates, strict=True):
-                target = lying(matrices.of(weights))
-                longer = max(matrices.rows, matrices.columns) ** 0.5
-                target.sub_(update[:, : target.shape[1], : target.shape[2]], alpha=longer)
+            # Zero padding is invariant under Newton-Schulz.
+            x = torch.cat([F.pad(p, (0, long - p.shape[2], 0, short - p.shape[1])) for p in parts])
+            x = newton_schulz(x, UPDATE_RMS * lr * is_finite)
+            updates = x.split([group.count for group in groups])
+            for group, update in zip(groups, updates, strict=True):
+                target = transpose_if_tall(group.view_of(params))
+                max_dim_sqrt = max(group.rows, group.columns) ** 0.5
+                target.sub_(update[:, : target.shape[1], : target.shape[2]], alpha=max_dim_sqrt)
 
-    def ahead(self, gradient: Tensor, factor: Tensor, good: Tensor) -> Tensor:
-        """Takes gradient * factor into the mean and gives the mean that it would lead to a second time (Nesterov).
-
-        In bf16 on a GPU, in which the matrices are made orthogonal there. Where good is 0: zeros, and the mean stays.
-        """
-        if fused(gradient):
-            ahead = torch.empty_like(gradient, dtype=torch.bfloat16 if gradient.is_cuda else None)
-            kernels.momentum(gradient, self.mean, ahead, factor, good, MOMENTUM)
-            return ahead
-        gradient = torch.where(good > 0, gradient * factor, 0)
-        self.mean.lerp_(gradient, (1 - MOMENTUM) * good)
-        return gradient.lerp_(self.mean, MOMENTUM * good)
+    def nesterov_momentum(self, grad: Tensor, grad_scale: Tensor, is_finite: Tensor) -> Tensor:
+        """Takes grad * grad_scale into exp_avg; returns Nesterov's look-ahead, bf16 on a GPU."""
+        if use_triton(grad):
+            momentum = torch.empty_like(grad, dtype=torch.bfloat16 if grad.is_cuda else None)
+            triton_kernels.momentum(grad, self.exp_avg, momentum, grad_scale, is_finite, MOMENTUM)
+            return momentum
+        grad = torch.where(is_finite > 0, grad * grad_scale, 0)
+        self.exp_avg.lerp_(grad, (1 - MOMENTUM) * is_finite)
+        return grad.lerp_(self.exp_avg, MOMENTUM * is_finite)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"mean": self.mean}
+        return {"exp_avg": self.exp_avg}
 
 
 @dataclass(frozen=True)
-class Matrices:
-    """`count` matrices of the same shape that lie in a vector from `start` on, each padded."""
+class MatrixGroup:
+    """`count` matrices of the same size in a vector from `start` to `end`, each padded."""
 
     start: int
+    end: int
     count: int
     rows: int
     columns: int
 
-    @property
-    def stride(self) -> int:
-        """From one to the next."""
-        return padded(self.rows * self.columns)
-
-    @property
-    def stop(self) -> int:
-        """Where the next ones begin."""
-        return self.start + self.count * self.stride
-
-    def of(self, flat: Tensor) -> Tensor:
-        """These matrices (count, rows, columns), a view of the vector."""
-        whole = flat[self.start : self.stop].view(self.count, self.stride)
-        return whole[:, : self.rows * self.columns].unflatten(1, (self.rows, self.columns))
+    def view_of(self, flat: Tensor) -> Tensor:
+        """Returns these matrices (count, rows, columns) as a view of the vector."""
+        padded = flat[self.start : self.end].view(self.count, -1)
+        return padded[:, : self.rows * self.columns].unflatten(1, (self.rows, self.columns))
 
 
-def lying(x: Tensor) -> Tensor:
-    """Matrices (K, M, N) with M at most N: as they are, or transposed."""
+def transpose_if_tall(x: Tensor) -> Tensor:
+    """Returns matrices (K, M, N) with M at most N: as they are, or transposed."""
     return x.mT if x.shape[1] > x.shape[2] else x
 
 
-def orthogonal(x: Tensor, scale: Tensor) -> Tensor:
-    """Matrices (K, M, N), M at most N, with their singular values moved near `scale` by five Newton-Schulz steps.
+def newton_schulz(x: Tensor, scale: Tensor) -> Tensor:
+    """Moves singular values of matrices (K, M, N), M <= N, near `scale`; five Newton-Schulz steps.
 
-    Those steps need matrices of length 1 or less. Dividing by the length and scaling are left to the small square
-    products, so that nothing but matrix products goes over x.
+    The steps need matrices of norm 1 or less. Dividing by the norm and scaling happen in the small
+    (K, M, M) products, so that only matrix products go over x.
     """
     square = x @ x.mT
-    length = square.diagonal(dim1=1, dim2=2).float().sum(1).sqrt()[:, None, None]
-    shorter = (1 / (length + 1e-7)).to(x.dtype)
-    x = (quintic(square * shorter**2) * shorter) @ x
+    norm = square.diagonal(dim1=1, dim2=2).float().sum(1).sqrt()[:, None, None]
+    inv_norm = (1 / (norm + 1e-7)).to(x.dtype)
+    x = (newton_schulz_polynomial(square * inv_norm**2) * inv_norm) @ x
     for _ in range(3):
-        x = quintic(x @ x.mT) @ x
-    return (quintic(x @ x.mT) * scale) @ x
+        x = newton_schulz_polynomial(x @ x.mT) @ x
+    return (newton_schulz_polynomial(x @ x.mT) * scale) @ x
 
 
-def quintic(square: Tensor) -> Tensor:
-    """What x is multiplied by in a Newton-Schulz step, for x x^T (K, M, M).
+def newton_schulz_polynomial(square: Tensor) -> Tensor:
+    """Returns what a Newton-Schulz step multiplies x by, from x x^T (K, M, M).
 
     The coefficients make small singular values grow fast and leave all between 0.7 and 1.2.
     """

@@ -1,14 +1,14 @@
-"""Pictures: sample grids and loss curves, written whole or not at all."""
+"""Image grids, GIFs and loss curves, written atomically."""
 
 import contextlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
@@ -18,92 +18,90 @@ from torchvision.utils import make_grid
 from engine.checkpoints import write_atomically
 from engine.errors import UserError
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-TEXT_KEY = "ddpm"  # of the PNG chunk that says how a picture was made
-SMALLEST_TILE = 64  # pixels: smaller images are enlarged by a whole factor so that they can be judged by eye
+PNG_METADATA_KEY = "ddpm"  # of the PNG text chunk that stores how an image was made
+MIN_TILE = 64  # pixels; grids enlarge smaller images
+POINTS = {"marker": "o", "markersize": 3}
+Curves = Mapping[str, Sequence[float]]  # values by name
+Line = tuple[Sequence[float], Sequence[float], dict[str, Any]]  # x, y, style
 
 
 def to_bytes(images: Tensor) -> np.ndarray:
-    """Images (..., C, H, W) in [0, 1] as uint8 (..., H, W, C); what lies outside is clipped."""
+    """Images (..., C, H, W) in [0, 1], clipped and rounded: uint8 (..., H, W, C)."""
     return (images.detach().cpu().float().clamp(0, 1) * 255).round().byte().movedim(-3, -1).numpy()
 
 
 def to_image(image: Tensor) -> Image.Image:
-    """A float tensor (C, H, W) in [0, 1], C 1 or 3, as a picture."""
+    """A tensor (C, H, W) in [0, 1] with 1 or 3 channels as a Pillow image."""
     pixels = to_bytes(image)
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
 def grid(images: Tensor, columns: int | None = None) -> Image.Image:
-    """Images (B, C, H, W) in [0, 1] side by side, as near to a square as they go unless `columns` is given."""
-    return to_image(make_grid(enlarge(images), columns or math.ceil(math.sqrt(len(images))), padding=2, pad_value=1.0))
+    """Images (B, C, H, W) in [0, 1] as a grid, nearly square unless `columns` is given."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    return to_image(make_grid(enlarge(images), columns, padding=2, pad_value=1.0))
 
 
-def enlarge(images: Tensor, smallest: int = SMALLEST_TILE) -> Tensor:
-    """Images (..., H, W) enlarged by a whole factor to at least `smallest` pixels, if they are below it."""
+def enlarge(images: Tensor, smallest: int = MIN_TILE) -> Tensor:
+    """Enlarges images (..., H, W) by the largest integer factor that `smallest` pixels allow."""
     factor = max(1, smallest // images.shape[-1])
     return images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
 
 
-def labelled_grid(
-    images: Tensor, labels: Sequence[str], columns: int | None = None, title: str = "", smallest: int = SMALLEST_TILE
-) -> Image.Image:
-    """Images (B, C, H, W) in [0, 1] side by side, a line of text below each and one above all."""
+def labeled_grid(
+    images: Tensor, labels: Sequence[str], columns: int | None = None, title: str = "",
+    smallest: int = MIN_TILE,
+) -> Image.Image:  # fmt: skip
+    """Images (B, C, H, W) in [0, 1] as a grid with a line of text below each and a title."""
     tiles = [to_image(image) for image in enlarge(images, smallest)]
     columns = columns or math.ceil(math.sqrt(len(tiles)))
-    size, text, gap, head = tiles[0].width, 14, 4, 22 if title else 0
-    rows = math.ceil(len(tiles) / columns)
-    sheet = Image.new("RGB", (columns * (size + gap) + gap, rows * (size + text + gap) + gap + head), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    pen.text((gap, gap), title, "black", font)
+    gap = 4
+    title_height = 22 if title else 0
+    column_width = tiles[0].width + gap
+    row_height = tiles[0].height + 14 + gap
+    height = title_height + math.ceil(len(tiles) / columns) * row_height + gap
+    sheet = Image.new("RGB", (columns * column_width + gap, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(11)
+    draw.text((gap, gap), title, "black", font)
     for i, (tile, label) in enumerate(zip(tiles, labels, strict=True)):
-        x, y = gap + i % columns * (size + gap), head + gap + i // columns * (size + text + gap)
+        x = gap + i % columns * column_width
+        y = gap + title_height + i // columns * row_height
         sheet.paste(tile, (x, y))
-        pen.text((x + size // 2, y + size), label, "black", font, anchor="ma")
+        draw.text((x + tile.width // 2, y + tile.height), label, "black", font, anchor="ma")
     return sheet
 
 
-def save_image(image: Image.Image, path: Path, text: str = "") -> None:
-    """Writes a picture as PNG, with `text` in a chunk of its own (see read_text) if there is any."""
-    chunk = PngInfo()
-    if text:
-        chunk.add_text(TEXT_KEY, text)
-    write_atomically(path, lambda file: image.save(file, format="PNG", pnginfo=chunk))
+def save_image(image: Image.Image, path: Path, metadata: str = "") -> None:
+    """Writes a PNG with text that read_png_metadata returns."""
+    info = PngInfo()
+    info.add_text(PNG_METADATA_KEY, metadata)
+    write_atomically(path, lambda file: image.save(file, format="PNG", pnginfo=info))
 
 
-def read_text(path: Path) -> str:
-    """What save_image put beside a picture; raises UserError if it is no PNG or has none."""
+def read_png_metadata(path: Path) -> str:
+    """Returns the text that save_image stored; raises UserError if this is not an image."""
     try:
         with Image.open(path) as image:
-            text = image.info.get(TEXT_KEY)
-    except OSError as problem:
-        raise UserError(f"{path} is missing or not a picture") from problem
-    if not isinstance(text, str):
-        raise UserError(f"{path} does not say how it was made: it is not a PNG of inference.py, or was edited since")
-    return text
+            return image.info.get(PNG_METADATA_KEY, "")
+    except OSError as error:
+        raise UserError(f"{path} is missing or not an image") from error
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 80) -> None:
-    """Writes frames as an endless GIF that rests on the last."""
+    """Writes a looping GIF that pauses on the last frame."""
     durations = [milliseconds] * (len(frames) - 1) + [1500]
-    write_atomically(
-        path,
-        lambda file: frames[0].save(
-            file, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0
-        ),
-    )
+    options = {"save_all": True, "append_images": frames[1:], "loop": 0, "duration": durations}
+    write_atomically(path, lambda file: frames[0].save(file, format="GIF", **options))
 
 
-def save_figure(figure: plt.Figure, path: Path) -> None:
-    """Writes a matplotlib figure as PNG and closes it."""
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120, bbox_inches="tight"))
-    plt.close(figure)
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a matplotlib figure as PNG."""
+    write_atomically(path, lambda file: figure.savefig(file, dpi=120, bbox_inches="tight"))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; those that a crash or a full disk cut short are left out."""
+    """Returns the rows of a metrics.jsonl, without lines that a crash cut short."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -112,59 +110,49 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def save_loss_curve(metrics: Path, path: Path) -> None:
-    """Draws training loss (faint, and its running mean) and validation loss against optimiser steps."""
+    """Plots training loss, its running mean and validation loss against optimizer steps."""
     rows = read_metrics(metrics)
-    steps, losses = (np.array([row[key] for row in rows if "loss" in row]) for key in ("step", "loss"))
-    at, validation = (
-        np.array([row[key] for row in rows if "validation_loss" in row]) for key in ("step", "validation_loss")
-    )
-    figure, axes = plt.subplots(figsize=(7, 4))
-    if len(losses):
-        width = max(1, len(losses) // 40)
-        axes.plot(steps, losses, color="tab:blue", alpha=0.25 if width > 1 else 1, linewidth=0.8, label="training")
-        if width > 1:
-            smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-            axes.plot(steps[width - 1 :], smooth, color="tab:blue", label=f"training, mean of {width} values")
-    if len(validation):
-        axes.plot(at, validation, "o-", color="tab:orange", markersize=3, label="validation, EMA weights")
-    if len(losses) or len(validation):
-        axes.set_yscale("log")
-        axes.legend()
-    axes.set_xlabel("optimiser step")
-    axes.set_ylabel("loss (weighted squared error)")
-    axes.grid(alpha=0.3, which="both")
-    save_figure(figure, path)
+    training = np.array([(row["step"], row["loss"]) for row in rows if "loss" in row])
+    validation = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
+    lines: list[Line] = []
+    width = max(1, len(training) // 40)
+    if len(training):
+        style = {"color": "tab:blue", "alpha": 0.25 if width > 1 else 1, "linewidth": 0.8}
+        lines.append((*training.T, style | {"label": "training"}))
+    if width > 1:
+        means = np.convolve(training[:, 1], np.full(width, 1 / width), mode="valid")
+        style = {"color": "tab:blue", "label": f"training, mean of {width} values"}
+        lines.append((training[width - 1 :, 0], means, style))
+    if validation:
+        style = {"color": "tab:orange", "label": "validation, EMA weights"}
+        lines.append((*np.array(validation).T, POINTS | style))
+    _save_plot(lines, "optimizer step", "loss (weighted squared error)", path)
 
 
-def plain_log_scale(axes: plt.Axes) -> None:
-    """A logarithmic vertical axis whose numbers are written out, not as powers of ten."""
-    axes.set_yscale("log")
+def plot_fd_over_time(minutes: Sequence[float], distances: Curves, path: Path) -> None:
+    """Plots Fréchet distances, by name, against minutes of training, in any order."""
+    order = np.argsort(minutes)
+    x = np.array(minutes)[order]
+    lines = [(x, np.array(y)[order], POINTS | {"label": name}) for name, y in distances.items()]
+    _save_plot(lines, "minutes of training", "distance to the reference", path)
+
+
+def save_loss_by_timestep(timesteps: Sequence[int], losses: Curves, path: Path) -> None:
+    """Plots the loss at each timestep, a line for each model by name."""
+    lines = [(timesteps, y, POINTS | {"label": name}) for name, y in losses.items()]
+    _save_plot(lines, "timestep (0: nearly clean)", "squared error, unweighted", path)
+
+
+def _save_plot(lines: Sequence[Line], x_label: str, y_label: str, path: Path) -> None:
+    """Plots lines on a log axis whose ticks are plain numbers, not powers of ten."""
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
+    for x, y, style in lines:
+        axes.plot(x, y, **style)
+    axes.set(xlabel=x_label, ylabel=y_label, yscale="log")
     axes.yaxis.set_major_formatter(LogFormatter())
     axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-
-
-def save_distance_curve(minutes: Sequence[float], distances: dict[str, Sequence[float]], path: Path) -> None:
-    """Draws distances to a data set, by the name of each, against minutes of training."""
-    figure, axes = plt.subplots(figsize=(7, 4))
-    order = np.argsort(minutes)
-    for name, values in distances.items():
-        axes.plot(np.array(minutes)[order], np.array(values)[order], "o-", markersize=4, label=name)
-    plain_log_scale(axes)
-    axes.set_xlabel("minutes of training")
-    axes.set_ylabel("distance to the reference")
-    axes.legend()
     axes.grid(alpha=0.3, which="both")
-    save_figure(figure, path)
-
-
-def save_loss_by_timestep(timesteps: Sequence[int], losses: dict[str, Sequence[float]], path: Path) -> None:
-    """Draws the loss at each of some timesteps, a line for each model by its name."""
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for name, values in losses.items():
-        axes.plot(timesteps, values, "o-", markersize=3, label=name)
-    plain_log_scale(axes)
-    axes.set_xlabel("timestep (0: nearly clean)")
-    axes.set_ylabel("squared error, unweighted")
-    axes.legend()
-    axes.grid(alpha=0.3, which="both")
+    if lines:
+        axes.legend()
     save_figure(figure, path)

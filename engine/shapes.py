@@ -1,27 +1,29 @@
-"""The built-in `shapes` images: one circle, square, triangle or star each, on a two-colour gradient.
+"""The built-in data set: a circle, square, triangle or star on a gradient.
 
-They need no network and no file, at any size. Image i is a function of (seed, i) alone, so any part of the
-set can be drawn anywhere and the whole never has to be.
+It needs no network and no files, at any size. Image i is a function of (seed, i) alone.
 """
 
 import colorsys
 
 import numpy as np
 
-KINDS = ("circle", "square", "triangle", "star")
-NUMBERS = 9  # random numbers that an image takes
-CHUNK = 1024  # images drawn at a time: bounds memory to some 100 MB at 64 px
+SHAPE_KINDS = ("circle", "square", "triangle", "star")
+NUM_UNIFORM = 9  # random numbers of an image
 
 
-def uniform(seed: int, index: np.ndarray, count: int) -> np.ndarray:
-    """`count` numbers in [0, 1) for each image, a hash of (seed, index, column): SplitMix64 (Steele et al., 2014).
+def kind_of(index: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Returns which of SHAPE_KINDS each image shows: int (N,)."""
+    return (uniform(index, seed)[:, 0] * len(SHAPE_KINDS)).astype(int)
 
-    Returns float64 of shape (len(index), count).
+
+def uniform(index: np.ndarray, seed: int) -> np.ndarray:
+    """Hashes (seed, index, column) to numbers in [0, 1): float64 (N, NUM_UNIFORM).
+
+    SplitMix64 (Steele et al., 2014).
     """
-    mask = (1 << 64) - 1
-    column = np.arange(count, dtype=np.uint64)
-    z = index.astype(np.uint64)[:, None] * np.uint64(count) + column
-    z = z + np.uint64((seed * 0xD1342543DE82EF95 + 1) & mask)
+    column = np.arange(NUM_UNIFORM, dtype=np.uint64)
+    z = np.asarray(index).astype(np.uint64)[:, None] * np.uint64(NUM_UNIFORM) + column
+    z = z + np.uint64((seed * 0xD1342543DE82EF95 + 1) % 2**64)
     z = z * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -29,79 +31,64 @@ def uniform(seed: int, index: np.ndarray, count: int) -> np.ndarray:
     return (z >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
-def corners(kind: str) -> np.ndarray:
-    """Corners of a polygon with circumscribed radius 1, counter-clockwise, (n, 2); y points down."""
-    n, inner = {"square": (4, 1.0), "triangle": (3, 1.0), "star": (10, 0.45)}[kind]
-    turn = -np.pi / 4 if kind == "square" else -np.pi / 2
-    angle = turn + 2 * np.pi * np.arange(n) / n
-    radius = np.where(np.arange(n) % 2 == 0, 1.0, inner)
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
-
-
-def signed_distance(x: np.ndarray, y: np.ndarray, polygon: np.ndarray) -> np.ndarray:
-    """Distance of each point to the polygon's outline, negative inside; x, y of any equal shape."""
-    nearest = np.full(x.shape, np.inf, x.dtype)
-    inside = np.zeros(x.shape, bool)
-    for (ax, ay), (bx, by) in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
-        ex, ey = x.dtype.type(bx - ax), x.dtype.type(by - ay)
-        px, py = x - x.dtype.type(ax), y - y.dtype.type(ay)
-        along = np.clip((px * ex + py * ey) / (ex * ex + ey * ey), 0, 1)
-        nearest = np.minimum(nearest, (px - along * ex) ** 2 + (py - along * ey) ** 2)
-        # even-odd rule: a ray to the right crosses this edge
-        left_of_edge = (px * ey - py * ex) * np.sign(ey) < 0
-        inside ^= ((y >= ay) != (y >= by)) & left_of_edge
-    return np.where(inside, -1, 1) * np.sqrt(nearest)
-
-
 def draw_shapes(index: np.ndarray, size: int, seed: int = 0) -> np.ndarray:
-    """Draws the images with the given numbers.
-
-    index: int (N,), not negative. Returns uint8 (N, 3, size, size).
-    """
-    index = np.asarray(index)
-    return np.concatenate([_draw(index[i : i + CHUNK], size, seed) for i in range(0, len(index), CHUNK)])
-
-
-def kind_of(index: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Which of `KINDS` each image shows: int (N,)."""
-    return (uniform(seed, np.asarray(index), NUMBERS)[:, 0] * len(KINDS)).astype(int)
-
-
-def _draw(index: np.ndarray, size: int, seed: int) -> np.ndarray:
-    u = uniform(seed, index, NUMBERS)
-    kind = kind_of(index, seed)
+    """Returns the images at indices, int (N,), not negative: uint8 (N, 3, size, size)."""
+    # The circumscribed circle of a shape stays inside the image, whose side is 1.
+    u = uniform(index, seed)
     radius = 0.32 + 0.13 * u[:, 1]
-    reach = np.maximum(0.5 - radius, 0)  # the circumscribed circle stays inside the picture
-    centre = 0.5 + (2 * u[:, 2:4] - 1) * reach[:, None]
+    center = 0.5 + (2 * u[:, 2:4] - 1) * np.maximum(0.5 - radius, 0)[:, None]
 
-    # pixel centres in each shape's own coordinates, where its radius is 1
-    pixel = ((np.arange(size) + 0.5) / size).astype(np.float32)
-    dx = (pixel[None, None, :] - centre[:, 0, None, None]).astype(np.float32)
-    dy = (pixel[None, :, None] - centre[:, 1, None, None]).astype(np.float32)
+    # Pixel centers in coordinates where the shape has radius 1 and center 0.
+    column = ((np.arange(size) + 0.5) / size).astype(np.float32)
+    row = column[:, None]
     r = radius[:, None, None].astype(np.float32)
-    x, y = np.broadcast_arrays(dx / r, dy / r)
+    x = (column - center[:, 0, None, None]).astype(np.float32) / r
+    y = (row - center[:, 1, None, None]).astype(np.float32) / r
 
-    distance = np.empty(x.shape, np.float32)
-    for k, name in enumerate(KINDS):
-        of = kind == k
-        distance[of] = (
-            np.hypot(x[of], y[of]) - 0.9 if name == "circle" else signed_distance(x[of], y[of], corners(name))
-        )
-    cover = np.clip(0.5 - distance * r * size, 0, 1)[:, None]  # antialiased over one pixel
+    # Antialiased over one pixel.
+    kinds = kind_of(index, seed)
+    distance = np.empty((len(kinds), size, size), np.float32)
+    for number, kind in enumerate(SHAPE_KINDS):
+        of_kind = kinds == number
+        distance[of_kind] = _signed_distance(x[of_kind], y[of_kind], kind)
+    coverage = np.clip(0.5 - distance * r * size, 0, 1)[:, None]
 
-    # a light shape on a dark ground or the reverse, of another hue, so that the outline is always there
-    light = u[:, 4] < 0.5
-    shape = _rgb(u[:, 5] + 0.35 + 0.3 * u[:, 6], np.where(light, 0.75, 0.95), np.where(light, 1.0, 0.55))
-    near = _rgb(u[:, 5], np.where(light, 0.6, 0.25), np.where(light, 0.30, 1.0))
-    far = _rgb(u[:, 5] + 0.25 * (u[:, 7] - 0.5), np.where(light, 0.6, 0.25), np.where(light, 0.55, 0.8))
-    slope = (2 * np.pi * u[:, 8])[:, None, None].astype(np.float32)
-    ramp = 0.5 + (np.cos(slope) * (pixel[None, None, :] - 0.5) + np.sin(slope) * (pixel[None, :, None] - 0.5)) / 1.42
-    ramp = ramp[:, None]
-    ground = near * (1 - ramp) + far * ramp
-    return np.round(255 * (ground * (1 - cover) + shape * cover)).astype(np.uint8)
+    # A light shape on a dark background or the reverse, in another hue, so that it stands out.
+    is_light = u[:, 4] < 0.5
+    saturation = np.where(is_light, 0.6, 0.25)
+    start = _rgb(u[:, 5], saturation, np.where(is_light, 0.30, 1.0))
+    end = _rgb(u[:, 5] + 0.25 * (u[:, 7] - 0.5), saturation, np.where(is_light, 0.55, 0.8))
+    saturation = np.where(is_light, 0.75, 0.95)
+    shape = _rgb(u[:, 5] + 0.35 + 0.3 * u[:, 6], saturation, np.where(is_light, 1.0, 0.55))
+    angle = (2 * np.pi * u[:, 8])[:, None, None].astype(np.float32)
+    ramp = 0.5 + (np.cos(angle) * (column - 0.5) + np.sin(angle) * (row - 0.5)) / 1.42
+    background = start * (1 - ramp[:, None]) + end * ramp[:, None]
+    return np.round(255 * (background * (1 - coverage) + shape * coverage)).astype(np.uint8)
+
+
+def _signed_distance(x: np.ndarray, y: np.ndarray, kind: str) -> np.ndarray:
+    """Signed distance to a shape of radius 1, negative inside; y points down."""
+    if kind == "circle":
+        return np.hypot(x, y) - 0.9
+    count, inner_radius = {"square": (4, 1.0), "triangle": (3, 1.0), "star": (10, 0.45)}[kind]
+    angle = (-np.pi / 4 if kind == "square" else -np.pi / 2) + 2 * np.pi * np.arange(count) / count
+    radius = np.where(np.arange(count) % 2 == 0, 1.0, inner_radius)
+    corners = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+    squared = np.inf
+    is_inside = False
+    for start, end in zip(corners, np.roll(corners, -1, axis=0), strict=True):
+        edge_x, edge_y = (end - start).astype(np.float32)
+        to_x = x - start[0].astype(np.float32)
+        to_y = y - start[1].astype(np.float32)
+        along = np.clip((to_x * edge_x + to_y * edge_y) / (edge_x**2 + edge_y**2), 0, 1)
+        nearest = (to_x - along * edge_x) ** 2 + (to_y - along * edge_y) ** 2
+        squared = np.minimum(squared, nearest)
+        is_left = (to_x * edge_y - to_y * edge_x) * np.sign(edge_y) < 0
+        is_inside ^= ((y >= start[1]) != (y >= end[1])) & is_left  # even-odd rule, ray to the right
+    return np.where(is_inside, -1, 1) * np.sqrt(squared)
 
 
 def _rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """HSV to RGB, each (N,), hue in turns; returns float32 (N, 3, 1, 1) in [0, 1]."""
-    rgb = [colorsys.hsv_to_rgb(h % 1.0, s, v) for h, s, v in zip(hue, saturation, value, strict=True)]
-    return np.array(rgb, np.float32)[:, :, None, None]
+    """Converts HSV, each (N,), hue in turns, to float32 (N, 3, 1, 1) in [0, 1]."""
+    hsv = zip(hue % 1.0, saturation, value, strict=True)
+    return np.array([colorsys.hsv_to_rgb(*color) for color in hsv], np.float32)[:, :, None, None]

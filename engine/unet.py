@@ -1,14 +1,11 @@
-"""The library's Unet, computed faster: the same modules, weights and results, another order of memory and work.
+"""A faster version of upstream's Unet (denoising-diffusion-pytorch) with the same results.
 
-Everything stays channels-last, so that no convolution turns its input round; 1x1 convolutions are matrix products;
-a block's normalisation, modulation, activation and residual sum are one kernel on a GPU; linear attention is one
-kernel too; the time embedding's projections for all blocks are one product; and in mixed precision all weights
-are rounded together once, not one by one.
+Activations stay channels-last, so that no convolution transposes them; 1x1 convolutions are matrix
+products. On a GPU, all that follows a convolution is one Triton kernel, and so is linear attention.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,237 +14,279 @@ from denoising_diffusion_pytorch import Unet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from engine.errors import UserError
+
 try:
-    from engine import kernels
-except ImportError:  # Triton comes with PyTorch for NVIDIA and AMD GPUs on Linux, not everywhere
-    kernels = None
+    from engine import triton_attention, triton_kernels
+except ImportError:  # PyTorch brings Triton on Linux only
+    triton_kernels = None
+
+Weights = dict[Tensor, Tensor]  # parameter -> its value in the precision of matrix products
+UPSTREAM_VERSIONS = "denoising-diffusion-pytorch>=2.1,<2.4"
+# What upstream's modules consist of: names of parameters and children, or classes in a Sequential.
+UPSTREAM_LAYOUTS = {
+    "init_conv time_mlp downs ups mid_block1 mid_attn mid_block2 final_res_block final_conv",
+    "mlp block1 block2 res_conv", "SiLU Linear", "proj norm act dropout", "g", "weight bias",
+    "mem_kv norm to_qkv to_out", "mem_kv norm attend to_qkv to_out", "attn_dropout", "weight",
+    "Conv2d RMSNorm", "Rearrange Conv2d", "Upsample Conv2d", "SinusoidalPosEmb Linear GELU Linear",
+    "RandomOrLearnedSinusoidalPosEmb Linear GELU Linear", "weights",
+}  # fmt: skip
 
 
 class FastUnet(Unet):
-    """Takes the arguments of the library's Unet, has its state dict and gives its output and gradients.
+    """Has the arguments, state dict, output and gradients of upstream's Unet.
 
-    Within a relative error of 1e-5 in fp32 and 1e-2 in bf16. Like the library's under autocast, it computes in the
-    autocast's precision and gives its output in that.
+    Relative error 1e-5 in fp32, 1e-2 in bf16. Under autocast it computes and returns autocast's
+    precision. UserError if the installed Unet has other modules than those computed here.
     """
 
-    checkpointing = False  # set to True, blocks and attention keep their inputs alone and are computed again backwards
+    checkpointing = False  # if True, blocks and attention are recomputed in the backward pass
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        check_upstream(self)
         self.blocks = [module for module in self.modules() if hasattr(module, "block1")]
-        grown = [stage[3][1].weight for stage in self.ups if isinstance(stage[3], nn.Sequential)]
-        self.weights = [
-            p for name, p in self.named_parameters() if name.endswith("weight") and not any(p is w for w in grown)
-        ]
-        row = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
-        self.register_buffer("doubling", torch.kron(row, row), persistent=False)  # see grow
+        # upsample() combines its weights in fp32 before they are cast.
+        upsample_weights = {up[1].weight for *_, up in self.ups if isinstance(up, nn.Sequential)}
+        weights = [p for name, p in self.named_parameters() if name.endswith("weight")]
+        self.cast_params = [p for p in weights if p not in upsample_weights]
+        matrix = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])  # see upsample
+        self.register_buffer("upsample_matrix", torch.kron(matrix, matrix), persistent=False)
 
-    def forward(self, x: Tensor, time: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) at timesteps (B,) to (B, C, H, W); H and W are multiples of downsample_factor."""
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        with torch.autocast(x.device.type, enabled=False):
-            return self.evaluate(x, time, x_self_cond, dtype).contiguous()
-
-    def evaluate(self, x: Tensor, time: Tensor, x_self_cond: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """forward, in the given precision."""
-        w = dict(zip(self.weights, rounded(self.weights, dtype), strict=True))
+    def forward(self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W), timesteps t (B,); H and W are multiples of downsample_factor."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if self.self_condition:
             x = torch.cat((torch.zeros_like(x) if x_self_cond is None else x_self_cond, x), dim=1)
-        x = first = conv(x.to(dtype, memory_format=torch.channels_last), self.init_conv, w)
+        with torch.autocast(device, enabled=False):
+            x = x.to(dtype, memory_format=torch.channels_last)
+            return self._forward(x, t, cast_weights(self.cast_params, dtype)).contiguous()
 
-        embedding, first_linear, _, second_linear = self.time_mlp
-        t = F.gelu(F.linear(embedding(time).to(dtype), w[first_linear.weight], first_linear.bias.to(dtype)))
-        t = F.silu(F.linear(t, w[second_linear.weight], second_linear.bias.to(dtype)))
-        weight = torch.cat([w[block.mlp[1].weight] for block in self.blocks])
-        bias = torch.cat([block.mlp[1].bias for block in self.blocks]).to(dtype)
-        sizes = [block.mlp[1].out_features for block in self.blocks]
-        modulation = dict(zip(self.blocks, F.linear(t, weight, bias).split(sizes, dim=1), strict=True))
+    def _forward(self, x: Tensor, t: Tensor, weights: Weights) -> Tensor:
+        """Computes in the precision of x."""
+        modulations = self._modulations(t, weights, x.dtype)
+        recompute = self.checkpointing and torch.is_grad_enabled()
 
-        def compute_block(x: Tensor, module: nn.Module, kept: Tensor | None) -> Tensor:
-            y = conv(x, module.block1.proj, w, with_bias=False)
-            y = norm(y, module.block1.proj.bias, module.block1.norm.g, modulation[module], activated=True)
-            y = module.block1.dropout(y) if kept is None else y * kept
-            y = conv(y, module.block2.proj, w, with_bias=False)
-            rest, rest_bias = x, None
-            if isinstance(module.res_conv, nn.Conv2d):
-                rest, rest_bias = conv(x, module.res_conv, w, with_bias=False), module.res_conv.bias
-            return norm(y, module.block2.proj.bias, module.block2.norm.g, None, rest, rest_bias, activated=True)
-
-        again = self.checkpointing and torch.is_grad_enabled()
-        run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False) if again else at_once
+        def run(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+            if not recompute:
+                return function(*inputs)
+            return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
         def block(x: Tensor, module: nn.Module) -> Tensor:
-            return run(compute_block, x, module, kept_by_dropout(x, module) if again else None)
+            mask = dropout_mask(x, module) if recompute else None
+            return run(resnet_block, x, module, weights, modulations[module], mask)
 
-        saved = []
-        for block1, block2, attention, downsample in self.downs:
+        # Encoder.
+        stem = conv(x, self.init_conv, weights)
+        x = stem
+        skips = []
+        for block1, block2, attention, down in self.downs:
             x = block(x, block1)
-            saved.append(x)
-            x = run(attend, block(x, block2), attention, w)
-            saved.append(x)
-            x = shrink(x, downsample[1], w) if isinstance(downsample, nn.Sequential) else conv(x, downsample, w)
+            skips.append(x)
+            x = run(attention_block, block(x, block2), attention, weights)
+            skips.append(x)
+            x = downsample(x, down, weights)
+
+        # Innermost level.
         x = block(x, self.mid_block1)
-        x = run(attend, x, self.mid_attn, w)
+        x = run(attention_block, x, self.mid_attn, weights)
         x = block(x, self.mid_block2)
-        for block1, block2, attention, upsample in self.ups:
-            x = block(torch.cat((x, saved.pop()), dim=1), block1)
-            x = block(torch.cat((x, saved.pop()), dim=1), block2)
-            x = run(attend, x, attention, w)
-            x = grow(x, upsample[1], self.doubling) if isinstance(upsample, nn.Sequential) else conv(x, upsample, w)
-        x = block(torch.cat((x, first), dim=1), self.final_res_block)
-        return conv(x, self.final_conv, w)
+
+        # Decoder.
+        for block1, block2, attention, up in self.ups:
+            x = block(torch.cat((x, skips.pop()), dim=1), block1)
+            x = block(torch.cat((x, skips.pop()), dim=1), block2)
+            x = run(attention_block, x, attention, weights)
+            x = upsample(x, up, weights, self.upsample_matrix)
+        x = block(torch.cat((x, stem), dim=1), self.final_res_block)
+        return conv(x, self.final_conv, weights)
+
+    def _modulations(self, t: Tensor, weights: Weights, dtype: torch.dtype) -> dict:
+        """Scale and shift (B, 2C) of each block, of one matrix product for all."""
+        embedding, linear1, _, linear2 = self.time_mlp
+        t = F.linear(embedding(t).to(dtype), weights[linear1.weight], linear1.bias.to(dtype))
+        t = F.linear(F.gelu(t), weights[linear2.weight], linear2.bias.to(dtype))
+        linears = [block.mlp[1] for block in self.blocks]
+        weight = torch.cat([weights[linear.weight] for linear in linears])
+        bias = torch.cat([linear.bias for linear in linears]).to(dtype)
+        modulations = F.linear(F.silu(t), weight, bias)
+        sizes = [linear.out_features for linear in linears]
+        return dict(zip(self.blocks, modulations.split(sizes, dim=1), strict=True))
 
 
-def at_once(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """Computes without checkpointing."""
-    return function(*inputs)
+def check_upstream(network: Unet) -> None:
+    """Raises UserError if upstream's modules are not those that FastUnet computes."""
+    for module in network.modules():
+        parts = [*dict(module.named_parameters(recurse=False)), *dict(module.named_children())]
+        if isinstance(module, nn.Sequential):
+            parts = [type(child).__name__ for child in module]
+        layout = " ".join(parts)
+        if parts and layout not in UPSTREAM_LAYOUTS and not isinstance(module, nn.ModuleList):
+            found = f"{type(module).__name__} has {layout}"
+            remedy = f'Run: pip install "{UPSTREAM_VERSIONS}"'
+            raise UserError(f"unsupported Unet in denoising-diffusion-pytorch ({found}). {remedy}")
 
 
-def kept_by_dropout(x: Tensor, module: nn.Module) -> Tensor | None:
-    """What the dropout of a block with input x multiplies by, 0 or 1 / (1 - p); None where nothing is dropped.
+def dropout_mask(x: Tensor, module: nn.Module) -> Tensor | None:
+    """Dropout factors 0 or 1 / (1 - p) of a block with input x; None without dropout.
 
-    Drawn before the block, so that a block computed twice drops the same both times: putting back the state of the
-    random generator instead is not possible while a CUDA graph is captured.
+    Sampled before the block, so that a recomputed block drops the same values: the state of the
+    random generator cannot be restored while a CUDA graph is captured.
     """
     p = module.block1.dropout.p
     if not (module.training and p):
         return None
     shape = len(x), module.block1.proj.out_channels, *x.shape[2:]
-    kept = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    return kept.bernoulli_(1 - p).div_(1 - p)
+    mask = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return mask.bernoulli_(1 - p).div_(1 - p)
 
 
-class Rounded(torch.autograd.Function):
-    """Many tensors to another precision at once, and their gradients back."""
+def cast_weights(params: Sequence[Tensor], dtype: torch.dtype) -> Weights:
+    """Maps parameters of one precision to their values in another."""
+    # torch.compile of torch 2.11 loses the gradients of CastFunction.
+    if params[0].dtype == dtype or torch.compiler.is_compiling():
+        return {p: p.to(dtype) for p in params}
+    return dict(zip(params, CastFunction.apply(dtype, *params), strict=True))
+
+
+class CastFunction(torch.autograd.Function):
+    """Casts many tensors in few kernels, with their strides."""
 
     @staticmethod
     def forward(ctx, dtype: torch.dtype, *tensors: Tensor):
-        ctx.dtypes = [tensor.dtype for tensor in tensors]
-        return tuple(cast(tensors, [dtype] * len(tensors)))
+        ctx.dtype = tensors[0].dtype
+        copies = tuple(torch.empty_like(tensor, dtype=dtype) for tensor in tensors)
+        torch._foreach_copy_(copies, tensors)
+        return copies
 
     @staticmethod
-    def backward(ctx, *gradients: Tensor):
-        return None, *cast(gradients, ctx.dtypes)
+    def backward(ctx, *grads: Tensor):
+        return None, *CastFunction.apply(ctx.dtype, *grads)
 
 
-def cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """Copies of the tensors in the given precisions, with their strides, in few kernels."""
-    copies = [torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
-    torch._foreach_copy_(copies, list(tensors))
-    return copies
+def resnet_block(
+    x: Tensor, module: nn.Module, weights: Weights, modulation: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Upstream's ResnetBlock; mask, if any, replaces its dropout."""
+    block1 = module.block1
+    block2 = module.block2
+    h = conv(x, block1.proj, weights, with_bias=False)
+    h = norm_act(h, block1.proj.bias, block1.norm.g, modulation, activate=True)
+    h = block1.dropout(h) if mask is None else h * mask
+    h = conv(h, block2.proj, weights, with_bias=False)
+    skip_bias = getattr(module.res_conv, "bias", None)  # Identity has none
+    if skip_bias is not None:
+        x = conv(x, module.res_conv, weights, with_bias=False)
+    return norm_act(h, block2.proj.bias, block2.norm.g, None, x, skip_bias, activate=True)
 
 
-def rounded(parameters: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
-    """The parameters as matrix products and convolutions of the given precision take them."""
-    if all(p.dtype == dtype for p in parameters):
-        return parameters
-    if torch.compiler.is_compiling():  # torch 2.11's loses what Rounded gives back, and needs no help
-        return [p.to(dtype) for p in parameters]
-    return Rounded.apply(dtype, *parameters)
+def attention_block(x: Tensor, module: nn.Module, weights: Weights) -> Tensor:
+    """x plus upstream's Attention or LinearAttention over its pixels."""
+    qkv = conv(norm_act(x, None, module.norm.g), module.to_qkv, weights)
+    qkv = qkv.permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, 3 * heads * D)
+    is_linear = isinstance(module.to_out, nn.Sequential)
+    if is_linear:
+        y = linear_attention(qkv, module.mem_kv)
+    else:
+        q, k, v = split_heads(qkv, module.mem_kv)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    y = y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+    if not is_linear:
+        return conv(y, module.to_out, weights) + x
+    to_out, out_norm = module.to_out
+    return norm_act(conv(y, to_out, weights, with_bias=False), to_out.bias, out_norm.g, residual=x)
 
 
-def conv(x: Tensor, module: nn.Conv2d, w: dict[Tensor, Tensor], with_bias: bool = True) -> Tensor:
-    """A convolution with the weights of w; 1x1 as a product over channels, (B, H, W, C) being how x lies."""
+def linear_attention(qkv: Tensor, mem_kv: Tensor) -> Tensor:
+    """qkv (B, N, 3 * heads * D) and mem_kv (2, heads, D, slots) to (B, N, heads * D).
+
+    Softmax of keys over N, of queries over D; linear in N, since keys and values are multiplied
+    first (arXiv:1812.01243).
+    """
+    if use_triton(qkv) and triton_attention.supports_linear_attention(mem_kv):
+        return triton_attention.LinearAttentionFunction.apply(qkv, mem_kv)
+    q, k, v = split_heads(qkv, mem_kv.mT)
+    context = k.softmax(dim=2).mT @ v
+    return ((q.softmax(dim=3) * q.shape[3] ** -0.5) @ context).transpose(1, 2).flatten(2)
+
+
+def split_heads(qkv: Tensor, mem_kv: Tensor) -> Sequence[Tensor]:
+    """q, k, v (B, heads, N, D) of qkv, with mem_kv (2, heads, slots, D) before k and v."""
+    _, heads, _, dim = mem_kv.shape
+    q, *kv = qkv.unflatten(2, (3, heads, dim)).permute(2, 0, 3, 1, 4)
+    memory = mem_kv.to(qkv.dtype)[:, None].expand(-1, len(qkv), -1, -1, -1)
+    return q, *(torch.cat(pair, dim=2) for pair in zip(memory, kv, strict=True))
+
+
+def conv(x: Tensor, module: nn.Conv2d, weights: Weights, with_bias: bool = True) -> Tensor:
+    """A convolution; 1x1 as a matrix product."""
+    weight = weights[module.weight]
     bias = module.bias if with_bias else None
     if module.kernel_size == (1, 1):
         bias = None if bias is None else bias.to(x.dtype)
-        return F.linear(x.permute(0, 2, 3, 1), w[module.weight].flatten(1), bias).permute(0, 3, 1, 2)
-    return biased(F.conv2d(x, w[module.weight], padding=module.padding), bias)
+        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    x = F.conv2d(x, weight, padding=module.padding)
+    return x if bias is None else add_bias(x, bias)
 
 
-def shrink(x: Tensor, module: nn.Conv2d, w: dict[Tensor, Tensor]) -> Tensor:
-    """The library's Downsample: 2x2 pixels to channels and a 1x1 convolution, which is a 2x2 one of stride 2."""
-    weight = w[module.weight].view(module.out_channels, -1, 2, 2)
-    return biased(F.conv2d(x, weight, stride=2), module.bias)
+def downsample(x: Tensor, module: nn.Module, weights: Weights) -> Tensor:
+    """Upstream's Downsample, or the convolution that the last level has instead.
 
-
-def grow(x: Tensor, module: nn.Conv2d, doubling: Tensor) -> Tensor:
-    """The library's Upsample: each pixel to 2x2 equal ones, then a 3x3 convolution.
-
-    An output pixel sees only 2x2 different input pixels, so a transposed 4x4 convolution of stride 2 does it with
-    4/9 of the work. Its weights along one axis are (w2, w1 + w2, w0 + w1, w0), which `doubling` (16, 9) makes of 3x3.
+    Its 1x1 convolution of 2x2 pixels is a 2x2 convolution of stride 2.
     """
-    weight = doubling @ module.weight.permute(0, 2, 3, 1).flatten(1, 2)  # (out, 16, in)
+    if isinstance(module, nn.Conv2d):
+        return conv(x, module, weights)
+    weight = weights[module[1].weight].view(module[1].out_channels, -1, 2, 2)
+    return add_bias(F.conv2d(x, weight, stride=2), module[1].bias)
+
+
+def upsample(x: Tensor, module: nn.Module, weights: Weights, upsample_matrix: Tensor) -> Tensor:
+    """Upstream's Upsample, or the convolution that the last level has instead.
+
+    Its 3x3 convolution of pixels repeated 2x2 times is a transposed 4x4 convolution of stride 2,
+    with 4/9 of the work. Along an axis the weights are (w2, w1 + w2, w0 + w1, w0), which
+    upsample_matrix (16, 9) computes from the 3x3 weights.
+    """
+    if isinstance(module, nn.Conv2d):
+        return conv(x, module, weights)
+    weight = upsample_matrix @ module[1].weight.permute(0, 2, 3, 1).flatten(1, 2)  # (out, 16, in)
     weight = weight.to(x.dtype).unflatten(1, (4, 4)).permute(3, 0, 1, 2)
-    return biased(F.conv_transpose2d(x, weight, stride=2, padding=1), module.bias)
+    return add_bias(F.conv_transpose2d(x, weight, stride=2, padding=1), module[1].bias)
 
 
-def fused(x: Tensor) -> bool:
-    """Whether x goes to our kernels; torch.compile makes its own of the formulas."""
-    return kernels is not None and x.is_cuda and not torch.compiler.is_compiling()
+def use_triton(x: Tensor) -> bool:
+    """Whether to run our kernels; torch.compile generates its own from the formulas."""
+    return triton_kernels is not None and x.is_cuda and not torch.compiler.is_compiling()
 
 
-def biased(x: Tensor, bias: Tensor | None) -> Tensor:
-    """x (B, C, H, W), the output of a convolution, plus bias (C,)."""
-    if bias is None:
-        return x
-    if fused(x):
-        return kernels.AddBias.apply(x.contiguous(memory_format=torch.channels_last), bias)
+def add_bias(x: Tensor, bias: Tensor) -> Tensor:
+    """Adds bias (C,) to a convolution's output x (B, C, H, W), maybe in place."""
+    if use_triton(x):
+        x = x.contiguous(memory_format=torch.channels_last)
+        return triton_kernels.AddBiasFunction.apply(x, bias)
     return x + bias.to(x.dtype).view(1, -1, 1, 1)
 
 
-def norm(
-    x: Tensor,
-    bias: Tensor | None,
-    gain: Tensor,
-    modulation: Tensor | None = None,
-    residual: Tensor | None = None,
-    residual_bias: Tensor | None = None,
-    activated: bool = False,
-) -> Tensor:
-    """What follows a convolution: x + bias to length sqrt(C) over channels, times gain; modulated; SiLU; plus residual.
+def norm_act(
+    x: Tensor, bias: Tensor | None, gain: Tensor, modulation: Tensor | None = None,
+    residual: Tensor | None = None, residual_bias: Tensor | None = None, activate: bool = False,
+) -> Tensor:  # fmt: skip
+    """RMSNorm (arXiv:1910.07467) of x + bias, modulation, SiLU, residual; in fp32.
 
-    x, residual: (B, C, H, W). bias, residual_bias: (C,). gain: C values. modulation (B, 2C): first scale - 1, then
-    shift. Computes in fp32 whatever x is, and gives x's precision. RMSNorm: Zhang and Sennrich (arXiv:1910.07467).
+    x, residual: (B, C, H, W). bias, residual_bias: (C,). gain: (1, C, 1, 1). modulation: (B, 2C),
+    first scale - 1, then shift; not together with residual_bias. Returns the precision of x.
     """
-    if fused(x):
-        return kernels.Norm.apply(x, bias, gain, modulation, residual, residual_bias, activated)
+    if use_triton(x):
+        inputs = x, bias, gain, modulation, residual, residual_bias
+        return triton_kernels.NormFunction.apply(*inputs, activate)
     y = x.float() if bias is None else x + bias.float().view(1, -1, 1, 1)
-    # F.normalize, but Triton 3.6 (torch 2.11) cannot compile what Inductor makes of its gradient in fp16
+    # Not F.normalize: Triton 3.6 cannot compile Inductor's gradient of it in fp16.
     y = y * y.square().sum(dim=1, keepdim=True).clamp(min=1e-24).rsqrt()
     y = y * (gain.view(1, -1, 1, 1) * math.sqrt(x.shape[1]))
     if modulation is not None:
         scale, shift = modulation[:, :, None, None].chunk(2, dim=1)
         y = torch.addcmul(shift, y, scale + 1)
-    y = F.silu(y) if activated else y
+    y = F.silu(y) if activate else y
     y = y if residual is None else y + residual
     return (y if residual_bias is None else y + residual_bias.view(1, -1, 1, 1)).to(x.dtype)
-
-
-def attend(x: Tensor, module: nn.Module, w: dict[Tensor, Tensor]) -> Tensor:
-    """x plus the library's attention over its pixels: linear attention (arXiv:1812.01243) or the usual kind.
-
-    Both have a few learned keys and values (memory) beside those of the pixels.
-    """
-    height, width = x.shape[2:]
-    qkv = conv(norm(x, None, module.norm.g), module.to_qkv, w).permute(0, 2, 3, 1).flatten(1, 2)
-    linear = isinstance(module.to_out, nn.Sequential)
-    y = linear_attention(qkv, module.mem_kv) if linear else full_attention(qkv, module.mem_kv.to(qkv.dtype))
-    y = y.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-    if not linear:
-        return conv(y, module.to_out, w) + x
-    to_out, out_norm = module.to_out
-    return norm(conv(y, to_out, w, with_bias=False), to_out.bias, out_norm.g, residual=x)
-
-
-def full_attention(qkv: Tensor, memory: Tensor) -> Tensor:
-    """qkv (B, N, 3 * heads * D) and memory (2, heads, M, D) to (B, N, heads * D)."""
-    _, heads, _, dim = memory.shape
-    q, k, v = qkv.unflatten(2, (3, heads, dim)).permute(2, 0, 3, 1, 4)
-    k, v = (torch.cat((m.expand(len(x), -1, -1, -1), x), dim=2) for m, x in zip(memory, (k, v), strict=True))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-
-def linear_attention(qkv: Tensor, memory: Tensor) -> Tensor:
-    """qkv (B, N, 3 * heads * D) and memory (2, heads, D, M) to (B, N, heads * D).
-
-    Queries are a softmax over D and keys one over tokens, so that keys and values meet first, in a D x D matrix.
-    """
-    if fused(qkv) and kernels.suits(memory):
-        return kernels.LinearAttention.apply(qkv, memory)
-    heads, dim = memory.shape[1:3]
-    q, k, v = qkv.unflatten(2, (3, heads, dim)).permute(2, 0, 3, 1, 4)
-    memory = memory.mT.to(qkv.dtype)
-    k, v = (torch.cat((m.expand(len(x), -1, -1, -1), x), dim=2) for m, x in zip(memory, (k, v), strict=True))
-    context = k.softmax(dim=2).mT @ v
-    return ((q.softmax(dim=3) * dim**-0.5) @ context).transpose(1, 2).flatten(2)

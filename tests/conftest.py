@@ -1,8 +1,12 @@
-"""Without a GPU, Triton interprets the kernels; it must be told before it is first imported."""
+"""Settings that must be made before torch and Triton are imported."""
 
 import os
 
+# Two workers of two threads each would wait for each other on two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
+# Without a GPU, Triton interprets the kernels.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

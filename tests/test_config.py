@@ -1,14 +1,22 @@
-"""Configuration: which source wins, which tier is picked, and that every flag arrives."""
+"""Configuration: which layer wins, which tier is chosen, and that every flag arrives."""
+
+from pathlib import Path
 
 import pytest
+import torch
 
-import config
-from config import DDPMConfig, Tier, from_command_line, resolve, tier_of
-from engine.errors import UserError
+import train
+import train_optimized
+import train_stl10_optimized
+import train_true_high_res
+from config import Config, DDPMConfig, Tier, resolve, tier_for_memory
+from ddpm_model import DDPMModel
+from engine import checkpoints
+from engine.errors import FallbackWarning, RenamedWarning, UserError
+from tests.helpers import CPU_TIER, LARGE_TIER
 
-LARGE = Tier("Large", 256, 80.0)
-CPU = Tier("CPU", 32, 0.0)
 SETTINGS = DDPMConfig.settings()
+SWITCHES = ("USE_AMP", "COMPILE_MODEL", "CUDA_GRAPH", "AUTO_MICRO_BATCH")
 
 
 class Mine(DDPMConfig):
@@ -16,107 +24,268 @@ class Mine(DDPMConfig):
     BATCH_SIZE = 20
 
 
+class MyBatch(DDPMConfig):
+    BATCH_SIZE = 20
+
+
+class MyAccumulation(DDPMConfig):
+    GRADIENT_ACCUMULATION = 2
+
+
+class MyWidth(DDPMConfig):
+    DIM = 48
+
+
 @pytest.fixture(autouse=True)
-def no_gpu(monkeypatch):
-    monkeypatch.setattr(config, "detect_tier", lambda: CPU)
+def on_a_cpu(monkeypatch):
+    monkeypatch.setattr(train, "detect_tier", lambda: CPU_TIER)
+
+
+def configure(*argv: str, script: dict | None = None) -> Config:
+    """The configuration that a training script gets with this command line."""
+    request = train.parse_command_line("", script or {}, argv)
+    checkpoint = checkpoints.load_training(request.resume) if request.resume else None
+    return train.configure(request, checkpoint)
+
+
+# --- Tiers and presets.
 
 
 @pytest.mark.parametrize(
     ("memory", "name", "dim"),
-    [(2, "Tiny", 32), (3.9, "Small", 64), (6, "Small", 64), (7.8, "Medium", 128), (15.7, "Medium", 128),
-     (23.6, "Large", 256), (79.2, "Large", 256)],
+    [(2, "Tiny", 32), (3.9, "Small", 64), (6, "Small", 64), (7.8, "Medium", 128),
+     (15.7, "Medium", 128), (23.6, "Large", 256), (79.2, "Large", 256)],
 )  # fmt: skip
 def test_tier_follows_the_memory(memory, name, dim):
-    assert (tier_of(memory).name, tier_of(memory).dim) == (name, dim)
-
-
-def test_later_sources_win_and_are_named():
-    made = resolve("cifar10", LARGE, {"USE_AMP": True, "DIM": 8}, Mine, {"BATCH_SIZE": 7})
-    assert (made.USE_AMP, made.origin["USE_AMP"]) == (True, "script")
-    assert (made.IMAGE_SIZE, made.origin["IMAGE_SIZE"]) == (32, "preset cifar10")
-    assert (made.DIM, made.origin["DIM"]) == (48, "Mine")
-    assert (made.BATCH_SIZE, made.origin["BATCH_SIZE"]) == (7, "flag")
-    assert (made.TIMESTEPS, made.origin["TIMESTEPS"]) == (1000, "default")
+    assert tier_for_memory(memory) == (name, dim, memory)
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "celeba", "stl10", "shapes"])
 @pytest.mark.parametrize("memory", [3, 6, 12, 24, 80])
-def test_a_tier_caps_the_width_and_keeps_the_effective_batch(dataset, memory):
-    tier, roomy = tier_of(memory), resolve(dataset, Tier("Large", 256, 1000.0))
-    made = resolve(dataset, tier)
-    assert min(roomy.DIM, tier.dim) == made.DIM
-    assert made.BATCH_SIZE * made.GRADIENT_ACCUMULATION == roomy.BATCH_SIZE
+def test_tier_caps_the_width_and_keeps_the_effective_batch(dataset, memory):
+    tier = tier_for_memory(memory)
+    unlimited = resolve(dataset, Tier("Large", 256, 1000.0))
+    config = resolve(dataset, tier)
+    expected = min(unlimited.DIM, tier.dim)
+    assert config.DIM == expected
+    assert config.BATCH_SIZE * config.GRADIENT_ACCUMULATION == unlimited.BATCH_SIZE
 
 
 @pytest.mark.parametrize(
-    ("dataset", "size", "dim", "levels"),
-    [("cifar10", 32, 128, (1, 2, 2, 2)), ("celeba", 64, 128, (1, 2, 2, 2)), ("stl10", 96, 128, (1, 2, 2, 2))],
-)
-def test_each_data_set_has_its_preset(dataset, size, dim, levels):
-    made = resolve(dataset, LARGE)
-    assert (size, dim, levels) == (made.IMAGE_SIZE, made.DIM, made.DIM_MULTS)
+    ("dataset", "flags", "expected"),
+    [
+        ("celeba", {}, (64, 128, (1, 2, 2, 2), 128, (False, False, True, True))),
+        ("stl10", {}, (96, 128, (1, 2, 2, 2), 64, (False, False, True, True))),
+        ("folder", {"IMAGE_SIZE": 128},
+         (128, 128, (1, 1, 2, 2, 2), 64, (False, False, False, True, True))),
+        ("cifar10", {"IMAGE_SIZE": 64}, (64, 128, (1, 2, 2, 2), 128, (False, False, True, True))),
+        ("cifar10", {}, (32, 128, (1, 2, 2, 2), 256, (False, True, True, True))),
+    ],
+)  # fmt: skip
+def test_preset_follows_the_image_size(dataset, flags, expected):
+    config = resolve(dataset, LARGE_TIER, flags=flags)
+    with torch.device("meta"):
+        model = DDPMModel.from_config(config)
+    effective = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
+    full = tuple(model.architecture["full_attn"])
+    assert (config.IMAGE_SIZE, config.DIM, config.DIM_MULTS, effective, full) == expected
+    assert (config.SCHEDULE_BASE_SIZE > 0) == (config.IMAGE_SIZE > 32)
 
 
-def test_a_folder_gets_the_preset_for_its_size_as_far_as_the_tier_allows():
-    assert (resolve("folder", tier_of(6)).DIM, resolve("folder", LARGE).DIM) == (64, 128)
-    assert resolve("folder", LARGE, flags={"IMAGE_SIZE": 4, "DIM_MULTS": (1, 2)}).DIM == 256  # too small for any
+def test_preset_of_a_folder_is_limited_by_the_tier():
+    assert resolve("folder", tier_for_memory(6)).DIM == 64
+    assert resolve("folder", LARGE_TIER).DIM == 128
 
 
-def test_naming_the_batch_means_that_batch():
-    small = tier_of(3)
+def test_defaults_are_what_a_run_gets():
+    config = resolve("folder", LARGE_TIER)
+    changed = {k: v for k, v in config.as_dict().items() if v != getattr(DDPMConfig, k)}
+    assert changed == {"DATASET": "folder"}
+    with torch.device("meta"):
+        assert DDPMModel().architecture == DDPMModel.from_config(config).architecture
+
+
+def test_high_res_script_takes_the_larger_of_its_size_and_the_data_sets():
+    script = train_true_high_res.DEFAULTS
+    names = ("cifar10", "shapes", "celeba", "stl10", "folder")
+    sizes = [resolve(name, LARGE_TIER, script).IMAGE_SIZE for name in names]
+    assert sizes == [64, 64, 64, 96, 64]
+    explicit = resolve("cifar10", LARGE_TIER, script, flags={"IMAGE_SIZE": 32})
+    assert explicit.DIM_MULTS == (1, 2, 2, 2)
+    at_96 = resolve("celeba", LARGE_TIER, train_stl10_optimized.DEFAULTS)
+    assert (at_96.IMAGE_SIZE, at_96.LEARNING_RATE) == (96, 1e-3)
+    on_cpu = resolve("shapes", CPU_TIER, script)
+    assert (on_cpu.IMAGE_SIZE, on_cpu.DIM_MULTS) == (64, (1, 2, 2))
+
+
+@pytest.mark.parametrize("script", [train_optimized, train_stl10_optimized, train_true_high_res])
+def test_cpu_turns_every_switch_off_unless_explicit(script):
+    all_on = script.DEFAULTS | dict.fromkeys(SWITCHES, True)
+    for defaults in (script.DEFAULTS, all_on):
+        config = resolve("shapes", CPU_TIER, defaults)
+        assert not any(getattr(config, name) for name in SWITCHES)
+    assert all(config.set_by[name] == "tier CPU" for name in SWITCHES)
+    for name in SWITCHES:
+        explicit = resolve("shapes", CPU_TIER, all_on, flags={name: True})
+        assert [other for other in SWITCHES if getattr(explicit, other)] == [name]
+    config = resolve("shapes", LARGE_TIER, all_on)
+    assert all(getattr(config, name) for name in SWITCHES)
+
+
+# --- Layers.
+
+
+def test_later_layers_win_and_are_named():
+    config = resolve("cifar10", LARGE_TIER, {"USE_AMP": True, "DIM": 8}, Mine, {"BATCH_SIZE": 7})
+    assert (config.USE_AMP, config.set_by["USE_AMP"]) == (True, "script")
+    assert (config.IMAGE_SIZE, config.set_by["IMAGE_SIZE"]) == (32, "preset cifar10")
+    assert (config.DIM, config.set_by["DIM"]) == (48, "Mine")
+    assert (config.BATCH_SIZE, config.set_by["BATCH_SIZE"]) == (7, "flag")
+    assert (config.TIMESTEPS, config.set_by["TIMESTEPS"]) == (1000, "default")
+
+
+def test_explicit_batch_is_used_as_is():
+    small = tier_for_memory(3)
     assert resolve("cifar10", small).GRADIENT_ACCUMULATION > 1
     assert resolve("cifar10", small, flags={"BATCH_SIZE": 16}).GRADIENT_ACCUMULATION == 1
 
 
-def test_other_levels_than_the_presets_drop_the_presets_attention():
-    assert (resolve("shapes", CPU).ATTENTION_HEADS, resolve("shapes", CPU).FULL_ATTENTION_SIZE) == ((1, 1, 4), 0)
-    made = resolve("shapes", CPU, flags={"DIM_MULTS": (1, 2)})
-    assert (made.ATTENTION_HEADS, made.ATTENTION_DIM) == ((4,), (32,))
+@pytest.mark.parametrize(
+    ("subclass", "flags", "expected"),
+    [
+        (MyBatch, {}, (20, 1)),
+        (MyBatch, {"GRADIENT_ACCUMULATION": 3}, (20, 3)),
+        (MyAccumulation, {"BATCH_SIZE": 16}, (16, 2)),
+        (None, {"BATCH_SIZE": 16}, (16, 1)),
+    ],
+)
+def test_explicit_batch_and_accumulation_stay(subclass, flags, expected):
+    small = Tier("Small", 64, 3.0)  # would split the preset's batch
+    config = resolve("stl10", small, {"GRADIENT_ACCUMULATION": 5}, subclass, flags)
+    assert (config.BATCH_SIZE, config.GRADIENT_ACCUMULATION) == expected
+
+
+@pytest.mark.parametrize("memory", [6, 12, 80])
+def test_explicit_accumulation_means_the_same_effective_batch_on_every_card(memory, recwarn):
+    config = resolve("celeba", tier_for_memory(memory), flags={"GRADIENT_ACCUMULATION": 4})
+    assert config.BATCH_SIZE * config.GRADIENT_ACCUMULATION == 4 * 128
+    warned = [str(w.message) for w in recwarn if w.category is FallbackWarning]
+    if config.BATCH_SIZE == 128:
+        assert not warned
+    else:
+        (line,) = warned
+        assert f"{config.GRADIENT_ACCUMULATION} x {config.BATCH_SIZE} instead of 4 x 128" in line
+
+
+@pytest.mark.parametrize(
+    ("subclass", "flags", "is_searched"),
+    [
+        (None, {}, True),
+        (None, {"DIM": 32}, True),
+        (MyWidth, {}, True),
+        (None, {"BATCH_SIZE": 16}, False),
+        (None, {"GRADIENT_ACCUMULATION": 2}, False),
+        (MyBatch, {}, False),
+        (MyAccumulation, {}, False),
+        (None, {"BATCH_SIZE": 16, "AUTO_MICRO_BATCH": True}, True),
+        (MyAccumulation, {"AUTO_MICRO_BATCH": True}, True),
+    ],
+)
+def test_explicit_batch_or_accumulation_stops_the_search(subclass, flags, is_searched):
+    config = resolve("stl10", LARGE_TIER, {"AUTO_MICRO_BATCH": True}, subclass, flags)
+    assert config.AUTO_MICRO_BATCH is is_searched
+    assert (config.set_by["AUTO_MICRO_BATCH"] == "explicit batch") is not is_searched
+
+
+def test_split_batch_keeps_the_effective_batch():
+    config = resolve("stl10", tier_for_memory(24), train_stl10_optimized.DEFAULTS)
+    config.split_batch(16)
+    assert (config.BATCH_SIZE, config.GRADIENT_ACCUMULATION) == (16, 4)
+    assert config.set_by["BATCH_SIZE"] == "memory search"
+
+
+def test_other_levels_drop_the_presets_attention():
+    config = resolve("shapes", CPU_TIER)
+    assert (config.ATTENTION_HEADS, config.FULL_ATTENTION_MAX_SIZE) == ((1, 1, 4), 0)
+    config = resolve("shapes", CPU_TIER, flags={"DIM_MULTS": (1, 2)})
+    assert (config.ATTENTION_HEADS, config.ATTENTION_DIM) == ((4,), (32,))
+    flags = {"DIM_MULTS": (1, 2), "ATTENTION_HEADS": (1, 2, 3)}
     with pytest.raises(UserError, match="ATTENTION_HEADS has 3 numbers, but must have 1 or 2"):
-        resolve("shapes", CPU, flags={"DIM_MULTS": (1, 2), "ATTENTION_HEADS": (1, 2, 3)})
+        resolve("shapes", CPU_TIER, flags=flags)
 
 
-def test_the_last_length_given_counts():
-    assert resolve("shapes", CPU).MINUTES > 0
-    made = resolve("shapes", CPU, flags={"MAX_STEPS": 30})
-    assert (made.MAX_STEPS, made.MINUTES, made.EPOCHS) == (30, 0, 0)
-    with pytest.raises(UserError, match="MAX_STEPS and MINUTES are set together"):
-        resolve("shapes", CPU, flags={"MAX_STEPS": 30, "MINUTES": 1.0})
+def test_last_run_length_counts():
+    assert resolve("shapes", CPU_TIER).MINUTES > 0
+    config = resolve("shapes", CPU_TIER, flags={"MAX_STEPS": 30})
+    assert (config.MAX_STEPS, config.MINUTES, config.EPOCHS) == (30, 0, 0)
+    with pytest.raises(UserError, match="set only one of MAX_STEPS, MINUTES"):
+        resolve("shapes", CPU_TIER, flags={"MAX_STEPS": 30, "MINUTES": 1.0})
+
+
+# --- Command line.
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_every_attribute_is_a_flag(name):
-    kind, setting = SETTINGS[name]
-    default = getattr(DDPMConfig, name)
+def test_every_setting_is_a_flag(name):
+    setting = SETTINGS[name]
     if setting.choices:
         value = setting.choices[-2]
-    elif kind is bool:
-        value = not default
+    elif setting.type in (int, float):
+        value = setting.type((setting.default or 1) * 2 / (4 if setting.type is float else 1))
     else:
-        value = {int: lambda: (default or 1) * 2, float: lambda: (default or 0.5) / 2}.get(kind, lambda: kind("13"))()
-        value = (1, 2, 3, 5) if kind is tuple else value
-    text = [f"--{name.lower()}", ",".join(map(str, value)) if kind is tuple else str(value)]
-    if kind is bool:
-        text = [f"--{'' if value else 'no-'}{name.lower()}"]
+        value = {bool: not setting.default, str: "13", tuple: (1, 2, 3, 5)}[setting.type]
+    text = ",".join(map(str, value)) if setting.type is tuple else str(value)
+    arguments = [f"--{name.lower()}", text]
+    if setting.type is bool:
+        arguments = [f"--{'' if value else 'no-'}{name.lower()}"]
     dataset = [] if name == "DATASET" else ["--dataset", "folder"]
-    made, _ = from_command_line("", {}, [*dataset, *text])
-    assert getattr(made, name) == value
-    assert made.origin[name] == "flag"
+    config = configure(*dataset, *arguments)
+    assert getattr(config, name) == value
+    assert name == "DATASET" or config.set_by[name] == "flag"
+
+
+@pytest.mark.parametrize(
+    ("old_flag", "value", "name", "expected"),
+    [("--guide_at", "0.25", "GUIDE_FRACTION", 0.25), ("--memory_gib", "6", "MAX_MEMORY_GIB", 6.0),
+     ("--no-fit_memory", "", "AUTO_MICRO_BATCH", False), ("--num_samples", "9", "GRID_IMAGES", 9)],
+)  # fmt: skip
+def test_old_flags_warn_and_work(old_flag, value, name, expected):
+    with pytest.warns(RenamedWarning, match=f"{old_flag} is now --.*{name.lower()}"):
+        config = configure("--dataset", "folder", old_flag, *filter(None, [value]))
+    assert (getattr(config, name), config.set_by[name]) == (expected, "flag")
+
+
+def test_old_names_warn_in_a_subclass_and_load_from_a_checkpoint():
+    class Old(DDPMConfig):
+        GUIDE_AT = 0.3
+
+    with pytest.warns(RenamedWarning, match="GUIDE_AT is now GUIDE_FRACTION"):
+        assert resolve("folder", LARGE_TIER, subclass=Old).GUIDE_FRACTION == 0.3
+    stored = resolve("folder", LARGE_TIER).as_dict()
+    stored["SAVE_MINUTES"] = stored.pop("SAVE_EVERY_MINUTES") + 1
+    assert resolve("folder", LARGE_TIER, checkpoint=stored).SAVE_EVERY_MINUTES == 3.0
+
+
+def test_target_size_is_the_image_size():
+    flags = ["--dataset", "folder", "--target_size", "128", "--max_memory_gib", "6"]
+    with pytest.warns(FallbackWarning, match="no GPU whose memory"):
+        config = configure(*flags, script=train_true_high_res.DEFAULTS)
+    assert (config.IMAGE_SIZE, config.MAX_MEMORY_GIB) == (128, 6.0)
 
 
 def test_help_shows_every_flag_with_its_default(capsys):
     with pytest.raises(SystemExit):
-        from_command_line("", {"LEARNING_RATE": 0.125}, ["--help"])
+        train.parse_command_line("", {"LEARNING_RATE": 0.125}, ["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     for name in SETTINGS:
         assert f"--{name.lower()}" in shown
-    assert "(default: 0.125)" in shown and "(default: 1,2,4,8)" in shown
+    assert "(default: 0.125)" in shown and "(default: 1,2,2,2)" in shown
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batchsize", "3"], "no --batchsize; did you mean --batch_size"),
+        (["--batchsize", "3"], "unknown flag --batchsize; did you mean --batch_size"),
         (["--dim", "wide"], "--dim: invalid int value: 'wide'"),
         (["--dim", "4"], "DIM is 4, but must be at least 8"),
         (["--dropout", "1.5"], "DROPOUT is 1.5, but must be at most 0.9"),
@@ -126,42 +295,79 @@ def test_help_shows_every_flag_with_its_default(capsys):
         (["--dataset", "cifar"], "did you mean cifar10"),
         (["--image_size", "30"], "need a multiple of"),
         (["--timesteps", "10"], "SAMPLING_TIMESTEPS is 14, but must be at most TIMESTEPS, 10"),
-        (["--timesteps", "19", "--sampling_timesteps", "5", "--beta_schedule", "linear"], "needs at least 20"),
+        (["--timesteps", "19", "--sampling_timesteps", "5", "--beta_schedule", "linear"],
+         "needs at least 20"),
         (["--dim", "9"], "DIM is 9, but must be even"),
-        (["--dim_mults", "1,x"], "--dim_mults: '1,x' are no whole numbers such as 1,2,4,8"),
-        (["--image_size", "16", "--schedule_size", "257"], "SCHEDULE_SIZE is 257, but must be at most 16 times"),
+        (["--dim_mults", "1,x"], "--dim_mults: expected integers like 1,2,4,8, got '1,x'"),
+        (["--image_size", "16", "--schedule_base_size", "257"],
+         "SCHEDULE_BASE_SIZE is 257, but must be at most 16 times"),
         (["--minutes", "0"], "set one of them"),
         (["--config", "nowhere.py:Mine"], "nowhere.py, which does not exist"),
         (["--config", "Mine"], "must look like my_config.py:MyConfig"),
-        (["--config", "mine.py:Yours"], "has no subclass of DDPMConfig named Yours; did you mean Ours"),
-        (["--config", "typo.py:Typo"], "LEARNING_RAT, which does not exist; did you mean LEARNING_RATE"),
-        (["--config", "typo.py:Kind"], "DIM is '64', but must be a whole number"),
+        (["--config", "mine.py:Yours"],
+         "has no subclass of DDPMConfig named Yours; did you mean Ours"),
+        (["--config", "typo.py:Typo"],
+         "LEARNING_RAT, which does not exist; did you mean LEARNING_RATE"),
+        (["--config", "typo.py:Type"], "DIM is '64', but must be an integer"),
         (["--config", "syntax.py:Mine"], "cannot be loaded: SyntaxError"),
-        (["--resume", "no-such-run"], "neither such a file nor a run"),
-        (["--resume", ""], "--resume is given an empty name"),
+        (["--resume", "no-such-run"], "--resume no-such-run: no such checkpoint"),
+        (["--resume", ""], "--resume is empty"),
         (["--resume", "a", "--run_name", "b"], "--run_name is for a new run"),
     ],
-)
-def test_what_is_wrong_is_named_in_one_line(arguments, message, tmp_path, monkeypatch):
+)  # fmt: skip
+def test_bad_command_line_gets_one_line(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text("from config import DDPMConfig\nclass Ours(DDPMConfig):\n    DIM = 16\n")
-    (tmp_path / "typo.py").write_text(
-        "from config import DDPMConfig\nclass Typo(DDPMConfig):\n    LEARNING_RAT = 1\n"
-        "class Kind(DDPMConfig):\n    DIM = '64'\n"
-    )
+    imports = "from config import DDPMConfig\n"
+    (tmp_path / "mine.py").write_text(f"{imports}class Ours(DDPMConfig):\n    DIM = 16\n")
+    typo = "class Typo(DDPMConfig):\n    LEARNING_RAT = 1\n"
+    (tmp_path / "typo.py").write_text(f"{imports}{typo}class Type(DDPMConfig):\n    DIM = '64'\n")
     (tmp_path / "syntax.py").write_text("class Mine(\n")
-    extra = [] if "--dataset" in arguments else ["--dataset", "shapes"]
+    dataset = [] if "--dataset" in arguments else ["--dataset", "shapes"]
     with pytest.raises(UserError) as caught:
-        from_command_line("", {}, [*extra, *arguments])
+        configure(*dataset, *arguments)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_subclass_from_a_file_and_a_flag_over_it(tmp_path):
+def test_subclass_from_a_file_is_overridden_by_a_flag(tmp_path):
     file = tmp_path / "mine.py"
-    file.write_text(
-        "from config import DDPMConfig\nclass Base(DDPMConfig):\n    DIM = 16\nclass Ours(Base):\n    EPOCHS = 3\n"
-    )
-    made, options = from_command_line("", {}, ["--dataset", "shapes", "--config", f"{file}:Ours", "--epochs", "4"])
-    assert (made.DIM, made.origin["DIM"]) == (16, "Ours")
-    assert (made.EPOCHS, made.MINUTES) == (4, 0)
-    assert not options.dry_run and options.resume is None
+    base = "class Base(DDPMConfig):\n    DIM = 16\n"
+    file.write_text(f"from config import DDPMConfig\n{base}class Ours(Base):\n    EPOCHS = 3\n")
+    config = configure("--dataset", "shapes", "--config", f"{file}:Ours", "--epochs", "4")
+    assert (config.DIM, config.set_by["DIM"]) == (16, "Ours")
+    assert (config.EPOCHS, config.MINUTES) == (4, 0)
+
+
+# --- Resuming.
+
+RUN = {
+    "LEARNING_RATE": 0.0125, "DIM": 16, "DIM_MULTS": (1, 2), "IMAGE_SIZE": 8, "MAX_STEPS": 77,
+    "BATCH_SIZE": 6, "GRADIENT_ACCUMULATION": 4, "SEED": 3, "RUN_NAME": "mine",
+}  # fmt: skip
+
+
+@pytest.fixture
+def saved_run(tmp_path, monkeypatch) -> dict:
+    """The configuration of a run `mine` of train_optimized.py that has saved a checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    config = resolve("shapes", CPU_TIER, train_optimized.DEFAULTS, flags=RUN).as_dict()
+    empty = {key: {} for key in ("model", "ema", "optimizer", "progress")}
+    checkpoints.save(Path("checkpoints/mine/last.pt"), {**empty, "run": "mine", "config": config})
+    return config
+
+
+@pytest.mark.parametrize("tier", [CPU_TIER, Tier("Tiny", 8, 0.01)])
+@pytest.mark.parametrize("script", [train, train_stl10_optimized])
+def test_resume_keeps_every_setting_of_the_run(script, tier, saved_run, monkeypatch):
+    monkeypatch.setattr(train, "detect_tier", lambda: tier)
+    config = configure("--resume", "mine", script=script.DEFAULTS)
+    assert config.as_dict() == saved_run
+    assert (config.LR_SCHEDULE, config.set_by["LR_SCHEDULE"]) == ("cosine", "checkpoint")
+
+
+def test_resume_is_overridden_by_explicit_settings_only(saved_run, tmp_path):
+    code = "from config import DDPMConfig\nclass Own(DDPMConfig):\n    EMA_DECAY = 0.5\n"
+    (tmp_path / "own.py").write_text(code)
+    flags = ["--learning_rate", "0.5", "--minutes", "3", "--config", "own.py:Own"]
+    config = configure("--resume", "mine", *flags, script=train.DEFAULTS)
+    changed = {"LEARNING_RATE": 0.5, "MINUTES": 3.0, "MAX_STEPS": 0, "EMA_DECAY": 0.5}
+    assert config.as_dict() == saved_run | changed

@@ -1,37 +1,65 @@
-"""demo.py: what it says when something is wrong. That it passes where all is well, `.ci/run` shows."""
+"""demo.py: what it reports when something is wrong; `.ci/run` runs it on a working installation."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import demo
-from engine.command_line import run
+from ddpm_model import DDPMModel
+from engine.cli import run_script
+from engine.errors import UserError
+from engine.shapes import draw_shapes
+from tests.helpers import CPU
+
+STATE = SimpleNamespace(device=CPU)
 
 
-def test_a_failed_check_fails_the_demo_and_the_others_still_run(tmp_path, monkeypatch, capsys):
+def test_main_reports_failed_checks_and_runs_the_others(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["demo.py"])
-    monkeypatch.setattr(demo, "CHECKS", {"broken": lambda _: 1 / 0, "mathematics": demo.check_mathematics})
+    checks = {"broken": lambda _: 1 / 0, "mathematics": demo.check_mathematics}
+    monkeypatch.setattr(demo, "CHECKS", checks)
     with pytest.raises(SystemExit) as stopped:
-        run(demo.main)
+        run_script(demo.main)
     assert stopped.value.code == 1
     printed = capsys.readouterr()
-    assert "1/2  broken         FAILED" in printed.out and "2/2  mathematics    passed" in printed.out
+    assert "1/2  broken         failed" in printed.out
+    assert "2/2  mathematics    passed" in printed.out
     assert "error: 1 of 2 checks failed: broken" in printed.err
     report = (tmp_path / "demo_results" / "report.html").read_text()
-    assert "1 of 2 checks FAILED" in report and "ZeroDivisionError" in report
+    assert "1 of 2 checks failed" in report and "ZeroDivisionError" in report
 
 
-def test_the_mathematics_would_notice_another_schedule(monkeypatch):
-    exact = demo.alpha_bar_of
-    monkeypatch.setattr(demo, "alpha_bar_of", lambda schedule, timesteps: exact(schedule, timesteps) * 0.9999)
-    with pytest.raises(AssertionError, match="alpha-bar of cosine"):
-        demo.check_mathematics(demo.Demo(torch.device("cpu")))
+def test_check_mathematics_notices_another_schedule(monkeypatch):
+    exact = demo.exact_alpha_bar
+    monkeypatch.setattr(demo, "exact_alpha_bar", lambda *arguments: exact(*arguments) * 0.9999)
+    with pytest.raises(UserError, match="alpha-bar of cosine"):
+        demo.check_mathematics(STATE)
 
 
-def test_the_mathematics_would_notice_a_wrong_conversion(monkeypatch):
-    wrong = demo.GaussianDiffusion.predict_v
-    monkeypatch.setattr(demo.GaussianDiffusion, "predict_v", lambda *arguments: wrong(*arguments) * 1.001)
-    with pytest.raises(AssertionError, match="v to x_0"):
-        demo.check_mathematics(demo.Demo(torch.device("cpu")))
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("q_sample", "q(x_t | x_0)"),
+        ("predict_v", "v to x_0"),
+        ("predict_start_from_noise", "noise to x_0"),
+        ("predict_noise_from_start", "x_0 to noise"),
+    ],
+)
+def test_check_mathematics_notices_a_wrong_conversion(monkeypatch, method, name):
+    original = getattr(demo.GaussianDiffusion, method)
+    wrong = lambda *arguments: original(*arguments) * 1.001  # noqa: E731
+    monkeypatch.setattr(demo.GaussianDiffusion, method, wrong)
+    with pytest.raises(UserError, match=name.replace("(", "\\(").split("|")[0]):
+        demo.check_mathematics(STATE)
+
+
+def test_check_interpolation_needs_a_model_with_a_guide(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = draw_shapes(torch.arange(6).numpy(), 16, 0)
+    data = SimpleNamespace(images=images)
+    model = DDPMModel(**demo.ARCHITECTURE)
+    with pytest.raises(UserError, match="no guide"):
+        demo.check_interpolation(SimpleNamespace(device=CPU, data=data, model=model))

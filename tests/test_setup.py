@@ -1,4 +1,4 @@
-"""setup.py, run as users and packaging tools run it. Nothing here needs a network."""
+"""setup.py, run as users and packaging tools run it; nothing here needs a network."""
 
 import os
 import shutil
@@ -9,15 +9,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers import ROOT
 
 
 def run_setup(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Run the setup.py of a folder with pip cut off from every index."""
+    """Runs the setup.py of a folder with pip cut off from every index."""
     environment = os.environ | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
-    return subprocess.run(
-        [sys.executable, "setup.py", *arguments], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "setup.py", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -38,7 +37,7 @@ def module(copy: Path):
     return module
 
 
-def test_check_reports_a_complete_machine():
+def test_check_reports_packages_and_machine():
     result = run_setup(ROOT, "--check")
     assert result.returncode == 0, result.stdout + result.stderr
     rows = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
@@ -46,7 +45,7 @@ def test_check_reports_a_complete_machine():
     assert {"Python", "denoising-diffusion-pytorch", "GPU", "tier"} <= rows.keys()
 
 
-def test_check_names_what_is_missing_or_too_old(copy: Path):
+def test_check_reports_missing_and_old_packages(copy: Path):
     result = run_setup(copy, "--check", "--dev")
     assert result.returncode == 1
     assert "Missing: no-such-distribution, pytest." in result.stdout
@@ -55,7 +54,22 @@ def test_check_names_what_is_missing_or_too_old(copy: Path):
     assert not (copy / "checkpoints").exists()
 
 
-def test_check_names_what_does_not_import(copy: Path):
+def test_check_reports_packages_that_are_too_new(copy: Path):
+    (copy / "requirements.txt").write_text("tqdm >= 4, < 4.1  # the API changed\n")
+    result = run_setup(copy, "--check")
+    assert result.returncode == 1
+    assert "Missing: tqdm." in result.stdout
+    assert f"{metadata.version('tqdm')} is too new, must be older than 4.1" in result.stdout
+
+
+def test_check_accepts_versions_within_bounds(copy: Path):
+    (copy / "requirements.txt").write_text("tqdm>=4,<1000\n-r more.txt\n")
+    (copy / "more.txt").write_text("no-such-distribution>=1,<2\n")
+    result = run_setup(copy, "--check")
+    assert "Missing: no-such-distribution." in result.stdout
+
+
+def test_check_reports_packages_that_do_not_import(copy: Path):
     (copy / "requirements.txt").write_text("tqdm\n")
     (copy / "tqdm.py").write_text("raise RuntimeError('operator does not exist')\n")
     result = run_setup(copy, "--check")
@@ -64,16 +78,19 @@ def test_check_names_what_does_not_import(copy: Path):
     assert "pip install --force-reinstall tqdm" in result.stdout
 
 
-def test_failed_install_shows_command_and_reason(copy: Path):
+def test_install_failure_prints_command_and_reason(copy: Path):
     result = run_setup(copy)
     assert result.returncode == 1
     message = result.stderr.partition("this command failed:")[2]
-    assert "-m pip install" in message and "No matching distribution found for no-such-distribution" in message
+    assert "-m pip install" in message
+    assert "No matching distribution found for no-such-distribution" in message
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [["egg_info"], ["bdist_wheel", "-d", "dist"], ["--version"], ["--chekc"]])
-def test_packaging_commands_and_bad_flags_get_one_line(copy: Path, arguments: list[str]):
+@pytest.mark.parametrize(
+    "arguments", [["egg_info"], ["bdist_wheel", "-d", "dist"], ["--version"], ["--chekc"]]
+)
+def test_main_rejects_packaging_commands_and_unknown_flags(copy: Path, arguments: list[str]):
     result = run_setup(copy, *arguments)
     assert result.returncode == 2
     assert result.stdout == ""
@@ -82,35 +99,40 @@ def test_packaging_commands_and_bad_flags_get_one_line(copy: Path, arguments: li
     assert not (copy / "checkpoints").exists()
 
 
-def test_nothing_to_install_starts_no_pip(module, copy: Path, monkeypatch, capsys):
+def test_install_without_missing_packages_starts_no_pip(module, copy: Path, monkeypatch, capsys):
     (copy / "requirements.txt").write_text("tqdm>=4  # any\n")
     monkeypatch.setattr(module, "run", lambda command: pytest.fail(f"started {command}"))
     module.install(copy / "requirements.txt", torch_index=None)
     assert "already installed" in capsys.readouterr().out
 
 
-def test_torch_index_comes_first_and_only_once(module, copy: Path, monkeypatch):
-    (copy / "requirements.txt").write_text("torch>=2.6\ntorchvision>=0.21\n")
+def test_install_uses_torch_index_first_and_once(module, copy: Path, monkeypatch):
+    (copy / "requirements.txt").write_text("torch>=2.6\ntorchvision>=0.21,<1\n")
     versions = {"torch": "2.6.0+cu124", "torchvision": "0.21.0+cu124"}
     commands = []
-    monkeypatch.setattr(module, "installed_version", versions.get)
+    monkeypatch.setattr(module.metadata, "version", versions.get)
     monkeypatch.setattr(module, "run", commands.append)
     module.install(copy / "requirements.txt", torch_index="https://example.org/whl/cu124/")
     assert commands == []
     module.install(copy / "requirements.txt", torch_index="https://example.org/whl/cpu")
     assert [command[-4:] for command in commands] == [
-        ["--index-url", "https://example.org/whl/cpu", "torch>=2.6", "torchvision>=0.21"]
+        ["--index-url", "https://example.org/whl/cpu", "torch>=2.6", "torchvision>=0.21,<1"]
     ]
 
 
-def test_managed_python_gets_a_virtual_environment(module, copy: Path, monkeypatch):
-    commands = []
-    monkeypatch.setattr(module, "externally_managed", lambda: True)
-    monkeypatch.setattr(module, "run", commands.append)
-    monkeypatch.setattr(
-        module.subprocess, "run", lambda command: commands.append(command) or subprocess.CompletedProcess(command, 0)
-    )
+def test_main_uses_a_virtual_environment_if_python_is_managed(module, copy: Path, monkeypatch):
+    (copy / "EXTERNALLY-MANAGED").touch()
+    monkeypatch.setattr(module.sysconfig, "get_path", lambda name: str(copy))
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
     monkeypatch.setattr(sys, "argv", ["setup.py", "--dev"])
+    commands = []
+
+    def run_inside(command: list[str]) -> subprocess.CompletedProcess:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(module, "run", commands.append)
+    monkeypatch.setattr(module.subprocess, "run", run_inside)
     assert module.main() == 0
     python = copy / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     assert commands == [

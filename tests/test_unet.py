@@ -1,38 +1,38 @@
-"""The fast Unet against the library's, and the GPU's kernels against the plain formulas.
+"""FastUnet against upstream's Unet; checkpointing; unsupported upstream versions."""
 
-The kernels' tests run on the CPU, where conftest.py has Triton interpret them.
-"""
-
+import denoising_diffusion_pytorch.denoising_diffusion_pytorch as upstream
 import pytest
 import torch
 from denoising_diffusion_pytorch import Unet
+from torch import nn
 
 from engine import unet
+from engine.errors import UserError
 from engine.unet import FastUnet
+from tests.helpers import ROOT, needs_no_gpu, relative_error
 
 ARCHITECTURES = [
     dict(dim=32, dim_mults=(1, 2, 4)),
-    dict(dim=24, dim_mults=(1, 2), attn_heads=(1, 4), attn_dim_head=(16, 32), full_attn=(True, False)),
+    dict(
+        dim=24, dim_mults=(1, 2), attn_heads=(1, 4), attn_dim_head=(16, 32), full_attn=(True, False)
+    ),
     dict(dim=16, dim_mults=(1, 2, 2), self_condition=True, learned_sinusoidal_cond=True),
 ]
 
 
-def error(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Relative error of a against b."""
-    return ((a - b).double().norm() / b.double().norm()).item()
-
-
 def pair(device: str = "cpu", **architecture) -> tuple[Unet, FastUnet]:
+    """Upstream's Unet and a FastUnet with the same random weights."""
     torch.manual_seed(0)
-    library, fast = Unet(**architecture), FastUnet(**architecture)
-    for parameter in library.parameters():  # gains and biases that are neither 1 nor 0
+    reference = Unet(**architecture)
+    fast = FastUnet(**architecture)
+    for parameter in reference.parameters():  # gains and biases other than 1 and 0
         parameter.data += 0.1 * torch.randn_like(parameter)
-    fast.load_state_dict(library.state_dict())
-    return library.to(device), fast.to(device, memory_format=torch.channels_last)
+    fast.load_state_dict(reference.state_dict())
+    return reference.to(device), fast.to(device, memory_format=torch.channels_last)
 
 
-def results(network: Unet, autocast: bool = False, size: int = 16) -> list[torch.Tensor]:
-    """Output, gradient of the input and gradients of all weights in one vector."""
+def results(network: nn.Module, autocast: bool = False, size: int = 16) -> list[torch.Tensor]:
+    """Output, gradient of the input, and the gradients of all weights in one vector."""
     generator = torch.Generator().manual_seed(1)
     device = next(network.parameters()).device
     x, dy = (torch.randn(3, 3, size, size, generator=generator).to(device) for _ in range(2))
@@ -40,116 +40,118 @@ def results(network: Unet, autocast: bool = False, size: int = 16) -> list[torch
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         y = network(x, torch.tensor([0, 400, 999], device=device))
     (y.float() * dy).sum().backward()
-    gradients = torch.cat([dict(network.named_parameters())[name].grad.flatten() for name in sorted(
-        name for name, _ in network.named_parameters())])  # fmt: skip
-    return [y.detach().float(), x.grad, gradients]
+    parameters = sorted(dict(network.named_parameters()).items())
+    return [y.detach().float(), x.grad, torch.cat([p.grad.flatten() for _, p in parameters])]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_output_and_gradients_are_the_librarys(architecture):
-    library, fast = pair(**architecture)
-    assert list(library.state_dict()) == list(fast.state_dict())
-    for a, b in zip(results(fast), results(library), strict=True):
-        assert error(a, b) < 1e-5
+def test_fast_unet_matches_upstream(architecture):
+    reference, fast = pair(**architecture)
+    assert list(reference.state_dict()) == list(fast.state_dict())
+    for a, b in zip(results(fast), results(reference), strict=True):
+        assert relative_error(a, b) < 1e-5
 
 
-def test_mixed_precision_is_about_as_far_from_full_precision_as_the_librarys():
-    library, fast = pair(**ARCHITECTURES[0])
-    exact = results(library)
-    for network in (library, fast):
+def test_fast_unet_in_mixed_precision_is_as_exact_as_upstream():
+    reference, fast = pair(**ARCHITECTURES[0])
+    exact = results(reference)
+    for network in (reference, fast):
         network.zero_grad()
-    theirs = results(library, autocast=True)
-    ours = results(fast, autocast=True)
-    for a, b, c in zip(ours, theirs, exact, strict=True):
-        assert error(a, c) < 1.5 * error(b, c) < 0.05
+    expected = results(reference, autocast=True)
+    found = results(fast, autocast=True)
+    for a, b, c in zip(found, expected, exact, strict=True):
+        assert relative_error(a, c) < 1.5 * relative_error(b, c) < 0.05
 
 
-def test_compiled_mixed_precision_has_every_gradient():  # torch 2.11's Dynamo lost all that were rounded together
+def test_fast_unet_compiled_in_mixed_precision_has_all_gradients():
     _, fast = pair(**ARCHITECTURES[1])
     plain = results(fast, autocast=True)
     fast.zero_grad()
-    compiled = torch.compile(fast, backend="eager", dynamic=False)  # what it traces, without a C++ compiler
+    # This backend runs what Dynamo traces and needs no C++ compiler.
+    compiled = torch.compile(fast, backend="eager", dynamic=False)
     for a, b in zip(results(compiled, autocast=True), plain, strict=True):
-        assert error(a, b) < 1e-3
+        assert relative_error(a, b) < 1e-3
 
 
-on_the_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py runs the kernels themselves")
+# --- gradient checkpointing
 
 
-def channels_last(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+def checkpointed_pair(**architecture) -> tuple[FastUnet, FastUnet]:
+    """The same network without and with checkpointing."""
+    networks = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        networks.append(FastUnet(**{"dim": 16, "dim_mults": (1, 2, 2), **architecture}).train())
+        networks[-1].checkpointing = checkpointing
+    return tuple(networks)
 
 
-def compare(kernel, formula, inputs, dy, limit):
-    """The same output and gradients from both."""
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_checkpointing_changes_no_gradient(dropout, autocast):
     found = []
-    for function in (kernel, formula):
-        leaves = [value.detach().clone().requires_grad_() for value in inputs if value is not None]
-        fresh = iter(leaves)
-        y = function(*(None if value is None else next(fresh) for value in inputs))
-        y.backward(dy)
-        found.append([y.detach(), *(leaf.grad for leaf in leaves)])
-    for a, b in zip(*found, strict=True):
-        assert error(a, b) < limit
+    for network in checkpointed_pair(dropout=dropout):
+        torch.manual_seed(5)  # for dropout
+        found.append(results(network, autocast))
+    for plain, checkpointed in zip(*found, strict=True):
+        limit = 1e-2 if autocast and dropout else 1e-6
+        assert relative_error(checkpointed, plain) < limit
 
 
-@on_the_cpu
-# the sizes: whole tiles, several parts of an image that are no whole tiles, more channels than a power of two
-@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("batch, channels, side, kind", [
-    (3, 64, 8, "modulated"), (2, 24, 13, "modulated"), (2, 24, 13, "residual"), (2, 40, 4, "plain"),
-    (1, 520, 3, "residual"),
-])  # fmt: skip
-def test_the_norm_kernel(batch, channels, side, kind, dtype, limit):
-    torch.manual_seed(0)
-    x = channels_last(batch, channels, side, side, dtype=dtype)
-    modulation = torch.randn(batch, 3 * channels).to(dtype) if kind == "modulated" else None
-    residual, residual_bias = (x.flip(0), torch.randn(channels)) if kind == "residual" else (None, None)
-    bias, gain = None if kind == "plain" else torch.randn(channels), torch.randn(1, channels, 1, 1)
-    dy = channels_last(batch, 2 * channels, side, side, dtype=dtype)[:, channels:]  # as a concatenation's gradient is
-
-    def call(function):
-        def norm(x, bias, gain, modulation, *rest):  # the modulation is a part of a wider product
-            modulation = None if modulation is None else modulation[:, channels:]
-            return function(x, bias, gain, modulation, *rest, kind != "plain")
-
-        return norm  # fmt: skip
-
-    inputs = [x, bias, gain, modulation, residual, residual_bias]
-    compare(call(unet.kernels.Norm.apply), call(unet.norm), inputs, dy, limit)
+@needs_no_gpu
+def test_checkpointing_with_kernels_changes_no_gradient(monkeypatch):
+    monkeypatch.setattr(unet, "use_triton", lambda x: True)
+    found = []
+    for network in checkpointed_pair(dropout=0.3, dim_mults=(1,), attn_heads=1, attn_dim_head=16):
+        torch.manual_seed(5)
+        found.append(results(network, size=4))
+    for plain, checkpointed in zip(*found, strict=True):
+        assert relative_error(checkpointed, plain) < 1e-6
 
 
-@on_the_cpu
-@pytest.mark.parametrize("batch, tokens, heads, dim, slots, dtype, limit", [
-    (2, 64, 2, 32, 4, torch.float32, 1e-5),
-    (1, 300, 2, 32, 2, torch.float32, 1e-5),
-    (2, 36, 3, 16, 4, torch.float32, 1e-5),
-    (2, 256, 4, 32, 4, torch.float16, 1e-2),  # the interpreter's bf16 products are wrong
-])  # fmt: skip
-def test_the_linear_attention_kernel(batch, tokens, heads, dim, slots, dtype, limit):
-    torch.manual_seed(0)
-    qkv, memory = 2 * torch.randn(batch, tokens, 3 * heads * dim).to(dtype), torch.randn(2, heads, dim, slots)
-    assert unet.kernels.suits(memory)
-    dy = torch.randn(batch, tokens, heads * dim).to(dtype)
-    compare(unet.kernels.LinearAttention.apply, unet.linear_attention, [qkv, memory], dy, limit)
+def test_checkpointing_saves_memory():
+    saved_bytes = []
+    for network in checkpointed_pair():
+        sizes: dict[int, int] = {}  # bytes by storage, each counted once
+
+        def pack(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            network(torch.randn(2, 3, 32, 32), torch.tensor([1, 2]))
+        saved_bytes.append(sum(sizes.values()))
+    assert saved_bytes[1] < 0.2 * saved_bytes[0]
 
 
-@on_the_cpu
-def test_the_bias_kernel():
-    torch.manual_seed(0)
-    x, bias = channels_last(3, 24, 7, 5, dtype=torch.float32), torch.randn(24)
-    dy = channels_last(3, 48, 7, 5, dtype=torch.float32)[:, 24:]
-    compare(lambda x, bias: unet.kernels.AddBias.apply(x * 1, bias), unet.biased, [x, bias], dy, 1e-5)
+# --- other versions of upstream
 
 
-@on_the_cpu
-def test_kernels_where_the_image_is_one_pixel():  # whose strides say nothing of where the channels lie
-    torch.manual_seed(0)
-    x, bias, dy = torch.randn(3, 24, 1, 1), torch.randn(24), torch.randn(3, 24, 1, 1)
-    compare(lambda x, bias: unet.kernels.AddBias.apply(x * 1, bias), unet.biased, [x, bias], dy, 1e-5)
-    gain = torch.randn(1, 24, 1, 1)
-    compare(
-        lambda x, gain: unet.kernels.Norm.apply(x, None, gain, None, None, None, True),
-        lambda x, gain: unet.norm(x, None, gain, activated=True),
-        [x, gain], dy, 1e-5,
-    )  # fmt: skip
+class GatedBlock(upstream.Block):
+    """A block with one more module than FastUnet computes."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gate = nn.Identity()
+
+
+def pooled_downsample(dim: int, dim_out: int | None = None) -> nn.Sequential:
+    """A Downsample whose weights have other shapes."""
+    return nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(dim, dim_out or dim, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "replacement", "found"),
+    [("Block", GatedBlock, "proj norm act dropout gate"),
+     ("Downsample", pooled_downsample, "AvgPool2d Conv2d")],
+)  # fmt: skip
+def test_fast_unet_rejects_an_unknown_upstream(name, replacement, found, monkeypatch):
+    monkeypatch.setattr(upstream, name, replacement)
+    with pytest.raises(UserError) as caught:
+        FastUnet(dim=8, dim_mults=(1, 2))
+    message = str(caught.value)
+    assert found in message and unet.UPSTREAM_VERSIONS in message and "\n" not in message
+
+
+def test_requirements_name_the_supported_upstream():
+    assert unet.UPSTREAM_VERSIONS in (ROOT / "requirements.txt").read_text().splitlines()

@@ -1,0 +1,103 @@
+"""The command line that every script shares: parser, one-line errors, exit codes."""
+
+import argparse
+import errno
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+import torch
+
+from engine import distributed
+from engine.errors import UserError
+from engine.settings import suggest
+
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNWRITABLE_ERRNOS = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT,
+    errno.ENAMETOOLONG,
+)  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are UserErrors, and which suggests the flag closest to a wrong one."""
+
+    def __init__(self, description: str | None):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, allow_abbrev=False, formatter_class=formatter)
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            # The first action is --help.
+            known = [option for action in self._actions[1:] for option in action.option_strings]
+            self.error(f"unknown flag {flag}{suggest(flag, known)} (--help lists all flags)")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+
+def import_from_file(reference: str, flag: str, example: str) -> tuple[ModuleType, str]:
+    """Returns the module and the name in it that `file.py:Name` means; else UserError.
+
+    flag, example: for its message.
+    """
+    file, _, name = reference.rpartition(":")
+    if not file.endswith(".py") or not name:
+        raise UserError(f"{flag} is {reference!r}, but must look like {example}")
+    if not Path(file).is_file():
+        raise UserError(f"{flag} names {file}, which does not exist")
+    try:
+        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{file} cannot be loaded: {type(error).__name__}: {error}") from error
+    return module, name
+
+
+def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """Prints our own warnings as one line on stderr, all others as Python does."""
+    if category.__module__ == UserError.__module__:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+    else:
+        _show_warning(message, category, filename, lineno, file, line)
+
+
+_show_warning = warnings.showwarning
+
+
+def fail(message: str, exit_code: int) -> NoReturn:
+    """Prints one line on stderr, on the first rank of a machine to fail, and exits."""
+    if distributed.is_first_failure():
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(exit_code)
+
+
+def run_script(main: Callable[[], None]) -> NoReturn:
+    """Runs a script's main and exits: 0, or one line on stderr and the failure's exit code."""
+    warnings.showwarning = show_warning
+    try:
+        main()
+    except UserError as error:
+        fail(str(error), error.exit_code)
+    except OSError as error:
+        if error.errno not in (*DISK_FULL_ERRNOS, *UNWRITABLE_ERRNOS):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        advice = "choose a folder that can be written to"
+        if error.errno in DISK_FULL_ERRNOS:
+            advice = "free some space"
+        fail(f"{error.strerror}{where}: {advice}", 2)
+    except torch.OutOfMemoryError:
+        fail("out of GPU memory: ask for fewer or smaller images at a time", 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    distributed.shut_down()
+    sys.exit(0)

@@ -1,0 +1,157 @@
+"""Batches: which images each step trains on, and how they reach the device."""
+
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from engine.errors import UserError
+from engine.gpu_memory import memory_limit
+
+MAX_GPU_FRACTION = 0.25  # of the GPU memory we may use; larger data sets are streamed by workers
+COPY_CHUNK = 4096  # images copied to the GPU at a time
+MAX_VALIDATION_IMAGES = 512  # or a few more, so that they are evenly spaced
+VALIDATION_FRACTION = 0.05
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """Images and their labels, if any."""
+
+    images: np.ndarray  # uint8 (N, C, H, W), often memory-mapped
+    labels: np.ndarray | None = None  # int64 (N,), indices into class_names
+    class_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: np.ndarray | slice) -> "ImageDataset":
+        """Returns the images and labels at an index array or slice."""
+        labels = None if self.labels is None else self.labels[index]
+        return ImageDataset(self.images[index], labels, self.class_names)
+
+    def __reduce__(self):
+        # A spawned worker opens the file itself; pickled, the map would be a copy of all images.
+        if isinstance(self.images.base, mmap.mmap):
+            file = (self.images.filename, self.images.offset, self.images.shape)
+            return _open_memmap, (*file, self.labels, self.class_names)
+        return ImageDataset, (self.images, self.labels, self.class_names)
+
+
+def _open_memmap(path, offset, shape, labels, class_names) -> ImageDataset:
+    return ImageDataset(np.memmap(path, np.uint8, "r", offset, shape), labels, class_names)
+
+
+class Batch(NamedTuple):
+    """One step's images, uint8 (B, C, H, W), and labels, int64 (B,), if any."""
+
+    images: Tensor
+    labels: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """Returns the batch on a device."""
+        return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in self))
+
+    def __getitem__(self, index):
+        """Returns the batch at a slice or index tensor; at 0 or 1, images or labels."""
+        if isinstance(index, int):
+            return tuple.__getitem__(self, index)
+        return Batch(*(x if x is None else x[index] for x in self))
+
+
+def as_batch(data: ImageDataset) -> Batch:
+    """Returns a data set as one batch of tensors that share its memory."""
+    labels = None if data.labels is None else torch.from_numpy(data.labels)
+    return Batch(torch.from_numpy(data.images), labels)
+
+
+def train_val_split(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns training and validation indices: every N-th image validates."""
+    every = max(count // MAX_VALIDATION_IMAGES, round(1 / VALIDATION_FRACTION))
+    validation = np.arange(count)[::every]
+    return np.setdiff1d(np.arange(count), validation), validation
+
+
+def fits_on_gpu(images: np.ndarray) -> bool:
+    """Whether a GPU can hold the images in addition to a model."""
+    return torch.cuda.is_available() and images.nbytes < MAX_GPU_FRACTION * memory_limit()
+
+
+def copy_to_device(images: np.ndarray, device: torch.device) -> Tensor:
+    """Copies images to the device, chunk by chunk; releases the copied pages of a memory map."""
+    copied = torch.empty(images.shape, dtype=torch.uint8, device=device)
+    for start in range(0, len(images), COPY_CHUNK):
+        chunk = np.array(images[start : start + COPY_CHUNK])
+        copied[start : start + COPY_CHUNK] = torch.from_numpy(chunk)
+        if isinstance(images.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            images.base.madvise(mmap.MADV_DONTNEED)
+    return copied
+
+
+class BatchLoader:
+    """Training batches; an epoch's order is a function of (seed, epoch) alone.
+
+    batch_size: the effective batch, of which each rank gets an equal part. workers: processes that
+    read the images if they do not fit on the GPU. Raises UserError if there are fewer training
+    images than one batch, or if the batch cannot be divided by the number of ranks.
+    """
+
+    def __init__(
+        self, data: ImageDataset, batch_size: int, seed: int, device: torch.device, workers: int,
+        rank: int = 0, world_size: int = 1,
+    ):  # fmt: skip
+        self.train_indices, self.val_indices = train_val_split(len(data))
+        if len(self.train_indices) < batch_size:
+            raise UserError(
+                f"{len(self.train_indices)} training images (of {len(data)}) are fewer than one "
+                f"batch of {batch_size}. Add data or lower --batch_size and --gradient_accumulation"
+            )
+        if batch_size % world_size:
+            raise UserError(f"a batch of {batch_size} cannot be divided by {world_size} ranks")
+        self.data = data
+        self.batch_size = batch_size
+        self.seed = seed
+        self.device = device
+        self.workers = workers
+        self.rank = rank
+        self.world_size = world_size
+        self.gpu_data: Batch | None = None  # the complete data set, if it fits
+        if device.type == "cuda" and fits_on_gpu(data.images):
+            labels = None if data.labels is None else torch.from_numpy(data.labels).to(device)
+            self.gpu_data = Batch(copy_to_device(data.images, device), labels)
+
+    def __len__(self) -> int:
+        """Steps in an epoch; images that do not fill a batch are left out of this epoch."""
+        return len(self.train_indices) // self.batch_size
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Returns this rank's image indices of an epoch: (steps, local batch)."""
+        shuffled = np.random.default_rng([self.seed, epoch]).permutation(self.train_indices)
+        steps = shuffled[: len(self) * self.batch_size].reshape(len(self), self.world_size, -1)
+        return steps[:, self.rank]
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yields this rank's batches of an epoch from step `start` on, on the device."""
+        order = self.order(epoch)[start:]
+        if self.gpu_data is not None:
+            for index in torch.from_numpy(order).to(self.device):
+                yield self.gpu_data[index]
+            return
+        batches = (as_batch(self.data[index]) for index in order)
+        if self.device.type == "cuda":
+            # Without batch_size, a worker reads data[index] for each index array of the sampler.
+            batches = DataLoader(
+                self.data, batch_size=None, sampler=list(order), collate_fn=as_batch,
+                num_workers=self.workers, pin_memory=True, prefetch_factor=4,
+            )  # fmt: skip
+        for batch in batches:
+            yield batch.to(self.device)
+
+    def validation(self) -> Batch:
+        """Returns the validation split, on the CPU."""
+        return as_batch(self.data[self.val_indices])

@@ -1,0 +1,280 @@
+"""Data sets: named ones (downloaded if missing), folders and data loaders."""
+
+import glob
+import os
+import socket
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision.datasets import STL10, CelebA, utils
+
+from engine.dataloader import ImageDataset
+from engine.distributed import print0
+from engine.errors import UserError
+from engine.image_cache import Source, load_cached
+from engine.shapes import draw_shapes
+
+DATASETS = ("auto", "cifar10", "celeba", "stl10", "shapes", "folder")
+SHAPES_COUNT = 20_480
+MAX_SIZES_CHECKED = 200  # images whose size is compared with --image_size
+CONNECT_SECONDS = 20
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A published archive, downloaded or put at `path` in the data directory by hand."""
+
+    path: str
+    md5: str
+    url: str
+    contents: Mapping[str, int]  # files or folders to extract, and the number of images in each
+    record_bytes: int = 0  # of each image in a file
+    to_pixels: Callable[[np.ndarray], np.ndarray] | None = None  # record to (height, width, 3)
+
+
+CELEBA_DRIVE_ID, CELEBA_MD5, CELEBA_ZIP = CelebA.file_list[0]
+ARCHIVES = {
+    "cifar10": Archive(  # a record is a label and 3 planes of rows
+        "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530",
+        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+        {f"cifar-10-batches-bin/data_batch_{i}.bin": 10_000 for i in range(1, 6)},
+        3073, lambda record: record[1:].reshape(3, 32, 32).transpose(1, 2, 0),
+    ),
+    "stl10": Archive(  # a record is 3 planes of columns
+        STL10.filename, STL10.tgz_md5, STL10.url,
+        {"stl10_binary/train_X.bin": 5_000, "stl10_binary/unlabeled_X.bin": 100_000},
+        27648, lambda record: record.reshape(3, 96, 96).transpose(2, 1, 0),
+    ),
+    "celeba": Archive(
+        f"celeba/{CELEBA_ZIP}", CELEBA_MD5, f"https://drive.google.com/file/d/{CELEBA_DRIVE_ID}",
+        {"img_align_celeba": 202_599},
+    ),
+}  # fmt: skip
+
+
+def choose_default_dataset(data_dir: Path, has_gpu: bool) -> str:
+    """Chooses the data set of --dataset auto: "cifar10" with a GPU, else "shapes".
+
+    CIFAR-10 is downloaded here if it is missing; if that fails, the choice is "shapes".
+    """
+    reason = "no GPU found; CIFAR-10 would take days"
+    if has_gpu:
+        try:
+            ensure_downloaded(ARCHIVES["cifar10"], data_dir)
+            return "cifar10"
+        except UserError as error:
+            reason = str(error)
+    advice = "--dataset cifar10 to override, or --dataset folder --data_dir DIR for your own images"
+    print0(f"dataset: built-in shapes ({reason}). Use {advice}.")
+    return "shapes"
+
+
+def load_dataset(
+    dataset: str, image_size: int, data_dir: Path, cache_dir: Path = Path("data/cache"),
+    workers: int = 4, progress: bool = True, upsampling: bool = True,
+) -> ImageDataset:  # fmt: skip
+    """Loads the training images of a data set, their center squares resized.
+
+    dataset: one of DATASETS except "auto". data_dir: where its files are or will be stored; for
+    "folder", the images, at any depth. workers: decoding threads. upsampling: whether more than
+    half of the images may be smaller than image_size.
+
+    The images, uint8 (N, 3, image_size, image_size), are a read-only memory map of a file in
+    cache_dir. Raises UserError for files that are missing, damaged or too small.
+    """
+    source = open_source(dataset, Path(data_dir))
+    sizes = [] if upsampling else sorted(source.sample_sizes())
+    small = sum(size < image_size for size in sizes)
+    if 2 * small > len(sizes):
+        median = sizes[len(sizes) // 2]
+        raise UserError(
+            f"images in {source.location} are {median} px, smaller than --image_size {image_size} "
+            f"({small} of {len(sizes)} checked). Lower it, or add --use_upsampling"
+        )
+    return load_cached(source, dataset, image_size, Path(cache_dir), workers, progress)
+
+
+def images_from_loader(loader: Iterable) -> np.ndarray:
+    """Copies the images of all batches, e.g. of a DataLoader: uint8 (N, C, H, W).
+
+    A batch is or begins with a tensor or array (B, C, H, W), uint8 or floating point in [0, 1]; all
+    (C, H, W) are the same. Raises UserError for anything else.
+    """
+    chunks = []
+    for batch in loader:
+        images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        if not isinstance(images, (torch.Tensor, np.ndarray)):
+            raise UserError(f"a batch must be or begin with a tensor, not {type(images).__name__}")
+        images = torch.as_tensor(images).detach().cpu()
+        shape = tuple(images.shape)
+        differs = chunks and shape[1:] != chunks[0].shape[1:]
+        if len(shape) != 4 or 0 in shape or shape[1] > 4 or differs:
+            raise UserError(f"batches must be (B, C <= 4, H, W), images of one shape, not {shape}")
+        low, high = images.aminmax()
+        if images.is_floating_point() and low >= 0 and high <= 1:
+            images = (images.float() * 255).round().to(torch.uint8)
+        if images.dtype != torch.uint8:
+            found = f"{images.dtype} from {low:g} to {high:g}"
+            raise UserError(f"images must be uint8, or floating point in [0, 1], not {found}")
+        chunks.append(images.numpy().copy())  # the batch may be in a worker's shared memory
+    if not chunks:
+        raise UserError("the loader is empty")
+    return np.concatenate(chunks)
+
+
+def open_source(dataset: str, data_dir: Path) -> Source:
+    """Returns the source of a data set, downloading what is missing."""
+    if archive := ARCHIVES.get(dataset):
+        ensure_downloaded(archive, data_dir)
+        if archive.to_pixels:
+            return binary_source(archive, data_dir)
+        return folder_source(data_dir / "celeba/img_align_celeba")
+    if dataset == "folder":
+        return folder_source(data_dir)
+    if dataset == "shapes":
+        fingerprint = f"0 {SHAPES_COUNT}"  # seed and count
+        return Source("", fingerprint, SHAPES_COUNT, lambda i, size: (draw_shapes(i, size), {}))
+    raise UserError(f"unknown data set {dataset}; choose from {', '.join(DATASETS[1:])}")
+
+
+def binary_source(archive: Archive, folder: Path) -> Source:
+    """Returns the source of the images in an archive's binary files."""
+    records = []
+    for name, count in archive.contents.items():
+        path = folder / name
+        if path.stat().st_size != count * archive.record_bytes:
+            raise UserError(f"{path} is damaged or incomplete. Delete it to extract it again")
+        records += [(path, i * archive.record_bytes) for i in range(count)]
+
+    def open_record(record: tuple[Path, int]) -> Image.Image:
+        # Not memory-mapped: the pages would count as memory of this process, 3 GB for STL-10.
+        path, offset = record
+        pixels = archive.to_pixels(np.fromfile(path, np.uint8, archive.record_bytes, offset=offset))
+        return Image.fromarray(np.ascontiguousarray(pixels))
+
+    return _image_source(folder, archive.contents, records, open_record)
+
+
+def folder_source(folder: Path) -> Source:
+    """Returns the source of all images below a folder, sorted by relative path."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder. Set --data_dir to a folder of images")
+    extensions = tuple(e for e, name in Image.registered_extensions().items() if name in Image.OPEN)
+    files = glob.glob("**", root_dir=folder, recursive=True)  # without hidden files and folders
+    names = sorted(name.replace(os.sep, "/") for name in files if name.lower().endswith(extensions))
+    if not names:
+        raise UserError(f"no images in {folder} (.jpg, .png, .webp or another format of Pillow)")
+    return _image_source(folder, names, names, lambda name: Image.open(os.path.join(folder, name)))
+
+
+def _image_source(folder: Path, files: Iterable[str], items: Sequence, open_image) -> Source:
+    """Returns the source of the images open_image(item), which are stored in `files`."""
+
+    def read(block: range, size: int) -> tuple[np.ndarray, dict[int, str]]:
+        images = []
+        unreadable = {}
+        for index in block:
+            try:
+                with open_image(items[index]) as image:
+                    image.draft(None, (2 * size, 2 * size))  # decodes a JPEG at low resolution
+                    images.append(center_square(to_rgb(ImageOps.exif_transpose(image)), size))
+            except Exception as error:  # Pillow raises nearly anything on a broken file
+                unreadable[index] = f"{items[index]}: {error!r}"
+        return np.array(images, np.uint8).reshape(-1, 3, size, size), unreadable
+
+    def sample_sizes() -> Iterator[int]:
+        for item in items[:: -(-len(items) // MAX_SIZES_CHECKED)]:
+            with suppress(Exception), open_image(item) as image:  # reads the header only
+                yield min(image.size)
+
+    fingerprint = []
+    for name in files:
+        path = os.path.join(folder, name)
+        stat = os.stat(path, follow_symlinks=os.path.exists(path))  # a dangling link is unreadable
+        fingerprint.append(f"{name} {stat.st_size} {stat.st_mtime_ns}\n")
+    return Source(str(folder.resolve()), "".join(fingerprint), len(items), read, sample_sizes)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts any Pillow image to RGB: transparency over white, 16-bit gray scaled.
+
+    Raises ValueError for mode F, which has no defined range, and for what Pillow cannot convert.
+    """
+    if image.mode == "F":
+        raise ValueError("mode F has no defined range")
+    if image.mode.startswith("I"):  # "I" or "I;16...": gray from 0 to 65535
+        gray = np.asarray(image)
+        gray = np.where(gray == image.info.get("transparency"), 65535, gray)
+        return Image.fromarray(np.round(gray.clip(0, 65535) / 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def center_square(image: Image.Image, size: int) -> np.ndarray:
+    """Resizes the center square of an RGB image, antialiased: uint8 (3, size, size)."""
+    side = min(image.size)
+    left, top = ((length - side) // 2 for length in image.size)
+    box = (left, top, left + side, top + side)
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box)).transpose(2, 0, 1)
+
+
+@contextmanager
+def socket_timeout(seconds: float) -> Iterator[None]:
+    """Sets the default socket timeout, without which torchvision may wait forever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+@socket_timeout(CONNECT_SECONDS)
+def ensure_downloaded(archive: Archive, data_dir: Path) -> None:
+    """Extracts an archive's contents if missing; downloads it first if need be."""
+    local = data_dir / archive.path
+    folder = local.parent
+    if all((folder / name).exists() for name in archive.contents):
+        return
+    advice = f"Get {local.name} from {archive.url} and save it as {local}"
+    if local.is_file() and not utils.check_integrity(local, archive.md5):
+        raise UserError(f"{local} is damaged or incomplete (MD5 is not {archive.md5}). {advice}")
+    try:
+        # Files get their final names once they are complete.
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
+            packed = local if local.is_file() else Path(temporary, local.name)
+            if packed != local:
+                utils.download_url(archive.url, temporary, local.name, archive.md5)
+            _extract(packed, archive.contents, temporary)
+            for name in archive.contents:
+                (folder / name).parent.mkdir(exist_ok=True)
+                os.replace(Path(temporary, name), folder / name)
+    except Exception as error:  # urllib, tarfile and zipfile each raise their own
+        raise UserError(f"could not download or extract {local} ({error!r}). {advice}") from error
+
+
+def _extract(packed: Path, contents: Iterable[str], folder: str) -> None:
+    """Extracts `contents` and files below them from a .zip or .tar.gz; no links."""
+    prefixes = tuple(f"{name}/" for name in contents)
+
+    def is_wanted(name: str) -> bool:
+        return f"{name}/".startswith(prefixes) and ".." not in name.split("/")
+
+    if packed.suffix == ".zip":
+        with zipfile.ZipFile(packed) as archive:
+            archive.extractall(folder, filter(is_wanted, archive.namelist()))
+        return
+    with tarfile.open(packed) as archive:
+        files = (member for member in archive if member.isfile() and is_wanted(member.name))
+        archive.extractall(folder, files, filter="data")

@@ -1,0 +1,88 @@
+"""Denoiser: predicts the clean image with networks of any objective, guided."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from denoising_diffusion_pytorch import GaussianDiffusion
+from torch import Tensor
+
+from engine.noise_schedule import sigma_of
+
+Network = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+
+
+class ModelDenoiser:
+    """The denoiser that samplers call (engine.samplers.Denoiser), made of networks.
+
+    network, guide: called as network(x, t, previous, labels), x and previous (B, C, H, W), t and
+    labels (B,); return what the objective of `process` says. previous is the last x_0, for
+    self-conditioning: it is state, so create a denoiser per sample. guidance: the weight w of
+    autoguidance, x_0_guide + w (x_0 - x_0_guide), equation 4 of Karras et al. (arXiv:2406.02507);
+    1 disables it. interval: lowest and highest sigma to guide, Kynkaanniemi et al.
+    (arXiv:2404.07724).
+    """
+
+    def __init__(
+        self, process: GaussianDiffusion, network: Network, clip: bool,
+        guide: Network | None = None, guidance: float = 1.0,
+        interval: tuple[float, float] = (0.0, math.inf), labels: Tensor | None = None,
+    ):  # fmt: skip
+        self.process = process
+        self.network = network
+        self.clip = clip
+        self.guide = guide
+        self.guidance = guidance
+        self.interval = interval
+        self.labels = labels
+        self.alpha_bar: list[float] = process.alphas_cumprod.double().tolist()
+        self.last_usable_t = len(self.alpha_bar) - 1
+        if process.objective == "pred_noise":  # does not determine x_0 where alpha_bar is 0
+            self.last_usable_t = max(t for t, a in enumerate(self.alpha_bar) if a > 0)
+        self.previous: Tensor | None = None
+
+    def __call__(self, x: Tensor, t: int) -> Tensor:
+        """Predicts x_0 (B, C, H, W) from x_t, t in [0, T); clipped to [-1, 1] if `clip`."""
+        t = min(t, self.last_usable_t)  # beyond it, x is pure noise, hardly different
+        x_0 = self._predict(self.network, x, t)
+        if self.is_guided(t):
+            x_0_guide = self._predict(self.guide, x, t)
+            x_0 = x_0_guide + self.guidance * (x_0 - x_0_guide)
+        if self.clip:
+            x_0 = x_0.clamp(-1, 1)
+        if self.process.self_condition:
+            self.previous = x_0
+        return x_0
+
+    def is_guided(self, t: int) -> bool:
+        """Whether the guide is evaluated at timestep t."""
+        if self.guide is None or self.guidance == 1:
+            return False
+        lowest, highest = self.interval
+        return lowest <= sigma_of(self.alpha_bar[min(t, self.last_usable_t)]) <= highest
+
+    def _predict(self, network: Network, x: Tensor, t: int) -> Tensor:
+        """Predicts x_0 with one network."""
+        signal = math.sqrt(self.alpha_bar[t])
+        noise = math.sqrt(1 - self.alpha_bar[t])
+        times = torch.full((len(x),), t, device=x.device, dtype=torch.long)
+        output = network(x, times, self.previous, self.labels).to(x.dtype)
+        if self.process.objective == "pred_noise":
+            return (x - noise * output) / signal
+        if self.process.objective == "pred_v":
+            return signal * x - noise * output
+        return output
+
+
+class NFECounter:
+    """Counts the network evaluations (NFE) of a denoiser without running any."""
+
+    def __init__(self, denoiser: ModelDenoiser):
+        self.denoiser = denoiser
+        self.alpha_bar = denoiser.alpha_bar
+        self.count = 0
+
+    def __call__(self, x: Tensor, t: int) -> Tensor:
+        """Returns x, and counts 1, or 2 where the guide is evaluated too."""
+        self.count += 1 + self.denoiser.is_guided(t)
+        return x

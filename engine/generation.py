@@ -1,0 +1,221 @@
+"""Image generation: what a model with a denoiser can do with the samplers."""
+
+import contextlib
+import math
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine import samplers
+from engine.denoiser import ModelDenoiser, NFECounter
+from engine.errors import UserError
+from engine.noise_schedule import diffuse
+from engine.samplers import DEFAULT_SPACING, SAMPLERS, SPACINGS, SeededNoise
+
+SamplerChoice = str | Callable | None  # a name, a sampler function, or the default
+Seeds = int | Sequence[int] | None  # the first of consecutive seeds, one per image, or random
+State = tuple[int, Tensor, Tensor]  # t, x_t and the predicted x_0, in [-1, 1]
+
+
+class GenerationMixin:
+    """Methods that generate images, all floats in [0, 1], with `denoiser`.
+
+    Options: guidance and labels go to `denoiser`, clip limits each predicted x_0 to [-1, 1], others
+    (`eta` of ddim) go to the sampler.
+    """
+
+    image_size: int
+    channels: int
+    num_timesteps: int
+    sampling_timesteps: int
+    device: torch.device
+    denoiser: Callable[..., ModelDenoiser]
+
+    def sample(
+        self, batch_size: int = 16, return_all_timesteps: bool = False,
+        sampler: SamplerChoice = None, steps: int | None = None, seed: Seeds = None,
+        spacing: str = DEFAULT_SPACING, labels: Tensor | None = None,
+        guidance: float | None = None, **sampler_options: Any,
+    ) -> Tensor:  # fmt: skip
+        """Generates images, (batch_size, C, H, W).
+
+        sampler, steps, spacing: see sampling_plan. seed: image i is a function of seed + i or of
+        the i-th seed, whatever the batch. return_all_timesteps: every x_t, from noise to image,
+        (batch_size, intervals + 1, C, H, W).
+        """
+        function, timesteps = self.sampling_plan(sampler, steps, spacing)
+        x, randn = self.noise(expand_seeds(seed, batch_size))
+        options = {"labels": labels, "guidance": guidance, **sampler_options}
+        states = self.trajectory(x, timesteps, function, randn, **options)
+        if return_all_timesteps:
+            return unnormalize(torch.stack([x_t for _, x_t, _ in states], dim=1))
+        return unnormalize(final_x(states))
+
+    @torch.no_grad()
+    def interpolate(
+        self, image1: Tensor, image2: Tensor, num_steps: int = 10, sampler: SamplerChoice = "ddim",
+        steps: int = 100, **options: Any,
+    ) -> Tensor:  # fmt: skip
+        """Interpolates between two images (C, H, W): (num_steps, C, H, W).
+
+        ddim_encode takes both to x_T in `steps` evaluations; points on the arc in between are
+        decoded. Guidance is disabled: it would move the endpoints away from the inputs.
+        """
+        if num_steps < 2:
+            raise UserError(f"num_steps is {num_steps}, but must be at least 2: both images")
+        pair = torch.stack([self.prepare_image(image1), self.prepare_image(image2)])
+        function, timesteps = self.sampling_plan(sampler, min(steps, self.num_timesteps), "uniform")
+        with eval_mode(self):
+            denoiser = self.denoiser(clip=False, guidance=1)
+            codes = samplers.ddim_encode(denoiser, pair * 2 - 1, timesteps)
+        x = samplers.slerp(*codes, torch.linspace(0, 1, num_steps, device=self.device))
+        randn = SeededNoise(range(num_steps))
+        states = self.trajectory(x, timesteps, function, randn, clip=False, guidance=1, **options)
+        return unnormalize(final_x(states))
+
+    @torch.no_grad()
+    def vary(
+        self, image: Tensor, strength: float = 0.5, batch_size: int = 4,
+        sampler: SamplerChoice = None, steps: int | None = None, seed: Seeds = None,
+        spacing: str = DEFAULT_SPACING, **options: Any,
+    ) -> Tensor:  # fmt: skip
+        """Generates variations of an image (C, H, W): (batch_size, C, H, W).
+
+        SDEdit, Meng et al. (arXiv:2108.01073): noises the image to the sampler's highest
+        timestep below `strength`, a fraction of the process in (0, 1], and denoises it from there.
+        """
+        if not 0 < strength <= 1:
+            raise UserError(f"strength is {strength}, but must be above 0 and at most 1")
+        function, timesteps = self.sampling_plan(sampler, steps, spacing)
+        below = [t for t in timesteps if t < max(1, round(strength * self.num_timesteps))]
+        timesteps = below if len(below) > 1 else timesteps[-2:]
+        noise, randn = self.noise(expand_seeds(seed, batch_size))
+        x_0 = self.prepare_image(image) * 2 - 1
+        x = diffuse(x_0, noise, self.denoiser().alpha_bar[timesteps[0]])
+        return unnormalize(final_x(self.trajectory(x, timesteps, function, randn, **options)))
+
+    @torch.no_grad()
+    def inpaint(
+        self, image: Tensor, mask: Tensor, batch_size: int = 1, sampler: SamplerChoice = None,
+        steps: int | None = None, seed: Seeds = None, spacing: str = DEFAULT_SPACING,
+        resamples: int = 5, **options: Any,
+    ) -> Tensor:  # fmt: skip
+        """Inpaints an image (C, H, W) where mask (H, W) is not 0: (batch_size, C, H, W).
+
+        RePaint, algorithm 1 of Lugmayr et al. (arXiv:2201.09865): repeats each step `resamples`
+        times, with noise added again in between, so that both regions come to agree. Every step
+        restarts the sampler, so the multistep ones act as ddim here.
+        """
+        shape = tuple(mask.shape[-2:])
+        if shape != (self.image_size, self.image_size):
+            raise UserError(f"the mask is {shape}, but images are {self.image_size} px")
+        is_known = (mask.reshape(shape) == 0).to(self.device)
+        known = self.prepare_image(image) * 2 - 1
+        function, timesteps = self.sampling_plan(sampler, steps, spacing)
+        x, randn = self.noise(expand_seeds(seed, batch_size))
+        alpha_bar = [*self.denoiser().alpha_bar, 1.0]  # at -1, the clean image
+        for t, s in pairwise(timesteps):
+            for resample in range(resamples if s >= 0 else 1):
+                # From s back to t, then both regions to s: generated and known.
+                if resample:
+                    x = diffuse(x, randn(x), alpha_bar[t] / alpha_bar[s])
+                generated = final_x(self.trajectory(x, [t, s], function, randn, **options))
+                x = torch.where(is_known, diffuse(known, randn(x), alpha_bar[s]), generated)
+        return unnormalize(x)
+
+    @torch.no_grad()
+    def trajectory(
+        self, x: Tensor, timesteps: Sequence[int], sampler: Callable, randn: Callable,
+        clip: bool = True, guidance: float | None = None, labels: Tensor | None = None,
+        **sampler_options: Any,
+    ) -> Iterator[State]:  # fmt: skip
+        """Runs a sampler from x at timesteps[0]; its last state is (-1, sample, sample)."""
+        with eval_mode(self):
+            denoiser = self.denoiser(clip, guidance, labels)
+            outputs = sampler(denoiser, x, timesteps, randn, **sampler_options)
+            for t, (x_s, x_0) in zip(timesteps, outputs, strict=False):
+                yield t, x, x_0
+                x = x_s
+            yield -1, x, x
+
+    def sampling_plan(
+        self,
+        sampler: SamplerChoice = None,
+        steps: int | None = None,
+        spacing: str = DEFAULT_SPACING,
+    ) -> tuple[Callable, list[int]]:
+        """Returns the sampler as a function and its timesteps, the last of which is -1.
+
+        steps: evaluations of the network, without the guide's. UserError for unknown names, or more
+        steps than the process has.
+        """
+        steps = self.sampling_timesteps if steps is None else steps
+        if not 1 <= steps <= self.num_timesteps:
+            bounds = f"between 1 and {self.num_timesteps}"
+            raise UserError(f"steps is {steps}, but this model has {bounds}")
+        if spacing not in SPACINGS:
+            raise UserError(f"unknown spacing {spacing}; choose from {', '.join(SPACINGS)}")
+        sampler = samplers.DEFAULT_SAMPLER if sampler is None else sampler
+        sampler = SAMPLERS.get(sampler, sampler)
+        if isinstance(sampler, str):
+            raise UserError(f"unknown sampler {sampler}; choose from {', '.join(SAMPLERS)}")
+        intervals = samplers.num_intervals(sampler, steps)
+        return sampler, SPACINGS[spacing](self.denoiser().alpha_bar, intervals)
+
+    def count_nfe(
+        self, sampler: Callable, timesteps: Sequence[int], guidance: float | None = None
+    ) -> int:
+        """Returns the network evaluations (NFE) of a sample, the guide's included."""
+        counter = NFECounter(self.denoiser(guidance=guidance))
+        list(sampler(counter, torch.zeros(1, 1, 1, 1), timesteps, torch.zeros_like))
+        return counter.count
+
+    def noise(self, seeds: Sequence[int]) -> tuple[Tensor, SeededNoise]:
+        """Returns x_T of each seed, (B, C, H, W), and the source of their further noise."""
+        randn = SeededNoise(seeds)
+        shape = (len(seeds), self.channels, self.image_size, self.image_size)
+        return randn(torch.empty(shape, device=self.device)), randn
+
+    def prepare_image(self, image: Tensor) -> Tensor:
+        """Returns an image as (C, H, W) on the model's device; UserError for another size."""
+        shape = (self.channels, self.image_size, self.image_size)
+        if tuple(image.shape[-3:]) != shape or image.numel() != math.prod(shape):
+            raise UserError(f"the image is {tuple(image.shape)}, but must be {shape}")
+        return image.reshape(shape).to(self.device)
+
+
+def final_x(states: Iterator[State]) -> Tensor:
+    """Runs a trajectory to its end and returns the sample, in [-1, 1]."""
+    _, x, _ = deque(states, maxlen=1).pop()
+    return x
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode, and back into its mode in the end."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def expand_seeds(seed: Seeds, count: int) -> list[int]:
+    """Returns `count` seeds; raises UserError if another number of them is given."""
+    if seed is None:
+        seed = random.SystemRandom().randrange(2**31)
+    seeds = list(range(seed, seed + count)) if isinstance(seed, int) else list(seed)
+    if len(seeds) != count:
+        raise UserError(f"there are {len(seeds)} seeds for {count} images")
+    return seeds
+
+
+def unnormalize(x: Tensor) -> Tensor:
+    """Maps [-1, 1] to [0, 1] and clips the rest."""
+    return ((x + 1) / 2).clamp(0, 1)

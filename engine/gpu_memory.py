@@ -1,0 +1,89 @@
+"""GPU memory: how much this process may use, and what happens when it runs out."""
+
+import contextlib
+import gc
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from engine.errors import FallbackWarning, UserError
+
+_memory_cap: float | None = None  # bytes
+
+
+def cap_memory(gib: float) -> None:
+    """Limits what this process may allocate on its GPU, as if the card had only this many GiB.
+
+    What CUDA itself takes, some 0.5 GiB, comes on top. Without a GPU it warns.
+    """
+    global _memory_cap
+    if torch.cuda.is_available():
+        _memory_cap = gib * 2**30
+        _set_allocator_limit(_memory_cap)
+    else:
+        warnings.warn(f"no GPU whose memory could be capped at {gib:g} GiB", FallbackWarning, 2)
+
+
+def _set_allocator_limit(limit: float) -> None:
+    """Makes the allocator of this rank's GPU refuse more than `limit` bytes."""
+    # distributed.init refuses more ranks than GPUs later; here the index must only be valid.
+    device = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+
+
+@contextlib.contextmanager
+def limited_to(gib: float) -> Iterator[None]:
+    """A block in which this process may allocate at most this many GiB of its GPU."""
+    if torch.cuda.is_available():
+        _set_allocator_limit(gib * 2**30)
+    try:
+        yield
+    finally:
+        if torch.cuda.is_available():
+            _set_allocator_limit(memory_limit())
+
+
+def memory_limit() -> float:
+    """Returns the bytes that this process may allocate: the GPU's memory, or the cap."""
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return total if _memory_cap is None else min(_memory_cap, total)
+
+
+class OomBatcher:
+    """A batch size that is halved for good, with a warning, whenever the GPU runs out of memory."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def halve(self, failed: int) -> None:
+        """Halves the size after a batch of `failed` images did not fit; UserError if it was 1.
+
+        Call it outside the exception handler, where what the failed call held is free again.
+        """
+        if failed == 1:
+            advice = "lower --dim or --image_size, or try --use_amp"
+            raise UserError(f"out of GPU memory: not even one image fits; {advice}", 1)
+        self.size = (failed + 1) // 2
+        gc.collect()  # the failed call may have left reference cycles
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        message = f"CUDA out of memory; continuing with batches of {self.size}"
+        warnings.warn(message, FallbackWarning, stacklevel=3)
+
+    def map(self, count: int, function: Callable[[slice], Any]) -> Iterator[Any]:
+        """Yields function(part) for slices that cover `count` in order, retrying on OOM."""
+        start = 0
+        while start < count:
+            part = slice(start, min(start + self.size, count))
+            results = []
+            with contextlib.suppress(torch.OutOfMemoryError):
+                results.append(function(part))
+            if not results:
+                self.halve(part.stop - part.start)
+                continue
+            yield results.pop()
+            start = part.stop

@@ -1,0 +1,255 @@
+"""Shared by inference.py and evaluate.py: batching, output folders, PNG metadata, input files."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import platform
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from engine import distributed, plots
+from engine.checkpoints import CHECKPOINT_DIR, write_text
+from engine.cli import import_from_file
+from engine.datasets import center_square, load_dataset, to_rgb
+from engine.errors import UserError
+from engine.gpu_memory import OomBatcher
+from engine.samplers import DEFAULT_SPACING
+from engine.train_step import amp_dtype
+
+MAX_SEEDS = 10_000_000
+PACKAGES = ("torch", "denoising-diffusion-pytorch", "numpy", "pillow")
+# Settings that do not change the images; the checkpoint counts by its content, sha256.
+NOT_COMPARED = {"checkpoint", "batch_size", "compile_model"}
+
+
+@dataclass
+class InferenceJob:
+    """One mode of an inference script with its model, settings and output folder."""
+
+    model: nn.Module
+    settings: dict[str, Any]  # plain values by name, stored with every image
+    folder: Path
+    sampler: str | Callable
+    results: dict[str, Any] = field(default_factory=dict)  # what else summary.json says
+
+    def __post_init__(self) -> None:
+        self.batcher = OomBatcher(self.settings["batch_size"])
+
+    @property
+    def sampler_kwargs(self) -> dict[str, Any]:
+        """Sampler, steps, spacing and guidance as DDPMModel's methods take them."""
+        names = ("steps", "spacing", "guidance", *(["eta"] if self.sampler == "ddim" else []))
+        return {"sampler": self.sampler} | {name: self.settings[name] for name in names}
+
+    def run_batched(self, function: Callable, seeds: Sequence[int], **kwargs: Any) -> Tensor:
+        """As the function run_batched, with the job's sampler."""
+        kwargs |= self.sampler_kwargs
+        return run_batched(function, seeds, self.batcher, self.settings["mode"], **kwargs)
+
+    def load_input_image(self, name: str) -> tuple[Tensor, str]:
+        """Returns the image that a setting names, (C, H, W) in [0, 1], and its label."""
+        source = self.settings[name]
+        if source.isdigit():
+            return self.run_batched(self.model.sample, [int(source)])[0], f"seed {source}"
+        kind, _, index = source.partition(":")
+        if kind != "data" or not index.isdigit():
+            return read_image(Path(source), self.model.image_size), Path(source).name
+        config = self.model.training_info["config"]
+        if not config:
+            raise UserError(f"--{name} {source}: the checkpoint does not name its training images")
+        dataset, size, folder = (config[key] for key in ("DATASET", "IMAGE_SIZE", "DATA_DIR"))
+        images = load_dataset(dataset, size, Path(folder)).images
+        if int(index) >= len(images):
+            raise UserError(f"--{name} {source}: {dataset} has {len(images)} images")
+        return torch.from_numpy(images[int(index)].copy()) / 255, source
+
+    def save(self, image: Image.Image, name: str, **changes: Any) -> None:
+        """Writes a PNG with its settings: the job's with the changes that reproduce it alone."""
+        plots.save_image(image, self.folder / name, json.dumps(self.settings | changes))
+
+    def save_each(self, images: Tensor, seeds: Sequence[int], folder: str = ".") -> None:
+        """Writes each image to <folder>/<seed>.png."""
+        mode = self.settings["mode"].replace("batch", "samples")  # which makes single images
+        for image, seed in zip(images, seeds, strict=True):
+            self.save(plots.to_image(image), f"{folder}/{seed:06d}.png", mode=mode, seeds=[seed])
+
+    def save_grid(
+        self, name: str, images: Tensor, seeds: Sequence[int], labels: Sequence[str] = (),
+        **layout: Any,
+    ) -> None:  # fmt: skip
+        """Writes a figure; images without a label are labeled with the seeds."""
+        labels = [*labels, *(f"seed {seed}" for seed in seeds)][: len(images)]
+        grid = plots.labeled_grid(images, labels, smallest=self.settings["tile"], **layout)
+        self.save(grid, name, seeds=seeds)
+
+    def write_summary(self, seconds: float) -> None:
+        """Writes summary.json: settings, results, time, device and versions."""
+        machine = {"device": device_name(self.model.device), "versions": package_versions(PACKAGES)}
+        summary = self.settings | self.results | {"seconds": round(seconds, 2)} | machine
+        write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def run_batched(
+    function: Callable[..., Tensor], seeds: Sequence[int], batcher: OomBatcher, description: str,
+    **kwargs: Any,
+) -> Tensor:  # fmt: skip
+    """Calls function(batch_size=, seed=, ...) for all seeds: (len(seeds), C, H, W) on the CPU."""
+
+    def run_slice(part: slice) -> Tensor:
+        some = list(seeds[part])
+        images = function(batch_size=len(some), seed=some, **kwargs).float().cpu()
+        bar.update(len(some))
+        return images
+
+    options = {"leave": False, "disable": distributed.launched_rank() > 0}
+    with tqdm(total=len(seeds), unit="image", desc=description, **options) as bar:
+        return torch.cat(list(batcher.map(len(seeds), run_slice)))
+
+
+def complete_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings, also of an earlier version, with the defaults that depend on seeds."""
+    first, last = str(settings["seeds"][0]), str(settings["seeds"][-1])
+    complete = {name: value for name, value in settings.items() if name != "channels_last"}
+    for name, default in (("image", first), ("image1", first), ("image2", last)):
+        complete[name] = settings.get(name) or default
+    return complete | {"guidance": settings.get("guidance") or None}  # 0 meant None
+
+
+def has_other_settings(file: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether `file`, a settings.json or summary.json, is of images with other settings."""
+    stored = complete_settings(json.loads(file.read_text())) if file.exists() else settings
+    return any(stored.get(name) != settings[name] for name in settings.keys() - NOT_COMPARED)
+
+
+def unique_output_dir(folder: Path, settings: Mapping[str, Any]) -> Path:
+    """Returns the first of folder, folder_2, ... without images of other settings."""
+    numbered = (folder.with_name(f"{folder.name}_{i}") for i in itertools.count(2))
+    paths = itertools.chain([folder], numbered)
+    return next(p for p in paths if not has_other_settings(p / "summary.json", settings))
+
+
+def settings_from_png(path: Path, required: set[str]) -> dict[str, Any]:
+    """Returns the settings stored in a PNG; raises UserError if a required one is missing."""
+    settings = json.loads(plots.read_png_metadata(path) or "{}")
+    if missing := required - settings.keys():
+        raise UserError(f"{path} does not contain all settings of inference.py (no {min(missing)})")
+    name, digest = settings["checkpoint"], settings["sha256"]
+    # A checkpoint that was renamed is found by its content.
+    for file in (Path(name), *CHECKPOINT_DIR.rglob("*.pt"), *CHECKPOINT_DIR.rglob("*.safetensors")):
+        if file.is_file() and sha256(file) == digest:
+            return complete_settings(settings | {"checkpoint": str(file)})
+    reason = f"was made with {name} (SHA-256 {digest[:12]}...), which is gone"
+    raise UserError(f"{path} {reason}. Put it into {CHECKPOINT_DIR}/")
+
+
+def sampling_label(sampler: str, steps: int, spacing: str) -> str:
+    """Returns how images were sampled for names of result files, e.g. unipc-14."""
+    name = f"{sampler.replace('.py:', '-').replace('/', '-')}-{steps}"
+    return name if spacing == DEFAULT_SPACING else f"{name}-{spacing}"
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Parses `7`, `0-63` or `1,5,10-12`; raises UserError for anything else."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part.strip())
+        span = range(int(match[1]), int(match[2] or match[1]) + 1) if match else ()
+        if not span:
+            examples = "7, 0-63 or 1,5,10-12, with at most 18 digits each"
+            raise UserError(f"seeds is {text!r}, but must look like {examples}")
+        if len(seeds) + len(span) > MAX_SEEDS:
+            raise UserError(f"seeds is {text!r}, but at most {MAX_SEEDS:,} images are possible")
+        seeds += span
+    return seeds
+
+
+def load_sampler(name: str) -> str | Callable:
+    """Returns a sampler's name as it is, or the function that `file.py:function` means."""
+    if ":" not in name:
+        return name
+    module, function = import_from_file(name, "--sampler", "my_sampler.py:my_function")
+    if not callable(getattr(module, function, None)):
+        raise UserError(f"{module.__file__} has no function {function}")
+    return getattr(module, function)
+
+
+def read_image(path: Path, size: int) -> Tensor:
+    """Reads an image, cropped and resized with a notice: (3, size, size) in [0, 1]."""
+    image, mode = _open_image(path, "an image")
+    if image.size != (size, size) or mode != "RGB":
+        was = f"{image.width}x{image.height} {mode}"
+        print(f"{path}: {was}, cropped and resized to {size}x{size} RGB")
+    return torch.from_numpy(center_square(image, size).copy()) / 255
+
+
+def read_mask(path: Path, image: Path, size: int) -> Tensor:
+    """Reads a mask as large as the image, white where new content goes: bool (size, size)."""
+    mask, _ = _open_image(path, "a mask", lambda file: file.convert("RGB"))
+    # The image may also be a seed or data:INDEX.
+    expected = _open_image(image, "an image")[0].size if image.is_file() else (size, size)
+    if mask.size != expected:
+        mask_size, image_size = ("x".join(map(str, each)) for each in (mask.size, expected))
+        raise UserError(f"{path} is {mask_size}, but the image is {image_size}")
+    return torch.from_numpy(center_square(mask, size)[0] > 127)
+
+
+def _open_image(path: Path, kind: str, convert: Callable = to_rgb) -> tuple[Image.Image, str]:
+    """Returns an image in RGB, rotated by its EXIF data, and the mode it had."""
+    try:
+        with Image.open(path) as file:
+            return convert(ImageOps.exif_transpose(file)), file.mode
+    except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
+        raise UserError(f"{path} cannot be read as {kind}: {error}") from error
+
+
+def autocast(model: nn.Module, use_amp: bool) -> torch.autocast:
+    """Mixed precision on the model's device, or none."""
+    return torch.autocast(model.device.type, amp_dtype(model.device), enabled=use_amp)
+
+
+def auto_batch_size(model: nn.Module, use_amp: bool) -> int:
+    """Returns a batch size for sampling that fits, at most 256; every rank must call this."""
+    if model.device.type != "cuda":
+        return max(1, min(64, 64 * 32**2 // model.image_size**2))
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with autocast(model, use_amp):
+        model.sample(4, steps=1, seed=0)
+    bytes_per_image = max(1, (torch.cuda.max_memory_allocated() - before) // 4)
+    return distributed.broadcast_object(max(1, min(256, int(0.7 * free / bytes_per_image))))
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Returns the peak signal-to-noise ratio of two images in [0, 1], dB."""
+    return -10 * (a.cpu() - b.cpu()).square().mean().log10().item()
+
+
+def sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def package_versions(names: Sequence[str]) -> dict[str, str]:
+    """Returns the versions of Python and of packages, `not installed` for missing ones."""
+    versions = {"python": platform.python_version(), **dict.fromkeys(names, "not installed")}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def device_name(device: torch.device) -> str:
+    """Returns the name of a GPU, or `CPU`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

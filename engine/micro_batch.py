@@ -1,0 +1,121 @@
+"""Search for the largest micro-batch that fits into GPU memory, remembered for each card."""
+
+import copy
+import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from engine.checkpoints import write_text
+from engine.dataloader import Batch, fits_on_gpu
+from engine.errors import UserError
+from engine.gpu_memory import limited_to, memory_limit
+from engine.train_step import TrainStep
+
+CACHE_FILE = Path("data/cache/memory.json")
+HEADROOM = 0.05  # fraction of the memory that stays free for what a long run does to it
+# What the memory of a step depends on, in addition to the effective batch.
+CACHE_KEY_SETTINGS = (
+    "IMAGE_SIZE", "DIM", "DIM_MULTS", "ATTENTION_HEADS", "ATTENTION_DIM", "FULL_ATTENTION_MAX_SIZE",
+    "DROPOUT", "USE_AMP", "OPTIMIZER", "COMPILE_MODEL", "CUDA_GRAPH", "GRADIENT_CHECKPOINTING",
+    "GRID_IMAGES",
+)  # fmt: skip
+
+
+def find_micro_batch(
+    make_model: Callable[[Any], nn.Module], config: Any, images: np.ndarray,
+    cache_file: Path = CACHE_FILE,
+) -> int:  # fmt: skip
+    """Returns a micro-batch that fits: the effective batch, or the first of its halves that does.
+
+    images: those to train on, which take memory, too, if they are held on the GPU. The result is
+    stored in `cache_file` by card, memory and configuration. UserError if not even one image fits.
+    """
+    effective = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
+    available = available_gib(images)
+    card = f"{torch.cuda.get_device_name()}, {available:g} GiB, torch {torch.__version__}"
+    settings = " ".join(f"{name}={getattr(config, name)}" for name in CACHE_KEY_SETTINGS)
+    key = f"{card}: batch={effective} {settings} guide={config.GUIDE_FRACTION > 0}"
+
+    known = json.loads(cache_file.read_text()) if cache_file.exists() else {}
+    if key not in known:
+        task = f"searching the largest micro-batch (up to {effective}) for {available:g} GiB"
+        print(f"{task} (skip with --no-auto_micro_batch)", flush=True)
+        micro, peak_gib = probe_micro_batch(make_model, config, (1 - HEADROOM) * available)
+        known[key] = {"micro_batch": micro, "peak_gib": round(peak_gib, 3)}
+        write_text(cache_file, json.dumps(known, indent=1) + "\n")
+    micro, peak_gib = known[key]["micro_batch"], known[key]["peak_gib"]
+    memory = f"peak {peak_gib:.1f} of {available:g} GiB"
+    print(f"micro-batch {micro} of {effective}, {memory} (cached in {cache_file})", flush=True)
+    return micro
+
+
+def available_gib(images: np.ndarray) -> float:
+    """Returns the GPU memory that a run may use next to its images, GiB, to the half below."""
+    held = images.nbytes if fits_on_gpu(images) else 0
+    # Other processes may use the card.
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    return (min(memory_limit(), free) - held) / 2**30 // 0.5 / 2
+
+
+def probe_micro_batch(
+    make_model: Callable[[Any], nn.Module], config: Any, limit_gib: float
+) -> tuple[int, float]:
+    """Finds a micro-batch with which training, validation and sampling fit into limit_gib.
+
+    Returns the micro-batch, a divisor of the effective batch, and the peak memory in GiB. Raises
+    UserError if not even one image fits.
+    """
+    effective = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
+    config = copy.copy(config)
+    config.BATCH_SIZE = effective
+    config.GRADIENT_ACCUMULATION = 1
+    with limited_to(limit_gib):
+        while True:
+            micro, is_enough = rehearse(make_model, config, effective)
+            peak = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            if is_enough:
+                return micro, peak / 2**30
+            config.BATCH_SIZE = micro // 2
+
+
+def rehearse(
+    make_model: Callable[[Any], nn.Module], config: Any, effective: int
+) -> tuple[int, bool]:
+    """Does what a run does to memory, with random images; the step halves its micro-batch.
+
+    Returns the micro-batch, and whether validation and sampling fit next to it.
+    """
+    # Two updates, of which the second is captured.
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = make_model(config).to(device).train()
+    step = TrainStep(model, config)
+    if config.GUIDE_FRACTION:
+        step.ema.snapshot_guide()
+    shape = (effective, model.channels, model.image_size, model.image_size)
+    batch = Batch(torch.randint(256, shape, dtype=torch.uint8, device=device))
+    for number in range(2):
+        step(batch, number, 1e-4)
+    micro = max(n for n in range(1, step.micro_batch + 1) if effective % n == 0)
+
+    # A validation and a sample grid with the guide, in parts as small as necessary.
+    def sample(part: slice) -> None:
+        step.ema.sample(part.stop - part.start, steps=3, seed=0)
+
+    try:
+        step.validate(batch[:micro].to(torch.device("cpu")))
+        step.map_eval_batches(min(micro, config.GRID_IMAGES), sample)
+    except UserError:
+        if micro == 1:
+            raise
+        return micro, False
+    return micro, True

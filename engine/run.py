@@ -1,0 +1,265 @@
+"""What a training run writes: folder and lock, metrics, checkpoints, sample grids, progress bar."""
+
+import contextlib
+import itertools
+import json
+import math
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from engine import checkpoints, plots
+from engine.dataloader import BatchLoader
+from engine.errors import FallbackWarning, UserError
+from engine.progress import Progress
+from engine.train_step import TrainStep
+
+SAMPLES_DIR = Path("samples")
+VERSION = 2  # of the layout of a checkpoint
+ALWAYS_VALIDATE_EPOCHS = 5
+VALIDATION_TIME_FRACTION = 0.02  # of the time, after those epochs
+
+
+def new_run_name(config: Any) -> str:
+    """Returns RUN_NAME, or a new name of data set, size and date.
+
+    Raises UserError if RUN_NAME is taken or names no folder below the checkpoints'.
+    """
+    name = config.RUN_NAME
+    folder = checkpoints.CHECKPOINT_DIR
+    if name:
+        if folder.resolve() not in (folder / name).resolve().parents:
+            raise UserError(f"--run_name is {name}, but must name a folder below {folder}/")
+        # A run that ended before it saved anything may start again.
+        if checkpoints.run_exists(name) or (SAMPLES_DIR / name / "final.png").exists():
+            advice = f"resume it (--resume {name}) or choose another --run_name"
+            raise UserError(f"there is a run {name} already: {advice}")
+        return name
+    base = f"{config.DATASET}-{config.IMAGE_SIZE}px-{datetime.now():%Y%m%d-%H%M%S}"
+    for suffix in itertools.chain([""], (f"-{number}" for number in itertools.count(2))):
+        with contextlib.suppress(FileExistsError):  # of a run that started in the same second
+            (folder / (base + suffix)).mkdir(parents=True)
+            return base + suffix
+
+
+def resume_hint(name: str) -> str:
+    """Returns what to do after a run has ended too early."""
+    if (checkpoints.CHECKPOINT_DIR / name / "last.pt").exists():
+        return f"resume with --resume {name}"
+    return f"run {name} has saved nothing yet, start it again"
+
+
+class MetricsLog:
+    """Writes metrics to metrics.jsonl and TensorBoard, and sample grids; a full disk costs some."""
+
+    def __init__(self, folder: Path, progress: Progress):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.metrics = folder / "metrics.jsonl"
+        # Steps after the resumed checkpoint are done, and logged, again.
+        kept = [row for row in plots.read_metrics(self.metrics) if row["step"] <= progress.step]
+        checkpoints.write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        threading.excepthook = ignore_tensorboard_disk_errors
+        self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=progress.step + 1)
+
+    def scalars(self, progress: Progress, **values: float) -> None:
+        """Logs values at the current step."""
+        row = {"step": progress.step, "epoch": progress.epoch, "images": progress.images}
+        row |= {"seconds": round(progress.seconds, 3), **values}
+        with tolerate_write_errors(self.folder), open(self.metrics, "a") as file:
+            file.write(json.dumps(row) + "\n")
+            for name, value in values.items():
+                self.tensorboard.add_scalar(name, value, progress.step)
+
+    def grid(self, images: Tensor, step: int, file: str) -> None:
+        """Writes sample images (B, C, H, W) in [0, 1] as a grid and updates the loss curve."""
+        with tolerate_write_errors(self.folder):
+            plots.save_image(plots.grid(images), self.folder / file)
+            plots.save_loss_curve(self.metrics, self.folder / "loss.png")
+            self.tensorboard.add_images("samples", images.clamp(0, 1), step)
+
+    def close(self) -> None:
+        """Flushes TensorBoard and updates the loss curve."""
+        with tolerate_write_errors(self.folder):
+            self.tensorboard.close()
+            plots.save_loss_curve(self.metrics, self.folder / "loss.png")
+
+
+@contextlib.contextmanager
+def tolerate_write_errors(path: Path) -> Iterator[None]:
+    """Turns an OSError in the block into a warning."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"writing {path} failed ({error.strerror})"
+        warnings.warn(f"{reason}; continuing without it", FallbackWarning, stacklevel=2)
+
+
+def ignore_tensorboard_disk_errors(failure: threading.ExceptHookArgs) -> None:
+    """Hides the traceback of TensorBoard's thread on a full disk; MetricsLog warns of it."""
+    is_tensorboard = type(failure.thread).__module__.startswith("tensorboard")
+    if not (is_tensorboard and isinstance(failure.exc_value, OSError)):
+        threading.__excepthook__(failure)
+
+
+class NullRun:
+    """Stands in for Run on ranks above 0 and does nothing."""
+
+    def ignore(self, *_: object) -> None:
+        pass
+
+    __init__ = after_step = after_epoch = on_interrupt = on_finish = close = ignore
+
+
+class Run:
+    """Folder, lock, log, checkpoints and progress bar of a run, on rank 0.
+
+    data_info: what is trained on, stored in checkpoints. Raises UserError if another process trains
+    this run, and OSError if nothing can be written: before the first step, not after hours.
+    """
+
+    def __init__(
+        self, name: str, data_info: dict[str, Any], step: TrainStep, loader: BatchLoader,
+        progress: Progress,
+    ):  # fmt: skip
+        self.name = name
+        self.data_info = data_info
+        self.step = step
+        self.config = step.config
+        self.progress = progress
+
+        # The folder: locked by this process, without what a killed one left.
+        self.folder = checkpoints.CHECKPOINT_DIR / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.folder / ".lock")
+        try:
+            self.lock.acquire(blocking=False)
+        except Timeout:
+            raise UserError(f"run {name} is being trained by another process") from None
+        for leftover in self.folder.glob(".*.tmp"):
+            leftover.unlink()
+
+        self.log = MetricsLog(SAMPLES_DIR / name, progress)
+        self.bar = tqdm(initial=progress.step, unit="step", mininterval=1, dynamic_ncols=True)
+        self.validation_split = loader.validation()
+        self.validation_loss = math.nan
+        self.num_grids = self.grids_due()
+        self.save_time = self.validate_time = self.log_time = time.monotonic()
+        self.logged_images = progress.images
+
+    def after_step(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
+        """Logs metrics, samples a grid and saves last.pt, each if it is due."""
+        self.bar.update()
+        if self.progress.is_log_step:
+            self.log_step(loss, grad_norm, lr)
+        # A grid at the end of each of NUM_SAMPLE_GRIDS parts of the run but the last.
+        if self.num_grids < self.grids_due() < self.config.NUM_SAMPLE_GRIDS:
+            self.sample_grid(f"step_{self.progress.step:07d}.png")
+        self.num_grids = self.grids_due()
+        if time.monotonic() - self.save_time >= 60 * self.config.SAVE_EVERY_MINUTES:
+            self.save("last.pt")
+            self.save_time = time.monotonic()
+
+    def after_epoch(self) -> None:
+        """Validates and keeps a checkpoint of the epoch, each if it is due."""
+        epoch = self.progress.epoch
+        is_due = epoch <= ALWAYS_VALIDATE_EPOCHS or time.monotonic() >= self.validate_time
+        if is_due or self.progress.is_finished:
+            self.validate()
+        every = self.config.CHECKPOINT_EVERY
+        if every and self.progress.epoch_step == 0 and epoch % every == 0:
+            self.save(f"epoch_{epoch:04d}.pt")
+
+    def on_interrupt(self) -> None:
+        """Saves a run that stops here."""
+        self.bar.close()
+        self.save("last.pt")
+        print(f"interrupted at step {self.progress.step}: {resume_hint(self.name)}")
+
+    def on_finish(self) -> None:
+        """Saves and publishes the final checkpoint, samples with it and prints where all is."""
+        self.bar.close()
+        if math.isnan(self.validation_loss):  # the last session ended after its last step
+            self.validate()
+        self.save("final.pt")
+        published = checkpoints.CHECKPOINT_DIR / "ddpm_final.pt"
+        for path in (self.folder / "last.pt", published):
+            checkpoints.link_or_copy(self.folder / "final.pt", path)
+        self.sample_grid("final.png")
+        print(
+            f"done: {self.progress.images:,} images in {self.progress.seconds:.0f} s, "
+            f"validation loss {self.validation_loss:.4f}\n"
+            f"  model    {published} (other checkpoints: {self.folder}/)\n"
+            f"  samples  {self.log.folder}/ (and metrics: tensorboard --logdir {self.log.folder})\n"
+            "  next     python inference.py"
+        )
+
+    def close(self) -> None:
+        """Closes log and progress bar and unlocks the folder."""
+        self.bar.close()
+        self.log.close()
+        self.lock.release()
+
+    def log_step(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
+        """Logs a step; the bar shows its loss, and the speed since the last that was logged."""
+        progress = self.progress
+        now = time.monotonic()
+        speed = (progress.images - self.logged_images) / (now - self.log_time)
+        self.log_time = now
+        self.logged_images = progress.images
+        self.log.scalars(
+            progress, loss=loss.item(), learning_rate=lr, gradient_norm=grad_norm.item(),
+            images_per_second=speed, skipped=self.step.skipped_updates.item(),
+        )  # fmt: skip
+        self.bar.total = progress.estimated_steps
+        self.bar.set_postfix_str(f"loss {loss.item():.4f}, {speed:.0f} images/s", refresh=False)
+
+    def validate(self) -> None:
+        """Validates, and saves best.pt if the loss is the lowest so far."""
+        start = time.monotonic()
+        self.validation_loss = self.step.validate(self.validation_split)
+        self.log.scalars(self.progress, validation_loss=self.validation_loss)
+        if self.progress.best is None or self.validation_loss < self.progress.best:
+            self.progress.best = self.validation_loss
+            self.save("best.pt")
+        self.validate_time = start + (time.monotonic() - start) / VALIDATION_TIME_FRACTION
+
+    def grids_due(self) -> int:
+        """Returns how many sample grids there should be by now."""
+        return int(self.progress.fraction * self.config.NUM_SAMPLE_GRIDS)
+
+    def sample_grid(self, file: str) -> None:
+        """Samples with the EMA weights; lack of memory must not stop training."""
+        count = self.config.GRID_IMAGES
+
+        def sample(part: slice) -> Tensor:
+            seeds = range(count)[part]
+            return self.step.ema.sample(len(seeds), seed=seeds).cpu()
+
+        try:
+            images = torch.cat(self.step.map_eval_batches(count, sample))
+        except UserError as error:
+            warnings.warn(f"{file} failed ({error}); continuing without it", FallbackWarning, 2)
+        else:
+            self.log.grid(images, self.progress.step, file)
+
+    def save(self, file: str) -> None:
+        """Writes a checkpoint; training continues if it cannot, but does not finish."""
+        state = self.step.state_dict() | {
+            "version": VERSION, "run": self.name, "data": self.data_info,
+            "architecture": self.step.model.architecture, "config": self.config.as_dict(),
+            "progress": self.progress.state_dict(),
+        }  # fmt: skip
+        is_final = file == "final.pt"
+        with contextlib.nullcontext() if is_final else tolerate_write_errors(self.folder / file):
+            checkpoints.save(self.folder / file, state)

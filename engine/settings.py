@@ -1,0 +1,177 @@
+"""Settings: options declared as class attributes, each with its default, help and bounds.
+
+    class TrainSettings(Settings):
+        DIM = Setting(128, "base channel width", min=8, max=1024)
+
+`TrainSettings.DIM` is 128. A subclass overrides with plain values, `add_flags` makes a command-line
+flag of each setting, and `check` validates values from any source.
+"""
+
+import argparse
+import difflib
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engine.errors import RenamedWarning, UserError
+
+EXPECTED = {tuple: "integers like 1,2,4,8", int: "an integer", float: "a number"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One option: default, help text, inclusive bounds and allowed values.
+
+    type_: bool, int, float, str or tuple (of positive integers); that of the default unless given.
+    With a default of None it must be given, and `auto` says in the help what an unset value means.
+    alias: a second name with the same meaning. old_name: a former name, which works but warns.
+    """
+
+    default: Any
+    help: str
+    min: float | None = None
+    max: float | None = None
+    choices: tuple[str, ...] = ()
+    alias: str = ""
+    old_name: str = ""
+    type_: type | None = None
+    auto: str = ""
+
+    def __get__(self, instance: object, owner: type) -> Any:
+        """Reads as its default, both on the class and on instances that do not set it."""
+        return self.default
+
+    @property
+    def type(self) -> type:
+        """The Python type of its values."""
+        return self.type_ or type(self.default)
+
+    def check(self, name: str, value: Any) -> Any:
+        """Returns the value in its type; raises UserError if it is not allowed."""
+        type_ = self.type
+        if value is None and self.default is None:
+            return None
+        accepted = {tuple: (tuple, list), float: (int, float)}.get(type_, (type_,))
+        is_valid = type(value) in accepted
+        if is_valid and type_ is tuple:
+            is_valid = len(value) > 0 and all(type(v) is int and v > 0 for v in value)
+        if not is_valid:
+            expected = EXPECTED.get(type_, type_.__name__)
+            raise UserError(f"{name} is {value!r}, but must be {expected}")
+        value = type_(value)
+
+        if self.choices and value not in self.choices:
+            known = ", ".join(self.choices)
+            closest = suggest(value, self.choices)
+            raise UserError(f"{name} is {value!r}{closest}; choose from {known}")
+        for part in value if type_ is tuple else (value,):
+            # Written as `not >=` so that NaN is rejected too.
+            if self.min is not None and not part >= self.min:
+                raise UserError(f"{name} is {value}, but must be at least {self.min:g}")
+            if self.max is not None and not part <= self.max:
+                raise UserError(f"{name} is {value}, but must be at most {self.max:g}")
+        return value
+
+
+class Settings:
+    """Base class of groups of settings. An instance holds a value of each."""
+
+    def __init__(self, **values: Any):
+        for name, value in (self.values() | values).items():
+            setattr(self, name, value)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the value of each setting by name."""
+        return {name: getattr(self, name) for name in self.settings()}
+
+    @classmethod
+    def settings(cls) -> dict[str, Setting]:
+        """Returns the declared settings by name, in order of declaration."""
+        found: dict[str, Setting] = {}
+        for base in reversed(cls.__mro__):
+            found |= {name: s for name, s in vars(base).items() if isinstance(s, Setting)}
+        return found
+
+    @classmethod
+    def values(cls) -> dict[str, Any]:
+        """Returns the class's value of each setting: its default, or what a subclass overrides."""
+        return {name: getattr(cls, name) for name in cls.settings()}
+
+    @classmethod
+    def current_names(cls, values: Mapping[str, Any], warn: bool = False) -> dict[str, Any]:
+        """Returns values with the former names of settings replaced by today's."""
+        renamed = {s.old_name: name for name, s in cls.settings().items() if s.old_name}
+        for name in renamed.keys() & values.keys() if warn else ():
+            warnings.warn(f"{name} is now {renamed[name]}", RenamedWarning, stacklevel=3)
+        return {renamed.get(name, name): value for name, value in values.items()}
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any], source: str) -> dict[str, Any]:
+        """Returns valid values; raises UserError, which names `source`, for an unknown name."""
+        settings = cls.settings()
+        checked = {}
+        for name, value in values.items():
+            if name not in settings:
+                closest = suggest(name, settings)
+                raise UserError(f"{source} sets {name}, which does not exist{closest}")
+            checked[name] = settings[name].check(name, value)
+        return checked
+
+    @classmethod
+    def add_flags(cls, parser: argparse.ArgumentParser, defaults: Mapping[str, Any] = {}) -> None:
+        """Adds a flag for each setting, in lower case; absent from the result unless given.
+
+        defaults: shown in the help instead of the declared ones.
+        """
+        for name, setting in cls.settings().items():
+            _add_flag(parser, name, setting, defaults.get(name, getattr(cls, name)))
+
+    @classmethod
+    def given(cls, options: argparse.Namespace) -> dict[str, Any]:
+        """Returns the valid values of the flags that were given on a parsed command line."""
+        given = vars(options)
+        return {n: s.check(n, given[n]) for n, s in cls.settings().items() if n in given}
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Returns `; did you mean X?` for the known name most similar to this one, or nothing."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def int_tuple(text: str) -> tuple[int, ...]:
+    """Parses `1,2,4,8` or `(1, 2, 4, 8)`."""
+    try:
+        return tuple(int(part) for part in text.strip("() ").rstrip(",").split(","))
+    except ValueError:
+        message = f"expected {EXPECTED[tuple]}, got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def _add_flag(parser: argparse.ArgumentParser, name: str, setting: Setting, default: Any) -> None:
+    """Adds the flag of one setting, and its former name as a flag that warns."""
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    shown = setting.auto or "none" if shown in ("", None) else shown
+    text = f"{setting.help} (default: {shown})"
+    text = f"{' | '.join(setting.choices)}: {text}" if setting.choices else text
+    options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
+    if setting.type is not bool:
+        options["type"] = int_tuple if setting.type is tuple else setting.type
+        options["metavar"] = setting.type.__name__.upper()
+
+    base = argparse.BooleanOptionalAction if setting.type is bool else argparse._StoreAction
+    flags = [f"--{each.lower()}" for each in (name, setting.alias) if each]
+    parser.add_argument(*flags, action=base, help=text.replace("%", "%%"), **options)
+    if setting.old_name:
+
+        class WarningAction(base):
+            """Stores the value under the new name and says what that is."""
+
+            def __call__(self, parser, namespace, values, option_string=None):
+                new = str(option_string).replace(setting.old_name.lower(), name.lower())
+                warnings.warn(f"{option_string} is now {new}", RenamedWarning, stacklevel=2)
+                super().__call__(parser, namespace, values, option_string)
+
+        old_flag = f"--{setting.old_name.lower()}"
+        parser.add_argument(old_flag, action=WarningAction, help=argparse.SUPPRESS, **options)

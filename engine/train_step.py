@@ -1,0 +1,357 @@
+"""One optimizer step: gradient, update and EMA, with fallbacks when memory or a kernel fails."""
+
+import copy
+import inspect
+import math
+import random
+import textwrap
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from engine import distributed
+from engine.cuda_graphs import CapturedFunction, GraphCaptureError
+from engine.dataloader import Batch
+from engine.errors import FallbackWarning, UserError
+from engine.gpu_memory import OomBatcher
+from engine.optimizer import OLD_STATE_NAMES, Adam, Muon, flatten, padded_numel, use_muon, views
+
+INITIAL_LOSS_SCALE = 2.0**12  # in fp16, where small gradients would round to zero
+LOSS_SCALE_GROWTH_STEPS = 2000  # finite steps before the loss scale doubles
+
+
+class TrainableModel(Protocol):
+    """What training uses of a model, in addition to what every nn.Module has.
+
+    An optional static method `upgrade_architecture` converts the architecture of an older
+    checkpoint to the current format.
+    """
+
+    image_size: int  # pixels
+    channels: int
+    architecture: dict[str, Any]  # the arguments that build the model, stored in checkpoints
+    guide: nn.Module | None  # what snapshot_guide saved
+    supports_cuda_graphs: bool  # whether a forward pass launches the same kernels every time
+
+    def __call__(
+        self, images: Tensor, t: Tensor, noise: Tensor, labels: Tensor | None = None
+    ) -> Tensor:
+        """Returns the mean loss, a scalar, of images (B, C, H, W) in [0, 1] at timesteps t (B,).
+
+        noise: (B, C, H, W). labels: int64 (B,), if the data set has them. A model whose forward
+        has no parameter `labels` gets none.
+        """
+
+    def timesteps_from_uniform(self, u: Tensor) -> Tensor:
+        """Maps u (B,), uniform in [0, 1), to timesteps (B,) as training distributes them."""
+
+    def snapshot_guide(self) -> None:
+        """Saves a copy of the network as `guide`, by which samples are guided from then on."""
+
+    def sample(self, batch_size: int, *, seed: Sequence[int]) -> Tensor:
+        """Generates images (B, C, H, W) in [0, 1], one for each seed."""
+
+
+def learning_rate(peak: float, schedule: str, step: int, warmup: int, fraction: float) -> float:
+    """Peak times a linear warm-up over `warmup` steps, and times a cosine for schedule `cosine`.
+
+    fraction: how much of the run is done; the cosine falls from 1 to 0 over all of it.
+    """
+    lr = peak * min(1.0, (step + 1) / max(warmup, 1))
+    return lr * 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0))) if schedule == "cosine" else lr
+
+
+def ema_decay(limit: float, step: int) -> float:
+    """EMA decay after `step` updates; it starts low so that the initial weights are forgotten."""
+    return min(limit, (1 + step) / (10 + step))
+
+
+def amp_dtype(device: torch.device) -> torch.dtype:
+    """bf16, or fp16 on a GPU without native bf16."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def step_noise(seed: int, step: int, shape: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
+    """Random inputs of a step: u (B,) for timesteps, noise (B, C, H, W), which to mirror (B,).
+
+    A function of (seed, step) for the global batch, so accumulation, ranks and resuming change
+    nothing (dropout uses the global generators). u is uniform in [0, 1) but stratified, one value
+    in each of B equal parts in ascending order: Kingma et al. (arXiv:2107.00630).
+    """
+    # A hash of the seed, so that runs with neighboring seeds share no noise.
+    generator = torch.Generator(device).manual_seed((seed * 0x9E3779B1 + step) % 2**63)
+    offset = torch.rand(shape[:1], generator=generator, device=device)
+    u = (offset + torch.arange(shape[0], device=device)) / shape[0]
+    noise = torch.randn(shape, generator=generator, device=device)
+    mirror = torch.rand(shape[:1], generator=generator, device=device) < 0.5
+    return u, noise, mirror
+
+
+class TrainStep:
+    """Updates a model and its EMA copy from one batch.
+
+    config: BATCH_SIZE (the micro-batch), OPTIMIZER, GRAD_CLIP, EMA_DECAY, HORIZONTAL_FLIP, USE_AMP,
+    COMPILE_MODEL, CUDA_GRAPH, SEED. rank, world_size: each rank gets its part of every batch.
+    """
+
+    def __init__(self, model: TrainableModel, config: Any, rank: int = 0, world_size: int = 1):
+        self.model = model
+        self.config = config
+        self.rank = rank
+        self.world_size = world_size
+        self.device = next(model.parameters()).device
+        self.batcher = OomBatcher(config.BATCH_SIZE)
+        self.eval_batcher = OomBatcher(config.BATCH_SIZE)  # in the memory that training leaves
+
+        # Parameters, EMA and gradient: one flat vector each.
+        model.to(memory_format=torch.channels_last)  # as engine.unet computes
+        self.ema = copy.deepcopy(model).requires_grad_(False).eval()
+        self.params, named = flatten(model)
+        self.ema_params, _ = flatten(self.ema)
+        if world_size > 1:
+            distributed.broadcast(self.params)
+            self.ema_params.copy_(self.params)
+        self.grad = torch.zeros_like(self.params)
+        self.param_views = [p for _, p in named]
+        self.grad_views = views(self.grad, self.param_views)
+
+        # Optimizers: flatten() puts the matrices first, which Muon updates; Adam updates the rest.
+        matrices = [p for name, p in named if config.OPTIMIZER == "muon" and use_muon(name, p)]
+        end = sum(padded_numel(p.numel()) for p in matrices)
+        is_cuda = self.device.type == "cuda"
+        muon = Muon(self.params[:end], [p.shape for p in matrices], pad_to_common_size=is_cuda)
+        adam = Adam(self.params[end:])
+        self.optimizers = {"muon": (muon, slice(end)), "adam": (adam, slice(end, None))}
+
+        # Precision, compilation, CUDA graphs (of micro-batches by their size, and of the update).
+        self.dtype = amp_dtype(self.device)
+        self.network = torch.compile(model, dynamic=False) if config.COMPILE_MODEL else model
+        self.use_labels = "labels" in inspect.signature(model.forward).parameters
+        use_graphs = config.CUDA_GRAPH and is_cuda and model.supports_cuda_graphs
+        self.graphs: dict[int | str, CapturedFunction] | None = {} if use_graphs else None
+        self.graph_pool = torch.cuda.graph_pool_handle() if use_graphs else None
+
+        # Scalars stay on the device: reading one makes the host wait.
+        zeros = [torch.zeros((), device=self.device) for _ in range(5)]
+        self.lr, self.ema_weight, self.skipped_updates = zeros[:3]
+        self.consecutive_skips, self.finite_streak = zeros[3:]
+        self.use_loss_scaling = config.USE_AMP and self.dtype == torch.float16
+        initial_scale = INITIAL_LOSS_SCALE if self.use_loss_scaling else 1.0
+        self.loss_scale = torch.full((), initial_scale, device=self.device)
+
+    @property
+    def micro_batch(self) -> int:
+        """Images in one forward and backward pass; halved when memory runs out."""
+        return self.batcher.size
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision as configured."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.config.USE_AMP)
+
+    def labels_of(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Returns the labels as arguments of the model: none if the model or the data has none."""
+        return () if batch.labels is None or not self.use_labels else (batch.labels,)
+
+    def __call__(self, batch: Batch, step: int, lr: float) -> tuple[Tensor, Tensor]:
+        """Does one update; returns loss and gradient norm, scalars on the device.
+
+        An update whose loss or gradient is not finite is skipped and counted. The next call
+        overwrites the norm. Raises UserError if not even one image fits into the GPU's memory.
+        """
+        # Gradient; retried with a smaller micro-batch if memory runs out, or uncompiled.
+        loss = None
+        while loss is None:
+            try:
+                loss = self.gradient(batch, step)
+            except torch.OutOfMemoryError:
+                pass  # handled outside, where the tensors of the failed attempt are free again
+            except torch._dynamo.exc.TorchDynamoException as error:
+                warn_fallback("torch.compile", error)
+                self.network = self.model
+                continue
+            if loss is None:
+                self.halve_micro_batch(len(batch.images))
+        if self.world_size > 1:
+            distributed.all_reduce(self.grad)
+            distributed.all_reduce(loss)
+
+        # Optimizer and EMA.
+        self.lr.fill_(lr)
+        self.ema_weight.fill_(1 - ema_decay(self.config.EMA_DECAY, step))
+        try:
+            return loss, self.run_captured("update", self.update, loss)
+        except torch.OutOfMemoryError:  # the parameters may be half updated
+            raise UserError("out of GPU memory in the update: lower --dim", exit_code=1) from None
+
+    def gradient(self, batch: Batch, step: int) -> Tensor:
+        """Writes this rank's part of the gradient to `grad`; returns its part of the loss."""
+        # Randomness of the global batch, of which this rank takes its rows.
+        local_batch = len(batch.images)
+        shape = torch.Size([local_batch * self.world_size, *batch.images.shape[1:]])
+        u, noise, mirror = step_noise(self.config.SEED, step, shape, self.device)
+        rows = slice(self.rank * local_batch, (self.rank + 1) * local_batch)
+        t = self.model.timesteps_from_uniform(u)[rows]
+        inputs = (batch.images, t, noise[rows], mirror[rows], *self.labels_of(batch))
+
+        # One micro-batch after the other; several are added up.
+        if self.micro_batch < local_batch:
+            self.grad.zero_()
+        loss = torch.zeros((), device=self.device)
+        backward = partial(self.backward, local_batch)
+        for part in zip(*(x.split(self.micro_batch) for x in inputs), strict=True):
+            loss += self.run_captured(len(part[0]), backward, *part)
+        return loss
+
+    def backward(
+        self, local_batch: int, images: Tensor, t: Tensor, noise: Tensor, mirror: Tensor, *labels
+    ) -> Tensor:
+        """Adds a micro-batch's gradient to `grad`; returns its part of the mean loss."""
+        self.model.zero_grad()  # gradients left by a failed capture
+        x = images.float() / 255
+        if self.config.HORIZONTAL_FLIP:
+            x = torch.where(mirror[:, None, None, None], x.flip(-1), x)
+        with self.autocast():
+            loss = self.network(x, t, noise, *labels) * (len(x) / (local_batch * self.world_size))
+        (loss * self.loss_scale).backward()
+        # Unused parameters get zeros, or the gradient of an earlier step would stay.
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.param_views]
+        write = torch._foreach_copy_ if len(x) == local_batch else torch._foreach_add_
+        write(self.grad_views, grads)
+        self.model.zero_grad()
+        return loss.detach()
+
+    @torch.no_grad()
+    def update(self, loss: Tensor) -> Tensor:
+        """Updates parameters and EMA by `grad` if it and the loss are finite; returns its norm."""
+        norm = torch.linalg.vector_norm(self.grad) / self.loss_scale
+        is_finite = (torch.isfinite(loss) & torch.isfinite(norm)).float()
+        clip = self.config.GRAD_CLIP
+        grad_scale = ((clip / (norm + 1e-6)).clamp(max=1) if clip else 1) / self.loss_scale
+        self.skipped_updates += 1 - is_finite
+        self.consecutive_skips.add_(1).mul_(1 - is_finite)
+        self.finite_streak.add_(1).mul_(is_finite)
+        if self.use_loss_scaling:
+            is_growing = (self.finite_streak % LOSS_SCALE_GROWTH_STEPS == 0) & (is_finite > 0)
+            kept_or_halved = torch.where(is_finite > 0, 1.0, 0.5)
+            self.loss_scale.mul_(torch.where(is_growing, 2.0, kept_or_halved))
+        for optimizer, part in self.optimizers.values():
+            optimizer.update(self.params[part], self.grad[part], self.lr, grad_scale, is_finite)
+        self.ema_params.lerp_(self.params, self.ema_weight * is_finite)
+        return norm
+
+    def run_captured(self, key: int | str, fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Returns fn(*inputs), run as one CUDA graph if configured; a key stands for one fn."""
+        if self.graphs is not None:
+            if key not in self.graphs:
+                self.graphs[key] = CapturedFunction(fn, self.graph_pool)
+            try:
+                return self.graphs[key](*inputs)
+            except GraphCaptureError as error:  # nothing has run yet
+                warn_fallback("CUDA graph capture", error)
+                self.graphs = None
+        return fn(*inputs)
+
+    def halve_micro_batch(self, count: int) -> None:
+        """Frees what a failed attempt at `count` images left and halves the micro-batch.
+
+        Raises UserError with several ranks, which would all have to halve theirs.
+        """
+        if self.world_size > 1:
+            advice = "lower --batch_size (and raise --gradient_accumulation), or --dim"
+            raise UserError(f"out of GPU memory: {advice}", exit_code=1)
+        self.model.zero_grad()
+        if self.graphs:
+            self.graphs.clear()
+            self.graph_pool = torch.cuda.graph_pool_handle()
+        self.batcher.halve(min(self.micro_batch, count))
+
+    @torch.no_grad()
+    def validate(self, batch: Batch) -> float:
+        """Returns the mean loss of the EMA weights on a batch of any size and device.
+
+        The noise is always the same and timesteps are spread evenly, so results are comparable.
+        """
+        count = len(batch.images)
+        noise = torch.randn(batch.images.shape, generator=torch.Generator().manual_seed(0))
+        u = (torch.arange(count) + 0.5) / count
+        t = self.model.timesteps_from_uniform(u.to(self.device))
+
+        def summed_loss(part: slice) -> float:
+            some = batch[part].to(self.device)
+            inputs = (some.images.float() / 255, t[part], noise[part].to(self.device))
+            with self.autocast():
+                return self.ema(*inputs, *self.labels_of(some)).item() * len(some.images)
+
+        return sum(self.map_eval_batches(count, summed_loss)) / count
+
+    def map_eval_batches(self, count: int, fn: Callable[[slice], Any]) -> list[Any]:
+        """Returns fn(part) for parts of `count` images that fit into the memory training leaves."""
+        self.eval_batcher.size = min(self.eval_batcher.size, self.micro_batch)
+        return list(self.eval_batcher.map(count, fn))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns weights, EMA weights and optimizer state, to resume from."""
+        # The keys are the file format: they stay when attributes are renamed.
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": {name: o.state_dict() for name, (o, _) in self.optimizers.items()},
+            # Also where there is none now: the run may resume in fp16.
+            "scale": self.loss_scale.item() if self.use_loss_scaling else INITIAL_LOSS_SCALE,
+            "good_in_a_row": self.finite_streak.item(),
+            "skipped": self.skipped_updates.item(),
+            "rng": get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what state_dict returned; raises UserError if another optimizer wrote it.
+
+        The random state is rank 0's; the other ranks leave theirs alone.
+        """
+        for name, (optimizer, _) in self.optimizers.items():
+            saved = state["optimizer"][name]
+            for key, value in optimizer.state_dict().items():
+                saved_value = saved[key if key in saved else OLD_STATE_NAMES[key]]
+                if value.shape != saved_value.shape:
+                    raise UserError("the run has another optimizer: resume with its --optimizer")
+                value.copy_(saved_value)
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        if self.use_loss_scaling:
+            self.loss_scale.fill_(state["scale"])
+        self.finite_streak.fill_(state.get("good_in_a_row", 0.0))  # missing in earlier files
+        self.skipped_updates.fill_(state["skipped"])
+        if self.rank == 0:
+            set_rng_state(state["rng"])
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the global generators, which dropout and self-conditioning use."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+
+
+def get_rng_state() -> dict[str, Any]:
+    """Returns the state of the global generators."""
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"torch": torch.get_rng_state(), "python": random.getstate(), **cuda}
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Restores what get_rng_state returned."""
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def warn_fallback(what: str, error: Exception) -> None:
+    """Warns that training continues without something, and why."""
+    reason = textwrap.shorten(str(error) or repr(error), 200)
+    warnings.warn(f"{what} failed ({reason}); continuing without it", FallbackWarning, stacklevel=3)

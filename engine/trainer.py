@@ -1,0 +1,215 @@
+"""The training loop, from the first step to the last checkpoint."""
+
+import statistics
+import time
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+from engine import checkpoints, distributed
+from engine.checkpoints import TrainingCheckpoint
+from engine.dataloader import Batch, BatchLoader, ImageDataset
+from engine.errors import UserError
+from engine.progress import Progress, StopSignal
+from engine.run import VERSION, NullRun, Run, new_run_name, resume_hint
+from engine.train_step import TrainableModel, TrainStep, learning_rate, seed_everything
+
+MAX_NONFINITE_STEPS = 20  # in a row
+MUTABLE_ON_RESUME = {"sampling_timesteps", "guidance", "dropout"}  # entries of the architecture
+
+
+def train(
+    model: TrainableModel,
+    data: ImageDataset | np.ndarray,
+    config: Any,
+    resume: TrainingCheckpoint | Path | None = None,
+) -> Path:
+    """Trains until the configured length is reached and returns the final checkpoint.
+
+    data: a data set, or uint8 images (N, C, H, W). config: the attributes of DDPMConfig. Under
+    torchrun or `accelerate launch` every rank calls this; rank 0 writes the files. Raises UserError
+    for data that does not fit or a loss that stays non-finite, and SystemExit, with everything
+    saved, on SIGINT or SIGTERM.
+    """
+    # Setup: ranks, batches, model with its optimizer.
+    dist = distributed.init()
+    rank = dist.process_index
+    world_size = dist.num_processes
+    torch.backends.cudnn.benchmark = True
+    seed_everything(config.SEED + rank)
+    data = data if isinstance(data, ImageDataset) else ImageDataset(data)
+    effective_batch = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
+    loader = BatchLoader(
+        data, effective_batch, config.SEED, dist.device, config.NUM_WORKERS, rank, world_size
+    )
+    train_step = TrainStep(model.to(dist.device).train(), config, rank, world_size)
+
+    # A new run, or one that continues from a checkpoint.
+    checkpoint = checkpoints.load_training(resume) if isinstance(resume, Path) else resume
+    data_info = {"dataset": config.DATASET, "images": len(data), "shape": [*data.images.shape[1:]]}
+    if checkpoint:
+        name = checkpoints.run_name_of(checkpoint)
+        progress = restore(checkpoint, name, data_info, train_step, loader, dist)
+    else:
+        name = distributed.broadcast_object(new_run_name(config) if dist.is_main_process else "")
+        progress = Progress(config, len(loader), dist)
+    distributed.print0(f"run {name}: {len(loader.train_indices)} images, {describe(train_step)}")
+    run = (Run if dist.is_main_process else NullRun)(name, data_info, train_step, loader, progress)
+    hint = partial(resume_hint, name)
+
+    with distributed.session(hint), StopSignal(dist, hint) as stop, closing(run):
+        while not progress.is_finished:
+            for batch in loader.epoch(progress.epoch, start=progress.epoch_step):
+                # Gradient, optimizer, EMA.
+                lr = learning_rate(
+                    config.LEARNING_RATE, config.LR_SCHEDULE, progress.step, config.WARMUP_STEPS,
+                    progress.fraction,
+                )  # fmt: skip
+                loss, grad_norm = train_step(batch, progress.step, lr)
+                progress.advance(effective_batch)
+                if should_snapshot_guide(train_step, progress):
+                    train_step.ema.snapshot_guide()
+
+                # Metrics, sample grid, last.pt: whatever is due.
+                if progress.is_log_step:
+                    abort_if_diverged(train_step, progress.step, name)
+                run.after_step(loss, grad_norm, lr)
+
+                # Stop on SIGINT, SIGTERM or the end.
+                if progress.is_finished:
+                    break
+                if stop.requested(progress.step):
+                    run.on_interrupt()
+                    distributed.broadcast_object(None)  # waits for rank 0: the first exit ends all
+                    raise SystemExit(128 + stop.number)
+            # Validation, best.pt, the epoch's checkpoint: whatever is due, also after part of one.
+            progress.end_epoch()
+            run.after_epoch()
+        run.on_finish()
+    return checkpoints.CHECKPOINT_DIR / name / "final.pt"
+
+
+def restore(
+    checkpoint: TrainingCheckpoint, name: str, data_info: dict[str, Any], train_step: TrainStep,
+    loader: BatchLoader, dist: PartialState,
+) -> Progress:  # fmt: skip
+    """Restores model, optimizer and random state; returns the progress.
+
+    Raises UserError if the checkpoint is of a finished run, of other data or another architecture.
+    """
+    # What must be the same as before.
+    path = checkpoint.path
+    state = checkpoint.state
+    if state["version"] != VERSION:
+        raise UserError(f"{path} was written by another version of this project: start another run")
+    if state["data"] != data_info:
+        raise UserError(f"{path} was trained on {state['data']}, but the data is {data_info}")
+    saved = getattr(train_step.model, "upgrade_architecture", dict)(state["architecture"])
+    for key, value in train_step.model.architecture.items():
+        if saved.get(key, value) != value and key not in MUTABLE_ON_RESUME:
+            change = f"{key} {saved[key]}, which cannot become {value}"
+            raise UserError(f"{path} was trained with {change}: start another run")
+
+    # Progress; with another batch size an epoch continues after the same number of images.
+    fields = dict(state["progress"])
+    previous_batch = state["config"]["BATCH_SIZE"] * state["config"]["GRADIENT_ACCUMULATION"]
+    position = fields.pop("position") * previous_batch // loader.batch_size
+    fields["epoch_step"] = min(position, len(loader))
+    progress = Progress(train_step.config, len(loader), dist, **fields)
+    if progress.is_finished and checkpoints.is_finished(name, progress.step):
+        advice = "raise --epochs, --max_steps or --minutes to continue it"
+        raise UserError(f"{path} is of a finished run: {advice}")
+
+    train_step.load_state_dict(state)
+    if train_step.rank > 0:  # only rank 0's random state is stored: a seed that was not used yet
+        seed_everything(
+            train_step.config.SEED + train_step.rank + train_step.world_size * progress.step
+        )
+    return progress
+
+
+def abort_if_diverged(train_step: TrainStep, step: int, name: str) -> None:
+    """Raises UserError if the last MAX_NONFINITE_STEPS updates were not finite."""
+    if train_step.consecutive_skips.item() >= MAX_NONFINITE_STEPS:
+        raise UserError(
+            f"{MAX_NONFINITE_STEPS} updates in a row were not finite; stopped at step {step}. "
+            f"Checkpoints in {checkpoints.CHECKPOINT_DIR / name}/ are finite: use --resume {name} "
+            "with a lower --learning_rate or --no-use_amp", exit_code=1,
+        )  # fmt: skip
+
+
+def should_snapshot_guide(train_step: TrainStep, progress: Progress) -> bool:
+    """Whether the EMA weights are now to be saved as the guide.
+
+    At the earliest after twice the warm-up: guided by a network that knows nothing, samples are
+    worse than without a guide.
+    """
+    config = train_step.config
+    is_due = 0 < config.GUIDE_FRACTION <= progress.fraction
+    return train_step.ema.guide is None and is_due and progress.step >= 2 * config.WARMUP_STEPS
+
+
+def describe(step: TrainStep) -> str:
+    """Returns size, batch, precision and device of a training step in one line."""
+    config = step.config
+    accumulation = config.GRADIENT_ACCUMULATION
+    split = f" = {accumulation} x {config.BATCH_SIZE}" if accumulation > 1 else ""
+    options = {
+        "compiled": config.COMPILE_MODEL, "CUDA graphs": step.graphs is not None,
+        "gradient checkpointing": config.GRADIENT_CHECKPOINTING,
+    }  # fmt: skip
+    is_cuda = step.device.type == "cuda"
+    device = torch.cuda.get_device_name(step.device) if is_cuda else "CPU"
+    parts = [
+        f"{sum(p.numel() for p in step.param_views) / 1e6:.1f} M parameters",
+        f"batch {config.BATCH_SIZE * accumulation}{split}",
+        str(step.dtype).removeprefix("torch.") if config.USE_AMP else "float32",
+        *(name for name, is_on in options.items() if is_on),
+        device if step.world_size == 1 else f"{step.world_size} x {device}",
+    ]
+    return ", ".join(parts)
+
+
+def estimate(model: TrainableModel, num_images: int, config: Any, memory_gib: float) -> str:
+    """Measures a few steps on random images; returns memory, steps and time of a run as text.
+
+    memory_gib: an estimate, returned instead of the peak where there is no GPU.
+    """
+    # Time of a step. On a CPU a few images are enough: it is proportional to their number.
+    dist = distributed.init()
+    step = TrainStep(model.to(dist.device).train(), config)
+    is_cuda = dist.device.type == "cuda"
+    count = config.BATCH_SIZE if is_cuda else min(config.BATCH_SIZE, 8)
+    shape = (count, model.channels, model.image_size, model.image_size)
+    batch = Batch(torch.randint(256, shape, dtype=torch.uint8, device=dist.device))
+    times = []
+    for number in range(4):
+        start = time.perf_counter()
+        step(batch, number, 0.0)[0].item()
+        times.append(time.perf_counter() - start)
+    batch_size = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
+    seconds = statistics.median(times[1:]) * batch_size / count / dist.num_processes
+
+    # Length of the run.
+    fake = ImageDataset(np.empty((num_images, 1, 1, 1), np.uint8))
+    steps_per_epoch = len(BatchLoader(fake, batch_size, 0, torch.device("cpu"), 1))
+    steps = Progress(config, steps_per_epoch, dist).estimated_steps
+    steps = 60 * config.MINUTES / seconds if config.MINUTES else steps
+    duration = format_duration(steps * seconds)
+    length = f"{steps:,.0f} steps, {steps / steps_per_epoch:.1f} epochs, about {duration}"
+    peak = torch.cuda.max_memory_allocated() / 2**30 if is_cuda else memory_gib
+    memory = f"memory {peak:.1f} GiB ({'measured' if is_cuda else 'estimated'})"
+    return f"{describe(step)}\n{memory}\n{length} ({seconds:.3f} s per step, measured)"
+
+
+def format_duration(seconds: float) -> str:
+    """Returns a duration in the largest unit of which it has at least two."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"

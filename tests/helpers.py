@@ -1,0 +1,103 @@
+"""What several test files use: running the scripts, comparing checkpoints, small settings."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from config import Tier
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+CPU_TIER = Tier("CPU", 32, 0.0)
+LARGE_TIER = Tier("Large", 256, 80.0)
+
+# Flags of a model that trains in seconds, with dropout and a guide.
+TINY_FLAGS = [
+    "--dataset", "shapes", "--image_size", "8", "--dim", "8", "--dim_mults", "1,2",
+    "--batch_size", "16", "--sampling_timesteps", "4", "--grid_images", "4",
+    "--num_sample_grids", "2", "--dropout", "0.1", "--warmup_steps", "2", "--guide_fraction", "0.5",
+]  # fmt: skip
+
+# The settings that a TrainStep reads.
+STEP_SETTINGS = {
+    "BATCH_SIZE": 32,
+    "GRADIENT_ACCUMULATION": 1,
+    "OPTIMIZER": "adam",
+    "GRAD_CLIP": 1.0,
+    "EMA_DECAY": 0.9,
+    "HORIZONTAL_FLIP": True,
+    "USE_AMP": False,
+    "COMPILE_MODEL": False,
+    "CUDA_GRAPH": False,
+    "SEED": 0,
+}
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_no_gpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="runs on machines without a GPU"
+)
+
+
+def script_command(script: str, *arguments: str) -> list[str]:
+    """The command line of a script of the repository."""
+    return [sys.executable, str(ROOT / script), *arguments]
+
+
+def call_command(folder: Path, command: list[str]) -> subprocess.CompletedProcess:
+    """Runs a command in a folder, on the CPU with one thread."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+    )
+
+
+def run_script_ok(folder: Path, script: str, *arguments: str) -> str:
+    """Runs a script that must succeed and returns what it prints."""
+    result = call_command(folder, script_command(script, *arguments))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def run_script_error(folder: Path, script: str, *arguments: str, code: int = 2) -> str:
+    """Runs a script that must fail and returns its one line `error: ...`; no traceback."""
+    result = call_command(folder, script_command(script, *arguments))
+    assert result.returncode == code, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and result.stderr.rstrip().endswith(lines[0])
+    return lines[0]
+
+
+def checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
+    """All weights of a checkpoint, raw and EMA."""
+    state = torch.load(path, weights_only=True)
+    return state["model"] | {f"ema.{name}": value for name, value in state["ema"].items()}
+
+
+def max_checkpoint_difference(a: Path, b: Path) -> float:
+    """The largest difference between the weights of two checkpoints."""
+    a, b = checkpoint_weights(a), checkpoint_weights(b)
+    assert a.keys() == b.keys()
+    return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
+
+
+def max_weight_difference(a: torch.nn.Module, b: torch.nn.Module) -> float:
+    """The largest difference between the parameters of two models."""
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    return max((p - q).abs().max().item() for p, q in pairs)
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The norm of the difference over the norm of b."""
+    return ((a - b).double().norm() / b.double().norm()).item()
+
+
+def random_images(count: int, size: int, channels: int = 3, seed: int = 0) -> np.ndarray:
+    """Random uint8 images (count, channels, size, size)."""
+    shape = (count, channels, size, size)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)

@@ -1,0 +1,159 @@
+"""engine/dataloader.py: splits, the order of an epoch, labels, memory maps."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from engine import dataloader
+from engine.dataloader import Batch, BatchLoader, ImageDataset, as_batch, train_val_split
+from engine.errors import UserError
+from tests.helpers import CPU, random_images
+
+
+def numbered(count: int, **labels) -> ImageDataset:
+    """Images that are filled with their own index."""
+    index = np.arange(count, dtype=np.uint8)[:, None, None, None]
+    return ImageDataset(np.tile(index, (1, 3, 4, 4)), **labels)
+
+
+def labeled(count: int) -> ImageDataset:
+    """Numbered images whose label is 1000 plus their index."""
+    return numbered(count, labels=1000 + np.arange(count))
+
+
+def numbers(batch: Batch) -> list[int]:
+    """The indices of numbered images."""
+    return batch.images[:, 0, 0, 0].tolist()
+
+
+def save_memmap(path: Path, images: np.ndarray) -> np.ndarray:
+    np.save(path, images)
+    return np.load(path, mmap_mode="r")
+
+
+# Splits.
+
+
+def test_train_val_split_takes_one_in_twenty_up_to_about_512():
+    assert train_val_split(200)[1].tolist() == list(range(0, 200, 20))
+    assert train_val_split(51200)[1].tolist() == list(range(0, 51200, 100))
+    assert len(train_val_split(2)[1]) == 1
+
+
+def test_batch_loader_validates_on_exactly_the_validation_split():
+    batch = BatchLoader(labeled(200), 16, 0, CPU, 1).validation()
+    assert numbers(batch) == list(range(0, 200, 20))
+    assert batch.labels.tolist() == list(range(1000, 1200, 20))
+
+
+# The order of an epoch.
+
+
+def test_batch_loader_order_has_every_training_image_once_divided_between_ranks():
+    data = numbered(200)
+    single = BatchLoader(data, 16, 7, CPU, 1)
+    ranks = [BatchLoader(data, 16, 7, CPU, 1, rank, 4) for rank in range(4)]
+    train_indices, val_indices = train_val_split(200)
+    assert len(val_indices) == 10 and not set(val_indices) & set(train_indices)
+    assert len(single) == 11 and len(np.unique(single.order(3))) == 11 * 16
+    assert set(single.order(3).flat) <= set(train_indices)
+    local = [loader.order(3) for loader in ranks]
+    assert np.array_equal(np.concatenate(local, axis=1), single.order(3))
+    assert not np.array_equal(single.order(3), single.order(4))
+    assert len(list(single.epoch(3, start=4))) == 7
+
+
+def test_batch_loader_order_differs_for_every_seed_and_epoch():
+    loaders = [BatchLoader(numbered(200), 16, seed, CPU, 1) for seed in range(4)]
+    orders = {tuple(loader.order(epoch).flatten()) for loader in loaders for epoch in range(4)}
+    assert len(orders) == 16
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("make", [numbered, labeled])
+def test_batch_loader_epoch_yields_images_and_labels_in_order(make, on_gpu):
+    loader = BatchLoader(make(200), 16, 0, CPU, 1, rank=1, world_size=2)
+    if on_gpu:
+        labels = as_batch(loader.data).labels
+        loader.gpu_data = Batch(dataloader.copy_to_device(loader.data.images, CPU), labels)
+    batches = list(loader.epoch(5, start=2))
+    order = loader.order(5)[2:]
+    assert [numbers(batch) for batch in batches] == order.tolist()
+    assert not set(range(0, 200, 20)) & {n for batch in batches for n in numbers(batch)}
+    labels = [batch.labels if batch.labels is None else batch.labels.tolist() for batch in batches]
+    assert labels == ((order + 1000).tolist() if make is labeled else [None] * len(order))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((256, 0, CPU, 1), "fewer than one batch of 256"),
+     ((16, 0, CPU, 1, 0, 3), "cannot be divided by 3 ranks")],
+)  # fmt: skip
+def test_batch_loader_rejects_batch_sizes(arguments, message):
+    with pytest.raises(UserError, match=message):
+        BatchLoader(numbered(200), *arguments)
+
+
+# Batches.
+
+
+@pytest.mark.parametrize("labels", [None, torch.arange(5)])
+def test_batch_slices_and_moves_images_and_labels_together(labels):
+    batch = Batch(torch.arange(5).view(5, 1, 1, 1), labels)
+    assert batch[0] is batch.images and batch[1] is batch.labels
+    for index in (slice(1, 3), torch.tensor([4, 0])):
+        part = batch[index].to(CPU)
+        assert torch.equal(part.images, batch.images[index])
+        assert part.labels is None if labels is None else torch.equal(part.labels, labels[index])
+
+
+# Memory maps.
+
+
+def test_image_dataset_pickles_a_memory_map_by_its_path(tmp_path):
+    """A spawned worker receives the path, not the images."""
+    images = random_images(64, 8)
+    mapped = save_memmap(tmp_path / "images.npy", images)
+    index = np.array([0, 7, 7])
+    for stored in (mapped, mapped[::-1], images):
+        data = ImageDataset(stored, np.arange(64) % 3, ("a", "b", "c"))
+        pickled = pickle.dumps(data)
+        assert (len(pickled) < 1000) == (stored is mapped)
+        copy = pickle.loads(pickled)
+        assert np.array_equal(copy[index].images, stored[index])
+        assert np.array_equal(copy.labels, data.labels) and copy.class_names == data.class_names
+
+
+def test_image_dataset_is_read_in_spawned_workers_as_in_this_process(tmp_path):
+    mapped = save_memmap(tmp_path / "images.npy", random_images(64, 8))
+    data = ImageDataset(mapped, np.arange(64))
+    order = BatchLoader(data, 16, 0, CPU, 1).order(0)
+    loader = DataLoader(
+        data, batch_size=None, sampler=list(order), collate_fn=as_batch, num_workers=1,
+        multiprocessing_context="spawn",
+    )  # fmt: skip
+    for batch, index in zip(loader, order, strict=True):
+        assert torch.equal(batch.images, torch.from_numpy(mapped[index]))
+        assert batch.labels.tolist() == index.tolist()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's RssFile")
+def test_copy_to_device_releases_the_pages_of_a_memory_map(tmp_path, monkeypatch):
+    def mapped_bytes() -> int:
+        text = Path("/proc/self/status").read_text()
+        return int(text.split("RssFile:")[1].split()[0]) * 1024
+
+    images = random_images(20_000, 32)
+    mapped = save_memmap(tmp_path / "images.npy", images)
+    monkeypatch.setattr(dataloader, "COPY_CHUNK", 1000)
+    before = mapped_bytes()
+    copied = dataloader.copy_to_device(mapped, CPU)
+    assert mapped_bytes() - before < images.nbytes / 4
+    assert torch.equal(copied, torch.from_numpy(images))
+    # A plain read does count.
+    assert np.array_equal(mapped, images)
+    assert mapped_bytes() - before > images.nbytes / 2

@@ -1,0 +1,531 @@
+"""engine/datasets.py: pixels and order of every source, downloads, errors."""
+
+import importlib
+import io
+import os
+import socket
+import sys
+import tarfile
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import CelebA
+from torchvision.datasets.utils import _get_google_drive_file_id, calculate_md5
+
+from engine import datasets
+from engine.datasets import choose_default_dataset, images_from_loader, load_dataset
+from engine.errors import FallbackWarning, RenamedWarning, UserError
+from engine.shapes import draw_shapes
+from tests.helpers import random_images
+
+STL10_NAMES = ("stl10_binary/train_X.bin", "stl10_binary/unlabeled_X.bin")
+
+
+@pytest.fixture
+def load(tmp_path):
+    """The images of load_dataset on tmp_path/data, which a test fills."""
+    (tmp_path / "data").mkdir()
+
+    def load(dataset="folder", size=4, folder="data", **options) -> np.ndarray:
+        data = load_dataset(
+            dataset, size, tmp_path / folder, load.cache, workers=3, progress=False, **options
+        )
+        assert data.labels is None and data.class_names == ()
+        return data.images
+
+    load.data = tmp_path / "data"
+    load.cache = tmp_path / "cache"
+    return load
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*arguments):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(datasets.utils, "download_url", refuse)
+
+
+def change_archive(monkeypatch, dataset: str, **changes) -> None:
+    """Replaces fields of a data set's archive."""
+    changed = replace(datasets.ARCHIVES[dataset], **changes)
+    monkeypatch.setitem(datasets.ARCHIVES, dataset, changed)
+
+
+def save_gray(path: Path, value: int, size: tuple[int, int] = (4, 4)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", size, value).save(path)
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+
+
+def write_zip(path: Path, files: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+
+
+def cifar10_files(images: np.ndarray) -> dict[str, bytes]:
+    """The five files: of each image a label byte and its planes of rows."""
+    labels = np.full((len(images), 1), 7, np.uint8)
+    records = np.concatenate([labels, images.reshape(len(images), -1)], axis=1).reshape(5, -1)
+    names = datasets.ARCHIVES["cifar10"].contents
+    return {name: part.tobytes() for name, part in zip(names, records, strict=True)}
+
+
+def stl10_files(images: np.ndarray) -> dict[str, bytes]:
+    """The two files, of 2 and 3 images: their planes of columns."""
+    by_columns = np.ascontiguousarray(images.transpose(0, 1, 3, 2))
+    parts = (by_columns[:2].tobytes(), by_columns[2:].tobytes())
+    return dict(zip(STL10_NAMES, parts, strict=True))
+
+
+@pytest.fixture
+def cifar10(monkeypatch):
+    """Ten images in place of the 50,000."""
+    names = datasets.ARCHIVES["cifar10"].contents
+    change_archive(monkeypatch, "cifar10", contents=dict.fromkeys(names, 2))
+    return random_images(10, 32)
+
+
+@pytest.fixture
+def stl10(monkeypatch):
+    """Five images in place of the 105,000."""
+    change_archive(monkeypatch, "stl10", contents=dict(zip(STL10_NAMES, (2, 3), strict=True)))
+    return random_images(5, 96)
+
+
+# Named data sets.
+
+
+def test_archives_have_the_published_counts():
+    counts = {name: archive.contents for name, archive in datasets.ARCHIVES.items()}
+    assert sum(counts["cifar10"].values()) == 50_000
+    assert [name[-5] for name in counts["cifar10"]] == list("12345")
+    assert counts["stl10"] == dict(zip(STL10_NAMES, (5_000, 100_000), strict=True))
+
+
+def test_cifar10_is_read_from_its_binary_records(load, cifar10):
+    write_files(load.data, cifar10_files(cifar10))
+    np.testing.assert_array_equal(load("cifar10", 32), cifar10)
+
+
+def test_cifar10_download_leaves_only_the_extracted_files(load, cifar10, monkeypatch, tmp_path):
+    write_tar(tmp_path / "remote.tar.gz", cifar10_files(cifar10))
+
+    def download(url, folder, name, md5):
+        Path(folder, name).write_bytes((tmp_path / "remote.tar.gz").read_bytes())
+
+    monkeypatch.setattr(datasets.utils, "download_url", download)
+    np.testing.assert_array_equal(load("cifar10", 32), cifar10)
+    assert [path.name for path in load.data.iterdir()] == ["cifar-10-batches-bin"]
+
+
+def test_cifar10_names_a_truncated_file(load, cifar10):
+    files = cifar10_files(cifar10)
+    name = "cifar-10-batches-bin/data_batch_3.bin"
+    write_files(load.data, files | {name: files[name][:3073]})
+    with pytest.raises(UserError, match=r"data_batch_3\.bin is damaged or incomplete"):
+        load("cifar10", 32)
+
+
+def test_stl10_planes_are_stored_by_columns(load, stl10):
+    write_files(load.data, stl10_files(stl10))
+    np.testing.assert_array_equal(load("stl10", 96), stl10)
+
+
+def test_stl10_uses_an_archive_saved_by_hand(load, stl10, monkeypatch):
+    others = ("test_X.bin", "train_y.bin", "class_names.txt")
+    path = load.data / "stl10_binary.tar.gz"
+    files = {f"stl10_binary/{name}": b"1" for name in others} | stl10_files(stl10)
+    write_tar(path, files)
+    with pytest.raises(UserError, match=r"stl10_binary\.tar\.gz is damaged or incomplete"):
+        load("stl10", 96)
+    change_archive(monkeypatch, "stl10", md5=calculate_md5(path))
+    np.testing.assert_array_equal(load("stl10", 96), stl10)
+    extracted = {path.name for path in (load.data / "stl10_binary").iterdir()}
+    assert extracted == {"train_X.bin", "unlabeled_X.bin"}
+
+
+def test_celeba_uses_a_zip_saved_by_hand(load, monkeypatch):
+    path = load.data / "celeba" / "img_align_celeba.zip"
+    path.parent.mkdir()
+    files = {}
+    for i, color in enumerate(("red", "lime", "blue")):
+        jpeg = io.BytesIO()
+        Image.new("RGB", (178, 218), color).save(jpeg, "JPEG", quality=100)
+        files[f"img_align_celeba/{i:06d}.jpg"] = jpeg.getvalue()
+    write_zip(path, files)
+    with pytest.raises(UserError, match=r"img_align_celeba\.zip is damaged or incomplete"):
+        load("celeba", 64)
+    change_archive(monkeypatch, "celeba", md5=calculate_md5(path))
+    expected = np.broadcast_to(255 * np.eye(3)[:, :, None, None], (3, 3, 64, 64))
+    np.testing.assert_allclose(load("celeba", 64), expected, atol=3)  # JPEG
+
+
+def test_shapes_is_the_first_images(load, monkeypatch):
+    monkeypatch.setattr(datasets, "SHAPES_COUNT", 100)
+    np.testing.assert_array_equal(load("shapes", 16), draw_shapes(np.arange(100), 16, seed=0))
+
+
+def test_load_dataset_rejects_unknown_names(load):
+    with pytest.raises(UserError, match="unknown data set mnist; choose from cifar10, "):
+        load("mnist")
+
+
+# Downloads and archives.
+
+
+@pytest.mark.parametrize(
+    ("dataset", "path"),
+    [
+        ("cifar10", "cifar-10-binary.tar.gz"),
+        ("stl10", "stl10_binary.tar.gz"),
+        ("celeba", "celeba/img_align_celeba.zip"),
+    ],
+)
+def test_missing_dataset_without_network_says_which_file_to_save_where(
+    load, no_network, dataset, path
+):
+    with pytest.raises(UserError) as caught:
+        load(dataset, 32)
+    message = str(caught.value)
+    assert "no route to host" in message and "\n" not in message
+    assert message.endswith(f"save it as {load.data / path}")
+    assert not [file for file in load.data.rglob("*") if file.is_file()]
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "stl10", "celeba"])
+def test_download_requests_the_archive_with_a_timeout(load, monkeypatch, dataset):
+    requests = []
+
+    def download(*arguments):
+        requests.append((*arguments, socket.getdefaulttimeout()))
+        raise OSError("stopped")
+
+    monkeypatch.setattr(datasets.utils, "download_url", download)
+    before = socket.getdefaulttimeout()
+    with pytest.raises(UserError, match="stopped"):
+        load(dataset)
+    archive = datasets.ARCHIVES[dataset]
+    ((url, folder, name, md5, seconds),) = requests
+    assert (url, md5, seconds) == (archive.url, archive.md5, datasets.CONNECT_SECONDS)
+    assert name == Path(archive.path).name and load.data in Path(folder).parents
+    assert socket.getdefaulttimeout() == before
+
+
+def test_celeba_is_downloaded_from_google_drive():
+    drive_id, md5, _ = next(x for x in CelebA.file_list if x[2] == "img_align_celeba.zip")
+    archive = datasets.ARCHIVES["celeba"]
+    assert (_get_google_drive_file_id(archive.url), archive.md5) == (drive_id, md5)
+
+
+@pytest.mark.parametrize("name", ["archive.zip", "archive.tar.gz"])
+def test_archive_yields_its_contents_only_and_never_leaves_its_folder(load, monkeypatch, name):
+    png = io.BytesIO()
+    Image.new("L", (4, 4), 7).save(png, "PNG")
+    path = load.data / "celeba" / name
+    folder = "img_align_celeba"
+    wanted = f"{folder}/a/0.png"
+    others = (
+        "other.png", f"{folder}_too/0.png", "../escaped.png", f"x/{folder}/0.png",
+        f"{folder}/a/../../../escaped.png",
+    )  # fmt: skip
+    path.parent.mkdir()
+    write = write_zip if path.suffix == ".zip" else write_tar
+    write(path, dict.fromkeys((wanted, *others), png.getvalue()))
+    change_archive(monkeypatch, "celeba", path=f"celeba/{name}", md5=calculate_md5(path))
+    assert load("celeba")[:, 0, 0, 0].tolist() == [7]
+    files = {file for file in load.data.parent.rglob("*") if file.is_file()}
+    outside_cache = {file for file in files if load.cache not in file.parents}
+    assert outside_cache == {path, load.data / "celeba" / wanted}
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE])
+def test_tar_archive_yields_no_links(tmp_path, kind):
+    path = tmp_path / "archive.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        entry = tarfile.TarInfo("x/link")
+        entry.type = kind
+        entry.linkname = "/etc/hostname"
+        archive.addfile(entry)
+    datasets._extract(path, ["x"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# The default data set.
+
+
+def test_choose_default_dataset(load, cifar10, no_network, monkeypatch, capsys):
+    def choose(has_gpu: bool, folder: Path = load.data) -> tuple[str, list[str]]:
+        chosen = choose_default_dataset(folder, has_gpu)
+        return chosen, capsys.readouterr().out.splitlines()
+
+    chosen, (line,) = choose(has_gpu=True)
+    assert chosen == "shapes" and "cifar-10-binary.tar.gz" in line
+
+    write_files(load.data, cifar10_files(cifar10))
+    assert choose(has_gpu=True) == ("cifar10", [])
+    assert choose(has_gpu=False) == ("shapes", [
+        "dataset: built-in shapes (no GPU found; CIFAR-10 would take days). Use --dataset cifar10 "
+        "to override, or --dataset folder --data_dir DIR for your own images."
+    ])  # fmt: skip
+
+    def fail(*arguments):
+        pytest.fail("tried to download without a GPU")
+
+    monkeypatch.setattr(datasets.utils, "download_url", fail)
+    assert choose(has_gpu=False, folder=load.data / "missing")[0] == "shapes"
+
+
+def test_choose_default_dataset_prints_on_rank_0_only(load, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert choose_default_dataset(load.data, has_gpu=False) == "shapes"
+    assert not capsys.readouterr().out
+
+
+# Pixels.
+
+
+def flat(mode: str, color) -> Image.Image:
+    return Image.new(mode, (4, 4), color)
+
+
+def palette() -> Image.Image:
+    image = flat("P", 1)
+    image.putpalette([255, 0, 0, 10, 20, 30])
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "suffix", "options", "expected"),
+    [
+        (flat("1", 1), ".png", {}, (255, 255, 255)),
+        (flat("L", 77), ".png", {}, (77, 77, 77)),
+        (flat("L", 77), ".png", {"transparency": 77}, (255, 255, 255)),
+        (flat("LA", (0, 100)), ".png", {}, (155, 155, 155)),
+        (palette(), ".png", {}, (10, 20, 30)),
+        (palette(), ".png", {"transparency": 1}, (255, 255, 255)),
+        (palette(), ".png", {"transparency": bytes([255, 51])}, (206, 208, 210)),
+        (flat("RGBA", (255, 0, 0, 51)), ".png", {}, (255, 204, 204)),
+        (flat("RGBA", (9, 9, 9, 0)), ".webp", {"lossless": True}, (255, 255, 255)),
+        (flat("RGB", (1, 2, 3)), ".png", {"transparency": (1, 2, 3)}, (255, 255, 255)),
+        (flat("CMYK", (0, 255, 255, 0)), ".tif", {}, (255, 0, 0)),
+        (flat("I;16", 128 * 257), ".png", {}, (128, 128, 128)),
+        (flat("I;16", 128 * 257), ".png", {"transparency": 128 * 257}, (255, 255, 255)),
+        (flat("I", 128 * 257), ".tif", {}, (128, 128, 128)),
+        (
+            flat("RGB", "red"), ".gif",
+            {"save_all": True, "append_images": [flat("RGB", "blue")]}, (255, 0, 0),
+        ),
+    ],
+)  # fmt: skip
+def test_to_rgb_converts_every_mode_over_white(load, image, suffix, options, expected):
+    image.save(load.data / f"image{suffix}", **options)
+    pixels = load()[0].reshape(3, -1)
+    assert (pixels == pixels[:, :1]).all()
+    np.testing.assert_allclose(pixels[:, 0], expected, atol=1)
+
+
+def test_exif_orientation_is_applied(load):
+    image = Image.new("RGB", (4, 4), "blue")
+    image.paste("red", (0, 0, 4, 2))  # the upper half, on the right once turned clockwise
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(load.data / "turned.png", exif=exif)
+    red, _, blue = load()[0]
+    assert (red == [0, 0, 255, 255]).all() and (blue == [255, 255, 0, 0]).all()
+
+
+def test_center_square_crops_and_antialiases(load):
+    pixels = np.zeros((64, 128, 3), np.uint8)
+    pixels[:, :32] = (255, 0, 0)  # cropped
+    pixels[:, 96:] = (0, 0, 255)
+    pixels[::2, 32:96] = 255  # one-pixel stripes: gray once resized
+    Image.fromarray(pixels).save(load.data / "wide.png")
+    image = load(size=8)[0].astype(int)
+    assert image.shape == (3, 8, 8)
+    # What is cropped has a little weight at the edge.
+    np.testing.assert_allclose(image, 127.5, atol=20)
+
+
+@pytest.mark.parametrize("is_tall", [False, True])
+def test_center_square_is_the_middle_of_wide_and_tall_images(is_tall):
+    pixels = np.zeros((40, 80, 3), np.uint8)
+    pixels[:, :20] = (255, 0, 0)
+    pixels[:, 20:60] = (0, 255, 0)
+    pixels[:, 60:] = (0, 0, 255)
+    image = Image.fromarray(pixels.transpose(1, 0, 2) if is_tall else pixels)
+    red, green, blue = datasets.center_square(image, 40)
+    assert (green > 250).all() and (red < 5).all() and (blue < 5).all()
+
+
+def test_large_jpeg_keeps_its_detail(load):
+    phase = 2 * np.pi * (np.arange(512) + 0.5) / 16  # 4 pixels a period once resized
+    wave = (127.5 + 100 * np.sin(phase)).astype(np.uint8)
+    image = Image.fromarray(np.tile(wave, (512, 1)))
+    image.save(load.data / "wave.jpg", quality=100)
+    expected = np.asarray(image.resize((128, 128), Image.Resampling.BICUBIC))
+    difference = load(size=128)[0, 0].astype(float) - expected
+    assert np.abs(difference).mean() < 1.5
+
+
+# Folders.
+
+
+def test_folder_is_sorted_without_hidden_and_other_files(load):
+    for value, name in enumerate(["B.PNG", "a.png", "c/deep/x.bmp"]):
+        save_gray(load.data / name, value)
+    save_gray(load.data / ".hidden.png", 99)
+    save_gray(load.data / ".thumbnails" / "x.png", 99)
+    (load.data / "notes.txt").write_text("not an image")
+    assert load()[:, 0, 0, 0].tolist() == [0, 1, 2]
+
+
+@pytest.mark.filterwarnings("ignore::engine.errors.FallbackWarning")
+def test_folder_follows_links_and_leaves_out_dangling_ones(load):
+    for i in range(25):
+        save_gray(load.data.parent / "elsewhere" / f"{i:02d}.png", i)
+    (load.data / "link").symlink_to(load.data.parent / "elsewhere")
+    (load.data / "dangling.png").symlink_to(load.data / "nowhere.png")
+    assert load()[:, 0, 0, 0].tolist() == list(range(25))
+
+
+def test_folder_leaves_out_a_few_unreadable_files_with_a_warning(load):
+    for i in range(30):
+        save_gray(load.data / f"{i:02d}.png", i)
+    (load.data / "10.png").write_bytes(b"no image")
+    expected = [i for i in range(30) if i != 10]
+    with pytest.warns(FallbackWarning, match="1 of 30 images in .*cannot be read") as warned:
+        assert load()[:, 0, 0, 0].tolist() == expected
+    lines = str(warned[0].message).splitlines()
+    assert len(lines) == 2 and "10.png: " in lines[1] and "cannot identify image" in lines[1]
+    assert load()[:, 0, 0, 0].tolist() == expected  # from the cache
+
+
+def test_folder_with_many_unreadable_files_is_an_error(load):
+    for i in range(10):
+        save_gray(load.data / f"{i}.png", i)
+    content = (load.data / "3.png").read_bytes()
+    (load.data / "3.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"too many of the 10 images .*3\.png"):
+        load()
+    assert {path.suffix for path in load.cache.iterdir()} <= {".lock"}
+
+
+def test_folder_without_images_is_an_error(load):
+    with pytest.raises(UserError, match="no images in"):
+        load()
+    with pytest.raises(UserError, match="nowhere is not a folder"):
+        load(folder="nowhere")
+    (load.data / "file.png").touch()
+    with pytest.raises(UserError, match=r"file\.png is not a folder"):
+        load(folder="data/file.png")
+
+
+@pytest.mark.parametrize("size", [(4, 4), (90, 90)])
+def test_folder_notices_a_changed_file(load, size):
+    """By its time, or by its size where the file system's clock is too coarse."""
+    for value, change in ((1, (4, 4)), (2, size)):
+        save_gray(load.data / "a.png", value, change)
+        os.utime(load.data / "a.png", (0, value if size == (4, 4) else 0))
+        assert load()[:, 0, 0, 0].tolist() == [value]
+
+
+# Resolution.
+
+
+def test_load_dataset_without_upsampling_rejects_small_images(load, cifar10, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "SHAPES_COUNT", 10)
+
+    def error(dataset: str, folder: str = "data") -> str:
+        with pytest.raises(UserError) as caught:
+            load(dataset, 64, folder, upsampling=False)
+        return str(caught.value)
+
+    write_files(load.data, cifar10_files(cifar10))
+    assert error("cifar10") == (
+        f"images in {load.data} are 32 px, smaller than --image_size 64 (10 of 10 checked). "
+        "Lower it, or add --use_upsampling"
+    )
+    for i in range(5):  # the shorter side counts
+        save_gray(tmp_path / "mixed" / f"{i}.png", 0, (90, 40))
+        if i < 4:
+            save_gray(tmp_path / "mixed" / f"{i}b.png", 0, (70, 64))
+    assert "(5 of 9 checked)" in error("folder", "mixed")
+    save_gray(tmp_path / "mixed" / "more.png", 0, (64, 64))  # now half of them are large enough
+    assert len(load("folder", 64, "mixed", upsampling=False)) == 10
+    assert len(load("shapes", 64, upsampling=False)) == 10
+    assert len(load("cifar10", 64)) == 10
+
+
+def test_sizes_are_checked_all_over_the_folder(load, monkeypatch):
+    monkeypatch.setattr(datasets, "MAX_SIZES_CHECKED", 4)
+    for i in range(8):
+        save_gray(load.data / f"{i}.png", i, (4, 4) if i < 4 else (8, 8))
+    assert len(load(size=8, upsampling=False)) == 8  # half of them are large enough
+    save_gray(load.data / "5.png", 0)  # not checked
+    assert len(load(size=8, upsampling=False)) == 8
+    save_gray(load.data / "4.png", 0)
+    with pytest.raises(UserError, match="3 of 4 checked"):
+        load(size=8, upsampling=False)
+
+
+# Data loaders.
+
+
+def test_images_from_loader_accepts_tensors_arrays_and_tuples():
+    images = torch.from_numpy(random_images(5, 8))
+    labels = torch.zeros(3)
+    batches = [(images[:3].float() / 255, labels), images[3:4].double() / 255, [images[4:].numpy()]]
+    copied = images_from_loader(batches)
+    assert copied.dtype == np.uint8
+    np.testing.assert_array_equal(copied, images.numpy())
+    assert images_from_loader([torch.full((1, 3, 8, 8), 0.999)]).min() == 255  # rounded
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "the loader is empty"),
+        ([{"image": torch.zeros(2, 3, 8, 8)}], "dict"),
+        ([torch.zeros(3, 8, 8)], r"\(B, C <= 4, H, W\)"),
+        ([torch.zeros(2, 8, 8, 3)], r"\(B, C <= 4, H, W\)"),
+        ([torch.zeros(0, 3, 8, 8)], r"\(B, C <= 4, H, W\)"),
+        ([torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 9, 9)], "one shape, not .* 9, 9"),
+        ([torch.zeros(2, 3, 8, 8, dtype=torch.int64)], "int64"),
+        ([torch.full((2, 3, 8, 8), -1.0)], "from -1 to -1"),
+        ([torch.full((2, 3, 8, 8), float("nan"))], "nan"),
+    ],
+)
+def test_images_from_loader_rejects_other_batches(batches, message):
+    with pytest.raises(UserError, match=message):
+        images_from_loader(batches)
+
+
+def test_sources_is_the_old_import_path(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "SHAPES_COUNT", 10)
+    monkeypatch.delitem(sys.modules, "engine.sources", raising=False)
+    with pytest.warns(RenamedWarning, match="images_from_loader"):
+        sources = importlib.import_module("engine.sources")
+    assert sources.collect is images_from_loader
+    images = sources.load_images("shapes", 8, tmp_path, tmp_path / "cache", progress=False)
+    np.testing.assert_array_equal(images, draw_shapes(np.arange(10), 8))

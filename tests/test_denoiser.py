@@ -1,0 +1,192 @@
+"""The denoiser: objectives, guidance, clipping, labels, counting."""
+
+import warnings
+
+import pytest
+import torch
+from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+from torch import Tensor
+
+from ddpm_model import DDPMModel
+from engine.denoiser import ModelDenoiser
+from engine.errors import UserError
+from engine.noise_schedule import BETA_SCHEDULES, OBJECTIVES, sigma_of
+from engine.samplers import SAMPLERS, SPACINGS
+
+SMALL = {"image_size": 8, "dim": 8, "dim_mults": (1, 2), "timesteps": 40, "sampling_timesteps": 10}
+
+
+def small(**changes) -> DDPMModel:
+    torch.manual_seed(0)
+    return DDPMModel(**(SMALL | changes)).eval()
+
+
+def guided(**changes) -> DDPMModel:
+    """A model with a guide of other weights, both unlike those of `small`."""
+    model = small(**changes)
+    for _ in range(2):
+        model.snapshot_guide()
+        for p in model.unet.parameters():
+            p.data += 0.05 * torch.randn_like(p)
+    return model
+
+
+class Constant:
+    """A network that predicts one value everywhere, and the arguments of its calls."""
+
+    def __init__(self, value: float):
+        self.value = value
+        self.calls: list[tuple[int, Tensor | None, Tensor | None]] = []
+
+    def __call__(
+        self, x: Tensor, times: Tensor, previous: Tensor | None, labels: Tensor | None
+    ) -> Tensor:
+        assert (times == times[0]).all()
+        self.calls.append((int(times[0]), previous, labels))
+        return torch.full_like(x, self.value)
+
+
+def process(self_condition: bool = False, **changes) -> GaussianDiffusion:
+    unet = Unet(8, dim_mults=(1,), self_condition=self_condition)
+    return GaussianDiffusion(
+        unet, image_size=8, timesteps=40, **({"objective": "pred_x0"} | changes)
+    )
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_denoiser_recovers_x_0_from_a_perfect_prediction(objective):
+    diffusion = process(objective=objective)
+    x_0 = torch.rand(2, 3, 8, 8) * 2 - 1
+    noise = torch.randn(2, 3, 8, 8)
+    for t in (0, 20, 38):
+        times = torch.full((2,), t)
+        v = diffusion.predict_v(x_0, times, noise)
+        output = {"pred_v": v, "pred_noise": noise, "pred_x0": x_0}[objective]
+        denoiser = ModelDenoiser(diffusion, lambda *_, output=output: output, clip=False)
+        prediction = denoiser(diffusion.q_sample(x_0, times, noise), t)
+        torch.testing.assert_close(prediction, x_0, atol=1e-4, rtol=1e-3)
+
+
+def test_guidance_applies_in_its_interval_only():
+    model = guided(guidance=2.0)
+    main = small()
+    main.unet.load_state_dict(model.unet.state_dict())
+    worse = small()
+    worse.unet.load_state_dict(model.guide.state_dict())
+    x = torch.randn(2, 3, 8, 8)
+    low, high = model.guidance_interval
+    inside = [t for t, a in enumerate(model.denoiser().alpha_bar) if low <= sigma_of(a) <= high]
+    assert 5 < len(inside) < 35
+    for t in (0, inside[0], inside[-1], 39):
+        x_0 = main.denoiser(clip=False)(x, t)
+        x_0_guide = worse.denoiser(clip=False)(x, t)
+        expected = x_0_guide + 2 * (x_0 - x_0_guide) if t in inside else x_0
+        torch.testing.assert_close(model.denoiser(clip=False)(x, t), expected)
+        torch.testing.assert_close(model.denoiser(clip=False, guidance=1)(x, t), x_0)
+        assert not torch.allclose(x_0, x_0_guide, atol=1e-3)
+    assert torch.equal(model.sample(1, seed=0, guidance=1), main.sample(1, seed=0))
+    assert not torch.allclose(model.sample(1, seed=0), main.sample(1, seed=0), atol=1e-3)
+
+
+def test_guidance_weights_all_change_the_image():
+    model = guided()
+    images = [model.sample(1, seed=7, guidance=weight) for weight in (0, 1, 2, 4)]
+    for i, image in enumerate(images):
+        for other in images[:i]:
+            assert (image - other).abs().max() > 0.02
+
+
+@pytest.mark.parametrize(("size", "base_size", "factor"), [(64, 32, 2), (16, 64, 0.25), (8, 0, 1)])
+def test_guidance_interval_shifts_with_the_schedule(size, base_size, factor):
+    model = guided(image_size=size, schedule_base_size=base_size, timesteps=200)
+    assert model.guidance_interval == pytest.approx((0.2 * factor, 5 * factor))
+    denoiser = model.denoiser()
+    unshifted = guided(timesteps=200).denoiser()
+    inside = [t for t in range(200) if denoiser.is_guided(t)]
+    assert inside == [t for t in range(200) if unshifted.is_guided(t)]
+    lowest = sigma_of(denoiser.alpha_bar[inside[0]])
+    highest = sigma_of(denoiser.alpha_bar[inside[-1]])
+    assert 0.2 * factor <= lowest < 0.22 * factor
+    assert 4.5 * factor < highest <= 5 * factor
+
+
+@pytest.mark.parametrize(
+    ("x_0", "x_0_guide", "expected"), [(0.9, 0.2, 1.6), (1.4, 1.5, 1.3), (0.9, 1.5, 0.3)]
+)
+def test_predictions_are_clipped_after_guidance(x_0, x_0_guide, expected):
+    network = Constant(x_0)
+    guide = Constant(x_0_guide)
+    x = torch.zeros(1, 3, 8, 8)
+    for clip in (True, False):
+        denoiser = ModelDenoiser(process(), network, clip, guide, guidance=2.0)
+        value = min(expected, 1.0) if clip else expected
+        torch.testing.assert_close(denoiser(x, 20), torch.full_like(x, value))
+    assert [t for t, _, _ in guide.calls] == [20, 20]
+
+
+def test_denoiser_passes_labels_to_both_networks():
+    network = Constant(0.5)
+    guide = Constant(0.1)
+    labels = torch.tensor([3, 4])
+    denoiser = ModelDenoiser(process(), network, True, guide, 2.0, labels=labels)
+    denoiser(torch.zeros(2, 3, 8, 8), 7)
+    assert network.calls[0][2] is labels and guide.calls[0][2] is labels
+
+
+def test_denoiser_self_conditions_on_its_previous_prediction():
+    network = Constant(0.5)
+    denoiser = ModelDenoiser(process(self_condition=True), network, True)
+    x = torch.zeros(2, 3, 8, 8)
+    outputs = [denoiser(x, t) for t in (30, 20)]
+    assert network.calls[0][1] is None and network.calls[1][1] is outputs[0]
+
+
+def test_labels_are_rejected_by_unconditional_models():
+    model = guided()
+    labels = torch.zeros(2, dtype=torch.long)
+    images = torch.rand(2, 3, 8, 8)
+    calls = (
+        lambda: model.sample(2, labels=labels),
+        lambda: model.denoiser(labels=labels)(images, 3),
+        lambda: model(images, labels, images, labels),
+        lambda: model.mse_per_image(images, labels, images, labels=labels),
+    )
+    for call in calls:
+        with pytest.raises(UserError, match="this model is unconditional: it takes no labels"):
+            call()
+
+
+@pytest.mark.parametrize("sampler", ["unipc", "heun", "ddim"])
+def test_count_nfe_counts_both_networks(sampler):
+    model = guided(guidance=2.0)
+    calls = []
+    for network in (model.unet, model.guide):
+        network.register_forward_hook(lambda *_: calls.append(1))
+    plan = model.sampling_plan(sampler, 9)
+    model.sample(1, sampler=sampler, steps=9, seed=0)
+    assert 9 < len(calls) == model.count_nfe(*plan)
+    assert model.count_nfe(*plan, guidance=1) == 9
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("schedule", BETA_SCHEDULES)
+def test_denoiser_handles_zero_terminal_snr(schedule, objective):
+    model = small(objective=objective, beta_schedule=schedule, timesteps=200)
+    model.diffusion.alphas_cumprod[-1] = 0
+    x = torch.randn(2, 3, 8, 8)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        for clip in (False, True):
+            assert model.denoiser(clip)(x, 199).isfinite().all()
+        for name in SAMPLERS:
+            for spacing in SPACINGS:
+                for options in [{}, {"eta": 1.0}] if name == "ddim" else [{}]:
+                    options = options | {"sampler": name, "spacing": spacing}
+                    assert model.sample(2, steps=5, seed=0, **options).isfinite().all()
+        prediction = model.denoiser(clip=False)(x, 199)
+        if objective == "pred_noise":
+            torch.testing.assert_close(prediction, model.denoiser(clip=False)(x, 198))
+        else:
+            model.diffusion.alphas_cumprod[-1] = 1e-12
+            almost = model.denoiser(clip=False)(x, 199)
+            torch.testing.assert_close(prediction, almost, atol=1e-5, rtol=0)

@@ -1,0 +1,305 @@
+"""Several ranks on one machine over gloo: they compute what one does, and end together."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from config import detect_tier, resolve
+from ddpm_model import DDPMModel
+from engine import checkpoints
+from engine.dataloader import Batch
+from engine.datasets import load_dataset
+from engine.distributed import init
+from engine.errors import UserError
+from engine.progress import LOG_EVERY
+from engine.train_step import TrainStep
+from engine.trainer import train
+from tests.helpers import (
+    ROOT,
+    STEP_SETTINGS,
+    TINY_FLAGS,
+    max_checkpoint_difference,
+    run_script_ok,
+    script_command,
+)
+
+# No dropout, whose masks differ by rank.
+FLAGS = {
+    "IMAGE_SIZE": 8, "DIM": 8, "DIM_MULTS": (1, 2), "BATCH_SIZE": 32, "WARMUP_STEPS": 5,
+    "LR_SCHEDULE": "constant", "SAMPLING_TIMESTEPS": 4, "GRID_IMAGES": 4, "NUM_SAMPLE_GRIDS": 2,
+}  # fmt: skip
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="on GPUs the ranks do not talk through gloo"
+)
+
+
+def start(folder: Path, command: list[str], **environment: str) -> subprocess.Popen:
+    """Starts a command in a folder, with pipes for its output."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def torchrun(folder: Path, script: str, *arguments: str, count: int = 2) -> subprocess.Popen:
+    """Starts `count` ranks of a script in the folder, or else of the repository."""
+    path = folder / script if (folder / script).exists() else ROOT / script
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return start(folder, [*launcher, f"--nproc_per_node={count}", str(path), *arguments])
+
+
+def finish(process: subprocess.Popen) -> str:
+    """Returns what a process that must succeed prints."""
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, output + errors
+    return output
+
+
+def train_on_two_ranks(*arguments: str) -> subprocess.Popen:
+    flags = []
+    for name, value in FLAGS.items():
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        flags += [f"--{name.lower()}", text]
+    return torchrun(Path.cwd(), "train.py", "--dataset", "shapes", *flags, *arguments)
+
+
+def train_alone(max_steps: int, resume: str = "", run_name: str = "") -> None:
+    flags = FLAGS | {"MAX_STEPS": max_steps, "RUN_NAME": run_name}
+    config = resolve("shapes", detect_tier(), flags=flags)
+    path = Path("checkpoints") / resume / "last.pt" if resume else None
+    train(DDPMModel.from_config(config), load_dataset("shapes", 8, Path("data")), config, path)
+
+
+def difference_of_runs(a: str, b: str) -> float:
+    return max_checkpoint_difference(*(Path("checkpoints", name, "final.pt") for name in (a, b)))
+
+
+# --- training
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+def test_two_ranks_make_the_updates_of_one_and_resume_from_each_other(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    train_alone(9, run_name="one")
+    train_alone(3, run_name="two")
+    assert "2 x CPU" in finish(train_on_two_ranks("--resume", "two", "--max_steps", "6"))
+    names = {path.name for path in Path("checkpoints").iterdir()}
+    assert names == {"one", "two", "ddpm_final.pt"}
+    files = {path.name for path in Path("checkpoints/two").iterdir()} - {".lock"}
+    assert files == {"last.pt", "best.pt", "final.pt"}
+    # One of each session, not of each rank.
+    assert len(list(Path("samples/two/tensorboard").iterdir())) == 2
+    train_alone(9, resume="two")
+    assert difference_of_runs("one", "two") < 1e-6
+    one, two = (
+        torch.load(f"checkpoints/{name}/final.pt", weights_only=True)["progress"]
+        for name in ("one", "two")
+    )
+    assert two | {"seconds": 0, "best": 0} == one | {"seconds": 0, "best": 0}
+    rows = [json.loads(line) for line in Path("samples/two/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [3, 6, 9]
+
+
+def error_lines(errors: str) -> list[str]:
+    return re.findall(r"^error: .*", errors, re.MULTILINE)
+
+
+def kill_one_rank(launcher: subprocess.Popen, run_name: str) -> None:
+    """Kills rank 1 once something is saved; all must end within a minute and say so in one line."""
+    while not Path(f"checkpoints/{run_name}/last.pt").exists():
+        assert launcher.poll() is None
+        time.sleep(0.01)
+    children = subprocess.run(
+        ["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=True
+    )
+    workers = [int(pid) for pid in children.stdout.split()]
+    (victim,) = [
+        pid for pid in workers if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()
+    ]
+    os.kill(victim, signal.SIGKILL)
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1
+    (line,) = error_lines(errors)
+    assert line.startswith("error: another rank died (") or "is stuck" in line
+    assert line.endswith(f"; resume with --resume {run_name}")
+    assert errors.count("Traceback (most") == 1  # the launcher's
+
+
+def test_killed_rank_ends_the_run_which_resumes_on_one_rank(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    train_alone(30, run_name="whole")
+    flags = ["--run_name", "killed", "--max_steps", "30", "--save_every_minutes", "0"]
+    kill_one_rank(train_on_two_ranks(*flags), "killed")
+    assert torch.load("checkpoints/killed/last.pt", weights_only=True)["progress"]["step"] < 30
+    train_alone(30, resume="killed")
+    assert difference_of_runs("killed", "whole") < 1e-5
+
+
+WAITING = """
+import os, sys, time
+import torch
+from engine import progress
+from engine.cli import run_script
+from engine.distributed import session
+from engine.errors import UserError
+
+progress.GRACE_PERIOD = 1.0
+
+def hint():
+    return "resume like this"
+
+def main():
+    with session(hint) as dist, progress.StopSignal(dist, hint):
+        torch.distributed.barrier()
+        print(f"rank {dist.process_index} is {os.getpid()}", flush=True)
+        if dist.process_index == 2 and sys.argv[1] == "failing":
+            raise UserError("a disk is full")
+        time.sleep(1000)  # as in a collective operation that never returns
+
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize("how", ["killed", "failing"])
+def test_ranks_that_wait_forever_end_when_another_is_gone(how, tmp_path):
+    (tmp_path / "waiting.py").write_text(WAITING)
+    launcher = torchrun(tmp_path, "waiting.py", how, count=3)
+    lines = [launcher.stdout.readline() for _ in range(3)]
+    pids = {int(rank): int(pid) for rank, pid in re.findall(r"rank (\d) is (\d+)", "".join(lines))}
+    assert set(pids) == {0, 1, 2}
+    if how == "killed":
+        os.kill(pids[0], signal.SIGKILL)
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1 and errors.count("Traceback (most") == 1
+    (line,) = error_lines(errors)
+    expected = r"error: rank [12] is stuck; resume like this"
+    assert re.fullmatch(expected if how == "killed" else "error: a disk is full", line)
+    for pid in pids.values():
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_ranks_that_get_sigterm_save_and_exit_with_its_code(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    flags = [*TINY_FLAGS, "--run_name", "stopped", "--max_steps", "100000"]
+    command = script_command("train.py", *flags)
+    ranks = [start(tmp_path, command, RANK=r, LOCAL_RANK=r, **common) for r in ("0", "1")]
+    try:
+        metrics = tmp_path / "samples" / "stopped" / "metrics.jsonl"
+        while not metrics.exists() or not metrics.read_text():
+            assert all(process.poll() is None for process in ranks)
+            time.sleep(0.05)
+        for process in ranks:
+            process.send_signal(signal.SIGTERM)
+        outputs = [process.communicate(timeout=60)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [128 + signal.SIGTERM] * 2
+    step = checkpoints.load(tmp_path / "checkpoints" / "stopped" / "last.pt")["progress"]["step"]
+    assert step % LOG_EVERY == 0
+    assert f"interrupted at step {step}: resume with --resume stopped" in outputs[0]
+    assert "interrupted" not in outputs[1]
+
+
+# --- a step, and inference
+
+SHARED = f"""
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+import inference
+from ddpm_model import DDPMModel
+from engine import checkpoints
+from engine.dataloader import Batch
+from engine.distributed import session
+from engine.train_step import TrainStep
+
+# As in a new clone.
+checkpoints.CHECKPOINT_DIR, checkpoints.PRETRAINED_DIR = Path("empty"), Path("checkpoints")
+inference.main()
+with session(str) as dist:
+    rank, world_size = dist.process_index, dist.num_processes
+    model = DDPMModel().load_model("checkpoints/cifar10.safetensors")
+    samples = inference.batch_generate(
+        model, total_samples=10, batch_size=3, seed=5, sampler="ddpm"
+    )
+    config = SimpleNamespace(**{STEP_SETTINGS | {"BATCH_SIZE": 16}})
+    step = TrainStep(model, config, rank, world_size)
+    loss, norm = step(Batch(torch.load("images.pt")[16 * rank :][:16]), 3, 1e-3)
+    weights = list(step.model.parameters())
+    results = dict(samples=samples, loss=loss, norm=norm, weights=weights)
+    torch.save(results, f"rank{{rank}}.pt")
+"""
+BATCH = ["--mode", "batch", "--num_samples", "600", "--format", "npz", "--output_dir"]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Path:
+    """A folder with an untrained model and what two ranks did with it."""
+    folder = tmp_path_factory.mktemp("shared")
+    torch.manual_seed(0)
+    model = DDPMModel(image_size=16, dim=8, dim_mults=(1, 2), timesteps=20, sampling_timesteps=2)
+    model.save_model(folder / "checkpoints/cifar10.safetensors")
+    torch.save(torch.randint(256, (32, 3, 16, 16), dtype=torch.uint8), folder / "images.pt")
+    (folder / "shared.py").write_text(SHARED)
+    output = finish(torchrun(folder, "shared.py", *BATCH, "two"))
+    assert output.count("no checkpoint in empty/ yet") == 1
+    assert output.count("batch: 600 images: images.npz") == 1
+    return folder
+
+
+def test_two_ranks_sample_what_one_does(shared):
+    import inference
+
+    run_script_ok(shared, "inference.py", *BATCH, "one")
+    one, two = (next((shared / name).rglob("images.npz")) for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    assert len(np.unique(np.load(one)["images"], axis=0)) == 600
+    summary = json.loads((two.parent / "summary.json").read_text())
+    assert summary["processes"] == 2 and summary["seeds"] == list(range(600))
+    model = DDPMModel().load_model(shared / "checkpoints/cifar10.safetensors")
+    options = dict(total_samples=10, batch_size=3, seed=5, sampler="ddpm")
+    samples = inference.batch_generate(model, **options)
+    for rank in range(2):
+        other = torch.load(shared / f"rank{rank}.pt", weights_only=True)["samples"]
+        # The ranks have one thread each, this process may have more and round differently.
+        torch.testing.assert_close(other, samples, rtol=0, atol=1e-5)
+
+
+def test_half_a_batch_on_each_of_two_ranks_is_a_step_on_all_of_it(shared):
+    model = DDPMModel().load_model(shared / "checkpoints/cifar10.safetensors")
+    step = TrainStep(model, SimpleNamespace(**STEP_SETTINGS))
+    loss, norm = step(Batch(torch.load(shared / "images.pt", weights_only=True)), 3, 1e-3)
+    for rank in range(2):
+        two = torch.load(shared / f"rank{rank}.pt", weights_only=True)
+        torch.testing.assert_close((two["loss"], two["norm"]), (loss, norm))
+        torch.testing.assert_close(two["weights"], list(step.model.parameters()), rtol=0, atol=1e-6)
+
+
+def test_init_refuses_more_ranks_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="this machine has 2, so start at most 2"):
+        init()

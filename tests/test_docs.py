@@ -1,0 +1,281 @@
+"""README and docs/: their Python runs as printed; what they name and link to exists."""
+
+import argparse
+import importlib
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
+
+import train
+import train_optimized
+from config import CPU_PRESETS, resolve
+from ddpm_model import DDPMModel
+from engine import checkpoints
+from engine.inference_jobs import load_sampler
+from engine.optimizer import Adam
+from tests.helpers import LARGE_TIER, ROOT
+
+README = ROOT / "README.md"
+README_ZH = ROOT / "README.zh-CN.md"
+PAGES = [README, README_ZH, ROOT / "weights" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = ["setup", *(p.stem for p in ROOT.glob("*.py") if "run_script(" in p.read_text("utf-8"))]
+MAX_README_LINES = 170
+MAX_IMAGE_BYTES = 300_000
+MIN_MODULE_LINES = 20  # of a module that is more than another's former name
+TINY = '"MAX_STEPS": 2, "NUM_SAMPLE_GRIDS": 1, "GRID_IMAGES": 2, "SAMPLING_TIMESTEPS": 2'
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The code blocks of a page in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text_of(page), re.DOTALL | re.MULTILINE)
+
+
+def commands(page: Path) -> list[str]:
+    """The commands in a page's shell blocks, each in one line without its comment."""
+    lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    parts = [re.sub(r"(^|\s+)#.*", "", line).split("&&") for line in lines]
+    return [command.strip() for part in parts for command in part if command.strip()]
+
+
+PYTHON_BLOCKS = [
+    (page, block) for page in PAGES if page != README_ZH for block in blocks(page, "python")
+]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A working folder with a tiny model in place of the pretrained one and of a finished run's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoints, "PRETRAINED_DIR", tmp_path / "weights")
+    torch.manual_seed(0)
+    model = DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), timesteps=20, sampling_timesteps=2)
+    model.save_model("weights/cifar10.safetensors")
+    model.save_model("checkpoints/ddpm_final.pt")
+    return tmp_path
+
+
+def execute(block: str, monkeypatch) -> dict:
+    """Runs a block as a file, at toy size; returns what it defines."""
+    monkeypatch.setitem(CPU_PRESETS, "shapes", {})
+    block = block.replace("total_samples=1000", "total_samples=3").replace('"MAX_STEPS": 200', TINY)
+    name = re.match(r"# (\w+\.py)\n", block)
+    path = Path(name[1] if name else "block.py")
+    path.write_text(block, encoding="utf-8")
+    return runpy.run_path(str(path), run_name="__main__")
+
+
+def block_with(mark: str) -> str:
+    """The one Python block that contains a text."""
+    (block,) = {block for _, block in PYTHON_BLOCKS if mark in block}
+    return block
+
+
+# Python.
+
+
+@pytest.mark.parametrize(
+    "block",
+    [pytest.param(b, id=page.name) for page, b in PYTHON_BLOCKS if "def main" not in b],
+)
+def test_block_runs(block, folder, monkeypatch):
+    names = execute(block, monkeypatch)
+    if "inpainted" in names:
+        assert names["images"].shape == (16, 3, 8, 8)
+        assert names["trajectory"].shape == (1, 3, 3, 8, 8)
+        assert names["between"].shape == (10, 3, 8, 8)
+        assert names["variations"].shape == (4, 3, 8, 8)
+        assert names["inpainted"].shape == (1, 3, 8, 8)
+        assert names["many"].shape == (3, 3, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["my_data", "my_loss", "my_network", "my_optimizer"])
+def test_extending_example_trains_a_model(name, folder, monkeypatch):
+    monkeypatch.setattr("engine.train_step.Adam", Adam)  # restored after the optimizer example
+    names = execute(block_with(f"# {name}.py"), monkeypatch)
+    (run,) = [path.parent for path in Path("checkpoints").glob("*/final.pt")]
+    state = torch.load(run / "final.pt", weights_only=True)
+    assert state["progress"]["step"] == 2
+    assert all(value.isfinite().all() for value in state["model"].values())
+    assert (set(state["optimizer"]["adam"]) == {"exp_avg"}) == (name == "my_optimizer")
+    loads_as = names.get("ResNetModel", DDPMModel)
+    assert loads_as().load_model(run / "final.pt").image_size == 16
+
+
+def test_loss_example_has_another_loss(folder, monkeypatch):
+    huber = execute(block_with("class HuberModel").split("def main")[0], monkeypatch)["HuberModel"]
+    model = huber(image_size=16, dim=8, dim_mults=(1, 2))
+    images, noise = torch.rand(4, 3, 16, 16), torch.randn(4, 3, 16, 16)
+    t = torch.tensor([100, 300, 600, 900])
+    assert model(images, t, noise) != DDPMModel.forward(model, images, t, noise)
+
+
+def test_optimizer_example_skips_updates_that_are_not_finite(folder, monkeypatch):
+    lion = execute(block_with("class Lion").split("def main")[0], monkeypatch)["Lion"]
+    params, one, zero = torch.ones(4), torch.tensor(1.0), torch.tensor(0.0)
+    optimizer = lion(params)
+    optimizer.update(params, torch.full((4,), torch.nan), torch.tensor(0.1), one, zero)
+    assert (params == 1).all() and (optimizer.exp_avg == 0).all()
+    optimizer.update(params, torch.tensor([2.0, 1, -1, -2]), torch.tensor(0.1), one, one)
+    torch.testing.assert_close(params, torch.tensor([0.9, 0.9, 1.1, 1.1]))
+
+
+def test_sampler_example_works_by_file_name(folder, monkeypatch):
+    execute(block_with("def restless_ddim"), monkeypatch)
+    sampler = load_sampler("my_sampler.py:restless_ddim")
+    model = DDPMModel(image_size=8, dim=8, dim_mults=(1, 2))
+    images = model.sample(batch_size=2, sampler=sampler, steps=20, seed=0)
+    assert not torch.equal(images, model.sample(batch_size=2, sampler="ddim", steps=20, seed=0))
+
+
+def test_subclass_example_configures_its_command(folder):
+    Path("my_config.py").write_text(block_with("class MyConfig"))
+    (command,) = [c for c in commands(ROOT / "docs" / "configuration.md") if "--config" in c]
+    request = train.parse_command_line("", train_optimized.DEFAULTS, shlex.split(command)[2:])
+    layers = (request.script, request.subclass, request.flags)
+    config = resolve("folder", LARGE_TIER, *layers)
+    assert (config.IMAGE_SIZE, config.DIM, config.EPOCHS, config.BATCH_SIZE) == (64, 48, 100, 16)
+    assert config.set_by["DIM"] == "MyConfig" and config.set_by["BATCH_SIZE"] == "flag"
+
+
+# Commands and flags.
+
+
+class ParserCaptured(Exception):
+    """Carries the parser of a script that was about to parse its command line."""
+
+
+@pytest.fixture(scope="module")
+def flags() -> dict[str, set[str]]:
+    """The flags of every script, and of the launchers, by name."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+
+        def capture(parser, *args, **kwargs):
+            raise ParserCaptured(parser)
+
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", capture)
+        patch.setattr(sys, "argv", ["script"])
+        for script in SCRIPTS:
+            module = importlib.import_module(script)
+            with pytest.raises(ParserCaptured) as captured:
+                (module.main if hasattr(module, "main") else train.main)()
+            found[script] = options_of(captured.value.args[0])
+    found["torchrun"] = options_of(get_args_parser())
+    found["accelerate"] = options_of(launch_command_parser())
+    return found
+
+
+def options_of(parser: argparse.ArgumentParser) -> set[str]:
+    return {option for action in parser._actions for option in action.option_strings}
+
+
+def test_every_flag_of_a_command_exists(flags):
+    known_tools = {"pip", "python", "tensorboard", *flags}
+    for page in PAGES:
+        for command in commands(page):
+            owner = ""
+            for word in shlex.split(command.replace("$(", "").replace(")", "")):
+                if word.removesuffix(".py") in known_tools:
+                    owner = word.removesuffix(".py")
+                elif word.startswith("--") and owner in flags:
+                    assert word.split("=")[0] in flags[owner], f"{page.name}: {command}"
+
+
+def test_every_flag_in_the_text_exists(flags):
+    known = set().union(*flags.values()) | {"--logdir"}  # of TensorBoard
+    for page in PAGES:
+        text = re.sub(r"^#SBATCH.*", "", text_of(page), flags=re.MULTILINE)
+        for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)):
+            assert flag in known, f"{page.name}: {flag}"
+
+
+def test_every_python_file_in_the_text_exists():
+    for page in PAGES:
+        for name in set(re.findall(r"\w+\.py\b", text_of(page))):
+            exists = (ROOT / name).is_file() or (ROOT / "engine" / name).is_file()
+            assert exists or name.startswith("my_"), f"{page.name}: {name}"
+
+
+def test_old_names_in_the_configuration_page_are_aliases(flags):
+    rows = re.findall(
+        r"^\| `(--\w+)`.* \| `(--\w+)` \|$", text_of(ROOT / "docs/configuration.md"), re.M
+    )
+    assert len(rows) >= 8
+    for old, new in rows:
+        assert any(old in options and new in options for options in flags.values()), (old, new)
+
+
+# Pages.
+
+
+def test_readmes_name_the_same_commands():
+    inline = [
+        re.findall(r"`(python [^`]+|pip [^`]+)`", text_of(page)) for page in (README, README_ZH)
+    ]
+    assert commands(README) == commands(README_ZH)
+    assert sorted(inline[0]) == sorted(inline[1])
+
+
+def test_readmes_have_the_same_python():
+    english, chinese = (
+        [re.sub(r"#.*", "", block) for block in blocks(page, "python")]
+        for page in (README, README_ZH)
+    )
+    assert english == chinese
+
+
+@pytest.mark.parametrize("page", [README, README_ZH], ids=lambda page: page.name)
+def test_readme_is_short_and_links_to_the_other_language(page):
+    lines = text_of(page).splitlines()
+    assert len(lines) <= MAX_README_LINES
+    other = README_ZH if page == README else README
+    assert f"({other.name})" in lines[0]
+
+
+def test_readme_links_to_every_page_of_docs():
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"(docs/{page.name})" in text_of(README), page.name
+        assert f"(docs/{page.name})" in text_of(README_ZH), page.name
+
+
+@pytest.mark.parametrize("page", [README, README_ZH], ids=lambda page: page.name)
+def test_readme_layout_names_every_engine_file(page):
+    layout = re.search(r"^```\nconfig\.py.*?^```", text_of(page), re.DOTALL | re.MULTILINE)[0]
+    for path in (ROOT / "engine").glob("*.py"):
+        is_alias = len(text_of(path).splitlines()) < MIN_MODULE_LINES
+        assert is_alias or path.name in layout, path.name
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text_of(page), flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
+def test_links_resolve(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), f"{page.name}: {link}"
+        assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+
+
+def test_images_are_small_and_used():
+    text = "".join(map(text_of, PAGES))
+    for path in (ROOT / "docs" / "images").iterdir():
+        assert path.stat().st_size <= MAX_IMAGE_BYTES, path.name
+        assert f"images/{path.name})" in text, path.name

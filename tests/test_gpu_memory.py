@@ -1,0 +1,96 @@
+"""GPU memory: caps, and one policy for running out of it."""
+
+import pytest
+import torch
+
+from config import detect_tier
+from engine import gpu_memory
+from engine.errors import FallbackWarning, UserError
+from engine.gpu_memory import OomBatcher
+from tests.helpers import needs_gpu
+
+
+@pytest.fixture
+def two_gpus(monkeypatch) -> list:
+    """Two fake GPUs of 24 and 8 GiB, the second current; returns (fraction, device) of each cap."""
+    limits = []
+    sizes = [torch.empty(0), torch.empty(0)]
+    for size, gib in zip(sizes, (24, 8), strict=True):
+        size.total_memory = gib * 2**30
+    monkeypatch.setattr(gpu_memory, "_memory_cap", None)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", sizes.__getitem__)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda *limit: limits.append(limit)
+    )
+    return limits
+
+
+@pytest.mark.parametrize(("local_rank", "device"), [("0", 0), ("1", 1), ("2", 0)])
+def test_cap_memory_applies_to_the_gpu_of_the_local_rank(two_gpus, monkeypatch, local_rank, device):
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    gpu_memory.cap_memory(6)
+    assert two_gpus == [(6 / (24, 8)[device], device)]
+
+
+def test_memory_limit_is_the_cap_or_the_whole_card(two_gpus):
+    assert gpu_memory.memory_limit() == 8 * 2**30
+    gpu_memory.cap_memory(6)
+    assert gpu_memory.memory_limit() == 6 * 2**30
+    gpu_memory.cap_memory(12)
+    assert gpu_memory.memory_limit() == 8 * 2**30 and two_gpus == [(0.25, 0), (0.5, 0)]
+    gpu_memory.cap_memory(48)
+    assert two_gpus[-1] == (1.0, 0)
+
+
+def test_limited_to_restores_the_cap(two_gpus, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    gpu_memory.cap_memory(6)
+    with pytest.raises(ZeroDivisionError), gpu_memory.limited_to(2):
+        raise ZeroDivisionError
+    assert two_gpus == [(0.75, 1), (0.25, 1), (0.75, 1)]
+
+
+def test_oom_batcher_halves_for_good_and_covers_every_image_once():
+    done, sizes = [], []
+
+    def work(part: slice) -> slice:
+        sizes.append(part.stop - part.start)
+        if sizes[-1] > 3:
+            raise torch.OutOfMemoryError
+        done.append(part)
+        return part
+
+    batcher = OomBatcher(12)
+    with pytest.warns(FallbackWarning, match="continuing with batches of") as warned:
+        assert list(batcher.map(10, work)) == done
+    assert sizes == [10, 5, 3, 3, 3, 1] and batcher.size == 3
+    assert [i for part in done for i in range(part.start, part.stop)] == list(range(10))
+    assert len(warned) == 2
+
+
+def test_oom_batcher_gives_up_at_one_image():
+    def work(part: slice) -> None:
+        raise torch.OutOfMemoryError
+
+    with pytest.warns(FallbackWarning), pytest.raises(UserError, match="not even one image fits"):
+        list(OomBatcher(2).map(2, work))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_cap_memory_makes_a_smaller_card(monkeypatch):
+    monkeypatch.setattr(gpu_memory, "_memory_cap", None)
+    torch.cuda.empty_cache()
+    gpu_memory.cap_memory(6.0)
+    try:
+        assert (detect_tier().name, detect_tier().memory) == ("Small", 6.0)
+        left = 6 * 2**30 - torch.cuda.memory_reserved()  # earlier tests may hold some
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(left + 2**30, dtype=torch.uint8, device="cuda")
+        torch.empty(left - 2**30, dtype=torch.uint8, device="cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

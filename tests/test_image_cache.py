@@ -1,0 +1,254 @@
+"""engine/image_cache.py: built once, completely; labels follow their images."""
+
+import hashlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine import image_cache
+from engine.dataloader import ImageDataset
+from engine.datasets import load_dataset
+from engine.errors import FallbackWarning, UserError
+from engine.image_cache import Source, load_cached
+from tests.helpers import ROOT, random_images
+
+
+def gray_source(count: int, unreadable: tuple[int, ...] = (), on_read=None, **fields) -> Source:
+    """A source whose image i is filled with i; on_read(block) precedes each read."""
+
+    def read(block: range, size: int) -> tuple[np.ndarray, dict[int, str]]:
+        if on_read:
+            on_read(block)
+        values = [i for i in block if i not in unreadable]
+        images = np.zeros((len(values), 3, size, size), np.uint8)
+        images += np.array(values, np.uint8).reshape(-1, 1, 1, 1)
+        return images, {i: f"image {i} is broken" for i in block if i in unreadable}
+
+    return Source(**({"location": "here", "fingerprint": "1"} | fields), count=count, read=read)
+
+
+def values(data: ImageDataset) -> list[int]:
+    return data.images[:, 0, 0, 0].tolist()
+
+
+@pytest.fixture
+def load(tmp_path):
+    """load_cached with the cache in tmp_path/cache."""
+
+    def load(source: Source, size: int = 4) -> ImageDataset:
+        return load_cached(source, "gray", size, load.cache, workers=3, progress=False)
+
+    load.cache = tmp_path / "cache"
+    load.files = lambda: {path.name for path in load.cache.iterdir() if path.suffix != ".lock"}
+    return load
+
+
+# The file.
+
+
+def test_cache_file_keeps_its_name_and_format(load):
+    """Caches of earlier versions are used."""
+    data = load(gray_source(200))
+    location, fingerprint = (hashlib.sha256(text).hexdigest()[:10] for text in (b"here", b"1"))
+    path = load.cache / f"gray_4px_{location}_{fingerprint}.npy"
+    assert data.images.filename == path and load.files() == {path.name}
+    assert not data.images.flags.writeable and values(data) == list(range(200))
+    expected = io.BytesIO()
+    np.save(expected, np.array(data.images))
+    assert path.read_bytes() == expected.getvalue()
+
+
+def test_cache_is_used_until_the_source_changes(tmp_path):
+    def load(folder: str, size: int = 4) -> list[int]:
+        data = load_dataset("folder", size, tmp_path / folder, cache, progress=False)
+        return values(data)
+
+    def save(path: str, value: int) -> None:
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        Image.new("L", (4, 4), value).save(tmp_path / path)
+
+    cache = tmp_path / "cache"
+    save("data/a.png", 1)
+    save("other/a.png", 9)
+    load("data", size=8)
+    load("other")
+    others = set(cache.glob("*.npy"))
+
+    load("data")
+    (first,) = set(cache.glob("*.npy")) - others
+    written = first.stat()
+    assert load("data") == [1]
+    assert (first.stat().st_mtime_ns, first.stat().st_ino) == (written.st_mtime_ns, written.st_ino)
+
+    save("data/b.png", 2)
+    assert load("data") == [1, 2]
+    (second,) = set(cache.glob("*.npy")) - others
+    assert second != first
+    assert others < set(cache.glob("*.npy"))  # another size and another folder
+
+    save("data/b.png", 3)  # of the same size
+    os.utime(tmp_path / "data" / "b.png", (0, 0))  # the clock may be too coarse for this test
+    assert load("data") == [1, 3]
+
+
+def test_cache_build_removes_what_killed_builds_and_earlier_versions_left(load):
+    load(gray_source(5))
+    (stale,) = load.files()
+    (load.cache / f".{stale}.4711.tmp").touch()
+    (load.cache / "unrelated.npy").touch()
+    load(gray_source(5, fingerprint="2"))
+    (built,) = load.files() - {"unrelated.npy"}
+    assert built != stale and "unrelated.npy" in load.files()
+
+
+# Unreadable images.
+
+
+def test_cache_leaves_out_unreadable_images_and_lists_them(load):
+    with pytest.warns(FallbackWarning) as warned:
+        data = load(gray_source(100, unreadable=(3, 70)))
+    assert values(data) == [i for i in range(100) if i not in (3, 70)]
+    (message,) = (str(warning.message) for warning in warned)
+    assert message.splitlines() == [
+        "2 of 100 images in here cannot be read; continuing without:",
+        "  image 3 is broken",
+        "  image 70 is broken",
+    ]
+
+
+def test_cache_accepts_one_unreadable_image_in_twenty(load):
+    with pytest.warns(FallbackWarning, match="2 of 40"):
+        load(gray_source(40, unreadable=(0, 1)))
+    with pytest.raises(UserError, match=r"too many of the 40 images in here .*image 0 is broken"):
+        load(gray_source(40, unreadable=(0, 1, 2), fingerprint="2"))
+    assert len(load.files()) == 1  # of the first
+
+
+# Labels.
+
+
+@pytest.mark.filterwarnings("ignore::engine.errors.FallbackWarning")
+@pytest.mark.parametrize("unreadable", [(), (3, 70)])
+def test_cache_labels_follow_their_images(load, unreadable):
+    def forbid(block):
+        pytest.fail("read a cached source")
+
+    names = ("a", "b")
+    labels = 1000 + np.arange(100)
+    first = load(gray_source(100, unreadable, labels=labels, class_names=names))
+    cached = load(gray_source(100, unreadable, on_read=forbid, labels=labels, class_names=names))
+    for data in (first, cached):
+        assert data.labels.dtype == np.int64 and data.class_names == names
+        assert data.labels.tolist() == [1000 + value for value in values(data)]
+        assert len(data) == 100 - len(unreadable)
+
+
+@pytest.mark.filterwarnings("ignore::engine.errors.FallbackWarning")
+def test_cache_without_labels_is_rebuilt_when_its_source_has_some(load):
+    assert load(gray_source(100, (3,))).labels is None
+    data = load(gray_source(100, (3,), labels=np.arange(100)))
+    assert data.labels.tolist() == values(data)
+    assert load(gray_source(100, (3,))).labels is None
+
+
+# Interrupted and concurrent builds.
+
+
+def test_interrupted_build_leaves_nothing_and_starts_again(load):
+    def interrupt(block):
+        assert not load.files() or all(name.endswith(".tmp") for name in load.files())
+        if 130 in block:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load(gray_source(250, on_read=interrupt))
+    assert not load.files()
+    assert values(load(gray_source(250))) == list(range(250))
+
+
+def test_killed_build_starts_again_and_ends_the_same(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, pixels in enumerate(random_images(700, 40)):
+        Image.fromarray(pixels.transpose(1, 2, 0)[:, :32]).save(folder / f"{i:04d}.png")
+    cache = tmp_path / "cache"
+    decode = (
+        "import time; from pathlib import Path; from engine import datasets\n"
+        "crop = datasets.center_square\n"
+        "def slow_crop(*arguments):\n    time.sleep(0.003)\n    return crop(*arguments)\n"
+        "datasets.center_square = slow_crop\n"
+        "datasets.load_dataset('folder', 32, Path('images'), Path('cache'), 2, progress=False)"
+    )
+
+    def start() -> subprocess.Popen:
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.Popen([sys.executable, "-c", decode], cwd=tmp_path, env=environment)
+
+    def written() -> int:
+        return sum(path.stat().st_size for path in cache.glob("*.tmp"))
+
+    killed = start()
+    while written() < 200 * 3 * 32**2:
+        assert killed.poll() is None
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert written() and not list(cache.glob("*.npy"))
+    assert start().wait() == 0
+    (built,) = (path for path in cache.iterdir() if path.suffix != ".lock")
+    load_dataset("folder", 32, folder, tmp_path / "undisturbed", progress=False)
+    assert built.read_bytes() == (tmp_path / "undisturbed" / built.name).read_bytes()
+
+
+def test_second_process_waits_for_the_first(load, capsys):
+    blocks = []
+    is_building = threading.Event()
+
+    def on_read(block):
+        blocks.append(block)
+        is_building.set()
+        time.sleep(0.05)
+
+    source = gray_source(250, on_read=on_read)
+    with ThreadPoolExecutor(2) as pool:  # locks are between open files, so threads will do
+        first = pool.submit(load, source)
+        is_building.wait()
+        second = pool.submit(load, source)
+    assert values(first.result()) == values(second.result()) == list(range(250))
+    assert len(blocks) == 4 and len(load.files()) == 1
+    assert capsys.readouterr().err.count("waiting for it") == 1
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no flock"), OSError(95, "not supported")])
+def test_cache_is_built_where_files_cannot_be_locked(load, monkeypatch, error):
+    class Unsupported:
+        def __init__(self, path):
+            pass
+
+        def acquire(self, timeout=None):
+            raise error
+
+    monkeypatch.setattr(image_cache, "FileLock", Unsupported)
+    with pytest.warns(FallbackWarning, match=r"file locking failed .*continuing without it"):
+        assert values(load(gray_source(100))) == list(range(100))
+    assert len(load.files()) == 1
+
+
+def test_threads_read_at_most_two_blocks_ahead_each(monkeypatch):
+    monkeypatch.setattr(image_cache, "BLOCK", 1)
+    started = []
+    source = gray_source(100, on_read=lambda block: started.append(block.start))
+    blocks = image_cache._read_blocks(source, 2, 3)
+    assert next(blocks)[0][0, 0, 0, 0] == 0
+    time.sleep(0.05)  # for blocks that should not have been read
+    assert max(started) <= 2 * 3
+    assert [images[0, 0, 0, 0] for images, _ in blocks] == list(range(1, 100))

@@ -1,0 +1,161 @@
+"""How far a run is, whose clock counts, and how it stops."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.distributed import ReduceOp
+
+from config import resolve
+from engine import progress as progress_module
+from engine.distributed import RankLostError
+from engine.progress import LOG_EVERY, Progress, StopSignal
+from tests.helpers import CPU, CPU_TIER, ROOT
+
+ALONE = SimpleNamespace(num_processes=1, process_index=0, device=CPU)
+PAIR = SimpleNamespace(num_processes=2, process_index=1, device=CPU)
+
+
+class FakeTime:
+    """Stands in for the module `time`; its clock is set by the test."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> FakeTime:
+    fake = FakeTime()
+    monkeypatch.setattr(progress_module, "time", fake)
+    return fake
+
+
+def make_progress(seconds: float = 0.0, step: int = 0, **changes) -> Progress:
+    config = resolve("folder", CPU_TIER, flags=changes)
+    return Progress(config, 4, ALONE, seconds=seconds, step=step)
+
+
+def test_progress_continues_with_the_seconds_of_earlier_sessions(clock):
+    progress = make_progress(seconds=30, step=10, MINUTES=1)
+    assert progress.fraction == 0.5
+    clock.now += 6
+    progress.advance(16)
+    assert (progress.seconds, progress.step) == (36, 11)
+    assert progress.fraction == 0.6 and progress.estimated_steps == round(11 / 0.6)
+    clock.now += 23.9
+    progress.advance(16)
+    assert not progress.is_finished
+    clock.now += 0.2
+    progress.advance(16)
+    assert progress.is_finished
+
+
+def test_progress_in_steps_ignores_the_clock(clock):
+    progress = make_progress(seconds=1e6, step=98, MAX_STEPS=100)
+    clock.now += 1e6
+    progress.advance(16)
+    found = (progress.fraction, progress.estimated_steps, progress.is_finished)
+    assert found == (0.99, 100, False)
+
+
+def test_progress_in_epochs_counts_passes_whatever_the_batch_was_before():
+    config = SimpleNamespace(EPOCHS=4, MAX_STEPS=0, MINUTES=0)
+    # Two epochs of 8 steps, then the batch doubled.
+    progress = Progress(config, 10, ALONE, step=20, epoch=2, epoch_step=5)
+    found = (progress.fraction, progress.estimated_steps, progress.is_finished)
+    assert found == (2.5 / 4, 35, False)
+    progress.epoch = 3
+    progress.epoch_step = 10
+    assert progress.is_finished
+
+
+def test_progress_ends_an_epoch_only_when_it_is_complete():
+    progress = make_progress(MAX_STEPS=100)
+    for _ in range(4):
+        progress.end_epoch()
+        progress.advance(16)
+    assert (progress.epoch, progress.epoch_step, progress.images) == (0, 4, 64)
+    progress.end_epoch()
+    assert (progress.epoch, progress.epoch_step) == (1, 0)
+    stored = progress.state_dict()
+    assert stored.keys() == {"step", "epoch", "position", "images", "seconds", "best"}
+    assert (stored["epoch"], stored["position"]) == (1, 0)
+
+
+# --- signals
+
+
+@pytest.mark.parametrize(
+    ("mine", "other", "agreed"), [(0, 0, 0), (15, 0, 15), (0, 2, 2), (15, 15, 15), (2, 15, 15)]
+)
+def test_stop_signal_is_the_same_on_all_ranks(mine, other, agreed, monkeypatch):
+    reduce = {ReduceOp.MAX: max, ReduceOp.MIN: min, ReduceOp.SUM: lambda *both: sum(both)}
+
+    def all_reduce(number: torch.Tensor, op: ReduceOp) -> None:
+        number.fill_(reduce[op](number.item(), other))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    stop = StopSignal(PAIR, str)
+    stop.number = mine
+    assert not stop.requested(LOG_EVERY + 1)  # nobody asks in between
+    assert stop.requested(LOG_EVERY) == (agreed > 0)
+    assert stop.number == agreed
+
+
+def test_stop_signal_restores_handlers_and_starts_no_thread_on_a_single_rank():
+    before = signal.getsignal(signal.SIGTERM)
+    threads = threading.active_count()
+    with StopSignal(ALONE, str) as stop:
+        assert threading.active_count() == threads
+        assert not stop.requested(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested(2) and stop.number == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == before  # a second one kills
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+STUCK = """
+import os, signal, time
+from types import SimpleNamespace
+from engine import progress
+
+progress.GRACE_PERIOD = 0.5
+dist = SimpleNamespace(num_processes=2, process_index=1, device="cpu")
+for steps, seconds in ((10, 0), (3, 1000)):
+    with progress.StopSignal(dist, lambda: "resume with --resume mine") as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        for step in range(steps):
+            time.sleep(0.2)
+            stop.requested(10 * step + 1)
+        time.sleep(seconds)
+    print("left", flush=True)
+"""
+
+
+def test_stop_signal_ends_a_rank_that_is_stuck_but_not_a_slow_one(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    stuck = subprocess.run(
+        [sys.executable, "-c", STUCK], cwd=tmp_path, env=environment, capture_output=True,
+        text=True, timeout=100,
+    )  # fmt: skip
+    assert (stuck.returncode, stuck.stdout) == (1, "left\n")
+    assert stuck.stderr.strip() == "error: rank 1 is stuck; resume with --resume mine"
+
+
+def test_stop_signal_waits_for_the_error_message_of_a_lost_rank():
+    before = signal.getsignal(signal.SIGTERM)
+    stop = StopSignal(ALONE, str)
+    try:
+        with pytest.raises(RankLostError), stop:
+            raise RankLostError(RuntimeError("connection reset"))
+        assert signal.getsignal(signal.SIGTERM) == stop._handle
+    finally:
+        stop.__exit__(None)
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -1,0 +1,292 @@
+"""A run: what it is called, who may train it, what is due when, and what it writes."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from config import Config, resolve
+from ddpm_model import DDPMModel
+from engine import plots, progress, run
+from engine.dataloader import Batch, BatchLoader, ImageDataset
+from engine.errors import FallbackWarning, UserError
+from engine.progress import Progress
+from engine.run import MetricsLog, Run, new_run_name
+from engine.train_step import TrainStep, get_rng_state, set_rng_state
+from engine.trainer import should_snapshot_guide
+from tests.helpers import CPU, CPU_TIER, ROOT, random_images
+
+ALONE = SimpleNamespace(num_processes=1, process_index=0, device=CPU)
+FLAGS = {
+    "IMAGE_SIZE": 8, "DIM": 8, "DIM_MULTS": (1, 2), "TIMESTEPS": 40, "SAMPLING_TIMESTEPS": 4,
+    "BATCH_SIZE": 16, "WARMUP_STEPS": 1, "CHECKPOINT_EVERY": 0, "NUM_SAMPLE_GRIDS": 0,
+    "GRID_IMAGES": 4,
+}  # fmt: skip
+IMAGES = random_images(80, 8)
+SCALAR = torch.tensor(0.5)
+
+
+def configure(**changes) -> Config:
+    return resolve("folder", CPU_TIER, flags=FLAGS | changes)
+
+
+def make_step() -> TrainStep:
+    config = configure(MAX_STEPS=100)
+    return TrainStep(DDPMModel.from_config(config).train(), config)
+
+
+class FakeTime:
+    """Stands in for the module `time`; its clock is set by the test."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> FakeTime:
+    fake = FakeTime()
+    for module in (run, progress):
+        monkeypatch.setattr(module, "time", fake)
+    return fake
+
+
+# --- names and locks
+
+
+@pytest.fixture
+def hold_lock(tmp_path, monkeypatch):
+    """Locks a run's folder as another process would; returns a function that does."""
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.chdir(tmp_path)
+
+    def hold(name: str) -> int:
+        folder = Path("checkpoints", name)
+        folder.mkdir(parents=True)
+        handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        return handle
+
+    return hold
+
+
+def make_run(name: str) -> Run:
+    step = make_step()
+    loader = BatchLoader(ImageDataset(IMAGES), 16, 0, CPU, 1)
+    return Run(name, {}, step, loader, Progress(step.config, len(loader), ALONE))
+
+
+def test_new_run_name_is_unused_even_if_two_runs_start_in_the_same_second(hold_lock, monkeypatch):
+    monkeypatch.setattr(run, "datetime", SimpleNamespace(now=lambda: datetime(2026, 1, 1)))
+    unnamed = SimpleNamespace(RUN_NAME="", DATASET="shapes", IMAGE_SIZE=8)
+    assert new_run_name(unnamed) == "shapes-8px-20260101-000000"
+    assert new_run_name(unnamed) == "shapes-8px-20260101-000000-2"
+    handle = hold_lock("shapes-8px-20260101-000000-3")
+    assert new_run_name(unnamed) == "shapes-8px-20260101-000000-4"
+    os.close(handle)
+
+
+@pytest.mark.parametrize("name", ["../mine", "/mine", "a/../../b", ".", ""])
+def test_new_run_name_must_be_a_folder_below_the_checkpoints(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if name:
+        with pytest.raises(UserError, match="must name a folder below checkpoints/"):
+            new_run_name(SimpleNamespace(RUN_NAME=name))
+
+
+def test_new_run_name_may_be_that_of_a_run_that_saved_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("checkpoints/mine").mkdir(parents=True)
+    named = SimpleNamespace(RUN_NAME="mine")
+    assert new_run_name(named) == "mine"
+    Path("checkpoints/mine/last.pt").touch()
+    with pytest.raises(UserError, match="there is a run mine already: resume it"):
+        new_run_name(named)
+
+
+def test_run_belongs_to_one_process(hold_lock):
+    handle = hold_lock("mine")
+    with pytest.raises(UserError, match="run mine is being trained by another process"):
+        make_run("mine")
+    os.close(handle)
+    make_run("mine").close()
+    make_run("mine").close()
+
+
+HOLDER = """
+import time
+from torch.utils.data import DataLoader
+from tests.test_run import make_run
+
+run = make_run("mine")
+batches = iter(DataLoader(range(10**9), num_workers=1, multiprocessing_context="fork"))
+next(batches)
+print("training", flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_run_is_not_locked_by_a_data_worker_of_a_killed_process(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert "training" in holder.stdout.readline()
+    with pytest.raises(UserError, match="being trained by another process"):
+        make_run("mine")
+    holder.kill()
+    holder.wait()
+    # Before version 4 of filelock, the lock is free once the worker has noticed, after 5 seconds.
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            make_run("mine").close()
+            break
+        except UserError:
+            assert time.monotonic() < deadline
+
+
+# --- what is due
+
+
+@pytest.fixture
+def made_run(tmp_path, monkeypatch, clock):
+    """A run of 100 steps that notes in `files` what it would save or sample."""
+    monkeypatch.chdir(tmp_path)
+    made = make_run("mine")
+    made.files = []
+    for method in ("save", "sample_grid"):
+        monkeypatch.setattr(made, method, made.files.append)
+    yield made
+    made.close()
+
+
+def test_run_saves_last_every_few_minutes(made_run, clock):
+    assert made_run.config.SAVE_EVERY_MINUTES == 2
+    due = []
+    for second in range(1, 301):
+        clock.now = 1000.0 + second
+        made_run.after_step(SCALAR, SCALAR, 1e-3)
+        due += [second] * (len(made_run.files) - len(due))
+    assert due == [120, 240] and made_run.files == ["last.pt", "last.pt"]
+
+
+def test_run_validates_a_fiftieth_of_the_time_once_epochs_are_many(made_run, clock, monkeypatch):
+    validated = []
+
+    def validate(batch: Batch) -> float:
+        assert torch.equal(batch.images, torch.from_numpy(IMAGES[::20]))
+        validated.append(clock.now - 1000)
+        clock.now += 1
+        return 0.5
+
+    monkeypatch.setattr(made_run.step, "validate", validate)
+    for epoch, second in [(1, 10), (5, 20), (6, 69), (7, 70), (8, 119), (9, 121)]:
+        made_run.progress.epoch, clock.now = epoch, 1000.0 + second
+        made_run.after_epoch()
+    assert validated == [10, 20, 70, 121]
+    made_run.progress.step = 100  # the run is finished
+    made_run.after_epoch()
+    assert len(validated) == 5
+
+
+def test_run_saves_as_best_the_lowest_validation_loss(made_run, monkeypatch):
+    losses, best, saves = [0.5, 0.6, 0.4, 0.4, 0.45], [], []
+    for loss in losses:
+        monkeypatch.setattr(made_run.step, "validate", lambda _, loss=loss: loss)
+        made_run.after_epoch()
+        best.append(made_run.progress.best)
+        saves.append(len(made_run.files))
+    assert best == [0.5, 0.5, 0.4, 0.4, 0.4] and saves == [1, 1, 2, 2, 2]
+    assert set(made_run.files) == {"best.pt"}
+    rows = plots.read_metrics(Path("samples/mine/metrics.jsonl"))
+    assert [row["validation_loss"] for row in rows] == losses
+
+
+def test_run_keeps_every_few_epochs_when_they_are_complete(made_run, monkeypatch):
+    monkeypatch.setattr(made_run, "validate", lambda: None)
+    made_run.config.CHECKPOINT_EVERY = 3
+    for epoch, epoch_step in [(1, 0), (3, 2), (3, 0), (4, 0), (6, 0)]:
+        made_run.progress.epoch = epoch
+        made_run.progress.epoch_step = epoch_step
+        made_run.after_epoch()
+    assert made_run.files == ["epoch_0003.pt", "epoch_0006.pt"]
+
+
+def test_run_samples_grids_at_the_ends_of_equal_parts_but_the_last(made_run, clock):
+    made_run.config.NUM_SAMPLE_GRIDS = 4
+    for step in range(1, 101):
+        clock.now += 1
+        made_run.progress.step = step
+        made_run.after_step(SCALAR, SCALAR, 1e-3)
+    assert made_run.files == [f"step_{step:07d}.png" for step in (25, 50, 75)]
+
+
+def test_run_logs_the_speed_since_the_last_line(made_run, clock):
+    for seconds, images, step in [(5, 50, 10), (1, 20, 20)]:
+        clock.now += seconds
+        made_run.progress.step = step
+        made_run.progress.images += images
+        made_run.after_step(SCALAR, SCALAR, 1e-3)
+    rows = plots.read_metrics(Path("samples/mine/metrics.jsonl"))
+    assert [row["images_per_second"] for row in rows] == [10, 20]
+
+
+def test_run_continues_without_a_grid_that_does_not_fit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = make_run("mine")
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(made.step.ema, "sample", fail)
+    with pytest.warns(FallbackWarning, match=r"step.png failed \(.*\); continuing"):
+        made.sample_grid("step.png")
+    made.close()
+
+
+def test_should_snapshot_guide_waits_for_its_fraction_and_for_twice_the_warm_up():
+    def is_due(step: int, fraction: float, guide_fraction: float = 0.125, guide=None) -> bool:
+        config = SimpleNamespace(GUIDE_FRACTION=guide_fraction, WARMUP_STEPS=10)
+        made = SimpleNamespace(config=config, ema=SimpleNamespace(guide=guide))
+        return should_snapshot_guide(made, SimpleNamespace(step=step, fraction=fraction))
+
+    assert not is_due(15, 0.5)
+    assert not is_due(19, 1.0)
+    assert is_due(20, 0.125)
+    assert not is_due(20, 0.125, guide="exists")
+    assert not is_due(1000, 0.124)
+    assert not is_due(1000, 1.0, guide_fraction=0)
+
+
+# --- metrics
+
+
+def test_metrics_log_drops_rows_after_the_resumed_checkpoint(tmp_path):
+    for step in (10, 20, 30):
+        reached = Progress(None, 4, ALONE, step=step)
+        log = MetricsLog(tmp_path, reached)
+        log.scalars(reached, loss=1.0)
+        log.close()
+    MetricsLog(tmp_path, Progress(None, 4, ALONE, step=20)).close()
+    assert [row["step"] for row in plots.read_metrics(tmp_path / "metrics.jsonl")] == [10, 20]
+
+
+# --- state
+
+
+def test_rng_state_of_both_generators_is_restored():
+    state = get_rng_state()
+    values = random.random(), torch.rand(1).item()
+    set_rng_state(state)
+    assert (random.random(), torch.rand(1).item()) == values

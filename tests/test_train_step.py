@@ -1,0 +1,494 @@
+"""The training step: what it computes, and what it does when something fails."""
+
+import contextlib
+import copy
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm_model import DDPMModel
+from engine.cuda_graphs import CapturedFunction, GraphCaptureError
+from engine.dataloader import Batch, BatchLoader, ImageDataset
+from engine.errors import FallbackWarning, UserError
+from engine.train_step import TrainStep, ema_decay, learning_rate, step_noise
+from engine.trainer import MAX_NONFINITE_STEPS
+from tests.helpers import CPU, STEP_SETTINGS, max_weight_difference
+
+PAIRS = [(seed, step) for seed in range(4) for step in range(4)]
+
+
+class FragileModel(DDPMModel):
+    """A model that runs out of memory above `max_images`, or whose loss is NaN."""
+
+    max_images = 10**9
+    is_broken = False
+
+    def forward(self, images, t, noise):
+        if len(images) > self.max_images:
+            raise torch.OutOfMemoryError("too many images")
+        return super().forward(images, t, noise) * (float("nan") if self.is_broken else 1.0)
+
+
+def make_model() -> FragileModel:
+    torch.manual_seed(0)
+    return FragileModel(
+        image_size=8, dim=8, dim_mults=(1, 2), timesteps=50, loss_weighting="min_snr"
+    )
+
+
+def make_step(**changes) -> TrainStep:
+    return TrainStep(make_model(), SimpleNamespace(**(STEP_SETTINGS | changes)))
+
+
+def make_batch(count: int = 32) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    return Batch(torch.randint(256, (count, 3, 8, 8), dtype=torch.uint8, generator=generator))
+
+
+# --- what a step computes
+
+
+def test_step_is_adam_on_the_clipped_gradient_of_the_loss():
+    step, reference = make_step(), make_model()
+    # Adam's first step amplifies the rounding of small gradients: the same memory layout.
+    reference.to(memory_format=torch.channels_last)
+    adam = torch.optim.Adam(reference.parameters(), lr=0.01, betas=(0.9, 0.99))
+    u, noise, mirror = step_noise(0, 3, torch.Size([32, 3, 8, 8]), CPU)
+    images = make_batch().images / 255
+    x = torch.where(mirror[:, None, None, None], images.flip(-1), images)
+    expected = reference(x, (u * 50).long(), noise)
+    expected.backward()
+    expected_norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+    adam.step()
+    loss, norm = step(make_batch(), 3, 0.01)
+    torch.testing.assert_close((loss, norm), (expected.detach(), expected_norm))
+    assert max_weight_difference(step.model, reference) < 1e-6
+
+
+@pytest.mark.parametrize("micro_batch", [8, 12])  # 12 does not divide the batch
+def test_step_accumulates_micro_batches_to_the_same_update(micro_batch):
+    at_once, accumulated = make_step(BATCH_SIZE=32), make_step(BATCH_SIZE=micro_batch)
+    for number in range(3):
+        at_once(make_batch(), number, 1e-3)
+        accumulated(make_batch(), number, 1e-3)
+    assert max_weight_difference(at_once.model, make_model()) > 0
+    # The updates are 3e-3; the rest is rounding.
+    assert max_weight_difference(at_once.model, accumulated.model) < 5e-6
+
+
+def test_step_ema_follows_its_closed_form():
+    step = make_step(EMA_DECAY=0.6)
+    start = next(step.model.parameters()).detach().clone()
+    history = []
+    for number in range(6):
+        step(make_batch(), number, 1e-2)
+        history.append(next(step.model.parameters()).detach().clone())
+    decays = [min(0.6, (1 + n) / (10 + n)) for n in range(6)]
+    expected, weight = torch.zeros_like(start), 1.0
+    for decay, value in zip(reversed(decays), reversed(history), strict=True):
+        expected, weight = expected + weight * (1 - decay) * value, weight * decay
+    torch.testing.assert_close(next(step.ema.parameters()), expected + weight * start)
+    assert ema_decay(0.999, 0) == 0.1 and ema_decay(0.999, 10**6) == 0.999
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adam"])
+def test_step_updates_each_weight_with_its_optimizer(optimizer):
+    """Adam's first update is the learning rate, up or down, in every single weight."""
+    names = ("init_conv", "final_conv", "final_res_block.block1.proj")
+    step = make_step(OPTIMIZER=optimizer)
+    weights = [step.model.get_parameter(f"diffusion.model.{name}.weight") for name in names]
+    before = [weight.detach().clone() for weight in weights]
+    step(make_batch(), 0, 0.01)
+    moved = [(weight.detach() - old).abs() for weight, old in zip(weights, before, strict=True)]
+    by_adam = [torch.allclose(by, torch.tensor(0.01), rtol=0.02) for by in moved]
+    assert by_adam == [True, True, optimizer == "adam"]
+
+
+def test_step_in_mixed_precision_stays_near_full_precision():
+    step, reference = make_step(USE_AMP=True), make_step()
+    loss, _ = step(make_batch(), 0, 1e-3)
+    expected, _ = reference(make_batch(), 0, 1e-3)
+    assert loss.item() != expected.item()
+    assert loss.item() == pytest.approx(expected.item(), rel=0.02)
+    assert next(step.model.parameters()).dtype == torch.float32
+
+
+def test_validate_depends_neither_on_the_micro_batch_nor_on_the_call():
+    step = make_step()
+    value = step.validate(make_batch(20))
+    step.batcher.size = 7
+    assert step.validate(make_batch(20)) == pytest.approx(value, rel=1e-5)
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    def lr(step, progress, schedule="cosine"):
+        return learning_rate(2e-3, schedule, step, 100, progress)
+
+    assert lr(0, 0.0) == pytest.approx(2e-5) and lr(49, 0.0) == pytest.approx(1e-3)
+    assert lr(100, 0.0) == 2e-3 and lr(500, 0.5) == pytest.approx(1e-3)
+    assert lr(999, 1.0) == pytest.approx(0)
+    assert lr(999, 1.0, "constant") == 2e-3
+
+
+# --- randomness
+
+
+@pytest.mark.parametrize("part", ["u", "noise", "mirror"])
+def test_step_noise_differs_for_every_seed_and_step(part):
+    index = ["u", "noise", "mirror"].index(part)
+    shape = torch.Size([64, 1, 2, 2])
+    values = {tuple(step_noise(*pair, shape, CPU)[index].flatten().tolist()) for pair in PAIRS}
+    assert len(values) == len(PAIRS)
+
+
+def test_step_noise_is_reproducible():
+    first, second = (step_noise(3, 7, torch.Size([8, 3, 2, 2]), CPU) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_step_draws_noise_by_the_configured_seed_and_its_number():
+    losses = [make_step(SEED=seed)(make_batch(), step, 1e-3)[0].item() for seed, step in PAIRS[:5]]
+    assert len(set(losses)) == 5
+
+
+# --- labels
+
+
+class ConditionalModel(DDPMModel):
+    """Records the images and labels that forward gets."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.calls = []
+
+    def forward(self, images, t, noise, labels=None):
+        self.calls.append(((images[:, 0, 0, 0] * 255).round().int().tolist(), labels.tolist()))
+        return super().forward(images, t, noise)
+
+
+def labeled_loader(count: int = 60, labels: bool = True) -> BatchLoader:
+    """Images that are filled with their own index; the label is the index times three."""
+    index = np.arange(count)
+    images = np.broadcast_to(index.astype(np.uint8)[:, None, None, None], (count, 3, 8, 8))
+    data = ImageDataset(images, 3 * index if labels else None)
+    return BatchLoader(data, 16, 7, CPU, 1)
+
+
+def test_step_passes_each_image_with_its_label():
+    loader = labeled_loader()
+    options = SimpleNamespace(**(STEP_SETTINGS | {"BATCH_SIZE": 6}))
+    model = ConditionalModel(image_size=8, dim=8, dim_mults=(1, 2), timesteps=50)
+    step = TrainStep(model, options)
+    for epoch, start in [(0, 0), (0, 1), (2, 2)]:  # as resumed in the middle of an epoch, too
+        step.model.calls.clear()
+        for number, batch in enumerate(loader.epoch(epoch, start)):
+            step(batch, number, 1e-3)
+        assert [len(images) for images, _ in step.model.calls][:3] == [6, 6, 4]
+        seen = [image for images, _ in step.model.calls for image in images]
+        assert seen == loader.order(epoch)[start:].flatten().tolist()
+        assert [3 * i for i in seen] == [x for _, labels in step.model.calls for x in labels]
+    step.ema.calls.clear()
+    step.validate(loader.validation())
+    ((images, labels),) = step.ema.calls
+    assert images == loader.val_indices.tolist() and labels == [3 * image for image in images]
+
+
+def test_step_without_labels_in_the_data_or_in_forward_passes_none():
+    for labels in (True, False):  # FragileModel.forward has no parameter for labels
+        loader, step = labeled_loader(labels=labels), make_step()
+        loss, _ = step(next(loader.epoch(0)), 0, 1e-3)
+        assert loss.isfinite() and np.isfinite(step.validate(loader.validation()))
+
+
+# --- updates that are not finite
+
+
+def test_step_skips_and_counts_an_update_that_is_not_finite():
+    step, reference = make_step(), make_step()
+    step(make_batch(), 0, 1e-3)
+    reference.load_state_dict(copy.deepcopy(step.state_dict()))
+    step.model.is_broken = True
+    for number in range(3):
+        step(make_batch(), 1 + number, 1e-3)
+    assert (step.skipped_updates.item(), step.consecutive_skips.item()) == (3, 3)
+    assert max_weight_difference(step.model, reference.model) == 0
+    assert max_weight_difference(step.ema, reference.ema) == 0
+    step.model.is_broken = False
+    for made in (step, reference):
+        made(make_batch(), 4, 1e-3)
+    assert (step.skipped_updates.item(), step.consecutive_skips.item()) == (3, 0)
+    # Adam's moments and step count were not touched either.
+    assert max_weight_difference(step.model, reference.model) == 0
+    assert MAX_NONFINITE_STEPS > 3
+
+
+class InfiniteGradient:
+    """A hook that makes the gradient of a parameter infinite while `is_on`."""
+
+    is_on = True
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * torch.inf if self.is_on else gradient
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_step_skips_an_infinite_gradient_of_a_finite_loss(optimizer):
+    step, reference = make_step(OPTIMIZER=optimizer), make_step(OPTIMIZER=optimizer)
+    hook = InfiniteGradient()
+    step.param_views[0].register_hook(hook)
+    loss, norm = step(make_batch(), 0, 1e-3)
+    assert loss.isfinite() and not norm.isfinite()
+    assert (step.skipped_updates.item(), step.consecutive_skips.item()) == (1, 1)
+    assert max_weight_difference(step.model, reference.model) == 0
+    assert max_weight_difference(step.ema, reference.ema) == 0
+    hook.is_on = False
+    for made in (step, reference):
+        made(make_batch(), 1, 1e-3)
+    assert max_weight_difference(step.model, reference.model) == 0
+
+
+@pytest.mark.parametrize(
+    ("loss", "gradient", "moves"),
+    [(0.5, 0.1, True), (np.nan, 0.1, False), (np.inf, 0.1, False), (0.5, np.nan, False)],
+)
+def test_update_checks_both_loss_and_gradient(loss, gradient, moves):
+    step, reference = make_step(), make_step()
+    step.lr.fill_(1e-3)
+    step.grad.fill_(gradient)
+    step.update(torch.tensor(loss))
+    assert (max_weight_difference(step.model, reference.model) > 0) == moves
+    assert step.skipped_updates.item() == (not moves)
+
+
+def test_update_with_a_scaled_loss_is_the_same_and_a_nonfinite_one_halves_the_scale(monkeypatch):
+    monkeypatch.setattr("engine.train_step.LOSS_SCALE_GROWTH_STEPS", 2)
+    step, reference = make_step(GRAD_CLIP=0.1), make_step(GRAD_CLIP=0.1)
+    step.use_loss_scaling = True
+    step.loss_scale.fill_(1024.0)
+    loss, norm = step(make_batch(), 0, 1e-3)
+    expected = reference(make_batch(), 0, 1e-3)
+    torch.testing.assert_close((loss, norm), expected)
+    assert max_weight_difference(step.model, reference.model) < 1e-6
+    assert step.loss_scale.item() == 1024.0
+    step(make_batch(), 1, 1e-3)
+    assert step.loss_scale.item() == 2048.0  # after two finite ones
+    step.model.is_broken = True
+    step(make_batch(), 2, 1e-3)
+    assert step.loss_scale.item() == 1024.0
+
+
+# --- fallbacks
+
+
+def test_step_halves_the_micro_batch_out_of_memory_and_changes_nothing_else():
+    step, reference = make_step(), make_step()
+    step.model.max_images = 10
+    with pytest.warns(FallbackWarning, match="out of memory") as caught:
+        step(make_batch(), 0, 1e-3)
+    reference(make_batch(), 0, 1e-3)
+    assert len(caught) == 2
+    assert step.micro_batch == 8
+    assert max_weight_difference(step.model, reference.model) < 1e-6
+    step.model.max_images = 0
+    with pytest.warns(FallbackWarning), pytest.raises(UserError, match="out of GPU memory"):
+        step(make_batch(), 1, 1e-3)
+
+
+def test_step_out_of_memory_on_several_ranks_is_an_error():
+    step = make_step()
+    step.world_size = 2
+    step.model.max_images = 10
+    with pytest.raises(UserError, match="out of GPU memory: lower --batch_size") as caught:
+        step(make_batch(), 0, 1e-3)
+    assert caught.value.exit_code == 1 and step.micro_batch == 32
+
+
+def test_validate_halves_its_batch_out_of_memory_for_good(recwarn):
+    step = make_step()
+    expected = step.validate(make_batch(20))
+    step.ema.max_images = 5
+    assert step.validate(make_batch(20)) == pytest.approx(expected, rel=1e-5)
+    messages = [str(warning.message) for warning in recwarn.list]
+    assert messages == [
+        f"CUDA out of memory; continuing with batches of {size}" for size in (10, 5)
+    ]
+    assert step.validate(make_batch(20)) == pytest.approx(expected, rel=1e-5)
+    assert len(recwarn.list) == 2 and step.micro_batch == 32
+    step.ema.max_images = 0
+    with pytest.raises(UserError, match="not even one image fits"):
+        step.validate(make_batch(20))
+
+
+def test_update_out_of_memory_is_an_error(monkeypatch):
+    def fail(loss):
+        raise torch.OutOfMemoryError
+
+    step = make_step()
+    monkeypatch.setattr(step, "update", fail)
+    with pytest.raises(UserError, match="out of GPU memory in the update"):
+        step(make_batch(), 1, 1e-3)
+
+
+def test_step_continues_without_compilation_that_fails(monkeypatch):
+    def compiler(model, **_):
+        def fail(*_):
+            raise torch._dynamo.exc.TorchDynamoException("no C++ compiler")
+
+        network = torch.nn.Module()
+        network.forward = fail
+        return network
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    step, reference = make_step(COMPILE_MODEL=True), make_step()
+    with pytest.warns(FallbackWarning, match=r"torch.compile failed \(no C\+\+ compiler\)"):
+        step(make_batch(), 0, 1e-3)
+    reference(make_batch(), 0, 1e-3)
+    assert max_weight_difference(step.model, reference.model) == 0
+
+
+def test_step_does_not_catch_errors_of_the_model(monkeypatch):
+    def forward(images, t, noise):
+        raise RuntimeError("shapes do not match")
+
+    step = make_step()
+    step.graphs = {}
+    monkeypatch.setattr("engine.train_step.CapturedFunction", ReplayedFunction)
+    monkeypatch.setattr(step.model, "forward", forward)
+    with pytest.raises(RuntimeError, match=r"^shapes do not match$"):
+        step(make_batch(), 0, 1e-3)
+    assert step.graphs is not None
+
+
+# --- CUDA graphs
+
+
+class ReplayedFunction:
+    """Behaves like CapturedFunction without CUDA: always the same inputs and output tensors."""
+
+    def __init__(self, fn, pool):
+        self.fn = fn
+        self.inputs = self.output = None
+
+    def __call__(self, *inputs):
+        if self.inputs is None:
+            self.inputs = [x.clone() for x in inputs]
+        for static, value in zip(self.inputs, inputs, strict=True):
+            static.copy_(value)
+        output = self.fn(*self.inputs)
+        self.output = output.clone() if self.output is None else self.output.copy_(output)
+        return self.output
+
+
+@pytest.mark.parametrize("micro_batch", [32, 8, 12])
+def test_step_with_replayed_micro_batches_makes_the_same_update(micro_batch, monkeypatch):
+    monkeypatch.setattr("engine.train_step.CapturedFunction", ReplayedFunction)
+    plain, replayed = make_step(BATCH_SIZE=micro_batch), make_step(BATCH_SIZE=micro_batch)
+    replayed.graphs = {}
+    for number in range(3):
+        losses = [step(make_batch(), number, 1e-3)[0].item() for step in (plain, replayed)]
+        assert losses[0] == losses[1]
+    assert max_weight_difference(plain.model, replayed.model) == 0
+    assert set(replayed.graphs) == {micro_batch, 32 % micro_batch or micro_batch, "update"}
+
+
+@pytest.mark.parametrize("key", [8, "update"])
+def test_step_continues_without_a_graph_that_cannot_be_captured(key, monkeypatch):
+    class FailingFunction(ReplayedFunction):
+        def __init__(self, fn, pool):
+            super().__init__(fn, pool)
+            self.is_failing = isinstance(fn, partial) == (key != "update")
+
+        def __call__(self, *inputs):
+            if self.inputs and self.is_failing:
+                p = next(step.model.parameters())
+                p.grad = torch.ones_like(p)  # left by the failed capture
+                raise GraphCaptureError("operation not permitted when stream is capturing")
+            return super().__call__(*inputs)
+
+    monkeypatch.setattr("engine.train_step.CapturedFunction", FailingFunction)
+    step, reference = make_step(BATCH_SIZE=8), make_step(BATCH_SIZE=8)
+    step.graphs = {}
+    with pytest.warns(FallbackWarning, match="CUDA graph capture failed .operation not") as caught:
+        for number in range(3):
+            for made in (step, reference):
+                made(make_batch(), number, 1e-3)
+    assert len(caught) == 1 and step.graphs is None
+    assert max_weight_difference(step.model, reference.model) == 0
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """Stubs of what CapturedFunction uses of torch.cuda; leaving a failed capture fails, too."""
+
+    class FakeCapture:
+        def __init__(self, graph, pool):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, kind, *_):
+            if kind is not None:
+                raise RuntimeError("capture was invalidated")
+
+    context = SimpleNamespace(wait_stream=lambda _: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: context)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: context)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", FakeCapture)
+
+
+def test_captured_function_tells_capture_memory_and_other_errors_apart(fake_cuda):
+    def failing(error):
+        calls = []
+
+        def fn(x):
+            calls.append(x)
+            if error and len(calls) == 2:
+                raise error
+            return x * 2
+
+        return CapturedFunction(fn)
+
+    x = torch.ones(2)
+    captured = failing(None)
+    assert torch.equal(captured(x), 2 * x) and captured.graph is None  # the first call is plain
+    assert torch.equal(captured(x), 2 * x) and captured.graph is not None
+    captured = failing(ValueError("waits for the GPU"))
+    captured(x)
+    with pytest.raises(GraphCaptureError, match="capture was invalidated"):
+        captured(x)
+    captured = failing(torch.OutOfMemoryError("too large"))
+    captured(x)
+    with pytest.raises(torch.OutOfMemoryError, match="too large"):
+        captured(x)
+
+    def broken(x):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match=r"^shapes do not match$"):
+        CapturedFunction(broken)(x)
+
+
+# --- checkpoints
+
+
+def test_load_state_dict_accepts_the_names_of_earlier_files():
+    step, reference = make_step(OPTIMIZER="muon"), make_step(OPTIMIZER="muon")
+    step(make_batch(), 0, 1e-3)
+    state = copy.deepcopy(step.state_dict())
+    assert set(state["optimizer"]["adam"]) == {"exp_avg", "exp_avg_sq", "count"}
+    old_names = {"exp_avg": "mean", "exp_avg_sq": "square", "count": "count"}
+    for name, moments in state["optimizer"].items():
+        state["optimizer"][name] = {old_names[key]: value for key, value in moments.items()}
+    del state["good_in_a_row"]
+    reference.load_state_dict(state)
+    for made in (step, reference):
+        made(make_batch(), 1, 1e-3)
+    assert max_weight_difference(step.model, reference.model) == 0
+    with pytest.raises(UserError, match="another optimizer"):
+        make_step(OPTIMIZER="adam").load_state_dict(state)

@@ -1,0 +1,522 @@
+"""Runs of the real scripts: interrupted, resumed, out of disk space, given bad input."""
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from config import Config, resolve
+from ddpm_model import DDPMModel
+from engine import checkpoints, plots, progress, run
+from engine.checkpoints import TrainingCheckpoint
+from engine.dataloader import BatchLoader, ImageDataset
+from engine.errors import UserError
+from engine.progress import Progress
+from engine.run import VERSION
+from engine.train_step import TrainStep
+from engine.trainer import abort_if_diverged, format_duration, restore, train
+from tests.helpers import (
+    CPU,
+    CPU_TIER,
+    ROOT,
+    TINY_FLAGS,
+    call_command,
+    checkpoint_weights,
+    max_checkpoint_difference,
+    random_images,
+    run_script_error,
+    run_script_ok,
+    script_command,
+)
+
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+API_FLAGS = {
+    "IMAGE_SIZE": 8, "DIM": 8, "DIM_MULTS": (1, 2), "TIMESTEPS": 40, "SAMPLING_TIMESTEPS": 4,
+    "BATCH_SIZE": 16, "WARMUP_STEPS": 1, "LEARNING_RATE": 0.03, "GUIDE_FRACTION": 0.5,
+    "LR_SCHEDULE": "cosine", "CHECKPOINT_EVERY": 0, "NUM_SAMPLE_GRIDS": 0, "GRID_IMAGES": 4,
+}  # fmt: skip
+
+
+def read_rows(folder: Path, name: str) -> list[dict]:
+    lines = (folder / "samples" / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def logged_steps(folder: Path, name: str, key: str = "loss") -> list[int]:
+    return [row["step"] for row in read_rows(folder, name) if key in row]
+
+
+def configure(**changes) -> Config:
+    return resolve("folder", CPU_TIER, flags=API_FLAGS | changes)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with a finished run `whole` of 40 steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    flags = ["--run_name", "whole", "--max_steps", "40"]
+    run_script_ok(folder, "train_optimized.py", *TINY_FLAGS, *flags)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained_by_api(tmp_path_factory) -> Path:
+    """A folder with a finished run `whole` of 4 steps, which are an epoch."""
+    folder = tmp_path_factory.mktemp("trained_by_api")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        config = configure(MAX_STEPS=4, RUN_NAME="whole")
+        train(DDPMModel.from_config(config), random_images(80, 8), config)
+    return folder
+
+
+# --- what a run writes
+
+
+def test_train_writes_checkpoints_grids_and_metrics(trained):
+    folder, samples = trained / "checkpoints", trained / "samples" / "whole"
+    files = {path.name for path in (folder / "whole").iterdir()} - {".lock"}
+    assert files == {"last.pt", "best.pt", "final.pt"}
+    assert (folder / "ddpm_final.pt").read_bytes() == (folder / "whole/final.pt").read_bytes()
+    names = {path.name for path in samples.iterdir()}
+    assert names == {"step_0000020.png", "final.png", "loss.png", "metrics.jsonl", "tensorboard"}
+    assert list((samples / "tensorboard").glob("events*"))
+    for name in ("final.png", "loss.png"):
+        assert np.asarray(Image.open(samples / name).convert("L")).std() > 5
+    assert logged_steps(trained, "whole") == [10, 20, 30, 40]
+    assert logged_steps(trained, "whole", "validation_loss") == [40]
+    assert read_rows(trained, "whole")[-1]["images"] == 640
+
+
+@pytest.mark.parametrize("file", ["ddpm_final.pt", "whole/final.pt", "whole/last.pt"])
+def test_train_samples_with_the_ema_weights(trained_by_api, file):
+    path = trained_by_api / "checkpoints" / file
+    state, model = checkpoints.load(path), DDPMModel().load_model(path)
+    assert state["ema"].keys() > state["model"].keys()  # the guide is in addition
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state["ema"][name]), name
+    grid = np.asarray(Image.open(trained_by_api / "samples" / "whole" / "final.png"))
+    assert np.array_equal(grid, plots.grid(model.sample(4, seed=range(4))))
+    model.load_state_dict(state["model"])
+    assert not np.array_equal(grid, plots.grid(model.sample(4, seed=range(4))))
+
+
+def test_train_keeps_every_tenth_epoch(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(40):
+        Image.new("RGB", (8, 8), (6 * i, 255 - 6 * i, 128)).save(tmp_path / "images" / f"{i}.png")
+    flags = ["--dataset", "folder", "--data_dir", "images", *TINY_FLAGS[2:], "--run_name", "kept"]
+    run_script_ok(tmp_path, "train.py", *flags, "--epochs", "20", "--ema_decay", "0.9")
+    names = {path.name for path in (tmp_path / "checkpoints/kept").glob("epoch*")}
+    assert names == {"epoch_0010.pt", "epoch_0020.pt"}
+    # Epochs are so short that later not each of them is validated.
+    validated = logged_steps(tmp_path, "kept", "validation_loss")
+    assert validated[:5] == list(range(2, 12, 2)) and validated[-1] == 40
+    rows = read_rows(tmp_path, "kept")
+    lowest = min(row["validation_loss"] for row in rows if "validation_loss" in row)
+    best = torch.load(tmp_path / "checkpoints/kept/best.pt", weights_only=True)
+    assert best["progress"]["best"] == lowest
+
+
+def test_train_snapshots_the_guide_from_the_ema_of_that_step(tmp_path):
+    flags = [*TINY_FLAGS, "--run_name"]
+    run_script_ok(tmp_path, "train.py", *flags, "whole", "--max_steps", "8")
+    run_script_ok(tmp_path, "train.py", *flags, "part", "--max_steps", "4", "--guide_fraction", "0")
+    whole, part = (
+        torch.load(tmp_path / f"checkpoints/{name}/final.pt", weights_only=True)["ema"]
+        for name in ("whole", "part")
+    )
+    guide = {k.removeprefix("guide."): v for k, v in whole.items() if k.startswith("guide.")}
+    ema = {k: v for k, v in part.items() if k.startswith("diffusion.model.")}
+    assert len(guide) == len(ema) and not any(name.startswith("guide.") for name in part)
+    for name, value in guide.items():
+        assert torch.equal(value, ema[f"diffusion.model.{name}"])
+        assert value.ndim == 0 or not torch.equal(value, whole[f"diffusion.model.{name}"])
+
+
+def test_train_in_minutes_ends_with_the_schedule(tmp_path):
+    flags = ["--run_name", "timed", "--minutes", "0.08"]
+    run_script_ok(tmp_path, "train_optimized.py", *TINY_FLAGS, *flags)
+    rows = read_rows(tmp_path, "timed")
+    rates = [row["learning_rate"] for row in rows if "learning_rate" in row]
+    assert rates[-1] < 0.05 * max(rates)
+    assert rows[-1]["seconds"] >= 4.8
+
+
+def test_dry_run_prints_an_estimate_and_leaves_nothing(trained):
+    flags = [*TINY_FLAGS, "--epochs", "2", "--dry_run", "--run_name", "dry"]
+    output = run_script_ok(trained, "train_optimized.py", *flags)
+    assert re.search(r"^DIM +8 +flag$", output, re.MULTILINE)
+    assert re.search(r"^LR_SCHEDULE +cosine +script$", output, re.MULTILINE)
+    assert "0.1 M parameters" in output and "memory" in output
+    assert "2,496 steps, 2.0 epochs" in output
+    assert not (trained / "checkpoints/dry").exists() and not (trained / "samples/dry").exists()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(119, "119 seconds"), (150, "2.5 minutes"), (9000, "2.5 hours"), (216_000, "2.5 days")],
+)
+def test_format_duration_uses_the_unit_that_a_person_would(seconds, text):
+    assert format_duration(seconds) == text
+
+
+# --- resuming
+
+
+def test_train_killed_at_a_random_step_resumes_to_the_same_weights(trained, tmp_path):
+    flags = [*TINY_FLAGS, "--run_name", "killed", "--max_steps", "40", "--save_every_minutes", "0"]
+    process = subprocess.Popen(
+        script_command("train_optimized.py", *flags), cwd=tmp_path, env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    last, wanted = tmp_path / "checkpoints" / "killed" / "last.pt", random.randint(1, 25)
+    while not last.exists() or torch.load(last, weights_only=True)["progress"]["step"] < wanted:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    step = torch.load(last, weights_only=True)["progress"]["step"]
+    assert 0 < step < 40
+    flags = ["--resume", "killed", "--save_every_minutes", "2"]
+    run_script_ok(tmp_path, "train_optimized.py", *flags)
+    final = tmp_path / "checkpoints" / "killed" / "final.pt"
+    whole = trained / "checkpoints" / "whole" / "final.pt"
+    assert max_checkpoint_difference(final, whole) == 0, f"killed at step {step}"
+    assert logged_steps(tmp_path, "killed") == [10, 20, 30, 40]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_train_saves_on_a_signal(number, tmp_path):
+    flags = [*TINY_FLAGS, "--run_name", "stopped", "--max_steps", "100000"]
+    process = subprocess.Popen(
+        script_command("train.py", *flags), cwd=tmp_path, env=ENVIRONMENT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    metrics = tmp_path / "samples" / "stopped" / "metrics.jsonl"
+    while not metrics.exists() or not metrics.read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    line = r"interrupted at step (\d+): resume with --resume stopped"
+    step = int(re.search(line, output).group(1))
+    state = torch.load(tmp_path / "checkpoints/stopped/last.pt", weights_only=True)
+    assert state["progress"]["step"] == step >= 10
+
+
+def make_state(position: int = 0) -> dict:
+    """A checkpoint of a run on no data in batches of 16."""
+    progress = {"step": 4, "epoch": 0, "images": 64, "seconds": 1.0, "best": None}
+    return {
+        "version": VERSION, "data": {}, "run": "ended", "architecture": {},
+        "progress": progress | {"position": position},
+        "config": {"BATCH_SIZE": 16, "GRADIENT_ACCUMULATION": 1},
+    }  # fmt: skip
+
+
+def restore_stub(state: dict, architecture: dict, upgrade=dict) -> tuple[Progress, BatchLoader]:
+    """Restores a state into a step that does nothing."""
+    loader = BatchLoader(ImageDataset(np.zeros((80, 3, 8, 8), np.uint8)), 16, 0, CPU, 1)
+    model = SimpleNamespace(architecture=architecture, upgrade_architecture=upgrade)
+    step = SimpleNamespace(
+        rank=1, world_size=2, model=model, config=configure(MAX_STEPS=9),
+        load_state_dict=lambda state: None,
+    )  # fmt: skip
+    checkpoint = TrainingCheckpoint(Path("last.pt"), state)
+    return restore(checkpoint, "ended", {}, step, loader, dist=None), loader
+
+
+def test_restore_at_the_end_of_an_epoch_continues_with_the_next():
+    progress, loader = restore_stub(make_state(position=4), {})
+    assert progress.epoch_step == len(loader) and not list(loader.epoch(0, progress.epoch_step))
+    assert (progress.step, progress.images, progress.seconds) == (4, 64, 1.0)
+
+
+def test_restore_compares_the_upgraded_architecture():
+    def upgrade(architecture: dict) -> dict:
+        return {"width" if key == "dim" else key: v for key, v in architecture.items()}
+
+    state = make_state()
+    state["architecture"] = {"dim": 8, "dropout": 0.0}
+    restore_stub(state, {"width": 8, "dropout": 0.1, "new": 1}, upgrade)
+    with pytest.raises(UserError, match="trained with width 8, which cannot become 16"):
+        restore_stub(state, {"width": 16}, upgrade)
+    with pytest.raises(UserError, match="another version"):
+        restore_stub(state | {"version": 1}, {}, upgrade)
+
+
+def test_train_resumes_from_any_file_of_a_run_and_with_another_batch(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    flags = ["--resume", "checkpoints/ddpm_final.pt", "--batch_size", "8", "--max_steps", "50"]
+    run_script_ok(tmp_path, "train.py", *flags)
+    state = torch.load(tmp_path / "checkpoints/whole/final.pt", weights_only=True)
+    progress = state["progress"]
+    assert (state["run"], progress["step"]) == ("whole", 50)
+    assert (progress["images"], progress["position"]) == (40 * 16 + 10 * 8, 40 * 2 + 10)
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"whole", "ddpm_final.pt"}
+
+
+def test_train_resumes_a_copy_of_a_run_as_a_separate_run(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "whole", folder / "copy")
+    (folder / "copy" / ".last.pt.4711.tmp").write_text("of a process killed while saving")
+    run_script_ok(tmp_path, "train.py", "--resume", "copy", "--max_steps", "42")
+    steps = {
+        name: checkpoints.load(folder / name / "final.pt")["progress"]["step"]
+        for name in ("whole", "copy")
+    }
+    assert steps == {"whole": 40, "copy": 42}
+    files = {path.name for path in (folder / "copy").iterdir()} - {".lock"}
+    assert files == {"last.pt", "best.pt", "final.pt"}
+    shutil.copy(folder / "whole" / "last.pt", tmp_path / "elsewhere.pt")
+    line = run_script_error(tmp_path, "train.py", "--resume", "elsewhere.pt", "--max_steps", "42")
+    assert "of run whole, which exists in checkpoints/, too: copy it to" in line
+
+
+def test_train_stopped_at_its_last_step_is_finished(trained, tmp_path):
+    change = "1 + 0 * (calls == 12 and os.kill(os.getpid(), 15) or 0)"
+    result = run_changed(tmp_path, change, "--max_steps", "12")
+    assert result.returncode == 0 and "done: 192 images" in result.stdout
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    final = tmp_path / "checkpoints" / "whole" / "final.pt"
+    final.unlink()  # as if killed before it was written
+    output = run_script_ok(tmp_path, "train_optimized.py", "--resume", "whole")
+    assert re.search(r"done: 640 images in .* validation loss \d", output)
+    assert max_checkpoint_difference(final, trained / "checkpoints/whole/final.pt") == 0
+
+
+def test_train_resumes_with_the_remaining_minutes(trained_by_api, tmp_path, monkeypatch):
+    shutil.copytree(trained_by_api, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    clock = SimpleNamespace(now=1000.0, monotonic=lambda: clock.now)
+    for module in (run, progress):
+        monkeypatch.setattr(module, "time", clock)
+    last = Path("checkpoints/whole/last.pt")
+    state = checkpoints.load(last)
+    state["progress"]["seconds"] = 57.0
+    checkpoints.save(last, state)
+    config = configure(MINUTES=1)
+    model = DDPMModel.from_config(config)
+
+    def pass_time(module, *_):
+        clock.now += 2 * module.training
+
+    model.register_forward_hook(pass_time)
+    stored = checkpoints.load(train(model, random_images(80, 8), config, last))["progress"]
+    assert (stored["step"], stored["seconds"], stored["images"]) == (6, 61, 96)
+    rows = plots.read_metrics(Path("samples/whole/metrics.jsonl"))
+    rates = [row["learning_rate"] for row in rows if "learning_rate" in row and row["step"] > 4]
+    assert len(rates) == 1 and 0 < rates[0] < 0.01 * 0.03  # the schedule is at its end
+
+
+def test_train_takes_a_checkpoint_that_was_read_already(trained_by_api, tmp_path, monkeypatch):
+    shutil.copytree(trained_by_api, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    checkpoint = checkpoints.load_training(Path("checkpoints/whole/last.pt"))
+    monkeypatch.setattr(checkpoints, "load", None)  # read once
+    data = ImageDataset(random_images(80, 8))
+    config = configure(MAX_STEPS=6)
+    final = train(DDPMModel.from_config(config), data, config, checkpoint)
+    assert torch.load(final, weights_only=True)["progress"]["step"] == 6
+
+
+# --- what stops a run
+
+
+def run_changed(folder: Path, change: str, *flags: str) -> subprocess.CompletedProcess:
+    """Runs train.py with the loss times `change`, an expression of `calls`, the losses so far."""
+    text = (ROOT / "train.py").read_text()
+    call = "            train(model, data,"
+    assert text.count(call) == 1
+    text = text.replace(
+        call,
+        "            import os\n"
+        "            original, calls = model.forward, 0\n"
+        "            def forward(*args):\n"
+        "                nonlocal calls\n"
+        "                calls += 1\n"
+        f"                return original(*args) * ({change})\n"
+        f"            model.forward = forward\n{call}",
+    )
+    (folder / "changed.py").write_text(text)
+    return subprocess.run(
+        [sys.executable, "changed.py", *TINY_FLAGS, *flags], cwd=folder, capture_output=True,
+        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, text=True, timeout=240,
+    )  # fmt: skip
+
+
+def test_train_stops_at_a_loss_that_stays_nan_and_keeps_finite_weights(tmp_path):
+    flags = ["--run_name", "bad", "--max_steps", "100", "--save_every_minutes", "0"]
+    result = run_changed(tmp_path, "1 if calls <= 5 else float('nan')", *flags)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "20 updates in a row were not finite; stopped at step 30" in result.stderr
+    weights = checkpoint_weights(tmp_path / "checkpoints/bad/last.pt")
+    assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_abort_if_diverged_counts_updates_skipped_in_a_row():
+    config = configure(MAX_STEPS=100)
+    step = TrainStep(DDPMModel.from_config(config).train(), config)
+
+    def update(loss: float, times: int = 1) -> None:
+        for _ in range(times):
+            step.update(torch.tensor(loss))
+
+    for _ in range(3):
+        update(1.0)
+        update(float("nan"), 19)
+        abort_if_diverged(step, 20, "mine")
+    assert step.skipped_updates.item() == 57
+    update(float("inf"))
+    with pytest.raises(UserError, match="20 updates in a row were not finite; stopped at step 61"):
+        abort_if_diverged(step, 61, "mine")
+
+
+def test_scripts_answer_bad_input_with_one_line(trained):
+    (trained / "empty").mkdir()
+    (trained / "few").mkdir()
+    Image.new("RGB", (9, 9)).save(trained / "few" / "one.png")
+    (trained / "half").mkdir()
+    for i in range(4):
+        Image.new("RGB", (9, 9)).save(trained / "half" / f"{i}.png")
+        (trained / "half" / f"{i}.jpg").write_text("not an image")
+    (trained / "cut.pt").write_bytes((trained / "checkpoints/whole/final.pt").read_bytes()[:-2000])
+    folder, resume = ["train.py", "--dataset", "folder", "--data_dir"], ["train.py", "--resume"]
+    resume.append("whole")
+    named = ["train.py", *TINY_FLAGS, "--run_name"]
+    cases = {
+        "no images in empty": [*folder, "empty"],
+        "too many of the 8 images in": [*folder, "half", *TINY_FLAGS[2:]],
+        "nowhere is not a folder": ["train_optimized.py", *folder[1:], "nowhere"],
+        "fewer than one batch of 16": [*folder, "few", *TINY_FLAGS[2:]],
+        "did you mean --batch_size": ["train.py", "--batchsize", "3"],
+        "../whole, but must name a folder below checkpoints/": [*named, "../whole"],
+        "there is a run whole already": [*named, "whole"],
+        "is of a finished run": resume,
+        "was trained on": [*resume, "--image_size", "16", "--max_steps", "99"],
+        "with objective pred_v, which cannot become pred_noise": [
+            *resume, "--objective", "pred_noise",
+        ],
+        "with dim 8, which cannot become 16": [*resume, "--dim", "16", "--max_steps", "99"],
+        "cut.pt is damaged": ["inference.py", "--checkpoint", "cut.pt"],
+        "steps is 4000, but": ["inference.py", "--steps", "4000"],
+    }  # fmt: skip
+    with ThreadPoolExecutor(2) as pool:  # most of the time goes into starting
+        lines = pool.map(lambda command: run_script_error(trained, *command), cases.values())
+        for expected, line in zip(cases, lines, strict=True):
+            assert expected in line
+
+
+def test_train_resumes_no_run_of_another_process(trained, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    handle = os.open(tmp_path / "checkpoints/whole/.lock", os.O_CREAT | os.O_RDWR)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    line = run_script_error(tmp_path, "train.py", "--resume", "whole", "--max_steps", "42")
+    assert "run whole is being trained by another process" in line
+    os.close(handle)
+
+
+# --- disks
+
+
+def test_train_on_a_full_disk_continues_and_leaves_no_partial_file(trained, tmp_path):
+    shutil.copytree(trained / "data", tmp_path / "data")
+    flags = ["--run_name", "full", "--max_steps", "20", "--save_every_minutes", "0.01"]
+    result = subprocess.run(
+        script_command("train.py", *TINY_FLAGS, *flags), cwd=tmp_path, capture_output=True,
+        env=ENVIRONMENT, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)),  # bytes
+    )  # fmt: skip
+    line = "warning: writing checkpoints/full/best.pt failed (File too large); continuing without"
+    assert line in result.stderr
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "error: File too large (checkpoints/full/final.pt)" in result.stderr
+    files = [path.name for path in (tmp_path / "checkpoints").rglob("*.*")]
+    assert set(files) <= {".lock"}
+
+
+def test_train_that_can_write_nothing_any_more_ends_with_an_error(tmp_path):
+    # RLIMIT_FSIZE, from the first step on: importing torch may write files.
+    limit = "__import__('resource').setrlimit(1, (400, 400))"
+    change = f"1 + 0 * (calls == 1 and {limit} or 0)"
+    result = run_changed(tmp_path, change, "--run_name", "full", "--max_steps", "40")
+    errors = result.stderr
+    line = "warning: writing samples/full failed (File too large); continuing without it"
+    assert errors.count(line) == errors.count("warning: writing samples") == 1
+    assert "warning: writing checkpoints/full/best.pt failed" in errors
+    assert result.returncode == 2 and "Traceback" not in errors
+    assert "error: File too large (checkpoints/full/final.pt): free some space" in errors
+    rows = plots.read_metrics(tmp_path / "samples/full/metrics.jsonl")
+    assert rows[0]["step"] == 10 and len(rows) < 4
+
+
+def test_train_reports_before_the_first_step_that_it_cannot_write(trained, tmp_path):
+    shutil.copytree(trained / "data", tmp_path / "data")
+    (tmp_path / "checkpoints").write_text("a file")
+    flags = [*TINY_FLAGS, "--run_name", "none", "--max_steps", "40"]
+    assert "checkpoints" in run_script_error(tmp_path, "train.py", *flags)
+    assert not plots.read_metrics(tmp_path / "samples/none/metrics.jsonl")
+
+
+def test_write_atomically_on_a_full_disk_leaves_the_old_file(tmp_path):
+    path = tmp_path / "model.pt"
+    checkpoints.save(path, {"value": torch.zeros(3)})
+
+    def fill(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.write_atomically(path, fill)
+    assert torch.equal(checkpoints.load(path)["value"], torch.zeros(3))
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
+
+
+# --- the trained model
+
+
+def test_inference_uses_the_newest_checkpoint(trained):
+    output = run_script_ok(trained, "inference.py", "--num_samples", "5", "--batch_size", "2")
+    results = trained / "inference_results"
+    folder = results / "samples-ddpm_final-unipc-4-seeds-0-4"
+    assert "ddpm_final.pt" in output and str(folder.relative_to(trained)) in output
+    names = {"grid.png", "contact_sheet.png", "summary.json", *(f"{i:06d}.png" for i in range(5))}
+    assert {path.name for path in folder.iterdir()} == names
+    best = ["--checkpoint", "checkpoints/whole/best.pt"]
+    run_script_ok(trained, "inference.py", "--seeds", "3", *best)
+    ends = ["--image1", "data:3", "--image2", "5", "--num_steps", "2"]
+    run_script_ok(trained, "inference.py", "--mode", "interpolate", *ends)
+    summary = results / "interpolate-ddpm_final-unipc-4-seeds-0-15" / "summary.json"
+    assert json.loads(summary.read_text())["image1"] == "data:3"
+    vary = ["--mode", "vary", "--image", "data:20480"]
+    assert "data:20480" in run_script_error(trained, "inference.py", *vary)
+    alone = Image.open(results / "samples-whole-best-unipc-4-seeds-3" / "000003.png")
+    assert alone.size == (8, 8)
+    grouped = Image.open(folder / "000003.png")
+    assert np.abs(np.asarray(alone, int) - np.asarray(grouped, int)).max() <= 1
+
+
+def test_training_module_is_the_old_import_path():
+    command = "from engine.training import train; from engine.trainer import train as new; " \
+              "assert train is new"  # fmt: skip
+    result = call_command(ROOT, [sys.executable, "-c", command])
+    assert result.returncode == 0 and "engine.training is now engine.trainer" in result.stderr

@@ -1,0 +1,157 @@
+"""The Triton kernels against the formulas in engine.unet, interpreted on the CPU."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from engine import unet
+from tests.helpers import needs_no_gpu, relative_error
+
+pytest.importorskip("triton", reason="PyTorch brings Triton on Linux only")
+pytestmark = needs_no_gpu  # tests/test_gpu.py runs them compiled
+
+
+def channels_last(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def compare(
+    kernel: Callable, formula: Callable, inputs: Sequence[torch.Tensor | None],
+    dy: torch.Tensor, limit: float = 1e-5,
+) -> None:  # fmt: skip
+    """Asserts that both have the same output and gradients."""
+    found = []
+    for function in (kernel, formula):
+        leaves = [x if x is None else x.detach().clone().requires_grad_() for x in inputs]
+        y = function(*leaves)
+        y.backward(dy)
+        found.append([y.detach(), *(leaf.grad for leaf in leaves if leaf is not None)])
+    for a, b in zip(*found, strict=True):
+        assert relative_error(a, b) < limit
+
+
+def add_bias(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The kernel, on a copy of x, which it overwrites."""
+    return unet.triton_kernels.AddBiasFunction.apply(x * 1, bias)
+
+
+# Shapes: full tiles, several programs an image with a partial tile, more channels than 512.
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("batch, channels, size, kind", [
+    (3, 64, 8, "modulated"), (2, 24, 13, "modulated"), (2, 24, 13, "residual"), (2, 40, 4, "plain"),
+    (1, 520, 3, "residual"),
+])  # fmt: skip
+def test_norm_kernel_matches_formula(batch, channels, size, kind, dtype, limit):
+    torch.manual_seed(0)
+    x = channels_last(batch, channels, size, size, dtype=dtype)
+    # A part of a wider matrix product.
+    wide = torch.randn(batch, 3 * channels).to(dtype) if kind == "modulated" else None
+    residual = x.flip(0) if kind == "residual" else None
+    residual_bias = torch.randn(channels) if kind == "residual" else None
+    bias = None if kind == "plain" else torch.randn(channels)
+    gain = torch.randn(1, channels, 1, 1)
+    # Strided as the gradient of a concatenation is.
+    dy = channels_last(batch, 2 * channels, size, size, dtype=dtype)[:, channels:]
+
+    def with_slice(function: Callable) -> Callable:
+        def norm_act(x, bias, gain, wide, residual, residual_bias):
+            modulation = None if wide is None else wide[:, channels:]
+            return function(x, bias, gain, modulation, residual, residual_bias, kind != "plain")
+
+        return norm_act
+
+    kernel = with_slice(unet.triton_kernels.NormFunction.apply)
+    inputs = [x, bias, gain, wide, residual, residual_bias]
+    compare(kernel, with_slice(unet.norm_act), inputs, dy, limit)
+
+
+@pytest.mark.parametrize("kind", ["modulated", "residual"])
+def test_norm_kernel_loops_over_rows_with_a_partial_last_tile(kind, monkeypatch):
+    torch.manual_seed(0)
+    # Two programs an image, each with 13 rows in tiles of 4.
+    monkeypatch.setattr(unet.triton_kernels, "TARGET_PROGRAMS", 4)
+    monkeypatch.setattr(unet.triton_kernels, "TILE_ELEMENTS", 128)
+    x, dy = (channels_last(3, 24, 5, 5) for _ in range(2))
+    modulation = torch.randn(3, 48) if kind == "modulated" else None
+    residual = x.flip(0) if kind == "residual" else None
+    residual_bias = torch.randn(24) if kind == "residual" else None
+    compare(
+        lambda *inputs: unet.triton_kernels.NormFunction.apply(*inputs, True),
+        lambda *inputs: unet.norm_act(*inputs, True),
+        [x, torch.randn(24), torch.randn(1, 24, 1, 1), modulation, residual, residual_bias],
+        dy,
+    )
+
+
+@pytest.mark.parametrize("programs", [1, 4])
+@pytest.mark.parametrize("images", [3, 8, 10])
+def test_norm_reduce_kernel_loops_over_images_with_a_partial_last_tile(images, programs):
+    torch.manual_seed(0)
+    channels = 20  # in two programs
+    sums = torch.randn(3, images, programs, channels)
+    modulation = torch.randn(images, 2 * channels)
+    gain = torch.randn(channels)
+    dgain, dbias, dresidual_bias = (torch.empty(channels) for _ in range(3))
+    dmodulation = torch.empty_like(modulation)
+    totals = sums.sum(2)
+
+    def reduce(*pointers: torch.Tensor | None) -> None:
+        unet.triton_kernels._norm_reduce[(2,)](
+            sums, gain, *pointers, 2 * channels, images, channels,
+            IMAGES=4, PROGRAMS=programs, COLS=16,
+        )  # fmt: skip
+
+    reduce(modulation, dgain, dbias, dmodulation, None)
+    scale = modulation[:, :channels]
+    torch.testing.assert_close(dgain, (totals[0] * (scale + 1)).sum(0))
+    torch.testing.assert_close(dbias, totals[2].sum(0))
+    torch.testing.assert_close(dmodulation, torch.cat([totals[0] * gain, totals[1]], dim=1))
+    reduce(None, dgain, dbias, None, dresidual_bias)
+    torch.testing.assert_close(dgain, totals[0].sum(0))
+    torch.testing.assert_close(dresidual_bias, totals[1].sum(0))
+
+
+def test_add_bias_kernel_matches_formula():
+    torch.manual_seed(0)
+    dy = channels_last(3, 48, 7, 5)[:, 24:]
+    compare(add_bias, unet.add_bias, [channels_last(3, 24, 7, 5), torch.randn(24)], dy)
+
+
+def test_add_bias_kernel_loops_over_rows_with_a_partial_last_tile(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(unet.triton_kernels, "TARGET_PROGRAMS", 3)
+    monkeypatch.setattr(unet.triton_kernels, "TILE_ELEMENTS", 128)
+    x, dy = (channels_last(3, 24, 7, 5) for _ in range(2))
+    compare(add_bias, unet.add_bias, [x, torch.randn(24)], dy)
+
+
+def test_kernels_take_images_of_one_pixel():
+    """The strides of such images do not tell whether they are channels-last."""
+    torch.manual_seed(0)
+    x, dy = (torch.randn(3, 24, 1, 1) for _ in range(2))
+    compare(add_bias, unet.add_bias, [x, torch.randn(24)], dy)
+    compare(
+        lambda x, gain: unet.triton_kernels.NormFunction.apply(
+            x, None, gain, None, None, None, True
+        ),
+        lambda x, gain: unet.norm_act(x, None, gain, activate=True),
+        [x, torch.randn(1, 24, 1, 1)],
+        dy,
+    )
+
+
+@pytest.mark.parametrize("batch, tokens, heads, dim, slots, dtype, limit", [
+    (2, 64, 2, 32, 4, torch.float32, 1e-5),
+    (1, 300, 2, 32, 2, torch.float32, 1e-5),
+    (2, 36, 3, 16, 4, torch.float32, 1e-5),
+    (2, 256, 4, 32, 4, torch.float16, 1e-2),  # the interpreter's bf16 products are wrong
+])  # fmt: skip
+def test_linear_attention_kernel_matches_formula(batch, tokens, heads, dim, slots, dtype, limit):
+    torch.manual_seed(0)
+    qkv = 2 * torch.randn(batch, tokens, 3 * heads * dim).to(dtype)
+    mem_kv = torch.randn(2, heads, dim, slots)
+    assert unet.triton_attention.supports_linear_attention(mem_kv)
+    dy = torch.randn(batch, tokens, heads * dim).to(dtype)
+    kernel = unet.triton_attention.LinearAttentionFunction.apply
+    compare(kernel, unet.linear_attention, [qkv, mem_kv], dy, limit)
