@@ -25,7 +25,8 @@ if sys.version_info < (3, 10):  # noqa: UP036 - an older Python gets this far
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PIP_INSTALL = [sys.executable, "-m", "pip", "install"]
-ROW = "  {:<30}{}"  # of the report
+ROW = "  {:<34}{}"  # of the report
+MODULES = {"pillow": "PIL", "pytest-xdist": "xdist"}  # whose names differ from the package's
 
 
 def read_requirements(path: Path) -> dict[str, str]:
@@ -95,7 +96,7 @@ def check(requirements_file: Path) -> int:
             missing.append(name)
         else:
             try:
-                importlib.import_module({"pillow": "PIL"}.get(name, name.replace("-", "_")))
+                importlib.import_module(MODULES.get(name, name.replace("-", "_")))
             except Exception as error:  # a binary for another version raises more than ImportError
                 problem = f"does not import: {type(error).__name__}: {error}".splitlines()[0]
                 broken.append(name)
