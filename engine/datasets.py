@@ -277,4 +277,6 @@ def _extract(packed: Path, contents: Iterable[str], folder: str) -> None:
         return
     with tarfile.open(packed) as archive:
         files = (member for member in archive if member.isfile() and is_wanted(member.name))
-        archive.extractall(folder, files, filter="data")
+        # Python before 3.10.12 has no filters and ignores the attribute.
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)
+        archive.extractall(folder, files)
