@@ -54,12 +54,10 @@ NETWORK = ("IMAGE_SIZE", "DIM", "DIM_MULTS", "FULL_ATTENTION_MAX_SIZE")
 FAST = "bf16, CUDA graph"
 Row = dict[str, Any]  # of a table of results
 MODES = {
-    "fp32": {},
-    "bf16": {"USE_AMP": True},
-    "fp32, CUDA graph": {"CUDA_GRAPH": True},
+    "fp32": {}, "bf16": {"USE_AMP": True}, "fp32, CUDA graph": {"CUDA_GRAPH": True},
     FAST: {"USE_AMP": True, "CUDA_GRAPH": True},
     "bf16, compiled, CUDA graph": {"USE_AMP": True, "COMPILE_MODEL": True, "CUDA_GRAPH": True},
-}
+}  # fmt: skip
 
 
 class BenchmarkSettings(Settings):
@@ -352,7 +350,9 @@ def main() -> None:
     given = BenchmarkSettings.given(parser.parse_args())
     settings = BenchmarkSettings(**given)
     if settings.DOCS:
-        return write_text(DOCS, benchmarking.docs_page())
+        write_text(DOCS, benchmarking.docs_page())
+        print(f"written: {DOCS}")
+        return
 
     # What to measure.
     is_gpu = torch.cuda.is_available()

@@ -101,3 +101,12 @@ def random_images(count: int, size: int, channels: int = 3, seed: int = 0) -> np
     """Random uint8 images (count, channels, size, size)."""
     shape = (count, channels, size, size)
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+class FakeTime:
+    """Stands in for the module `time`; its clock is set by the test."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now

@@ -1,4 +1,4 @@
-"""What only a GPU can show. Run with `python -m pytest -m gpu` on a machine that has one.
+"""What only a GPU can show. Run with `python -m pytest -m gpu -n 0` on a machine that has one.
 
 The quick ones first, the one that compiles (a minute or two) last.
 """

@@ -15,19 +15,10 @@ from config import resolve
 from engine import progress as progress_module
 from engine.distributed import RankLostError
 from engine.progress import LOG_EVERY, Progress, StopSignal
-from tests.helpers import CPU, CPU_TIER, ROOT
+from tests.helpers import CPU, CPU_TIER, ROOT, FakeTime
 
 ALONE = SimpleNamespace(num_processes=1, process_index=0, device=CPU)
 PAIR = SimpleNamespace(num_processes=2, process_index=1, device=CPU)
-
-
-class FakeTime:
-    """Stands in for the module `time`; its clock is set by the test."""
-
-    now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @pytest.fixture

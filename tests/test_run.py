@@ -21,7 +21,7 @@ from engine.progress import Progress
 from engine.run import MetricsLog, Run, new_run_name
 from engine.train_step import TrainStep, get_rng_state, set_rng_state
 from engine.trainer import should_snapshot_guide
-from tests.helpers import CPU, CPU_TIER, ROOT, random_images
+from tests.helpers import CPU, CPU_TIER, ROOT, FakeTime, random_images
 
 ALONE = SimpleNamespace(num_processes=1, process_index=0, device=CPU)
 FLAGS = {
@@ -40,15 +40,6 @@ def configure(**changes) -> Config:
 def make_step() -> TrainStep:
     config = configure(MAX_STEPS=100)
     return TrainStep(DDPMModel.from_config(config).train(), config)
-
-
-class FakeTime:
-    """Stands in for the module `time`; its clock is set by the test."""
-
-    now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -70,13 +70,13 @@ def test_step_is_adam_on_the_clipped_gradient_of_the_loss():
 
 @pytest.mark.parametrize("micro_batch", [8, 12])  # 12 does not divide the batch
 def test_step_accumulates_micro_batches_to_the_same_update(micro_batch):
-    at_once, accumulated = make_step(BATCH_SIZE=32), make_step(BATCH_SIZE=micro_batch)
+    single_pass, accumulated = make_step(BATCH_SIZE=32), make_step(BATCH_SIZE=micro_batch)
     for number in range(3):
-        at_once(make_batch(), number, 1e-3)
+        single_pass(make_batch(), number, 1e-3)
         accumulated(make_batch(), number, 1e-3)
-    assert max_weight_difference(at_once.model, make_model()) > 0
+    assert max_weight_difference(single_pass.model, make_model()) > 0
     # The updates are 3e-3; the rest is rounding.
-    assert max_weight_difference(at_once.model, accumulated.model) < 5e-6
+    assert max_weight_difference(single_pass.model, accumulated.model) < 5e-6
 
 
 def test_step_ema_follows_its_closed_form():
