@@ -104,7 +104,8 @@ class StopSignal:
     def __init__(self, dist: PartialState, hint: Callable[[], str]):
         self.dist = dist
         self.hint = hint
-        self.number = 0
+        self.received = 0  # written by the signal handler alone: a signal is never overwritten
+        self.number = 0  # what all ranks agreed to stop for
         self.previous: dict[int, Any] = {}
         self.was_asked = threading.Event()
         self.is_watched = dist.num_processes > 1
@@ -131,7 +132,7 @@ class StopSignal:
             self.sender.close()
 
     def _handle(self, number: int, _frame: object) -> None:
-        self.number = number
+        self.received = number
         signal.signal(number, self.previous[number])
 
     def _watch(self) -> None:
@@ -149,10 +150,10 @@ class StopSignal:
     def requested(self, step: int) -> bool:
         """Whether any rank was asked to stop; ranks ask each other every LOG_EVERY steps."""
         self.was_asked.set()
-        if self.dist.num_processes > 1:
-            if step % LOG_EVERY:
-                return False
-            number = torch.tensor(self.number, device=self.dist.device)
+        if self.dist.num_processes == 1:
+            self.number = self.received
+        elif step % LOG_EVERY == 0:
+            number = torch.tensor(self.received, device=self.dist.device)
             distributed.all_reduce(number, op=distributed.MAX)
             self.number = int(number.item())
         return self.number > 0

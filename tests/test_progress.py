@@ -94,10 +94,24 @@ def test_stop_signal_is_the_same_on_all_ranks(mine, other, agreed, monkeypatch):
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     stop = StopSignal(PAIR, str)
-    stop.number = mine
+    stop.received = mine
     assert not stop.requested(LOG_EVERY + 1)  # nobody asks in between
     assert stop.requested(LOG_EVERY) == (agreed > 0)
     assert stop.number == agreed
+
+
+def test_stop_signal_keeps_a_signal_that_comes_while_ranks_ask_each_other(monkeypatch):
+    stop = StopSignal(PAIR, str)
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda number, op: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    stop.previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, stop._handle)
+    try:
+        assert not stop.requested(LOG_EVERY)  # this rank had said 0 before it came
+    finally:
+        signal.signal(signal.SIGTERM, stop.previous[signal.SIGTERM])
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda number, op: None)
+    assert stop.requested(2 * LOG_EVERY) and stop.number == signal.SIGTERM
 
 
 def test_stop_signal_restores_handlers_and_starts_no_thread_on_a_single_rank():
