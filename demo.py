@@ -26,8 +26,9 @@ from engine import plots
 from engine.cli import Parser, run_script
 from engine.dataloader import BatchLoader
 from engine.datasets import load_dataset
+from engine.devices import default_device, device_name
 from engine.errors import UserError
-from engine.inference_jobs import device_name, psnr
+from engine.inference_jobs import psnr
 from engine.noise_schedule import BETA_SCHEDULES, OBJECTIVES
 from engine.samplers import SAMPLERS
 from engine.trainer import train
@@ -259,7 +260,7 @@ def main() -> None:
     os.chdir(OUTPUT_DIR)
     for folder in ("checkpoints", "samples"):
         shutil.rmtree(folder, ignore_errors=True)
-    demo = SimpleNamespace(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    demo = SimpleNamespace(device=default_device())
     lines = [f"torch {torch.__version__}, {device_name(demo.device)}"]
     print(lines[0])
 

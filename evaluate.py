@@ -27,6 +27,7 @@ from engine import inference_jobs as jobs
 from engine.cli import Parser, run_script
 from engine.dataloader import train_val_split
 from engine.datasets import DATASETS, folder_source, load_dataset
+from engine.devices import default_device, device_name
 from engine.errors import FallbackWarning, UserError
 from engine.metrics import Scores
 from engine.settings import Setting
@@ -215,7 +216,7 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
             "source": Path(real.filename).stem,
         },
         "networks": [network.name for network in networks],
-        "device": jobs.device_name(device),
+        "device": device_name(device),
         "versions": jobs.package_versions((*jobs.PACKAGES, *metrics.PACKAGES)),
         "evaluations": evaluations,
     }  # fmt: skip
@@ -269,7 +270,7 @@ def main() -> None:
         # The newest checkpoint of rank 0, on all ranks.
         files = options.checkpoint or [settings.images or checkpoints.newest()]
         paths = [Path(file) for file in distributed.broadcast_object(files)]
-        device = dist.device if torch.cuda.is_available() else torch.device("cpu")
+        device = default_device()
         if dist.is_main_process:
             evaluate(settings, paths, device)
         elif not settings.images:

@@ -30,6 +30,7 @@ from ddpm_model import DDPMModel, unnormalize
 from engine import checkpoints, distributed, plots
 from engine import inference_jobs as jobs
 from engine.cli import Parser, run_script
+from engine.devices import default_device
 from engine.errors import RenamedWarning, UserError
 from engine.gpu_memory import OomBatcher
 from engine.samplers import DEFAULT_SAMPLER, DEFAULT_SPACING, SAMPLERS, SPACINGS, batched
@@ -336,14 +337,13 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
         settings = distributed.broadcast_object(settings)
         path = settings["checkpoint"]
         guidance = settings["guidance"]
-        device = dist.device if torch.cuda.is_available() else torch.device("cpu")
-        model = load_model(settings, device)
+        model = load_model(settings, default_device())
         plan = model.sampling_plan(sampler, settings["steps"], settings["spacing"])
         nfe = f"{settings['steps']} steps, {model.count_nfe(*plan, guidance)} NFE per image"
         checkpoints.check_writable(output_dir)
 
         # What is about to be done, and flags that have no effect.
-        what = f"{model.image_size} px, {settings['sampler']}, {nfe}, {device.type}"
+        what = f"{model.image_size} px, {settings['sampler']}, {nfe}, {model.device.type}"
         distributed.print0(f"{path}: {what}")
         if model.guide is None and guidance not in (None, 1):
             note = f"this model has no guide, so --guidance {guidance:g} changes nothing"

@@ -21,6 +21,7 @@ from engine import distributed, plots
 from engine.checkpoints import CHECKPOINT_DIR, write_text
 from engine.cli import import_from_file
 from engine.datasets import center_square, load_dataset, to_rgb
+from engine.devices import device_name
 from engine.errors import UserError
 from engine.gpu_memory import OomBatcher
 from engine.samplers import DEFAULT_SPACING
@@ -248,8 +249,3 @@ def package_versions(names: Sequence[str]) -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions
-
-
-def device_name(device: torch.device) -> str:
-    """Returns the name of a GPU, or `CPU`."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from engine import checkpoints, distributed
 from engine.checkpoints import TrainingCheckpoint
 from engine.dataloader import Batch, BatchLoader, ImageDataset
+from engine.devices import device_name
 from engine.errors import UserError
 from engine.progress import Progress, StopSignal
 from engine.run import VERSION, NullRun, Run, new_run_name, resume_hint
@@ -163,8 +164,7 @@ def describe(step: TrainStep) -> str:
         "compiled": config.COMPILE_MODEL, "CUDA graphs": step.graphs is not None,
         "gradient checkpointing": config.GRADIENT_CHECKPOINTING,
     }  # fmt: skip
-    is_cuda = step.device.type == "cuda"
-    device = torch.cuda.get_device_name(step.device) if is_cuda else "CPU"
+    device = device_name(step.device)
     parts = [
         f"{sum(p.numel() for p in step.param_views) / 1e6:.1f} M parameters",
         f"batch {config.BATCH_SIZE * accumulation}{split}",
