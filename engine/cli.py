@@ -3,6 +3,8 @@
 import argparse
 import errno
 import importlib.util
+import io
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -21,6 +23,8 @@ UNWRITABLE_ERRNOS = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT,
     errno.ENAMETOOLONG,
 )  # fmt: skip
+
+LOST_READER_EXIT_CODE = 141  # of a process that SIGPIPE ends
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,20 +77,41 @@ def show_warning(message, category, filename, lineno, file=None, line=None) -> N
 _show_warning = warnings.showwarning
 
 
-def fail(message: str, exit_code: int) -> NoReturn:
-    """Prints one line on stderr, on the first rank of a machine to fail, and exits."""
+def fail(message: str, exit_code: int) -> int:
+    """Prints one line on stderr, on the first rank of a machine to fail; returns the exit code."""
     if distributed.is_first_failure():
         print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(exit_code)
+    return exit_code
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
-    """Runs a script's main and exits: 0, or one line on stderr and the failure's exit code."""
+    """Runs a script's main and exits: 0, or one line on stderr and the failure's exit code.
+
+    Characters that stdout cannot encode are escaped. If its reader is gone, as of `| head`, the
+    script ends without a word.
+    """
     warnings.showwarning = show_warning
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        exit_code = _run(main)
+        print(end="", flush=True)
+    except BrokenPipeError:
+        if not _has_lost_its_reader():
+            raise
+        exit_code = LOST_READER_EXIT_CODE
+    sys.exit(exit_code)
+
+
+def _run(main: Callable[[], None]) -> str | int | None:
+    """Runs a script's main, reports its failure and returns the exit code."""
     try:
         main()
+    except SystemExit as error:
+        return error.code
     except UserError as error:
-        fail(str(error), error.exit_code)
+        return fail(str(error), error.exit_code)
     except OSError as error:
         if error.errno not in (*DISK_FULL_ERRNOS, *UNWRITABLE_ERRNOS):
             raise
@@ -94,10 +119,20 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         advice = "choose a folder that can be written to"
         if error.errno in DISK_FULL_ERRNOS:
             advice = "free some space"
-        fail(f"{error.strerror}{where}: {advice}", 2)
+        return fail(f"{error.strerror}{where}: {advice}", 2)
     except torch.OutOfMemoryError:
-        fail("out of GPU memory: ask for fewer or smaller images at a time", 1)
+        return fail("out of GPU memory: ask for fewer or smaller images at a time", 1)
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
     distributed.shut_down()
-    sys.exit(0)
+    return 0
+
+
+def _has_lost_its_reader() -> bool:
+    """Whether nobody reads stdout any more; if so, what is still in its buffer is dropped."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False

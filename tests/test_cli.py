@@ -1,0 +1,44 @@
+"""engine/cli.py: what a script does when stdout is not what it should be."""
+
+import io
+import os
+
+import pytest
+
+from engine.cli import LOST_READER_EXIT_CODE, run_script
+
+
+def exit_code_of(main) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        run_script(main)
+    return exit_.value.code
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_run_script_escapes_what_stdout_cannot_encode(monkeypatch, encoding):
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding))
+    assert exit_code_of(lambda: print("run 模型-\udcff: done")) == 0
+    assert written.getvalue() == rb"run \u6a21\u578b-\udcff: done" + os.linesep.encode()
+
+
+@pytest.mark.parametrize(("buffering", "flush"), [(0, True), (-1, True), (-1, False)])
+def test_run_script_ends_silently_when_the_reader_of_stdout_is_gone(
+    monkeypatch, capsys, buffering, flush
+):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with open(write_end, "wb", buffering) as file:
+        stdout = io.TextIOWrapper(file, write_through=True)
+        monkeypatch.setattr("sys.stdout", stdout)
+        assert exit_code_of(lambda: print("a line", flush=flush)) == LOST_READER_EXIT_CODE
+        monkeypatch.undo()
+    assert capsys.readouterr().err == ""
+
+
+def test_run_script_does_not_hide_other_broken_pipes():
+    def main():
+        raise BrokenPipeError("a worker is gone")
+
+    with pytest.raises(BrokenPipeError, match="a worker"):
+        run_script(main)
