@@ -1,5 +1,6 @@
 """Batches: which images each step trains on, and how they reach the device."""
 
+import hashlib
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ MAX_GPU_FRACTION = 0.25  # of the GPU memory we may use; larger data sets are st
 COPY_CHUNK = 4096  # images copied to the GPU at a time
 MAX_VALIDATION_IMAGES = 512  # or a few more, so that they are evenly spaced
 VALIDATION_FRACTION = 0.05
+FINGERPRINT_BYTES = 2**28  # hashed of the images; of a larger data set every n-th image is
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,16 @@ class ImageDataset:
         """Returns the images and labels at an index array or slice."""
         labels = None if self.labels is None else self.labels[index]
         return ImageDataset(self.images[index], labels, self.class_names)
+
+    def fingerprint(self) -> str:
+        """Returns a hash of shape, images and labels, the same on every machine: 16 hex digits."""
+        every = -(-self.images.nbytes // FINGERPRINT_BYTES) or 1
+        digest = hashlib.blake2b(repr(self.images.shape).encode(), digest_size=8)
+        for image in self.images[::every]:
+            digest.update(np.ascontiguousarray(image))
+        if self.labels is not None:
+            digest.update(self.labels.astype("<i8").tobytes())
+        return digest.hexdigest()
 
     def __reduce__(self):
         # A spawned worker opens the file itself; pickled, the map would be a copy of all images.

@@ -35,6 +35,31 @@ def save_memmap(path: Path, images: np.ndarray) -> np.ndarray:
     return np.load(path, mmap_mode="r")
 
 
+# Fingerprints.
+
+
+def test_fingerprint_depends_on_shape_images_and_labels_alone(tmp_path, monkeypatch):
+    data = labeled(200)
+    known = data.fingerprint()
+    assert known == "6f7d6b3145b5e6d2"  # on every machine
+    mapped = save_memmap(tmp_path / "images.npy", data.images)
+    assert ImageDataset(mapped, data.labels).fingerprint() == known
+    images, labels = data.images.copy(), data.labels.copy()
+    images[123, 1, 2, 3] += 1
+    labels[-1] += 1
+    others = [(images, data.labels), (data.images, labels), (data.images, None)]
+    others.append((data.images.reshape(200, 3, 2, 8), data.labels))
+    assert len({known, *(ImageDataset(*other).fingerprint() for other in others)}) == 5
+
+    # Of much data, every n-th image is hashed.
+    monkeypatch.setattr(dataloader, "FINGERPRINT_BYTES", data.images.nbytes // 3)
+    sampled = [ImageDataset(x).fingerprint() for x in (data.images, images)]
+    assert sampled[0] != sampled[1]
+    images[123] = data.images[123]
+    images[124] += 1
+    assert ImageDataset(images).fingerprint() == sampled[0]
+
+
 # Splits.
 
 
