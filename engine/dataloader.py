@@ -26,8 +26,16 @@ class ImageDataset:
     """Images and their labels, if any."""
 
     images: np.ndarray  # uint8 (N, C, H, W), often memory-mapped
-    labels: np.ndarray | None = None  # int64 (N,), indices into class_names
+    labels: np.ndarray | None = None  # int64 (N,), indices into class_names; -1: no label
     class_names: tuple[str, ...] = ()
+
+    @property
+    def classes(self) -> dict[str, int]:
+        """The number of images of each class by its name."""
+        if self.labels is None:
+            return {}
+        counts = np.bincount(self.labels + 1, minlength=len(self.class_names) + 1)[1:]
+        return dict(zip(self.class_names, counts.tolist(), strict=True))
 
     def __len__(self) -> int:
         return len(self.images)

@@ -7,7 +7,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,7 +20,8 @@ from engine.dataloader import ImageDataset
 from engine.distributed import print0
 from engine.errors import UserError
 from engine.image_cache import Source, load_cached
-from engine.shapes import draw_shapes
+from engine.labels import NO_LABEL, check_classes, labels_from_folders
+from engine.shapes import SHAPE_KINDS, draw_shapes, kind_of
 
 DATASETS = ("auto", "cifar10", "celeba", "stl10", "shapes", "folder")
 SHAPES_COUNT = 20_480
@@ -38,6 +39,10 @@ class Archive:
     contents: Mapping[str, int]  # files or folders to extract, and the number of images in each
     record_bytes: int = 0  # of each image in a file
     to_pixels: Callable[[np.ndarray], np.ndarray] | None = None  # record to (height, width, 3)
+    class_names: tuple[str, ...] = ()
+    label_file: str = (
+        ""  # a byte per image of the first file, from 1 on; else records begin with it
+    )
 
 
 CELEBA_DRIVE_ID, CELEBA_MD5, CELEBA_ZIP = CelebA.file_list[0]
@@ -47,11 +52,14 @@ ARCHIVES = {
         "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
         {f"cifar-10-batches-bin/data_batch_{i}.bin": 10_000 for i in range(1, 6)},
         3073, lambda record: record[1:].reshape(3, 32, 32).transpose(1, 2, 0),
+        ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
     ),
     "stl10": Archive(  # a record is 3 planes of columns
         STL10.filename, STL10.tgz_md5, STL10.url,
         {"stl10_binary/train_X.bin": 5_000, "stl10_binary/unlabeled_X.bin": 100_000},
         27648, lambda record: record.reshape(3, 96, 96).transpose(2, 1, 0),
+        ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"),
+        "stl10_binary/train_y.bin",
     ),
     "celeba": Archive(
         f"celeba/{CELEBA_ZIP}", CELEBA_MD5, f"https://drive.google.com/file/d/{CELEBA_DRIVE_ID}",
@@ -79,18 +87,19 @@ def choose_default_dataset(data_dir: Path, has_gpu: bool) -> str:
 
 def load_dataset(
     dataset: str, image_size: int, data_dir: Path, cache_dir: Path = Path("data/cache"),
-    workers: int = 4, progress: bool = True, upsampling: bool = True,
+    workers: int = 4, progress: bool = True, upsampling: bool = True, use_labels: bool = False,
 ) -> ImageDataset:  # fmt: skip
     """Loads the training images of a data set, their center squares resized.
 
     dataset: one of DATASETS except "auto". data_dir: where its files are or will be stored; for
     "folder", the images, at any depth. workers: decoding threads. upsampling: whether more than
-    half of the images may be smaller than image_size.
+    half of the images may be smaller than image_size. use_labels: whether to return labels, too.
 
     The images, uint8 (N, 3, image_size, image_size), are a read-only memory map of a file in
-    cache_dir. Raises UserError for files that are missing, damaged or too small.
+    cache_dir. Raises UserError for files that are missing, damaged or too small, or labels that are
+    missing although asked for.
     """
-    source = open_source(dataset, Path(data_dir))
+    source = open_source(dataset, Path(data_dir), use_labels)
     sizes = [] if upsampling else sorted(source.sample_sizes())
     small = sum(size < image_size for size in sizes)
     if 2 * small > len(sizes):
@@ -130,10 +139,41 @@ def images_from_loader(loader: Iterable) -> np.ndarray:
     return np.concatenate(chunks)
 
 
-def open_source(dataset: str, data_dir: Path) -> Source:
-    """Returns the source of a data set, downloading what is missing."""
+def open_source(dataset: str, data_dir: Path, use_labels: bool = False) -> Source:
+    """Returns the source of a data set, with its labels if asked; downloads what is missing."""
+    archive = ARCHIVES.get(dataset)
+    if archive:
+        ensure_downloaded(archive, data_dir, use_labels)
+    source = open_images(dataset, data_dir)
+    if not use_labels:
+        return source
+
+    names: tuple[str, ...] = ()
+    labels = None
+    if dataset == "folder":
+        labels, names = labels_from_folders(source.names, source.location)
+    elif dataset == "shapes":
+        labels, names = kind_of(np.arange(SHAPES_COUNT)).astype(np.int64), SHAPE_KINDS
+    elif archive.class_names:
+        labels, names = archive_labels(archive, data_dir), archive.class_names
+    check_classes(names, source.location)
+    return replace(source, labels=labels, class_names=names)
+
+
+def archive_labels(archive: Archive, folder: Path) -> np.ndarray:
+    """Returns the labels of an archive's images, int64; NO_LABEL for files without any."""
+    if not archive.label_file:
+        records = [np.fromfile(folder / name, np.uint8) for name in archive.contents]
+        return np.concatenate([r[:: archive.record_bytes] for r in records]).astype(np.int64)
+    labels = np.full(sum(archive.contents.values()), NO_LABEL)
+    known = np.fromfile(folder / archive.label_file, np.uint8).astype(np.int64) - 1
+    labels[: len(known)] = known
+    return labels
+
+
+def open_images(dataset: str, data_dir: Path) -> Source:
+    """Returns the source of a data set whose files are here, without labels."""
     if archive := ARCHIVES.get(dataset):
-        ensure_downloaded(archive, data_dir)
         if archive.to_pixels:
             return binary_source(archive, data_dir)
         return folder_source(data_dir / "celeba/img_align_celeba")
@@ -200,7 +240,8 @@ def _image_source(folder: Path, files: Iterable[str], items: Sequence, open_imag
         path = os.path.join(folder, name)
         stat = os.stat(path, follow_symlinks=os.path.exists(path))  # a dangling link is unreadable
         fingerprint.append(f"{name} {stat.st_size} {stat.st_mtime_ns}\n")
-    return Source(str(folder.resolve()), "".join(fingerprint), len(items), read, sample_sizes)
+    location = str(folder.resolve())
+    return Source(location, "".join(fingerprint), len(items), read, sample_sizes, names=files)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -240,11 +281,13 @@ def socket_timeout(seconds: float) -> Iterator[None]:
 
 
 @socket_timeout(CONNECT_SECONDS)
-def ensure_downloaded(archive: Archive, data_dir: Path) -> None:
+def ensure_downloaded(archive: Archive, data_dir: Path, use_labels: bool = False) -> None:
     """Extracts an archive's contents if missing; downloads it first if need be."""
     local = data_dir / archive.path
     folder = local.parent
-    if all((folder / name).exists() for name in archive.contents):
+    contents = [*archive.contents, *([archive.label_file] if archive.label_file else [])]
+    needed = contents if use_labels else archive.contents
+    if all((folder / name).exists() for name in needed):
         return
     advice = f"Get {local.name} from {archive.url} and save it as {local}"
     if local.is_file() and not utils.check_integrity(local, archive.md5):
@@ -256,8 +299,8 @@ def ensure_downloaded(archive: Archive, data_dir: Path) -> None:
             packed = local if local.is_file() else Path(temporary, local.name)
             if packed != local:
                 utils.download_url(archive.url, temporary, local.name, archive.md5)
-            _extract(packed, archive.contents, temporary)
-            for name in archive.contents:
+            _extract(packed, contents, temporary)
+            for name in contents:
                 (folder / name).parent.mkdir(exist_ok=True)
                 os.replace(Path(temporary, name), folder / name)
     except Exception as error:  # urllib, tarfile and zipfile each raise their own

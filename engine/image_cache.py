@@ -33,8 +33,9 @@ class Source:
     read: Callable[[range, int], tuple[np.ndarray, dict[int, str]]]
     # sample_sizes(): shorter sides of some of the images in pixels; none if they have any size
     sample_sizes: Callable[[], Iterable[int]] = tuple
-    labels: np.ndarray | None = None  # int64 (count,), indices into class_names
+    labels: np.ndarray | None = None  # int64 (count,), indices into class_names or -1
     class_names: tuple[str, ...] = ()
+    names: Iterable[str] = ()  # of the files, below the location
 
 
 def load_cached(
@@ -49,7 +50,7 @@ def load_cached(
     location, fingerprint = (hashlib.sha256(text).hexdigest()[:10] for text in encoded)
     prefix = f"{dataset}_{size}px_{location}"
     path = cache_dir / f"{prefix}_{fingerprint}.npy"
-    labels_path = path.with_suffix(".labels.npy")
+    labels_path = path.with_suffix(".labels.npz")
     needed = [path] if source.labels is None else [path, labels_path]
     if not all(file.exists() for file in needed):
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -61,8 +62,11 @@ def load_cached(
                 if not file.name.startswith(path.stem):
                     with suppress(OSError):  # on Windows, a file in use
                         file.unlink()
-    labels = None if source.labels is None else np.load(labels_path)
-    return ImageDataset(np.load(path, mmap_mode="r"), labels, source.class_names)
+    images = np.load(path, mmap_mode="r")
+    if source.labels is None:
+        return ImageDataset(images)
+    with np.load(labels_path, allow_pickle=False) as file:
+        return ImageDataset(images, file["labels"], tuple(file["class_names"].tolist()))
 
 
 def _lock(path: Path) -> AbstractContextManager:
@@ -102,7 +106,8 @@ def _build(source: Source, size: int, path: Path, labels_path: Path, workers, pr
     write_atomically(path, write)
     if source.labels is not None:
         labels = np.delete(source.labels, list(unreadable))
-        write_atomically(labels_path, lambda file: np.save(file, labels))
+        content = {"labels": labels, "class_names": np.array(source.class_names, dtype=str)}
+        write_atomically(labels_path, lambda file: np.savez(file, **content))
     if unreadable:
         first = f"{len(unreadable)} of {description} cannot be read; continuing without:"
         warnings.warn("\n  ".join([first, *unreadable.values()]), FallbackWarning, stacklevel=2)

@@ -18,10 +18,11 @@ from PIL import Image
 from torchvision.datasets import CelebA
 from torchvision.datasets.utils import _get_google_drive_file_id, calculate_md5
 
-from engine import datasets
+from engine import datasets, labels
+from engine.dataloader import ImageDataset
 from engine.datasets import choose_default_dataset, images_from_loader, load_dataset
 from engine.errors import FallbackWarning, RenamedWarning, UserError
-from engine.shapes import draw_shapes
+from engine.shapes import draw_shapes, kind_of
 from tests.helpers import random_images
 
 STL10_NAMES = ("stl10_binary/train_X.bin", "stl10_binary/unlabeled_X.bin")
@@ -92,10 +93,10 @@ def cifar10_files(images: np.ndarray) -> dict[str, bytes]:
 
 
 def stl10_files(images: np.ndarray) -> dict[str, bytes]:
-    """The two files, of 2 and 3 images: their planes of columns."""
+    """The two files, of 2 and 3 images: their planes of columns; and the labels of the first."""
     by_columns = np.ascontiguousarray(images.transpose(0, 1, 3, 2))
-    parts = (by_columns[:2].tobytes(), by_columns[2:].tobytes())
-    return dict(zip(STL10_NAMES, parts, strict=True))
+    parts = (by_columns[:2].tobytes(), by_columns[2:].tobytes(), bytes([10, 1]))
+    return dict(zip((*STL10_NAMES, "stl10_binary/train_y.bin"), parts, strict=True))
 
 
 @pytest.fixture
@@ -153,7 +154,7 @@ def test_stl10_planes_are_stored_by_columns(load, stl10):
 
 
 def test_stl10_uses_an_archive_saved_by_hand(load, stl10, monkeypatch):
-    others = ("test_X.bin", "train_y.bin", "class_names.txt")
+    others = ("test_X.bin", "class_names.txt")
     path = load.data / "stl10_binary.tar.gz"
     files = {f"stl10_binary/{name}": b"1" for name in others} | stl10_files(stl10)
     write_tar(path, files)
@@ -162,7 +163,13 @@ def test_stl10_uses_an_archive_saved_by_hand(load, stl10, monkeypatch):
     change_archive(monkeypatch, "stl10", md5=calculate_md5(path))
     np.testing.assert_array_equal(load("stl10", 96), stl10)
     extracted = {path.name for path in (load.data / "stl10_binary").iterdir()}
-    assert extracted == {"train_X.bin", "unlabeled_X.bin"}
+    assert extracted == {"train_X.bin", "train_y.bin", "unlabeled_X.bin"}
+
+
+def test_stl10_extracted_without_labels_still_trains_without_them(load, stl10):
+    files = stl10_files(stl10)
+    write_files(load.data, {name: files[name] for name in STL10_NAMES})
+    np.testing.assert_array_equal(load("stl10", 96), stl10)
 
 
 def test_celeba_uses_a_zip_saved_by_hand(load, monkeypatch):
@@ -189,6 +196,66 @@ def test_shapes_is_the_first_images(load, monkeypatch):
 def test_load_dataset_rejects_unknown_names(load):
     with pytest.raises(UserError, match="unknown data set mnist; choose from cifar10, "):
         load("mnist")
+
+
+# Labels.
+
+
+def load_labeled(load, dataset: str, size: int) -> ImageDataset:
+    return load_dataset(dataset, size, load.data, load.cache, progress=False, use_labels=True)
+
+
+def test_cifar10_labels_are_the_first_bytes(load, cifar10):
+    write_files(load.data, cifar10_files(cifar10))
+    data = load_labeled(load, "cifar10", 32)
+    assert data.labels.tolist() == [7] * 10 and data.class_names[7] == "horse"
+    assert data.classes == dict.fromkeys(data.class_names, 0) | {"horse": 10}
+
+
+def test_stl10_labels_start_at_1_and_unlabeled_images_have_none(load, stl10):
+    write_files(load.data, stl10_files(stl10))
+    data = load_labeled(load, "stl10", 96)
+    assert data.labels.tolist() == [9, 0, -1, -1, -1]
+    assert data.classes == dict.fromkeys(data.class_names, 0) | {"truck": 1, "airplane": 1}
+
+
+def test_shapes_are_labeled_by_kind(load, monkeypatch):
+    monkeypatch.setattr(datasets, "SHAPES_COUNT", 100)
+    data = load_labeled(load, "shapes", 8)
+    assert data.class_names == ("circle", "square", "triangle", "star")
+    np.testing.assert_array_equal(data.labels, kind_of(np.arange(100)))
+
+
+def test_folder_labels_are_the_first_folders_in_order(load):
+    values = {"dog/a.png": 3, "cat/x/b.png": 1, "cat/a.png": 0, "dog/.hidden.png": 9}
+    for name, value in values.items():
+        save_gray(load.data / name, value)
+    data = load_labeled(load, "folder", 4)
+    assert data.class_names == ("cat", "dog") and data.classes == {"cat": 2, "dog": 1}
+    assert dict(zip(data.images[:, 0, 0, 0].tolist(), data.labels.tolist(), strict=True)) == {
+        0: 0, 1: 0, 3: 1,
+    }  # fmt: skip
+    assert load_labeled(load, "folder", 4).class_names == ("cat", "dog")  # from the cache
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["a/0.png", "b/0.png", "0.png"], r"has images beside its class folders \(1, e.g. 0.png\)"),
+        (["a/0.png", "a/1.png"], "has 1 class, but --class_conditional needs 2 to 10,000 classes"),
+        (["0.png", "1.png"], "has no labels, but --class_conditional needs"),
+        ([f"{i}/0.png" for i in range(4)], "has 4 classes, but --class_conditional needs 2 to 3 "),
+    ],
+)
+def test_folder_without_usable_classes_is_rejected_only_if_labels_are_asked_for(
+    load, monkeypatch, files, message
+):
+    monkeypatch.setattr(labels, "MAX_CLASSES", 10_000 if len(files) < 4 else 3)
+    for name in files:
+        save_gray(load.data / name, 1)
+    assert len(load()) == len(files)
+    with pytest.raises(UserError, match=message):
+        load_labeled(load, "folder", 4)
 
 
 # Downloads and archives.
