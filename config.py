@@ -32,6 +32,8 @@ class DDPMConfig(Settings):
     DATASET = Setting("auto", "what to train on", choices=DATASETS)
     DATA_DIR = Setting("data", "dataset directory; with --dataset folder, the image folder")
     IMAGE_SIZE = Setting(32, "side of the square images, px", min=4, max=1024, alias="TARGET_SIZE")
+    CHANNELS = Setting(
+        0, "channels of an image: gray, RGB or RGBA; 0: what the images have", choices=(0, 1, 3, 4))
     USE_UPSAMPLING = Setting(False, "train even if most images are smaller than image_size")
     HORIZONTAL_FLIP = Setting(True, "mirror half of the training images")
     NUM_WORKERS = Setting(8, "threads that decode and processes that load images", min=1, max=256)
@@ -217,7 +219,8 @@ def resolve(
     ]
     explicit = {name: value for _, values in explicit_layers for name, value in values.items()}
     if checkpoint:
-        base_layers = [("checkpoint", DDPMConfig.current_names(checkpoint))]
+        # Earlier versions had RGB alone and did not say so.
+        base_layers = [("checkpoint", {"CHANNELS": 3} | DDPMConfig.current_names(checkpoint))]
     else:
         script = script or {}
         base_layers = [("script", script), *presets_for(dataset, tier, script, explicit)]

@@ -131,7 +131,7 @@ class DDPMModel(GenerationMixin, nn.Module):
         """Creates the model of a configuration; its weights are a function of SEED."""
         torch.manual_seed(config.SEED)
         model = cls(
-            config.IMAGE_SIZE, config.DIM, config.DIM_MULTS, timesteps=config.TIMESTEPS,
+            config.IMAGE_SIZE, config.DIM, config.DIM_MULTS, config.CHANNELS or 3, config.TIMESTEPS,
             sampling_timesteps=config.SAMPLING_TIMESTEPS, objective=config.OBJECTIVE,
             beta_schedule=config.BETA_SCHEDULE, loss_weighting=config.LOSS_WEIGHTING,
             min_snr_gamma=config.MIN_SNR_GAMMA, schedule_base_size=config.SCHEDULE_BASE_SIZE,

@@ -41,6 +41,7 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] = DEFAUL
     ))  # fmt: skip
 
     with distributed.session(lambda: "start it again") as dist:
+        config.override({"CHANNELS": data.images.shape[1]}, "data")
         model = DDPMModel.from_config(config)
         if config.AUTO_MICRO_BATCH and dist.device.type == "cuda" and dist.num_processes == 1:
             config.split_batch(find_micro_batch(DDPMModel.from_config, config, data.images))

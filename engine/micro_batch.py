@@ -23,7 +23,7 @@ HEADROOM = 0.05  # fraction of the memory that stays free for what a long run do
 CACHE_KEY_SETTINGS = (
     "IMAGE_SIZE", "DIM", "DIM_MULTS", "ATTENTION_HEADS", "ATTENTION_DIM", "FULL_ATTENTION_MAX_SIZE",
     "DROPOUT", "USE_AMP", "OPTIMIZER", "COMPILE_MODEL", "CUDA_GRAPH", "GRADIENT_CHECKPOINTING",
-    "GRID_IMAGES",
+    "GRID_IMAGES", "CHANNELS",
 )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ def to_bytes(images: Tensor) -> np.ndarray:
 
 
 def to_image(image: Tensor) -> Image.Image:
-    """A tensor (C, H, W) in [0, 1] with 1 or 3 channels as a Pillow image."""
+    """A tensor (C, H, W) in [0, 1] as a Pillow image: gray, RGB or RGBA with 1, 3 or 4 channels."""
     pixels = to_bytes(image)
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
@@ -39,7 +39,16 @@ def to_image(image: Tensor) -> Image.Image:
 def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     """Images (B, C, H, W) in [0, 1] as a grid, nearly square unless `columns` is given."""
     columns = columns or math.ceil(math.sqrt(len(images)))
-    return to_image(make_grid(enlarge(images), columns, padding=2, pad_value=1.0))
+    tiled = make_grid(enlarge(images), columns, padding=2, pad_value=1.0)  # of gray, makes RGB
+    return to_image(tiled[: images.shape[1]])
+
+
+def on_white(images: Tensor) -> Tensor:
+    """Puts RGBA images (B, 4, H, W) in [0, 1] on white, which makes them RGB; others stay."""
+    if images.shape[1] != 4:
+        return images
+    color, alpha = images[:, :3], images[:, 3:]
+    return color * alpha + 1 - alpha
 
 
 def enlarge(images: Tensor, smallest: int = MIN_TILE) -> Tensor:
@@ -67,7 +76,7 @@ def labeled_grid(
     for i, (tile, label) in enumerate(zip(tiles, labels, strict=True)):
         x = gap + i % columns * column_width
         y = gap + title_height + i // columns * row_height
-        sheet.paste(tile, (x, y))
+        sheet.paste(tile, (x, y), tile if tile.mode == "RGBA" else None)
         draw.text((x + tile.width // 2, y + tile.height), label, "black", font, anchor="ma")
     return sheet
 

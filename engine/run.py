@@ -86,7 +86,7 @@ class MetricsLog:
         with tolerate_write_errors(self.folder):
             plots.save_image(plots.grid(images), self.folder / file)
             plots.save_loss_curve(self.metrics, self.folder / "loss.png")
-            self.tensorboard.add_images("samples", images.clamp(0, 1), step)
+            self.tensorboard.add_images("samples", plots.on_white(images.clamp(0, 1)), step)
 
     def close(self) -> None:
         """Flushes TensorBoard and updates the loss curve."""

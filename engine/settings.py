@@ -32,7 +32,7 @@ class Setting:
     help: str
     min: float | None = None
     max: float | None = None
-    choices: tuple[str, ...] = ()
+    choices: tuple[str | int, ...] = ()
     alias: str = ""
     old_name: str = ""
     type_: type | None = None
@@ -62,8 +62,9 @@ class Setting:
         value = type_(value)
 
         if self.choices and value not in self.choices:
-            known = ", ".join(self.choices)
-            closest = suggest(value, self.choices)
+            choices = [str(choice) for choice in self.choices]
+            known = ", ".join(choices)
+            closest = suggest(str(value), choices)
             raise UserError(f"{name} is {value!r}{closest}; choose from {known}")
         for part in value if type_ is tuple else (value,):
             # Written as `not >=` so that NaN is rejected too.
@@ -154,7 +155,7 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, setting: Setting, defa
     shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
     shown = setting.auto or "none" if shown in ("", None) else shown
     text = f"{setting.help} (default: {shown})"
-    text = f"{' | '.join(setting.choices)}: {text}" if setting.choices else text
+    text = f"{' | '.join(map(str, setting.choices))}: {text}" if setting.choices else text
     options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
     if setting.type is not bool:
         options["type"] = int_tuple if setting.type is tuple else setting.type

@@ -364,6 +364,12 @@ def test_resume_keeps_every_setting_of_the_run(script, tier, saved_run, monkeypa
     assert (config.LR_SCHEDULE, config.set_by["LR_SCHEDULE"]) == ("cosine", "checkpoint")
 
 
+def test_resume_of_an_earlier_version_is_rgb(saved_run):
+    del saved_run["CHANNELS"]
+    assert resolve("folder", CPU_TIER, checkpoint=saved_run).CHANNELS == 3
+    assert resolve("folder", CPU_TIER, checkpoint=saved_run | {"CHANNELS": 1}).CHANNELS == 1
+
+
 def test_resume_is_overridden_by_explicit_settings_only(saved_run, tmp_path):
     code = "from config import DDPMConfig\nclass Own(DDPMConfig):\n    EMA_DECAY = 0.5\n"
     (tmp_path / "own.py").write_text(code)

@@ -43,6 +43,22 @@ def test_grid_has_as_many_columns_as_rows():
     assert plots.grid(torch.zeros(6, 3, 64, 64), columns=6).size == (6 * 66 + 2, 66 + 2)
 
 
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+def test_grids_have_the_channels_of_their_images(channels, mode):
+    images = torch.full((2, channels, 64, 64), 0.5)
+    grid = plots.grid(images)
+    pixel = np.ravel(grid.getpixel((9, 9)))
+    assert grid.mode == mode and pixel.tolist() == [128] * channels
+    labeled = plots.labeled_grid(images, ["a", "b"]).getpixel((9, 9))
+    assert labeled == ((191 if channels == 4 else 128),) * 3  # on white
+
+
+def test_on_white_composites_rgba():
+    images = torch.tensor([1.0, 0.5, 0.0, 0.5]).reshape(1, 4, 1, 1)
+    assert plots.on_white(images).flatten().tolist() == [1.0, 0.75, 0.5]
+    assert torch.equal(plots.on_white(images[:, :3]), images[:, :3])
+
+
 def test_enlarge_repeats_pixels_of_small_images_only():
     image = torch.arange(6.0).reshape(1, 2, 3)
     large = plots.enlarge(image, smallest=7)

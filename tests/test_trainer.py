@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from config import Config, resolve
 from ddpm_model import DDPMModel
@@ -25,7 +27,7 @@ from engine import checkpoints, plots, progress, run
 from engine.checkpoints import TrainingCheckpoint
 from engine.cli import run_script
 from engine.dataloader import BatchLoader, ImageDataset
-from engine.errors import UserError
+from engine.errors import FallbackWarning, UserError
 from engine.progress import Progress
 from engine.run import VERSION
 from engine.train_step import TrainStep
@@ -114,6 +116,21 @@ def test_train_samples_with_the_ema_weights(trained_by_api, file):
     assert np.array_equal(grid, plots.grid(model.sample(4, seed=range(4))))
     model.load_state_dict(state["model"])
     assert not np.array_equal(grid, plots.grid(model.sample(4, seed=range(4))))
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
+def test_train_on_gray_and_rgba_images_samples_the_like(channels, mode, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = configure(MAX_STEPS=2, RUN_NAME="run", CHANNELS=channels, NUM_SAMPLE_GRIDS=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        path = train(DDPMModel.from_config(config), random_images(40, 8, channels), config)
+    model = DDPMModel().load_model(path)
+    assert (model.channels, model.training_info["config"]["CHANNELS"]) == (channels, channels)
+    for name in ("step_0000001.png", "final.png"):
+        assert Image.open(tmp_path / "samples/run" / name).mode == mode
+    events = EventAccumulator(str(tmp_path / "samples/run/tensorboard")).Reload()
+    assert {event.step for event in events.Images("samples")} == {1, 2}
 
 
 def test_train_keeps_every_tenth_epoch(tmp_path):
