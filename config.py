@@ -22,6 +22,7 @@ from engine.datasets import DATASETS
 from engine.errors import FallbackWarning, UserError
 from engine.gpu_memory import memory_limit
 from engine.settings import Setting, Settings
+from engine.trackers import TRACKERS
 
 
 class DDPMConfig(Settings):
@@ -93,6 +94,8 @@ class DDPMConfig(Settings):
 
     # Output.
     RUN_NAME = Setting("", "name of the run's folders", auto="data set, size and date")
+    LOG_WITH = Setting("tensorboard", "experiment tracker for metrics and sample grids",
+        choices=TRACKERS)
     CHECKPOINT_EVERY = Setting(10, "epochs between kept checkpoints; 0 keeps none", min=0)
     SAVE_EVERY_MINUTES = Setting(
         2.0, "minutes between updates of last.pt", min=0, old_name="SAVE_MINUTES")

@@ -22,6 +22,7 @@ from engine.errors import UserError
 from engine.gpu_memory import cap_memory
 from engine.micro_batch import find_micro_batch
 from engine.settings import suggest
+from engine.trackers import check_installed
 from engine.trainer import estimate, train
 
 DEFAULTS = {"USE_AMP": False, "COMPILE_MODEL": False, "LR_SCHEDULE": "constant"}
@@ -33,6 +34,7 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] = DEFAUL
     request = parse_command_line(description, defaults)
     checkpoint = checkpoints.load_training(request.resume) if request.resume else None
     config = configure(request, checkpoint)
+    check_installed(config.LOG_WITH)
 
     # Data: rank 0 fetches and decodes before the process group exists, the others read the cache.
     data = distributed.rank0_first("data", lambda: load_dataset(

@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import json
 import math
-import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -15,13 +14,13 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from engine import checkpoints, plots
 from engine.dataloader import BatchLoader
 from engine.errors import FallbackWarning, UserError
 from engine.progress import Progress
+from engine.trackers import VIEWERS, Tracker
 from engine.train_step import TrainStep
 
 SAMPLES_DIR = Path("samples")
@@ -60,17 +59,15 @@ def resume_hint(name: str) -> str:
 
 
 class MetricsLog:
-    """Writes metrics to metrics.jsonl and TensorBoard, and sample grids; a full disk costs some."""
+    """Writes metrics to metrics.jsonl and a tracker, and sample grids; a full disk costs some."""
 
-    def __init__(self, folder: Path, progress: Progress):
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, progress: Progress, tracker: Tracker):
         self.folder = folder
         self.metrics = folder / "metrics.jsonl"
         # Steps after the resumed checkpoint are done, and logged, again.
         kept = [row for row in plots.read_metrics(self.metrics) if row["step"] <= progress.step]
         checkpoints.write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
-        threading.excepthook = ignore_tensorboard_disk_errors
-        self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=progress.step + 1)
+        self.tracker = tracker
 
     def scalars(self, progress: Progress, **values: float) -> None:
         """Logs values at the current step."""
@@ -78,20 +75,19 @@ class MetricsLog:
         row |= {"seconds": round(progress.seconds, 3), **values}
         with tolerate_write_errors(self.folder), open(self.metrics, "a") as file:
             file.write(json.dumps(row) + "\n")
-            for name, value in values.items():
-                self.tensorboard.add_scalar(name, value, progress.step)
+        self.tracker.log(values, progress.step)
 
     def grid(self, images: Tensor, step: int, file: str) -> None:
         """Writes sample images (B, C, H, W) in [0, 1] as a grid and updates the loss curve."""
         with tolerate_write_errors(self.folder):
             plots.save_image(plots.grid(images), self.folder / file)
             plots.save_loss_curve(self.metrics, self.folder / "loss.png")
-            self.tensorboard.add_images("samples", plots.on_white(images.clamp(0, 1)), step)
+        self.tracker.log_grid(self.folder / file, step)
 
     def close(self) -> None:
-        """Flushes TensorBoard and updates the loss curve."""
+        """Closes the tracker and updates the loss curve."""
+        self.tracker.close()
         with tolerate_write_errors(self.folder):
-            self.tensorboard.close()
             plots.save_loss_curve(self.metrics, self.folder / "loss.png")
 
 
@@ -103,13 +99,6 @@ def tolerate_write_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = f"writing {path} failed ({error.strerror})"
         warnings.warn(f"{reason}; continuing without it", FallbackWarning, stacklevel=2)
-
-
-def ignore_tensorboard_disk_errors(failure: threading.ExceptHookArgs) -> None:
-    """Hides the traceback of TensorBoard's thread on a full disk; MetricsLog warns of it."""
-    is_tensorboard = type(failure.thread).__module__.startswith("tensorboard")
-    if not (is_tensorboard and isinstance(failure.exc_value, OSError)):
-        threading.__excepthook__(failure)
 
 
 class NullRun:
@@ -149,7 +138,10 @@ class Run:
         for leftover in self.folder.glob(".*.tmp"):
             leftover.unlink()
 
-        self.log = MetricsLog(SAMPLES_DIR / name, progress)
+        samples = SAMPLES_DIR / name
+        samples.mkdir(parents=True, exist_ok=True)
+        tracker = Tracker(self.config.LOG_WITH, name, samples, self.config.as_dict(), progress.step)
+        self.log = MetricsLog(samples, progress, tracker)
         self.bar = tqdm(initial=progress.step, unit="step", mininterval=1, dynamic_ncols=True)
         self.validation_split = loader.validation()
         self.validation_loss = math.nan
@@ -200,7 +192,7 @@ class Run:
             f"done: {self.progress.images:,} images in {self.progress.seconds:.0f} s, "
             f"validation loss {self.validation_loss:.4f}\n"
             f"  model    {published} (other checkpoints: {self.folder}/)\n"
-            f"  samples  {self.log.folder}/ (and metrics: tensorboard --logdir {self.log.folder})\n"
+            f"  samples  {self.log.folder}/ (metrics: {VIEWERS[self.config.LOG_WITH]})\n"
             "  next     python inference.py"
         )
 

@@ -19,6 +19,7 @@ from engine.dataloader import Batch, BatchLoader, ImageDataset
 from engine.errors import FallbackWarning, UserError
 from engine.progress import Progress
 from engine.run import MetricsLog, Run, new_run_name
+from engine.trackers import Tracker
 from engine.train_step import TrainStep, get_rng_state, set_rng_state
 from engine.trainer import should_snapshot_guide
 from tests.helpers import CPU, CPU_TIER, ROOT, FakeTime, random_images
@@ -31,6 +32,7 @@ FLAGS = {
 }  # fmt: skip
 IMAGES = random_images(80, 8)
 SCALAR = torch.tensor(0.5)
+NO_TRACKER = Tracker("none", "", Path(), {})
 
 
 def configure(**changes) -> Config:
@@ -266,10 +268,10 @@ def test_should_snapshot_guide_waits_for_its_fraction_and_for_twice_the_warm_up(
 def test_metrics_log_drops_rows_after_the_resumed_checkpoint(tmp_path):
     for step in (10, 20, 30):
         reached = Progress(None, 4, ALONE, step=step)
-        log = MetricsLog(tmp_path, reached)
+        log = MetricsLog(tmp_path, reached, NO_TRACKER)
         log.scalars(reached, loss=1.0)
         log.close()
-    MetricsLog(tmp_path, Progress(None, 4, ALONE, step=20)).close()
+    MetricsLog(tmp_path, Progress(None, 4, ALONE, step=20), NO_TRACKER).close()
     assert [row["step"] for row in plots.read_metrics(tmp_path / "metrics.jsonl")] == [10, 20]
 
 
