@@ -22,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from engine.cli import Parser, run_script
+
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -35,7 +37,6 @@ from ddpm_model import DDPMModel, full_attention_levels, per_level
 from engine import benchmarking, dataloader
 from engine.benchmarking import BenchmarkJob, time_steps
 from engine.checkpoints import write_text
-from engine.cli import Parser, run_script
 from engine.dataloader import Batch, BatchLoader, ImageDataset
 from engine.datasets import load_dataset
 from engine.errors import FallbackWarning, UserError

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+from engine.cli import Parser, run_script
+
 import numpy as np
 import torch
 from denoising_diffusion_pytorch import GaussianDiffusion, Unet
@@ -23,7 +25,6 @@ from torch import Tensor
 from config import detect_tier, resolve
 from ddpm_model import DDPMModel
 from engine import plots
-from engine.cli import Parser, run_script
 from engine.dataloader import BatchLoader
 from engine.datasets import load_dataset
 from engine.devices import default_device, device_name

@@ -16,6 +16,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from engine.cli import Parser, run_script
+
 import numpy as np
 import torch
 from PIL import Image
@@ -24,7 +26,6 @@ from torch import nn
 from ddpm_model import DDPMModel
 from engine import checkpoints, distributed, metrics, plots
 from engine import inference_jobs as jobs
-from engine.cli import Parser, run_script
 from engine.dataloader import train_val_split
 from engine.datasets import DATASETS, folder_source, load_dataset
 from engine.devices import default_device, device_name

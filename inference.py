@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from engine.cli import Parser, run_script
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -29,7 +31,6 @@ from tqdm import tqdm
 from ddpm_model import DDPMModel, unnormalize
 from engine import checkpoints, distributed, plots
 from engine import inference_jobs as jobs
-from engine.cli import Parser, run_script
 from engine.devices import default_device
 from engine.errors import RenamedWarning, UserError
 from engine.gpu_memory import OomBatcher

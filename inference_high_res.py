@@ -7,8 +7,9 @@
 Modes and flags are those of inference.py.
 """
 
-import inference
 from engine.cli import run_script
+
+import inference
 
 DEFAULTS = {"num_samples": 9, "tile": 192, "columns": 5}
 

@@ -21,13 +21,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from engine.cli import Parser, run_script
+
 import torch
 from accelerate import PartialState
 
 from benchmark import learning_curve, our_step
 from config import Config, resolve, tier_for_memory
 from engine import benchmarking
-from engine.cli import Parser, run_script
 from engine.distributed import session
 from engine.errors import UserError
 from engine.settings import Setting, Settings

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.cli import Parser, import_from_file, run_script
+
 from config import Config, DDPMConfig, detect_tier, estimate_memory_gib, resolve, subclass_overrides
 from ddpm_model import DDPMModel
 from engine import checkpoints, distributed
 from engine.checkpoints import TrainingCheckpoint
-from engine.cli import Parser, import_from_file, run_script
 from engine.datasets import choose_default_dataset, load_dataset
 from engine.errors import UserError
 from engine.gpu_memory import cap_memory

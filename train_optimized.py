@@ -8,8 +8,9 @@ Ends with a sample grid in samples/<run>/ and a model in checkpoints/ddpm_final.
 optimization is a flag: --help lists them, --dry_run shows the configuration that results.
 """
 
-import train
 from engine.cli import run_script
+
+import train
 
 DEFAULTS = {"USE_AMP": True, "CUDA_GRAPH": True, "LR_SCHEDULE": "cosine"}
 

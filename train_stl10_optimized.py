@@ -7,9 +7,10 @@
 Everything else is as in train_true_high_res.py.
 """
 
+from engine.cli import run_script
+
 import train
 import train_true_high_res
-from engine.cli import run_script
 
 DEFAULTS = {**train_true_high_res.DEFAULTS, "IMAGE_SIZE": 96}
 

@@ -8,9 +8,10 @@ Everything is on as in train_optimized.py, and the largest micro-batch that fits
 by a short search. The settings for large images are in config.py (SIZE_PRESETS).
 """
 
+from engine.cli import run_script
+
 import train
 import train_optimized
-from engine.cli import run_script
 
 DEFAULTS = {
     **train_optimized.DEFAULTS, "AUTO_MICRO_BATCH": True, "DATASET": "stl10", "IMAGE_SIZE": 64,

@@ -5,6 +5,7 @@ import errno
 import importlib.util
 import io
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import NoReturn
 
 import torch
 
-from engine import distributed
+from engine import distributed, exit_if_importing
 from engine.errors import UserError
 from engine.settings import suggest
 
@@ -91,6 +92,8 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     script ends without a word.
     """
     warnings.showwarning = show_warning
+    if signal.getsignal(signal.SIGINT) is exit_if_importing:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -107,6 +110,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
 def _run(main: Callable[[], None]) -> str | int | None:
     """Runs a script's main, reports its failure and returns the exit code."""
     try:
+        distributed.check_launcher()
         main()
     except SystemExit as error:
         return error.code

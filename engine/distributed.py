@@ -34,6 +34,23 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def check_launcher() -> None:
+    """Raises UserError if only some of a launcher's variables are set, or set to nonsense."""
+    advice = "Start with torchrun or accelerate launch, or unset the launcher's variables"
+    numbers = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": 1}  # with the lowest
+    values = {name: os.environ[name] for name in numbers if name in os.environ}
+    for name, text in values.items():
+        if not text.isdecimal() or int(text) < numbers[name]:
+            raise UserError(f"{name} is {text!r}, but must be at least {numbers[name]}. {advice}")
+    rank, world_size = launched_rank(), launched_world_size()
+    if "LOCAL_RANK" not in values and (rank, world_size) == (0, 1):
+        return  # no launcher
+    if missing := [name for name in (*numbers, "MASTER_ADDR") if not os.environ.get(name)]:
+        raise UserError(f"{', '.join(values)} is set without {', '.join(missing)}. {advice}")
+    if rank >= world_size:
+        raise UserError(f"RANK is {rank}, but must be below WORLD_SIZE, {world_size}. {advice}")
+
+
 def init() -> PartialState:
     """Initializes the process group, NCCL on GPUs and gloo elsewhere; without a launcher, none.
 
@@ -152,11 +169,12 @@ def _wait_for(name: str) -> None:
 
 def is_first_failure() -> bool:
     """Whether this is the first rank of its machine to report a failure."""
-    if launched_world_size() == 1:
-        return True
     try:
+        check_launcher()
+        if launched_world_size() == 1:
+            return True
         return _launcher_store().add(f"failures/{os.environ.get('GROUP_RANK', 0)}", 1) == 1
-    except (RuntimeError, OSError):  # the launcher is gone, too
+    except (UserError, RuntimeError, OSError):  # no proper launcher, or it is gone, too
         return True
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.cli import import_from_file
+
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
@@ -19,7 +21,6 @@ from tqdm import tqdm
 
 from engine import distributed, plots
 from engine.checkpoints import CHECKPOINT_DIR, write_text
-from engine.cli import import_from_file
 from engine.datasets import center_square, load_dataset, to_rgb
 from engine.devices import device_name
 from engine.errors import UserError

@@ -3,9 +3,9 @@
 import io
 import os
 
-import pytest
-
 from engine.cli import LOST_READER_EXIT_CODE, run_script
+
+import pytest
 
 
 def exit_code_of(main) -> int:

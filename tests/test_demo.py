@@ -3,12 +3,13 @@
 import sys
 from types import SimpleNamespace
 
+from engine.cli import run_script
+
 import pytest
 import torch
 
 import demo
 from ddpm_model import DDPMModel
-from engine.cli import run_script
 from engine.errors import UserError
 from engine.shapes import draw_shapes
 from tests.helpers import CPU

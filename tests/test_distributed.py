@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from engine.cli import run_script
+
 import numpy as np
 import pytest
 import torch
@@ -232,6 +234,7 @@ import torch
 import inference
 from ddpm_model import DDPMModel
 from engine import checkpoints
+from engine.cli import run_script
 from engine.dataloader import Batch
 from engine.distributed import session
 from engine.train_step import TrainStep
@@ -303,3 +306,33 @@ def test_init_refuses_more_ranks_than_gpus(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match="this machine has 2, so start at most 2"):
         init()
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ("LOCAL_RANK=0", "LOCAL_RANK is set without RANK, WORLD_SIZE, MASTER_PORT, MASTER_ADDR"),
+        ("WORLD_SIZE=2", "WORLD_SIZE is set without RANK, LOCAL_RANK, MASTER_PORT, MASTER_ADDR"),
+        ("RANK=1", "RANK is set without LOCAL_RANK, WORLD_SIZE, MASTER_PORT, MASTER_ADDR"),
+        ("RANK=0 LOCAL_RANK=-1", "LOCAL_RANK is '-1', but must be at least 0"),
+        ("WORLD_SIZE=two", "WORLD_SIZE is 'two', but must be at least 1"),
+        (
+            "RANK=2 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=29500",
+            "RANK is 2, but must be below WORLD_SIZE, 2",
+        ),
+        ("RANK=", "RANK is '', but must be at least 0"),
+        ("RANK=0 WORLD_SIZE=1 MASTER_PORT=29500", ""),  # set in some containers
+        ("RANK=1 LOCAL_RANK=1 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=29500", ""),
+    ],
+)
+def test_script_says_which_variables_of_a_launcher_are_wrong(
+    variables, message, monkeypatch, capsys
+):
+    for variable in variables.split():
+        monkeypatch.setenv(*variable.split("="))
+    monkeypatch.setattr("engine.distributed._launcher_store", lambda: pytest.fail("may hang"))
+    with pytest.raises(SystemExit) as exit_:
+        run_script(lambda: None)
+    line = f"error: {message}. Start with torchrun or accelerate launch" if message else ""
+    assert capsys.readouterr().err.startswith(line)
+    assert exit_.value.code == (2 if message else 0)

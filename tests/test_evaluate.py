@@ -4,6 +4,8 @@ import json
 import sys
 from pathlib import Path
 
+from engine.cli import run_script
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,6 @@ from PIL import Image
 import evaluate
 from ddpm_model import DDPMModel
 from engine import checkpoints, metrics, plots
-from engine.cli import run_script
 from engine.dataloader import ImageDataset
 from engine.datasets import load_dataset
 from engine.errors import UserError

@@ -8,6 +8,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from engine.cli import run_script
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,6 @@ from torch import Tensor, nn
 import inference
 from ddpm_model import DDPMModel
 from engine import checkpoints, inference_jobs, plots
-from engine.cli import run_script
 from engine.errors import FallbackWarning, UserError
 from engine.inference_jobs import InferenceJob
 from engine.samplers import SAMPLERS

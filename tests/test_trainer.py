@@ -15,6 +15,8 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+from engine.cli import run_script
+
 import numpy as np
 import pytest
 import torch
@@ -25,7 +27,6 @@ from config import Config, resolve
 from ddpm_model import DDPMModel
 from engine import checkpoints, plots, progress, run
 from engine.checkpoints import TrainingCheckpoint
-from engine.cli import run_script
 from engine.dataloader import BatchLoader, ImageDataset
 from engine.errors import FallbackWarning, UserError
 from engine.progress import Progress
