@@ -278,8 +278,8 @@ class InferenceSettings(SamplingSettings):
     resamples = Setting(5, "times that inpaint repeats each step", min=1, max=100)
     format = Setting("png", "files of batch", choices=("png", "npz"))
     compile_model = Setting(False, "compile the network; pays off for thousands of images")
-    tile = Setting(plots.MIN_TILE, "size to which figures enlarge smaller images, pixels", min=1)
-    columns = Setting(10, "images in a row of progressive and interpolate", min=1)
+    tile = Setting(plots.MIN_TILE, "size to which figures enlarge smaller images, pixels", 1, 4096)
+    columns = Setting(10, "images in a row of progressive and interpolate", 1, 1000)
 
 
 def parse_command_line(description: str | None, defaults: Mapping) -> tuple[dict[str, Any], Path]:
@@ -300,10 +300,11 @@ def parse_command_line(description: str | None, defaults: Mapping) -> tuple[dict
 
     # Settings of an existing image, or of the command line.
     if options.from_png:
-        for name in given:
+        for name in given.keys() - {"sampler"}:
             raise UserError(f"--from_png takes all settings from the image. Drop --{name}")
-        required = {*InferenceSettings.settings(), "sha256"} - {"num_samples"}
-        return jobs.settings_from_png(options.from_png, required), options.output_dir
+        sampler = given.get("sampler")
+        settings = jobs.settings_from_png(options.from_png, InferenceSettings, sampler)
+        return settings, options.output_dir
     settings = InferenceSettings(**{**defaults, **given}).as_dict()
     count = settings.pop("num_samples")
     settings["seeds"] = jobs.parse_seeds(settings["seeds"] or f"0-{count - 1}")

@@ -26,6 +26,7 @@ from engine.devices import device_name
 from engine.errors import UserError
 from engine.gpu_memory import OomBatcher
 from engine.samplers import DEFAULT_SPACING
+from engine.settings import Settings
 from engine.train_step import amp_dtype
 
 MAX_SEEDS = 10_000_000
@@ -61,19 +62,20 @@ class InferenceJob:
     def load_input_image(self, name: str) -> tuple[Tensor, str]:
         """Returns the image that a setting names, (C, H, W) in [0, 1], and its label."""
         source = self.settings[name]
-        if source.isdigit():
-            return self.run_batched(self.model.sample, [int(source)])[0], f"seed {source}"
-        kind, _, index = source.partition(":")
-        if kind != "data" or not index.isdigit():
+        if source.isdecimal():
+            return self.run_batched(self.model.sample, parse_seeds(source))[0], f"seed {source}"
+        data = re.fullmatch(r"data:(\d{1,18})", source)
+        if not data:
             return read_image(Path(source), self.model.image_size), Path(source).name
         config = self.model.training_info["config"]
         if not config:
             raise UserError(f"--{name} {source}: the checkpoint does not name its training images")
         dataset, size, folder = (config[key] for key in ("DATASET", "IMAGE_SIZE", "DATA_DIR"))
         images = load_dataset(dataset, size, Path(folder)).images
-        if int(index) >= len(images):
+        index = int(data[1])
+        if index >= len(images):
             raise UserError(f"--{name} {source}: {dataset} has {len(images)} images")
-        return torch.from_numpy(images[int(index)].copy()) / 255, source
+        return torch.from_numpy(images[index].copy()) / 255, source
 
     def save(self, image: Image.Image, name: str, **changes: Any) -> None:
         """Writes a PNG with its settings: the job's with the changes that reproduce it alone."""
@@ -128,8 +130,16 @@ def complete_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def has_other_settings(file: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether `file`, a settings.json or summary.json, is of images with other settings."""
-    stored = complete_settings(json.loads(file.read_text())) if file.exists() else settings
+    """Whether `file`, a settings.json or summary.json, is of images with other settings.
+
+    So it is if it is damaged: nobody knows what the images next to it are.
+    """
+    if not file.exists():
+        return False
+    try:
+        stored = complete_settings(json.loads(file.read_text()))
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+        return True
     return any(stored.get(name) != settings[name] for name in settings.keys() - NOT_COMPARED)
 
 
@@ -140,17 +150,46 @@ def unique_output_dir(folder: Path, settings: Mapping[str, Any]) -> Path:
     return next(p for p in paths if not has_other_settings(p / "summary.json", settings))
 
 
-def settings_from_png(path: Path, required: set[str]) -> dict[str, Any]:
-    """Returns the settings stored in a PNG; raises UserError if a required one is missing."""
-    settings = json.loads(plots.read_png_metadata(path) or "{}")
-    if missing := required - settings.keys():
+def settings_from_png(
+    path: Path, declared: type[Settings], sampler: str | None = None
+) -> dict[str, Any]:
+    """Returns the settings stored in a PNG, checked as those of a command line are.
+
+    sampler: from the command line, which alone may name a file with code; None if not given.
+    Raises UserError if a setting is missing or has a value that is not allowed.
+    """
+    # Settings that are not declared: seeds as numbers, and the checkpoint's content.
+    try:
+        stored = json.loads(plots.read_png_metadata(path) or "{}")
+        missing = {*declared.settings(), "sha256"} - {"num_samples"} - stored.keys()
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"the settings in {path} are damaged. Use another image") from error
+    if missing:
         raise UserError(f"{path} does not contain all settings of inference.py (no {min(missing)})")
-    name, digest = settings["checkpoint"], settings["sha256"]
+    seeds = stored["seeds"]
+    is_list = isinstance(seeds, list) and 0 < len(seeds) <= MAX_SEEDS
+    if not is_list or not all(type(seed) is int and 0 <= seed < 10**18 for seed in seeds):
+        raise UserError(f"{path} sets seeds to what inference.py never stores. Use another image")
+    digest = stored["sha256"]
+    values = complete_settings(stored)
+    del values["seeds"], values["sha256"]
+    settings = declared.check(values, str(path)) | {"seeds": seeds, "sha256": digest}
+
+    # The sampler: ours, or a file that the command line names too.
+    name = settings["sampler"]
+    if ":" in name and sampler is None:
+        reason = f"was made with the sampler {name!r}, and an image may not choose what is run"
+        raise UserError(f"{path} {reason}. If you trust that file, add --sampler {name}")
+    if sampler not in (None, name):
+        raise UserError(f"{path} was made with the sampler {name!r}. Drop --sampler {sampler}")
+
     # A checkpoint that was renamed is found by its content.
-    for file in (Path(name), *CHECKPOINT_DIR.rglob("*.pt"), *CHECKPOINT_DIR.rglob("*.safetensors")):
+    name = settings["checkpoint"]
+    found = [file for kind in ("*.pt", "*.safetensors") for file in CHECKPOINT_DIR.rglob(kind)]
+    for file in (Path(name or ""), *found):
         if file.is_file() and sha256(file) == digest:
-            return complete_settings(settings | {"checkpoint": str(file)})
-    reason = f"was made with {name} (SHA-256 {digest[:12]}...), which is gone"
+            return settings | {"checkpoint": str(file)}
+    reason = f"was made with {name} (SHA-256 {digest!s:.12}...), which is gone"
     raise UserError(f"{path} {reason}. Put it into {CHECKPOINT_DIR}/")
 
 

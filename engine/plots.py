@@ -93,7 +93,7 @@ def read_png_metadata(path: Path) -> str:
     try:
         with Image.open(path) as image:
             return image.info.get(PNG_METADATA_KEY, "")
-    except OSError as error:
+    except Exception as error:  # Pillow raises nearly anything on a broken file
         raise UserError(f"{path} is missing or not an image") from error
 
 

@@ -1,5 +1,6 @@
 """inference.py: every mode, images reproduced from their PNG, resumed batches, bad input."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -381,6 +382,38 @@ def test_from_png_uses_the_model_with_the_same_content_only(guided, infer, capsy
     assert np.array_equal(pixels(only("*/000000.png", "again")), pixels(Path(path)))
 
 
+def test_from_png_runs_no_code_that_the_image_names(folder, infer, capsys):
+    (folder / "mine.py").write_text(CUSTOM_SAMPLER + 'open("ran", "w")')
+    flags = ["--sampler", "mine.py:plain"]
+    assert infer("--seeds", "4", *flags) == 0
+    path = shutil.copy(only("*/000004.png"), "four.png")
+    os.remove("ran")
+    assert infer("--from_png", path) == 2
+    assert "an image may not choose what is run. If you trust that file, add --sampler mine.py" in (
+        capsys.readouterr().err
+    )
+    assert infer("--from_png", path, "--sampler", "other.py:plain") == 2
+    assert not Path("ran").exists()
+    assert infer("--from_png", path, *flags, "--output_dir", "again") == 0
+    assert np.array_equal(pixels(only("*/000004.png", "again")), pixels(Path(path)))
+
+
+WRONG_VALUES = ([], {}, [None], True, "x", -1, 0.5, 10**30, float("nan"), float("inf"), None)
+
+
+def test_from_png_accepts_only_values_that_the_command_line_accepts(guided, infer):
+    assert infer("--seeds", "3", "--steps", "3") == 0
+    stored = json.loads(plots.read_png_metadata(only("samples-*/000003.png")))
+    declared, path = inference.InferenceSettings, Path("changed.png")
+    for name in stored:
+        for value in WRONG_VALUES:
+            plots.save_image(Image.new("L", (1, 1)), path, json.dumps(stored | {name: value}))
+            with contextlib.suppress(UserError):
+                settings = inference_jobs.settings_from_png(path, declared)
+                assert name not in ("seeds", "sha256")
+                declared.check({name: settings[name]}, "the image")
+
+
 def previous_version(settings: dict) -> dict:
     """Settings of default guidance as the previous version stored them."""
     inputs = {"image": None, "image1": None, "image2": None, "mask": None}
@@ -542,6 +575,9 @@ def test_batch_refuses_a_folder_of_other_settings(folder, infer, capsys):
     assert infer(*flags) == 0
     assert infer(*flags, "--eta", "0.3") == 2
     assert "holds other images" in capsys.readouterr().err
+    only("batch-*/settings.json").write_text('{"seeds": [0, 1')
+    assert infer(*flags) == 2
+    assert "holds other images" in capsys.readouterr().err
 
 
 def test_batch_resumes_in_a_folder_of_the_previous_version(folder, infer):
@@ -620,6 +656,9 @@ def test_high_res_figures_are_larger(folder):
         (["--from_png", "a.png"], "a.png does not contain all settings"),
         (["--from_png", "a.png", "--steps", "3"], "settings from the image. Drop --steps"),
         (["--from_png", "text.pt"], "text.pt is missing or not an image"),
+        (["--from_png", "list.png"], "the settings in list.png are damaged"),
+        (["--from_png", "half.png"], "the settings in half.png are damaged"),
+        (["--mode", "vary", "--image", "9" * 30], "at most 18 digits"),
     ],
 )
 def test_bad_input_is_reported_in_one_line(folder, infer, capsys, arguments, message):
@@ -632,7 +671,8 @@ def test_bad_input_is_reported_in_one_line(folder, infer, capsys, arguments, mes
     Image.new("L", (9, 9)).save("small.png")
     Image.new("F", (9, 9)).save("float.tiff")
     (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:-30])
-    plots.save_image(Image.new("RGB", (9, 9)), Path("other.png"), "{}")
+    for name, metadata in (("other", "{}"), ("list", "[1]"), ("half", '{"seeds": [')):
+        plots.save_image(Image.new("RGB", (9, 9)), Path(f"{name}.png"), metadata)
     assert infer(*arguments) == 2
     error = capsys.readouterr().err
     assert error.count("error: ") == 1 and message in error and "Traceback" not in error
