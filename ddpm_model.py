@@ -25,6 +25,7 @@ from engine.cuda_graphs import GraphCache, GraphCaptureError
 from engine.denoiser import ModelDenoiser
 from engine.errors import FallbackWarning, RenamedWarning, UserError
 from engine.generation import GenerationMixin, eval_mode, expand_seeds, unnormalize  # noqa: F401
+from engine.hub import HubMixin
 from engine.noise_schedule import P_MEAN, edm_weighting, shift_log_snr
 from engine.unet import FastUnet
 
@@ -36,7 +37,7 @@ RENAMED = {
 }  # fmt: skip
 
 
-class DDPMModel(GenerationMixin, nn.Module):
+class DDPMModel(GenerationMixin, HubMixin, nn.Module):
     """A network and the diffusion process it is trained for.
 
     Images are float tensors (B, C, H, W) in [0, 1]. The arguments are DDPMConfig's settings in
@@ -141,15 +142,6 @@ class DDPMModel(GenerationMixin, nn.Module):
         )  # fmt: skip
         model.unet.checkpointing = config.GRADIENT_CHECKPOINTING
         return model
-
-    @classmethod
-    def from_pretrained(cls, name: str) -> "DDPMModel":
-        """Loads an included model, such as `cifar10`; raises UserError if there is none."""
-        path = checkpoints.PRETRAINED_DIR / f"{name}.safetensors"
-        if not path.is_file():
-            known = sorted(file.stem for file in path.parent.glob("*.safetensors"))
-            raise UserError(f"unknown pretrained model {name}; choose from {', '.join(known)}")
-        return cls().load_model(path).eval()
 
     @staticmethod
     def upgrade_architecture(architecture: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,188 @@
+"""Models as folders, and a server that speaks as much of the Hub's protocol as is needed."""
+
+import base64
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_model import DDPMModel
+from engine.errors import UserError
+from tests.helpers import ROOT, max_weight_difference
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def model() -> DDPMModel:
+    """A tiny model with a guide, as if loaded from a run's checkpoint."""
+    torch.manual_seed(0)
+    model = DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), timesteps=20, sampling_timesteps=2)
+    model.snapshot_guide()
+    model.training_info = {
+        "config": {"DATASET": "shapes", "DATA_DIR": "/home/me", "DIM_MULTS": (1, 2)},
+        "progress": {"step": 1200, "images": 19_200, "seconds": 90.0, "best": 0.12345},
+    }
+    return model.eval()
+
+
+# --- folders
+
+
+def test_save_pretrained_writes_what_from_pretrained_loads(model, tmp_path):
+    model.save_pretrained(tmp_path / "mine")
+    names = {path.name for path in (tmp_path / "mine").iterdir()}
+    assert names == {"model.safetensors", "config.json", "samples.png", "README.md"}
+    loaded = DDPMModel.from_pretrained(tmp_path / "mine")
+    assert max_weight_difference(loaded, model) == 0 and not loaded.training
+    assert torch.equal(loaded.sample(2, seed=0), model.sample(2, seed=0))
+    assert loaded.training_info["progress"] == model.training_info["progress"]
+    assert loaded.training_info["config"] == {"DATASET": "shapes", "DIM_MULTS": [1, 2]}
+
+
+def test_model_card_has_grid_recipe_figures_and_license_but_no_local_path(model, tmp_path):
+    folder = tmp_path / "mine"
+    model.save_pretrained(folder, license="cc0-1.0", figures={"FID": 4.13})
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlicense: cc0-1.0\n")
+    assert "| FID | 4.13 |" in card and "| 0.1235 |" in card
+    assert "1,200 steps on 19,200 images in 1.5 minutes" in card
+    assert re.search(r"^DATASET +shapes$", card, re.M)
+    assert "/home/me" not in card + (folder / "config.json").read_text()
+    (grid,) = re.findall(r"!\[.*\]\((.*)\)", card)
+    width, height = Image.open(folder / grid).size
+    assert width == height > 4 * 8
+
+
+def test_model_without_a_run_has_a_card_too(tmp_path):
+    DDPMModel(image_size=8, dim=8, dim_mults=(1, 2)).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "None were measured." in card and re.search(r"^dim +8$", card, re.M)
+
+
+def test_from_pretrained_says_what_is_wrong_with_a_folder(model, tmp_path):
+    with pytest.raises(UserError, match=r"no checkpoint .*model\.safetensors"):
+        DDPMModel.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    for text in ("no json", "[]", '{"training_info": {"config": 1}}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=r"config\.json is damaged"):
+            DDPMModel.from_pretrained(tmp_path)
+
+
+# --- the Hub
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Repositories of one commit: create, upload (by Git, not Xet), download."""
+
+    protocol_version = "HTTP/1.1"
+
+    def reply(self, body: bytes | dict, status: int = 200, **headers: str) -> None:
+        body = json.dumps(body).encode() if isinstance(body, dict) else body
+        self.send_response(status)
+        headers |= {"Content-Length": str(len(body)), "X-Repo-Commit": COMMIT}
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def body(self) -> bytes:
+        return self.rfile.read(int(self.headers["Content-Length"]))
+
+    def log_message(self, *_) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        body = self.body()
+        if self.headers["Authorization"] != "Bearer hf_secret":
+            return self.reply({"error": "Invalid credentials"}, 401)
+        if self.path == "/api/repos/create":
+            name = "{organization}/{name}".format(**json.loads(body))
+            self.server.repos.setdefault(name, {})
+            return self.reply({"url": f"http://{self.headers['Host']}/{name}"})
+        if self.path == "/api/validate-yaml":  # of the card
+            assert "license: mit" in json.loads(body)["content"]
+            return self.reply({"errors": [], "warnings": []})
+        repo = re.search(r"/(\w+/\w+)[./]", self.path.removeprefix("/api/models"))[1]
+        if "/preupload/" in self.path:
+            plain = {"uploadMode": "regular", "shouldIgnore": False}
+            files = [plain | {"path": file["path"]} for file in json.loads(body)["files"]]
+            return self.reply({"files": files})
+        for line in map(json.loads, body.splitlines()):  # a commit
+            value = line["value"]
+            if line["key"] == "file":
+                self.server.repos[repo][value["path"]] = base64.b64decode(value["content"])
+        url = f"http://{self.headers['Host']}/{repo}/commit/{COMMIT}"
+        return self.reply({"success": True, "commitOid": COMMIT, "commitUrl": url})
+
+    def do_GET(self) -> None:
+        match = re.fullmatch(r"/(\w+/\w+)/resolve/\w+/(.+)", self.path)
+        repo = self.server.repos.get(match[1]) if match else None
+        if repo is None:
+            return self.reply({}, 404, X_Error_Code="RepoNotFound")
+        if match[2] not in repo:
+            return self.reply({}, 404, X_Error_Code="EntryNotFound")
+        content = repo[match[2]]
+        return self.reply(content, ETag=f'"{hashlib.sha256(content).hexdigest()}"')
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def hub():
+    """The server, running."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.repos = {}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+CLIENT = """
+import sys
+from ddpm_model import DDPMModel
+from engine.errors import UserError
+
+model = DDPMModel.from_pretrained("mine")
+print(model.push_to_hub("me/tiny", private=True))
+DDPMModel.from_pretrained("me/tiny").save_model("loaded.safetensors")
+for use in (DDPMModel.from_pretrained, model.push_to_hub):
+    try:
+        use("me/missing" if use == DDPMModel.from_pretrained else "not a name")
+    except UserError as error:
+        print("error:", error)
+"""
+
+
+def test_model_goes_to_the_hub_and_comes_back(model, hub, tmp_path):
+    model.save_pretrained(tmp_path / "mine")
+    endpoint = f"http://127.0.0.1:{hub.server_port}"
+    environment = {
+        "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": "hf_secret",
+        "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+        "PATH": str(Path(sys.executable).parent),
+    }  # fmt: skip
+    command = [sys.executable, "-c", CLIENT]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    address, *errors = result.stdout.strip().splitlines()
+    assert address == f"{endpoint}/me/tiny"
+    assert "no folder me/missing, and not on the Hugging Face Hub (RepositoryNotFound" in errors[0]
+    assert "not a name cannot be uploaded (HFValidationError" in errors[1]
+
+    assert set(hub.repos) == {"me/tiny"}
+    files = hub.repos["me/tiny"]
+    assert b"# me/tiny" in files["README.md"] and b'"images": 19200' in files["config.json"]
+    loaded = DDPMModel().load_model(tmp_path / "loaded.safetensors")
+    assert max_weight_difference(loaded, model) == 0
