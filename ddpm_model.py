@@ -5,7 +5,6 @@ images = model.sample(batch_size=16, seed=0)  # (16, 3, 32, 32), floats in [0, 1
 """
 
 import copy
-import json
 import math
 import random
 import warnings
@@ -14,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from denoising_diffusion_pytorch import GaussianDiffusion
 from torch import Tensor, nn
@@ -29,6 +27,7 @@ from engine.hub import HubMixin
 from engine.noise_schedule import P_MEAN, edm_weighting, shift_log_snr
 from engine.unet import FastUnet
 
+MAX_WEIGHT = 1e6  # above any that training leads to
 GUIDANCE_INTERVAL = (0.2, 5.0)  # lowest and highest sigma to guide, where nothing is shifted
 RENAMED = {
     "keep_guide": "snapshot_guide", "timesteps_at": "timesteps_from_uniform",
@@ -259,9 +258,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         state = {k: v.half() if k.startswith(networks) else v for k, v in state.items()}
         if path.suffix == ".safetensors":
-            metadata = {"format": "pt", "architecture": json.dumps(self.architecture)}
-            content = safetensors.torch.save(state, metadata)
-            checkpoints.write_atomically(path, lambda file: file.write(content))
+            checkpoints.save_safetensors(path, self.architecture, state)
         else:
             checkpoints.save(path, {"architecture": self.architecture, "model": state})
 
@@ -278,23 +275,37 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         file: dict[str, Any] = {}
         if path.suffix == ".safetensors":
             architecture, state = checkpoints.load_safetensors(path)
-        elif "architecture" in (file := checkpoints.load(path)):
-            architecture = file["architecture"]
-            state = file.get("ema") or file["model"]
         else:
-            imported = checkpoints.import_lucidrains_checkpoint(file, self.image_size, path)
-            architecture, state = imported
+            file = checkpoints.load(path)
+            architecture, state = file.get("architecture"), file.get("ema") or file.get("model")
+        training_info = {name: file.get(name, {}) for name in self.training_info}
 
         # Rebuild the model.
-        try:
+        with checkpoints.refuse_damaged(path, f"does not fit {type(self).__name__}"):
+            if architecture is None:
+                imported = checkpoints.import_lucidrains_checkpoint(file, self.image_size, path)
+                architecture, state = imported
+            check_types(architecture, training_info, path)
             self.architecture = self.upgrade_architecture(architecture)
             self._build(**self.architecture)
             self.load_state_dict(state)
-        except (RuntimeError, TypeError, KeyError) as error:
-            reason = str(error).splitlines()[0].rstrip(":")
-            raise UserError(f"{path} does not fit {type(self).__name__}: {reason}") from error
-        self.training_info = {name: file.get(name, {}) for name in self.training_info}
+        for name, weight in self.named_parameters():
+            if not weight.abs().max() <= MAX_WEIGHT:  # NaN, too
+                reason = f"holds weights that are not finite or above {MAX_WEIGHT:g} ({name})"
+                raise UserError(f"{path} {reason}: use another checkpoint")
+        self.training_info = training_info
         return self.to(device)
+
+
+def check_types(architecture: dict[str, Any], info: dict[str, dict[str, Any]], path: Path) -> None:
+    """Raises UserError if settings that were read from a file have other types than ours."""
+    for values in (architecture, {k.lower(): v for k, v in info["config"].items()}):
+        for name, setting in DDPMConfig.settings().items():
+            if name.lower() in values:
+                setting.check_type(f"{path}: {name}", values[name.lower()])
+    for name, value in info["progress"].items():
+        if not isinstance(value, (int, float, type(None))):
+            raise UserError(f"{path}: {name} is {value!r}, but must be a number")
 
 
 def call_network(

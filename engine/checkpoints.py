@@ -1,18 +1,21 @@
 """Checkpoint files: written atomically, read without unpickling, found by run name."""
 
+import contextlib
+import hashlib
 import json
 import os
 import pickle
 import shutil
 import tempfile
+import textwrap
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -22,7 +25,11 @@ from engine.noise_schedule import BETA_SCHEDULES, OBJECTIVES, upstream_betas
 
 CHECKPOINT_DIR = Path("checkpoints")
 PRETRAINED_DIR = Path(__file__).resolve().parent.parent / "weights"
-TRAINING_KEYS = {"model", "ema", "optimizer", "progress", "config", "run"}
+TRAINING_KEYS = {
+    "version": int, "run": str, "data": dict, "architecture": dict, "config": dict,
+    "progress": dict, "model": dict, "ema": dict, "optimizer": dict, "rng": dict,
+}  # fmt: skip
+UNSET_SHA256 = "0" * 64  # stands for the checksum in what it is computed of
 Weights = tuple[dict[str, Any], dict[str, Tensor]]  # architecture and state_dict
 
 
@@ -98,18 +105,38 @@ def _check_file(path: Path) -> None:
         raise UserError(f"no checkpoint {path}: train one with `python train_optimized.py`")
 
 
+@contextlib.contextmanager
+def refuse_damaged(path: Path, problem: str = "is damaged") -> Iterator[None]:
+    """Turns any error of a block that reads a file into a UserError of one line.
+
+    torch, zipfile and safetensors raise nearly anything on a damaged file.
+    """
+    try:
+        yield
+    except (UserError, PermissionError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = textwrap.shorten(str(error) or repr(error), 150)
+        raise UserError(f"{path} {problem} ({reason}): use another checkpoint") from error
+
+
 def load(path: Path) -> dict[str, Any]:
     """Reads a .pt file onto the CPU with `weights_only=True`.
 
-    Raises UserError if it is missing, cut short, or holds more than tensors and plain values.
+    Raises UserError if it is missing or damaged, or holds more than tensors and plain values.
     """
     _check_file(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} contains pickled objects; refusing to load it") from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        raise UserError(f"{path} is damaged: use another checkpoint of the run") from error
+    with refuse_damaged(path):
+        # torch stores a checksum of each part, but does not compare it.
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if part := archive.testzip():
+                    raise zipfile.BadZipFile(f"the checksum of {part} is another")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            reason = "is no checkpoint, or contains pickled objects"
+            raise UserError(f"{path} {reason}; refusing to load it") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint")
     return state
@@ -118,21 +145,51 @@ def load(path: Path) -> dict[str, Any]:
 def load_training(path: Path) -> TrainingCheckpoint:
     """Reads a checkpoint that a run can resume from; raises UserError if it cannot."""
     state = load(path)
-    if missing := TRAINING_KEYS - state.keys():
-        raise UserError(f"{path} has no {', '.join(sorted(missing))} and cannot be resumed")
+    missing = [k for k, type_ in TRAINING_KEYS.items() if not isinstance(state.get(k), type_)]
+    if missing:
+        reason = f"has no {', '.join(missing)}, or of another type"
+        raise UserError(f"{path} {reason}, and cannot be resumed")
+    numbers = [v for k, v in state["progress"].items() if (k, v) != ("best", None)]
+    if not all(type(v) in (int, float) and v >= 0 for v in numbers):
+        raise UserError(f"{path} has a progress of {state['progress']} and cannot be resumed")
+    if not all(type(name) is str for name in state["config"]):
+        raise UserError(f"{path} has a configuration without names and cannot be resumed")
     return TrainingCheckpoint(path, state)
 
 
+def save_safetensors(path: Path, architecture: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Writes architecture, weights and a checksum of the file's other bytes, atomically."""
+    architecture_json = json.dumps(architecture)
+    metadata = {"format": "pt", "architecture": architecture_json, "sha256": UNSET_SHA256}
+    content = safetensors.torch.save(state, metadata)
+    checksum = hashlib.sha256(content).hexdigest()
+    content = content.replace(UNSET_SHA256.encode(), checksum.encode(), 1)
+    write_atomically(path, lambda file: file.write(content))
+
+
 def load_safetensors(path: Path) -> Weights:
-    """Reads architecture and weights of a .safetensors file that save_model wrote."""
+    """Reads what save_safetensors wrote; raises UserError if it is damaged or of another kind."""
     _check_file(path)
-    try:
+    with refuse_damaged(path, "is damaged, or not a .safetensors file of this project"):
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return json.loads(metadata["architecture"]), state
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is damaged, or not a .safetensors file of this project") from error
+        architecture = json.loads(metadata["architecture"])
+
+    # The checksum; that of a pretrained model is in a file next to it.
+    content = path.read_bytes()
+    expected = metadata.get("sha256", "")
+    sums = path.with_name("SHA256SUMS")
+    if expected:
+        content = content.replace(expected.encode(), UNSET_SHA256.encode(), 1)
+    elif sums.is_file():
+        lines = sums.read_text().splitlines()
+        expected = dict(reversed(line.split()) for line in lines).get(path.name)
+    if not expected:
+        print0(f"note: {path} was written before files had checksums: it cannot be checked")
+    elif hashlib.sha256(content).hexdigest() != expected:
+        raise UserError(f"{path} is damaged (its checksum is another): use another checkpoint")
+    return architecture, state
 
 
 def resolve_checkpoint(reference: str) -> Path:

@@ -5,7 +5,7 @@ class UserError(Exception):
     """Says in one line what is wrong and what to do; scripts print it and exit with `exit_code`."""
 
     def __init__(self, message: str, exit_code: int = 2):
-        super().__init__(message)
+        super().__init__(" ".join(message.split("\n")))  # values in it may have lines
         self.exit_code = exit_code
 
 

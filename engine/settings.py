@@ -47,11 +47,11 @@ class Setting:
         """The Python type of its values."""
         return self.type_ or type(self.default)
 
-    def check(self, name: str, value: Any) -> Any:
-        """Returns the value in its type; raises UserError if it is not allowed."""
-        type_ = self.type
+    def check_type(self, name: str, value: Any) -> None:
+        """Raises UserError if a value has another type."""
         if value is None and self.default is None:
-            return None
+            return
+        type_ = self.type
         accepted = {tuple: (tuple, list), float: (int, float)}.get(type_, (type_,))
         is_valid = type(value) in accepted
         if is_valid and type_ is tuple:
@@ -59,6 +59,13 @@ class Setting:
         if not is_valid:
             expected = EXPECTED.get(type_, type_.__name__)
             raise UserError(f"{name} is {value!r}, but must be {expected}")
+
+    def check(self, name: str, value: Any) -> Any:
+        """Returns the value in its type; raises UserError if it is not allowed."""
+        self.check_type(name, value)
+        if value is None:
+            return None
+        type_ = self.type
         value = type_(value)
 
         if self.choices and value not in self.choices:

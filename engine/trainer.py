@@ -55,7 +55,8 @@ def train(
     data_info = {"dataset": config.DATASET, "images": len(data), "shape": [*data.images.shape[1:]]}
     if checkpoint:
         name = checkpoints.run_name_of(checkpoint)
-        progress = restore(checkpoint, name, data_info, train_step, loader, dist)
+        with checkpoints.refuse_damaged(checkpoint.path):
+            progress = restore(checkpoint, name, data_info, train_step, loader, dist)
     else:
         name = distributed.broadcast_object(new_run_name(config) if dist.is_main_process else "")
         progress = Progress(config, len(loader), dist)

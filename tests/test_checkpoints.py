@@ -1,13 +1,19 @@
 """Checkpoint files: atomic, found by age and name, plain tensors only."""
 
+import json
 import os
+import random
+import shutil
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
+from ddpm_model import DDPMModel
 from engine import checkpoints
 from engine.errors import UserError
+from tests.helpers import max_weight_difference
 
 
 def test_write_atomically_syncs_the_complete_file_before_renaming(tmp_path, monkeypatch):
@@ -87,3 +93,86 @@ def test_link_or_copy_replaces_the_target_without_links(tmp_path, monkeypatch):
     (tmp_path / "b").write_bytes(b"old")
     checkpoints.link_or_copy(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 2
+
+
+def small() -> DDPMModel:
+    return DDPMModel(8, dim=8, dim_mults=(1, 2), timesteps=40, sampling_timesteps=4)
+
+
+@pytest.fixture
+def small_model(tmp_path, monkeypatch) -> DDPMModel:
+    monkeypatch.chdir(tmp_path)
+    return small()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_no_flipped_bit_changes_a_loaded_model(small_model, suffix, capsys):
+    path = Path(f"model{suffix}")
+    small_model.save_model(path)
+    assert "checksum" not in capsys.readouterr().out
+    intact = path.read_bytes()
+    rng = random.Random(0)
+    # Mostly where names, shapes and offsets are.
+    header = [rng.randrange(16_000) for _ in range(30)]
+    for bit in (*header, *(rng.randrange(8 * len(intact)) for _ in range(10))):
+        flipped = bytearray(intact)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            loaded = small().load_model(path)
+        except UserError as error:
+            assert path.name in str(error)
+        else:  # padding between the parts of a .pt, or the name of the checksum
+            assert suffix == ".pt" or "checksum" in capsys.readouterr().out
+            assert loaded.architecture == small_model.architecture
+            assert max_weight_difference(loaded, small_model) == 0
+
+
+def test_safetensors_of_before_loads_with_a_note(small_model, capsys):
+    state = {name: value.contiguous() for name, value in small_model.state_dict().items()}
+    metadata = {"architecture": json.dumps(small_model.architecture)}
+    safetensors.torch.save_file(state, "before.safetensors", metadata)
+    loaded = small().load_model("before.safetensors")
+    assert max_weight_difference(loaded, small_model) == 0
+    note = "note: before.safetensors was written before files had checksums"
+    assert note in capsys.readouterr().out
+
+
+def test_pretrained_weights_are_checked(tmp_path, capsys):
+    name = "cifar10.safetensors"
+    for file in (name, "SHA256SUMS"):
+        shutil.copy(checkpoints.PRETRAINED_DIR / file, tmp_path)
+    checkpoints.load_safetensors(tmp_path / name)
+    assert not capsys.readouterr().out
+    content = bytearray((tmp_path / name).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"cifar10\.safetensors is damaged \(its checksum"):
+        checkpoints.load_safetensors(tmp_path / name)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+def test_load_model_refuses_absurd_weights(small_model, value):
+    with torch.no_grad():
+        small_model.unet.final_conv.weight[0, 0] = value
+    small_model.save_model("model.pt")
+    with pytest.raises(UserError, match=r"not finite or above 1e\+06 .*final_conv.weight"):
+        small().load_model("model.pt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": [1]}, "has no optimizer, or of another type, and cannot be resumed"),
+        ({"config": {3: 4}}, "has a configuration without names"),
+        ({"progress": {"step": torch.ones(2)}}, "has a progress of"),
+        ({"progress": {"step": float("nan")}}, "has a progress of"),
+    ],
+)
+def test_load_training_refuses_parts_of_other_types(tmp_path, changes, message):
+    state = {key: type_() for key, type_ in checkpoints.TRAINING_KEYS.items()}
+    checkpoints.save(tmp_path / "last.pt", state)
+    checkpoints.load_training(tmp_path / "last.pt")
+    checkpoints.save(tmp_path / "last.pt", state | changes)
+    with pytest.raises(UserError, match=message):
+        checkpoints.load_training(tmp_path / "last.pt")

@@ -1,5 +1,6 @@
 """DDPMModel: defaults, loss against upstream's, files of every version."""
 
+import os
 import pickle
 import random
 from pathlib import Path
@@ -294,7 +295,15 @@ def broken_files(tmp_path, monkeypatch) -> list[Path]:
     torch.save([1, 2], "list.pt")
     torch.save({"model": {"weight": torch.zeros(2)}}, "other.pt")
     torch.save({"architecture": {"dim": 8}, "model": {}}, "partial.pt")
-    names = ("cut.pt", "cut.safetensors", "text.pt", "evil.pt", "list.pt", "other.pt", "partial.pt")
+    intact = torch.load("intact.pt", weights_only=True)
+    for name, change in {
+        "list-architecture.pt": {"architecture": [8]}, "list-weights.pt": {"model": [8]},
+        "list-config.pt": {"config": [8]}, "text-seconds.pt": {"progress": {"seconds": "8"}},
+        "text-guidance.pt": {"architecture": intact["architecture"] | {"guidance": "2"}},
+        "library.pt": {"architecture": None, "model": {"model.init_conv.weight": torch.ones(1)}},
+    }.items():  # fmt: skip
+        torch.save(intact | change, name)
+    names = set(os.listdir()) - {"intact.pt", "intact.safetensors"}
     return [Path(name) for name in (*names, "missing.pt", "missing.safetensors")]
 
 
