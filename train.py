@@ -21,6 +21,7 @@ from engine.checkpoints import TrainingCheckpoint
 from engine.datasets import choose_default_dataset, load_dataset
 from engine.errors import UserError
 from engine.gpu_memory import cap_memory
+from engine.image_source import ReadOptions
 from engine.micro_batch import find_micro_batch
 from engine.settings import suggest
 from engine.trackers import check_installed
@@ -41,6 +42,7 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] = DEFAUL
     data = distributed.rank0_first("data", lambda: load_dataset(
         config.DATASET, config.IMAGE_SIZE, Path(config.DATA_DIR), workers=config.NUM_WORKERS,
         progress=distributed.launched_rank() == 0, upsampling=config.USE_UPSAMPLING,
+        options=ReadOptions.from_config(config.as_dict()),
     ))  # fmt: skip
 
     with distributed.session(lambda: "start it again") as dist:

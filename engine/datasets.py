@@ -1,31 +1,31 @@
 """Data sets: named ones (downloaded if missing), folders and data loaders."""
 
-import glob
 import os
 import socket
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torchvision.datasets import STL10, CelebA, utils
 
 from engine.dataloader import ImageDataset
 from engine.distributed import print0
 from engine.errors import UserError
 from engine.image_cache import Source, load_cached
+from engine.image_files import file_fingerprint
+from engine.image_source import DEFAULT_OPTIONS, ReadOptions, image_source, path_source
 from engine.labels import NO_LABEL, check_classes, labels_from_folders
 from engine.shapes import SHAPE_KINDS, draw_shapes, kind_of
 
 DATASETS = ("auto", "cifar10", "celeba", "stl10", "shapes", "folder")
 SHAPES_COUNT = 20_480
-MAX_SIZES_CHECKED = 200  # images whose size is compared with --image_size
 CONNECT_SECONDS = 20
 
 
@@ -88,25 +88,37 @@ def choose_default_dataset(data_dir: Path, has_gpu: bool) -> str:
 def load_dataset(
     dataset: str, image_size: int, data_dir: Path, cache_dir: Path = Path("data/cache"),
     workers: int = 4, progress: bool = True, upsampling: bool = True, use_labels: bool = False,
+    options: ReadOptions = DEFAULT_OPTIONS,
 ) -> ImageDataset:  # fmt: skip
     """Loads the training images of a data set, their center squares resized.
 
-    dataset: one of DATASETS except "auto". data_dir: where its files are or will be stored; for
-    "folder", the images, at any depth. workers: decoding threads. upsampling: whether more than
-    half of the images may be smaller than image_size. use_labels: whether to return labels, too.
+    dataset: one of DATASETS except "auto". image_size: 0 for the images' own, if all have one.
+    data_dir: where its files are or will be stored; for "folder", a folder, .zip or .tar of images,
+    or an .npz or .npy of arrays. workers: decoding threads. upsampling: whether more than half of
+    the images may be smaller than image_size. use_labels: whether to return labels, too. options:
+    how to read a folder; others are RGB.
 
-    The images, uint8 (N, 3, image_size, image_size), are a read-only memory map of a file in
+    The images, uint8 (N, C, image_size, image_size), are a read-only memory map of a file in
     cache_dir. Raises UserError for files that are missing, damaged or too small, or labels that are
     missing although asked for.
     """
-    source = open_source(dataset, Path(data_dir), use_labels)
-    sizes = [] if upsampling else sorted(source.sample_sizes())
+    if dataset != "folder" and options.channels not in (0, 3):
+        raise UserError(f"--channels {options.channels} is for folders, but {dataset} is RGB")
+    source = open_source(dataset, Path(data_dir), use_labels, options)
+    sizes = [] if image_size and upsampling else sorted(source.sample_sizes())
+    if not image_size:
+        if len(set(sizes)) != 1:
+            found = f"{sizes[0]} to {sizes[-1]} px" if sizes else "any size"
+            raise UserError(f"images in {source.location} have {found}. Set --image_size")
+        image_size = sizes[0]
     small = sum(size < image_size for size in sizes)
     if 2 * small > len(sizes):
         median = sizes[len(sizes) // 2]
+        # What the levels of the presets can halve.
+        works = max(8, median // (16 if median >= 128 else 8) * (16 if median >= 128 else 8))
         raise UserError(
             f"images in {source.location} are {median} px, smaller than --image_size {image_size} "
-            f"({small} of {len(sizes)} checked). Lower it, or add --use_upsampling"
+            f"({small} of {len(sizes)} checked). Use --image_size {works}, or --use_upsampling"
         )
     return load_cached(source, dataset, image_size, Path(cache_dir), workers, progress)
 
@@ -139,12 +151,14 @@ def images_from_loader(loader: Iterable) -> np.ndarray:
     return np.concatenate(chunks)
 
 
-def open_source(dataset: str, data_dir: Path, use_labels: bool = False) -> Source:
+def open_source(
+    dataset: str, data_dir: Path, use_labels: bool = False, options: ReadOptions = DEFAULT_OPTIONS
+) -> Source:
     """Returns the source of a data set, with its labels if asked; downloads what is missing."""
     archive = ARCHIVES.get(dataset)
     if archive:
         ensure_downloaded(archive, data_dir, use_labels)
-    source = open_images(dataset, data_dir)
+    source = open_images(dataset, data_dir, options)
     if not use_labels:
         return source
 
@@ -171,17 +185,19 @@ def archive_labels(archive: Archive, folder: Path) -> np.ndarray:
     return labels
 
 
-def open_images(dataset: str, data_dir: Path) -> Source:
+def open_images(dataset: str, data_dir: Path, options: ReadOptions) -> Source:
     """Returns the source of a data set whose files are here, without labels."""
     if archive := ARCHIVES.get(dataset):
         if archive.to_pixels:
             return binary_source(archive, data_dir)
-        return folder_source(data_dir / "celeba/img_align_celeba")
+        return path_source(data_dir / "celeba/img_align_celeba", ReadOptions(channels=3))
     if dataset == "folder":
-        return folder_source(data_dir)
+        return path_source(data_dir, options)
     if dataset == "shapes":
         fingerprint = f"0 {SHAPES_COUNT}"  # seed and count
-        return Source("", fingerprint, SHAPES_COUNT, lambda i, size: (draw_shapes(i, size), {}))
+        return Source(
+            "", fingerprint, SHAPES_COUNT, lambda i, size: [*draw_shapes(i, size)[:, None]]
+        )
     raise UserError(f"unknown data set {dataset}; choose from {', '.join(DATASETS[1:])}")
 
 
@@ -200,73 +216,8 @@ def binary_source(archive: Archive, folder: Path) -> Source:
         pixels = archive.to_pixels(np.fromfile(path, np.uint8, archive.record_bytes, offset=offset))
         return Image.fromarray(np.ascontiguousarray(pixels))
 
-    return _image_source(folder, archive.contents, records, open_record)
-
-
-def folder_source(folder: Path) -> Source:
-    """Returns the source of all images below a folder, sorted by relative path."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder. Set --data_dir to a folder of images")
-    extensions = tuple(e for e, name in Image.registered_extensions().items() if name in Image.OPEN)
-    files = glob.glob("**", root_dir=folder, recursive=True)  # without hidden files and folders
-    names = sorted(name.replace(os.sep, "/") for name in files if name.lower().endswith(extensions))
-    if not names:
-        raise UserError(f"no images in {folder} (.jpg, .png, .webp or another format of Pillow)")
-    return _image_source(folder, names, names, lambda name: Image.open(os.path.join(folder, name)))
-
-
-def _image_source(folder: Path, files: Iterable[str], items: Sequence, open_image) -> Source:
-    """Returns the source of the images open_image(item), which are stored in `files`."""
-
-    def read(block: range, size: int) -> tuple[np.ndarray, dict[int, str]]:
-        images = []
-        unreadable = {}
-        for index in block:
-            try:
-                with open_image(items[index]) as image:
-                    image.draft(None, (2 * size, 2 * size))  # decodes a JPEG at low resolution
-                    images.append(center_square(to_rgb(ImageOps.exif_transpose(image)), size))
-            except Exception as error:  # Pillow raises nearly anything on a broken file
-                unreadable[index] = f"{items[index]}: {error!r}"
-        return np.array(images, np.uint8).reshape(-1, 3, size, size), unreadable
-
-    def sample_sizes() -> Iterator[int]:
-        for item in items[:: -(-len(items) // MAX_SIZES_CHECKED)]:
-            with suppress(Exception), open_image(item) as image:  # reads the header only
-                yield min(image.size)
-
-    fingerprint = []
-    for name in files:
-        path = os.path.join(folder, name)
-        stat = os.stat(path, follow_symlinks=os.path.exists(path))  # a dangling link is unreadable
-        fingerprint.append(f"{name} {stat.st_size} {stat.st_mtime_ns}\n")
-    location = str(folder.resolve())
-    return Source(location, "".join(fingerprint), len(items), read, sample_sizes, names=files)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts any Pillow image to RGB: transparency over white, 16-bit gray scaled.
-
-    Raises ValueError for mode F, which has no defined range, and for what Pillow cannot convert.
-    """
-    if image.mode == "F":
-        raise ValueError("mode F has no defined range")
-    if image.mode.startswith("I"):  # "I" or "I;16...": gray from 0 to 65535
-        gray = np.asarray(image)
-        gray = np.where(gray == image.info.get("transparency"), 65535, gray)
-        return Image.fromarray(np.round(gray.clip(0, 65535) / 257).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def center_square(image: Image.Image, size: int) -> np.ndarray:
-    """Resizes the center square of an RGB image, antialiased: uint8 (3, size, size)."""
-    side = min(image.size)
-    left, top = ((length - side) // 2 for length in image.size)
-    box = (left, top, left + side, top + side)
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box)).transpose(2, 0, 1)
+    fingerprint = "".join(f"{n} {file_fingerprint(folder / n)}\n" for n in archive.contents)
+    return image_source(folder, fingerprint, records, open_record, None)
 
 
 @contextmanager

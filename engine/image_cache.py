@@ -29,13 +29,16 @@ class Source:
     location: str
     fingerprint: str  # changes whenever the images or labels at the location do
     count: int
-    # read(indices, size): images, uint8 (n, 3, size, size), and {index: why it is left out}
-    read: Callable[[range, int], tuple[np.ndarray, dict[int, str]]]
+    # read(indices, size): of each, its images, uint8 (n, C, size, size), or why it is left out
+    read: Callable[[range, int], list[np.ndarray | str]]
+    # channels(): C; may take a look at each image
+    channels: Callable[[], int] = lambda: 3
     # sample_sizes(): shorter sides of some of the images in pixels; none if they have any size
     sample_sizes: Callable[[], Iterable[int]] = tuple
     labels: np.ndarray | None = None  # int64 (count,), indices into class_names or -1
     class_names: tuple[str, ...] = ()
     names: Iterable[str] = ()  # of the files, below the location
+    variant: str = ""  # how they are read; each has a cache
 
 
 def load_cached(
@@ -45,28 +48,47 @@ def load_cached(
 
     workers: decoding threads. Raises UserError if too many images cannot be read.
     """
-    texts = (source.location, source.fingerprint)
+    texts = (source.location + source.variant, source.fingerprint)
     encoded = (text.encode("utf-8", "surrogateescape") for text in texts)
     location, fingerprint = (hashlib.sha256(text).hexdigest()[:10] for text in encoded)
     prefix = f"{dataset}_{size}px_{location}"
     path = cache_dir / f"{prefix}_{fingerprint}.npy"
     labels_path = path.with_suffix(".labels.npz")
-    needed = [path] if source.labels is None else [path, labels_path]
-    if not all(file.exists() for file in needed):
+    data = _open(source, size, path, labels_path)
+    if data is None:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with _lock(cache_dir / f"{prefix}.lock"):
-            if not all(file.exists() for file in needed):  # another process may have built it
+            if _open(source, size, path, labels_path) is None:  # no other process has built it
+                if path.exists() and (source.labels is None or labels_path.exists()):
+                    reason = f"reading the image cache {path} failed (it is damaged)"
+                    warnings.warn(f"{reason}; continuing without it", FallbackWarning, 2)
                 _build(source, size, path, labels_path, workers, progress)
             # Earlier versions of the source, and temporary files of killed builds.
             for file in cache_dir.glob(f"*{prefix}_*"):
                 if not file.name.startswith(path.stem):
                     with suppress(OSError):  # on Windows, a file in use
                         file.unlink()
-    images = np.load(path, mmap_mode="r")
-    if source.labels is None:
-        return ImageDataset(images)
-    with np.load(labels_path, allow_pickle=False) as file:
-        return ImageDataset(images, file["labels"], tuple(file["class_names"].tolist()))
+        data = _open(source, size, path, labels_path)
+    return data
+
+
+def _open(source: Source, size: int, path: Path, labels_path: Path) -> ImageDataset | None:
+    """Opens a cached data set; None if a file is missing, or not what a build writes."""
+    try:
+        images = np.load(path, mmap_mode="r")
+        count, _, *sides = images.shape
+        is_complete = images.offset + images.nbytes == path.stat().st_size
+        if images.dtype != np.uint8 or sides != [size, size] or not is_complete:
+            return None
+        if source.labels is None:
+            return ImageDataset(images)
+        with np.load(labels_path, allow_pickle=False) as file:
+            labels = file["labels"]
+            class_names = tuple(file["class_names"].tolist())
+        is_intact = labels.dtype == np.int64 and labels.shape == (count,)
+        return ImageDataset(images, labels, class_names) if is_intact else None
+    except Exception:  # numpy and zipfile raise nearly anything on a broken file
+        return None
 
 
 def _lock(path: Path) -> AbstractContextManager:
@@ -84,28 +106,33 @@ def _lock(path: Path) -> AbstractContextManager:
 
 def _build(source: Source, size: int, path: Path, labels_path: Path, workers, progress) -> None:
     description = f"{source.count} images in {source.location}"
-    unreadable = {}
+    unreadable: dict[int, str] = {}
+    counts = np.zeros(source.count, np.int64)  # images of each, more than one of a file with frames
 
     def write(file) -> None:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (source.count, 3, size, size)}
+        shape = (source.count, source.channels(), size, size)
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         with tqdm(total=source.count, desc="decoding", unit=" images", disable=not progress) as bar:
-            for images, reasons in _read_blocks(source, size, workers):
-                file.write(images.tobytes())
-                bar.update(len(images) + len(reasons))
-                unreadable.update(reasons)
-                if len(unreadable) > MAX_UNREADABLE_FRACTION * source.count:
-                    some = "; ".join(list(unreadable.values())[:3])
-                    raise UserError(f"too many of the {description} cannot be read ({some})")
+            for index, images in enumerate(_read_all(source, size, workers)):
+                bar.update()
+                if isinstance(images, str):
+                    unreadable[index] = images
+                    if len(unreadable) > MAX_UNREADABLE_FRACTION * source.count:
+                        some = "; ".join(list(unreadable.values())[:3])
+                        raise UserError(f"too many of the {description} cannot be read ({some})")
+                else:
+                    file.write(images.tobytes())
+                    counts[index] = len(images)
         # The header has room for another count.
-        header["shape"] = (source.count - len(unreadable), 3, size, size)
+        header["shape"] = (int(counts.sum()), *shape[1:])
         file.seek(0)
         np.lib.format.write_array_header_1_0(file, header)
 
     # Each file gets its name once it is complete.
     write_atomically(path, write)
     if source.labels is not None:
-        labels = np.delete(source.labels, list(unreadable))
+        labels = np.repeat(source.labels, counts)
         content = {"labels": labels, "class_names": np.array(source.class_names, dtype=str)}
         write_atomically(labels_path, lambda file: np.savez(file, **content))
     if unreadable:
@@ -113,7 +140,7 @@ def _build(source: Source, size: int, path: Path, labels_path: Path, workers, pr
         warnings.warn("\n  ".join([first, *unreadable.values()]), FallbackWarning, stacklevel=2)
 
 
-def _read_blocks(source: Source, size: int, workers: int) -> Iterator[tuple]:
+def _read_all(source: Source, size: int, workers: int) -> Iterator[np.ndarray | str]:
     """Yields source.read's results in order, at most two blocks ahead per thread."""
     pending = deque()
     with ThreadPoolExecutor(workers) as pool:  # Pillow and numpy release the GIL
@@ -121,6 +148,6 @@ def _read_blocks(source: Source, size: int, workers: int) -> Iterator[tuple]:
             block = range(start, min(start + BLOCK, source.count))
             pending.append(pool.submit(source.read, block, size))
             if len(pending) > 2 * workers:
-                yield pending.popleft().result()
+                yield from pending.popleft().result()
         while pending:
-            yield pending.popleft().result()
+            yield from pending.popleft().result()

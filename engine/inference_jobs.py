@@ -21,10 +21,12 @@ from tqdm import tqdm
 
 from engine import distributed, plots
 from engine.checkpoints import CHECKPOINT_DIR, write_text
-from engine.datasets import center_square, load_dataset, to_rgb
+from engine.datasets import load_dataset
 from engine.devices import device_name
 from engine.errors import UserError
 from engine.gpu_memory import OomBatcher
+from engine.image_source import ReadOptions
+from engine.pixels import center_square, to_rgb
 from engine.samplers import DEFAULT_SPACING
 from engine.settings import Settings
 from engine.train_step import amp_dtype
@@ -71,7 +73,8 @@ class InferenceJob:
         if not config:
             raise UserError(f"--{name} {source}: the checkpoint does not name its training images")
         dataset, size, folder = (config[key] for key in ("DATASET", "IMAGE_SIZE", "DATA_DIR"))
-        images = load_dataset(dataset, size, Path(folder)).images
+        options = ReadOptions.from_config(config)
+        images = load_dataset(dataset, size, Path(folder), options=options).images
         index = int(data[1])
         if index >= len(images):
             raise UserError(f"--{name} {source}: {dataset} has {len(images)} images")

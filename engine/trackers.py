@@ -11,8 +11,8 @@ import numpy as np
 from accelerate import tracking
 from PIL import Image
 
-from engine.datasets import to_rgb
 from engine.errors import FallbackWarning, UserError
+from engine.pixels import to_rgb
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "none")
 PROJECT = "ddpm"  # what trackers call all runs together

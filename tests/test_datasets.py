@@ -2,7 +2,6 @@
 
 import importlib
 import io
-import os
 import socket
 import sys
 import tarfile
@@ -18,12 +17,14 @@ from PIL import Image
 from torchvision.datasets import CelebA
 from torchvision.datasets.utils import _get_google_drive_file_id, calculate_md5
 
-from engine import datasets, labels
+from config import resolve
+from engine import datasets, image_source, labels
 from engine.dataloader import ImageDataset
 from engine.datasets import choose_default_dataset, images_from_loader, load_dataset
-from engine.errors import FallbackWarning, RenamedWarning, UserError
+from engine.errors import RenamedWarning, UserError
+from engine.image_source import ReadOptions
 from engine.shapes import draw_shapes, kind_of
-from tests.helpers import random_images
+from tests.helpers import CPU_TIER, random_images
 
 STL10_NAMES = ("stl10_binary/train_X.bin", "stl10_binary/unlabeled_X.bin")
 
@@ -369,154 +370,6 @@ def test_choose_default_dataset_prints_on_rank_0_only(load, monkeypatch, capsys)
     assert not capsys.readouterr().out
 
 
-# Pixels.
-
-
-def flat(mode: str, color) -> Image.Image:
-    return Image.new(mode, (4, 4), color)
-
-
-def palette() -> Image.Image:
-    image = flat("P", 1)
-    image.putpalette([255, 0, 0, 10, 20, 30])
-    return image
-
-
-@pytest.mark.parametrize(
-    ("image", "suffix", "options", "expected"),
-    [
-        (flat("1", 1), ".png", {}, (255, 255, 255)),
-        (flat("L", 77), ".png", {}, (77, 77, 77)),
-        (flat("L", 77), ".png", {"transparency": 77}, (255, 255, 255)),
-        (flat("LA", (0, 100)), ".png", {}, (155, 155, 155)),
-        (palette(), ".png", {}, (10, 20, 30)),
-        (palette(), ".png", {"transparency": 1}, (255, 255, 255)),
-        (palette(), ".png", {"transparency": bytes([255, 51])}, (206, 208, 210)),
-        (flat("RGBA", (255, 0, 0, 51)), ".png", {}, (255, 204, 204)),
-        (flat("RGBA", (9, 9, 9, 0)), ".webp", {"lossless": True}, (255, 255, 255)),
-        (flat("RGB", (1, 2, 3)), ".png", {"transparency": (1, 2, 3)}, (255, 255, 255)),
-        (flat("CMYK", (0, 255, 255, 0)), ".tif", {}, (255, 0, 0)),
-        (flat("I;16", 128 * 257), ".png", {}, (128, 128, 128)),
-        (flat("I;16", 128 * 257), ".png", {"transparency": 128 * 257}, (255, 255, 255)),
-        (flat("I", 128 * 257), ".tif", {}, (128, 128, 128)),
-        (
-            flat("RGB", "red"), ".gif",
-            {"save_all": True, "append_images": [flat("RGB", "blue")]}, (255, 0, 0),
-        ),
-    ],
-)  # fmt: skip
-def test_to_rgb_converts_every_mode_over_white(load, image, suffix, options, expected):
-    image.save(load.data / f"image{suffix}", **options)
-    pixels = load()[0].reshape(3, -1)
-    assert (pixels == pixels[:, :1]).all()
-    np.testing.assert_allclose(pixels[:, 0], expected, atol=1)
-
-
-def test_exif_orientation_is_applied(load):
-    image = Image.new("RGB", (4, 4), "blue")
-    image.paste("red", (0, 0, 4, 2))  # the upper half, on the right once turned clockwise
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    image.save(load.data / "turned.png", exif=exif)
-    red, _, blue = load()[0]
-    assert (red == [0, 0, 255, 255]).all() and (blue == [255, 255, 0, 0]).all()
-
-
-def test_center_square_crops_and_antialiases(load):
-    pixels = np.zeros((64, 128, 3), np.uint8)
-    pixels[:, :32] = (255, 0, 0)  # cropped
-    pixels[:, 96:] = (0, 0, 255)
-    pixels[::2, 32:96] = 255  # one-pixel stripes: gray once resized
-    Image.fromarray(pixels).save(load.data / "wide.png")
-    image = load(size=8)[0].astype(int)
-    assert image.shape == (3, 8, 8)
-    # What is cropped has a little weight at the edge.
-    np.testing.assert_allclose(image, 127.5, atol=20)
-
-
-@pytest.mark.parametrize("is_tall", [False, True])
-def test_center_square_is_the_middle_of_wide_and_tall_images(is_tall):
-    pixels = np.zeros((40, 80, 3), np.uint8)
-    pixels[:, :20] = (255, 0, 0)
-    pixels[:, 20:60] = (0, 255, 0)
-    pixels[:, 60:] = (0, 0, 255)
-    image = Image.fromarray(pixels.transpose(1, 0, 2) if is_tall else pixels)
-    red, green, blue = datasets.center_square(image, 40)
-    assert (green > 250).all() and (red < 5).all() and (blue < 5).all()
-
-
-def test_large_jpeg_keeps_its_detail(load):
-    phase = 2 * np.pi * (np.arange(512) + 0.5) / 16  # 4 pixels a period once resized
-    wave = (127.5 + 100 * np.sin(phase)).astype(np.uint8)
-    image = Image.fromarray(np.tile(wave, (512, 1)))
-    image.save(load.data / "wave.jpg", quality=100)
-    expected = np.asarray(image.resize((128, 128), Image.Resampling.BICUBIC))
-    difference = load(size=128)[0, 0].astype(float) - expected
-    assert np.abs(difference).mean() < 1.5
-
-
-# Folders.
-
-
-def test_folder_is_sorted_without_hidden_and_other_files(load):
-    for value, name in enumerate(["B.PNG", "a.png", "c/deep/x.bmp"]):
-        save_gray(load.data / name, value)
-    save_gray(load.data / ".hidden.png", 99)
-    save_gray(load.data / ".thumbnails" / "x.png", 99)
-    (load.data / "notes.txt").write_text("not an image")
-    assert load()[:, 0, 0, 0].tolist() == [0, 1, 2]
-
-
-@pytest.mark.filterwarnings("ignore::engine.errors.FallbackWarning")
-def test_folder_follows_links_and_leaves_out_dangling_ones(load):
-    for i in range(25):
-        save_gray(load.data.parent / "elsewhere" / f"{i:02d}.png", i)
-    (load.data / "link").symlink_to(load.data.parent / "elsewhere")
-    (load.data / "dangling.png").symlink_to(load.data / "nowhere.png")
-    assert load()[:, 0, 0, 0].tolist() == list(range(25))
-
-
-def test_folder_leaves_out_a_few_unreadable_files_with_a_warning(load):
-    for i in range(30):
-        save_gray(load.data / f"{i:02d}.png", i)
-    (load.data / "10.png").write_bytes(b"no image")
-    expected = [i for i in range(30) if i != 10]
-    with pytest.warns(FallbackWarning, match="1 of 30 images in .*cannot be read") as warned:
-        assert load()[:, 0, 0, 0].tolist() == expected
-    lines = str(warned[0].message).splitlines()
-    assert len(lines) == 2 and "10.png: " in lines[1] and "cannot identify image" in lines[1]
-    assert load()[:, 0, 0, 0].tolist() == expected  # from the cache
-
-
-def test_folder_with_many_unreadable_files_is_an_error(load):
-    for i in range(10):
-        save_gray(load.data / f"{i}.png", i)
-    content = (load.data / "3.png").read_bytes()
-    (load.data / "3.png").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match=r"too many of the 10 images .*3\.png"):
-        load()
-    assert {path.suffix for path in load.cache.iterdir()} <= {".lock"}
-
-
-def test_folder_without_images_is_an_error(load):
-    with pytest.raises(UserError, match="no images in"):
-        load()
-    with pytest.raises(UserError, match="nowhere is not a folder"):
-        load(folder="nowhere")
-    (load.data / "file.png").touch()
-    with pytest.raises(UserError, match=r"file\.png is not a folder"):
-        load(folder="data/file.png")
-
-
-@pytest.mark.parametrize("size", [(4, 4), (90, 90)])
-def test_folder_notices_a_changed_file(load, size):
-    """By its time, or by its size where the file system's clock is too coarse."""
-    for value, change in ((1, (4, 4)), (2, size)):
-        save_gray(load.data / "a.png", value, change)
-        os.utime(load.data / "a.png", (0, value if size == (4, 4) else 0))
-        assert load()[:, 0, 0, 0].tolist() == [value]
-
-
 # Resolution.
 
 
@@ -531,7 +384,7 @@ def test_load_dataset_without_upsampling_rejects_small_images(load, cifar10, tmp
     write_files(load.data, cifar10_files(cifar10))
     assert error("cifar10") == (
         f"images in {load.data} are 32 px, smaller than --image_size 64 (10 of 10 checked). "
-        "Lower it, or add --use_upsampling"
+        "Use --image_size 32, or --use_upsampling"
     )
     for i in range(5):  # the shorter side counts
         save_gray(tmp_path / "mixed" / f"{i}.png", 0, (90, 40))
@@ -544,8 +397,34 @@ def test_load_dataset_without_upsampling_rejects_small_images(load, cifar10, tmp
     assert len(load("cifar10", 64)) == 10
 
 
+@pytest.mark.parametrize(("side", "works"), [(28, 24), (5, 8), (100, 96), (150, 144)])
+def test_load_dataset_names_a_size_that_the_levels_can_halve(load, side, works):
+    save_gray(load.data / "a.png", 0, (side, side))
+    with pytest.raises(UserError, match=f"Use --image_size {works}, or --use_upsampling"):
+        load(size=256, upsampling=False)
+    resolve("folder", CPU_TIER, flags={"IMAGE_SIZE": works})
+
+
+def test_load_dataset_takes_the_size_that_all_images_have(load):
+    save_gray(load.data / "a.png", 1, (9, 6))
+    save_gray(load.data / "b.png", 2, (6, 6))
+    assert load(size=0).shape == (2, 1, 6, 6)
+    save_gray(load.data / "c.png", 3, (16, 8))
+    with pytest.raises(UserError, match=r"have 6 to 8 px\. Set --image_size"):
+        load(size=0)
+    with pytest.raises(UserError, match=r"have any size\. Set --image_size"):
+        load("shapes", 0)
+
+
+def test_channels_are_for_folders(load):
+    save_gray(load.data / "a.png", 1)
+    assert load(options=ReadOptions(channels=4)).shape == (1, 4, 4, 4)
+    with pytest.raises(UserError, match="--channels 1 is for folders, but shapes is RGB"):
+        load("shapes", options=ReadOptions(channels=1))
+
+
 def test_sizes_are_checked_all_over_the_folder(load, monkeypatch):
-    monkeypatch.setattr(datasets, "MAX_SIZES_CHECKED", 4)
+    monkeypatch.setattr(image_source, "MAX_SIZES_CHECKED", 4)
     for i in range(8):
         save_gray(load.data / f"{i}.png", i, (4, 4) if i < 4 else (8, 8))
     assert len(load(size=8, upsampling=False)) == 8  # half of them are large enough

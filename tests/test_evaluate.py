@@ -136,11 +136,11 @@ VS_REAL = ["--dataset", "folder", "--data_dir", "real"]
     [
         (["--checkpoint", "nowhere.pt"], "no checkpoint nowhere.pt"),
         (["--checkpoint", "a.pt", "--images", "real"], "choose one"),
-        (["--images", "nowhere", *VS_REAL], "nowhere is neither a folder nor"),
+        (["--images", "nowhere", *VS_REAL], "nowhere is not a folder"),
         (["--images", "real"], "real has no training data: set --dataset and --data_dir"),
         (["--images", "real", "--dataset", "cifar11"], "did you mean cifar10?"),
-        (["--images", "bytes.npz", *VS_REAL], "bytes.npz is neither a folder nor"),
-        (["--images", "floats.npz", *VS_REAL], "should hold uint8 (N, H, W, 3)"),
+        (["--images", "bytes.npz", *VS_REAL], "bytes.npz is damaged"),
+        (["--images", "planes.npz", *VS_REAL], "should hold images (N, H, W)"),
         (["--images", "one.npz", *VS_REAL], "need at least 2 images, got 1"),
         (["--inception_weights", "careless.pth"], "careless.pth does not hold the weights of"),
         (["--inception_weights", "others.pth"], "others.pth does not hold the weights of weights-"),
@@ -151,7 +151,7 @@ VS_REAL = ["--dataset", "folder", "--data_dir", "real"]
 def test_main_reports_bad_input_in_one_line(folder, monkeypatch, capsys, flags, message):
     monkeypatch.setattr(metrics, "fetch_inception", no_network)
     Path("bytes.npz").write_bytes(b"PK not a zip")
-    np.savez("floats.npz", images=np.zeros((2, 16, 16, 3)))
+    np.savez("planes.npz", images=np.zeros((2, 3, 16, 16)))
     np.savez("one.npz", images=np.zeros((1, 16, 16, 3), np.uint8))
     torch.save(Careless(), "careless.pth")
     torch.save({"weight": torch.zeros(1)}, "others.pth")
@@ -250,10 +250,16 @@ def test_validation_images_are_exactly_the_validation_split(monkeypatch):
     numbers = np.arange(200, dtype=np.uint8)[:, None, None, None]
     data = ImageDataset(np.broadcast_to(numbers, (200, 3, 4, 4)))
     loaded = []
-    monkeypatch.setattr(evaluate, "load_dataset", lambda *args: loaded.append(args) or data)
-    images = evaluate.validation_images({"DATASET": "folder", "IMAGE_SIZE": 4, "DATA_DIR": "dir"})
+
+    def load(*arguments, options):
+        loaded.append((*arguments, options.channels))
+        return data
+
+    monkeypatch.setattr(evaluate, "load_dataset", load)
+    config = {"DATASET": "folder", "IMAGE_SIZE": 4, "DATA_DIR": "dir", "CHANNELS": 1}
+    images = evaluate.validation_images(config)
     assert images[:, 0, 0, 0].tolist() == list(range(0, 200, 20))
-    assert loaded == [("folder", 4, Path("dir"))]
+    assert loaded == [("folder", 4, Path("dir"), 1)]
 
 
 class ScoredColors(MeanColors, metrics.Inception):
@@ -282,29 +288,6 @@ def test_compute_scores_compares_features_with_each_networks_reference(monkeypat
     assert [scores["FD-Colors"], scores["FID"]] == distances
     np.testing.assert_array_equal(scores["features"], expected.features)
     np.testing.assert_array_equal(scores["real"], features + 1)
-
-
-# Reading images.
-
-
-def test_read_images_of_an_npz_are_channels_first(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (3, 6, 6, 3), np.uint8)
-    np.savez(tmp_path / "a.npz", seeds=np.arange(3), images=images)
-    for size in (0, 6):
-        read = evaluate.read_images(tmp_path / "a.npz", size)
-        np.testing.assert_array_equal(read, np.moveaxis(images, 3, 1))
-    with pytest.raises(UserError, match=r"should hold uint8 \(N, 8, 8, 3\)"):
-        evaluate.read_images(tmp_path / "a.npz", 8)
-
-
-def test_read_images_of_a_folder_have_the_size_of_the_first(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("x").mkdir()
-    Image.new("L", (9, 6), 1).save("x/a.png")
-    Image.new("L", (16, 16), 2).save("x/b.png")
-    Path("x/a.json").write_text("{}")
-    assert evaluate.read_images(Path("x"), 0).shape == (2, 3, 6, 6)
-    assert evaluate.read_images(Path("x"), 12).shape == (2, 3, 12, 12)
 
 
 # Sampling.

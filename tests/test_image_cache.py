@@ -25,13 +25,12 @@ from tests.helpers import ROOT, random_images
 def gray_source(count: int, unreadable: tuple[int, ...] = (), on_read=None, **fields) -> Source:
     """A source whose image i is filled with i; on_read(block) precedes each read."""
 
-    def read(block: range, size: int) -> tuple[np.ndarray, dict[int, str]]:
+    def read(block: range, size: int) -> list[np.ndarray | str]:
         if on_read:
             on_read(block)
-        values = [i for i in block if i not in unreadable]
-        images = np.zeros((len(values), 3, size, size), np.uint8)
-        images += np.array(values, np.uint8).reshape(-1, 1, 1, 1)
-        return images, {i: f"image {i} is broken" for i in block if i in unreadable}
+        images = [np.full((1, 3, size, size), i, np.uint8) for i in block]
+        broken = [f"image {i} is broken" if i in unreadable else None for i in block]
+        return [reason or image for reason, image in zip(broken, images, strict=True)]
 
     return Source(**({"location": "here", "fingerprint": "1"} | fields), count=count, read=read)
 
@@ -183,9 +182,10 @@ def test_killed_build_starts_again_and_ends_the_same(tmp_path):
     cache = tmp_path / "cache"
     decode = (
         "import time; from pathlib import Path; from engine import datasets\n"
-        "crop = datasets.center_square\n"
+        "from engine import pixels\n"
+        "crop = pixels.center_square\n"
         "def slow_crop(*arguments):\n    time.sleep(0.003)\n    return crop(*arguments)\n"
-        "datasets.center_square = slow_crop\n"
+        "pixels.center_square = slow_crop\n"
         "datasets.load_dataset('folder', 32, Path('images'), Path('cache'), 2, progress=False)"
     )
 
@@ -247,8 +247,8 @@ def test_threads_read_at_most_two_blocks_ahead_each(monkeypatch):
     monkeypatch.setattr(image_cache, "BLOCK", 1)
     started = []
     source = gray_source(100, on_read=lambda block: started.append(block.start))
-    blocks = image_cache._read_blocks(source, 2, 3)
-    assert next(blocks)[0][0, 0, 0, 0] == 0
+    results = image_cache._read_all(source, 2, 3)
+    assert next(results)[0, 0, 0, 0] == 0
     time.sleep(0.05)  # for blocks that should not have been read
     assert max(started) <= 2 * 3
-    assert [images[0, 0, 0, 0] for images, _ in blocks] == list(range(1, 100))
+    assert [images[0, 0, 0, 0] for images in results] == list(range(1, 100))

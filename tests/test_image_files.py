@@ -1,0 +1,78 @@
+"""engine/image_files.py: which files a folder has."""
+
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from engine import image_files
+from engine.errors import FallbackWarning, UserError
+from engine.image_files import find_images, walk
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """The folder `data` of the current one, with data/a.png and data/b/c.png."""
+    monkeypatch.chdir(tmp_path)
+    save("data/a.png")
+    save("data/b/c.png")
+    return Path("data")
+
+
+def save(path: str) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (1, 1)).save(path)
+
+
+def test_walk_has_images_alone_without_hidden_ones(folder):
+    for path in ("data/._a.png", "data/.thumbnails/x.png"):
+        save(path)
+    Path("data/notes.txt").touch()
+    Path("data/folder.png").mkdir()
+    save("data/B.PNG")
+    assert walk(folder) == ["B.PNG", "a.png", "b/c.png"]
+
+
+@pytest.mark.parametrize("link", ["data/0", "data/z", "data/b/0"])
+@pytest.mark.parametrize("target", ["data", "data/b", "."])
+def test_walk_finds_each_file_once_whatever_links_there_are(folder, link, target):
+    Path(link).symlink_to(Path(target).resolve())
+    Path(f"{link}2").symlink_to(Path(target).resolve())
+    assert walk(folder) == ["a.png", "b/c.png"]
+
+
+def test_walk_follows_links_to_other_places(folder):
+    save("elsewhere/d/e.png")
+    Path("blob").touch()
+    Path("data/link").symlink_to(Path("elsewhere").resolve())
+    Path("data/again").symlink_to(Path("elsewhere/d").resolve())
+    Path("data/f.png").symlink_to(Path("blob").resolve())
+    Path("data/0.png").symlink_to(Path("data/a.png").resolve())
+    Path("data/dangling.png").symlink_to("nowhere.png")
+    assert walk(folder) == ["a.png", "again/e.png", "b/c.png", "dangling.png", "f.png"]
+
+
+def test_walk_leaves_out_what_this_project_writes(folder, capsys):
+    for name in (*image_files.OUTPUT_DIRS, "photos/samples"):
+        save(f"{name}/x.png")
+    assert walk(Path()) == ["data/a.png", "data/b/c.png", "photos/samples/x.png"]
+    assert "samples/" in capsys.readouterr().out
+    assert walk(Path("samples")) == ["x.png"]  # unless asked for
+
+
+def test_walk_warns_of_folders_that_cannot_be_listed(folder, monkeypatch):
+    scandir = os.scandir
+
+    def deny(path):
+        if path.endswith(denied):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", deny)
+    denied = "b"
+    with pytest.warns(FallbackWarning, match=r"1 folders in data .*\n  b/: Permission denied"):
+        assert walk(folder) == ["a.png"]
+    denied = "data"
+    with pytest.raises(UserError, match=r"data cannot be read \(.*Permission denied"):
+        find_images(folder)

@@ -1,0 +1,267 @@
+"""engine/image_source.py: folders, archives and arrays as training reads them."""
+
+import io
+import os
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine.datasets import load_dataset
+from engine.errors import FallbackWarning, UserError
+from engine.image_source import ReadOptions
+from tests.helpers import random_images
+
+
+@pytest.fixture
+def load(tmp_path):
+    """The images of load_dataset on tmp_path/data, which a test fills."""
+    (tmp_path / "data").mkdir()
+
+    def load(name="data", size=4, **options) -> np.ndarray:
+        how = ReadOptions(**options)
+        folder = tmp_path / name
+        return load_dataset("folder", size, folder, load.cache, 3, False, options=how).images
+
+    load.data = tmp_path / "data"
+    load.cache = tmp_path / "cache"
+    return load
+
+
+def save_gray(path: Path, value: int, size: tuple[int, int] = (4, 4)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", size, value).save(path)
+
+
+def save_deep(path: Path, values: list[int], dtype: type) -> None:
+    Image.fromarray(np.full((4, 4), values, dtype)).save(path)
+
+
+# Folders.
+
+
+def test_folder_is_sorted_without_hidden_and_other_files(load):
+    for value, name in enumerate(["B.PNG", "a.png", "c/deep/x.bmp"]):
+        save_gray(load.data / name, value)
+    save_gray(load.data / ".hidden.png", 99)
+    save_gray(load.data / ".thumbnails" / "x.png", 99)
+    (load.data / "notes.txt").write_text("not an image")
+    assert load()[:, 0, 0, 0].tolist() == [0, 1, 2]
+
+
+@pytest.mark.filterwarnings("ignore::engine.errors.FallbackWarning")
+def test_folder_follows_links_and_leaves_out_dangling_ones(load):
+    for i in range(25):
+        save_gray(load.data.parent / "elsewhere" / f"{i:02d}.png", i)
+    (load.data / "link").symlink_to(load.data.parent / "elsewhere")
+    (load.data / "dangling.png").symlink_to(load.data / "nowhere.png")
+    assert load()[:, 0, 0, 0].tolist() == list(range(25))
+
+
+def test_folder_leaves_out_a_few_unreadable_files_with_a_warning(load):
+    for i in range(30):
+        save_gray(load.data / f"{i:02d}.png", i)
+    (load.data / "10.png").write_bytes(b"no image")
+    expected = [i for i in range(30) if i != 10]
+    with pytest.warns(FallbackWarning, match="1 of 30 images in .*cannot be read") as warned:
+        assert load()[:, 0, 0, 0].tolist() == expected
+    lines = str(warned[0].message).splitlines()
+    assert len(lines) == 2 and "10.png: " in lines[1] and "cannot identify image" in lines[1]
+    assert load()[:, 0, 0, 0].tolist() == expected  # from the cache
+
+
+def test_folder_with_many_unreadable_files_is_an_error(load):
+    for i in range(10):
+        save_gray(load.data / f"{i}.png", i)
+    content = (load.data / "3.png").read_bytes()
+    (load.data / "3.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"too many of the 10 images .*3\.png"):
+        load()
+    assert {path.suffix for path in load.cache.iterdir()} <= {".lock"}
+
+
+def test_folder_without_images_is_an_error(load):
+    with pytest.raises(UserError, match="no images in"):
+        load()
+    with pytest.raises(UserError, match="nowhere is not a folder"):
+        load("nowhere")
+    (load.data / "file.png").touch()
+    with pytest.raises(UserError, match=r"file\.png is not a folder.*\.zip, \.tar, \.npz"):
+        load("data/file.png")
+
+
+@pytest.mark.parametrize("size", [(4, 4), (90, 90)])
+def test_folder_notices_a_changed_file(load, size):
+    """By its time, or by its size where the file system's clock is too coarse."""
+    for value, change in ((1, (4, 4)), (2, size)):
+        save_gray(load.data / "a.png", value, change)
+        os.utime(load.data / "a.png", (0, value if size == (4, 4) else 0))
+        assert load()[:, 0, 0, 0].tolist() == [value]
+
+
+# What the images have.
+
+
+@pytest.mark.parametrize(
+    ("modes", "channels", "line"),
+    [
+        (["L", "1", "I;16"], 1, "images read as gray: 3 gray"),
+        (["RGB", "P"], 3, "images read as RGB: 2 RGB"),
+        (["L", "RGB"], 3, "images read as RGB: 1 RGB, 1 gray"),
+        (["RGBA", "LA"], 4, "images read as RGBA: 2 RGBA"),
+        (["RGBA", "RGB"], 3, "images read as RGB, transparency on white: 1 RGB, 1 RGBA"),
+    ],
+)
+def test_channels_are_those_of_the_images(load, modes, channels, line, capsys):
+    for i, mode in enumerate(modes):
+        image = Image.new(mode, (4, 4))
+        image.save(load.data / f"{i}.png")
+    assert load().shape == (len(modes), channels, 4, 4)
+    assert line in capsys.readouterr().out
+    for other in (1, 3, 4):
+        assert load(channels=other).shape[1] == other
+    assert load().shape[1] == channels  # each in a cache of its own
+    assert len(list(load.cache.glob("*.npy"))) == 4
+
+
+def test_opaque_alpha_is_no_transparency(load):
+    Image.new("RGBA", (4, 4), (1, 2, 3, 255)).save(load.data / "a.png")
+    assert load()[0, :, 0, 0].tolist() == [1, 2, 3]
+
+
+def test_value_range_is_that_of_the_whole_data_set(load, capsys):
+    save_deep(load.data / "a.tif", [0, 1, 2, 3], np.uint16)
+    save_deep(load.data / "b.tif", [0, 1365, 2730, 4095], np.uint16)
+    assert load()[:, 0, 0].tolist() == [[0, 0, 0, 0], [0, 85, 170, 255]]
+    line = "images of more than 8 bits: 2 with values 0 to 4095; 0 is black and 4095 white"
+    assert line in capsys.readouterr().out
+    assert load(value_range="0,3")[0, 0, 0].tolist() == [0, 85, 170, 255]
+    save_deep(load.data / "c.tif", [-1000, -500, 0, 63], np.int32)
+    save_gray(load.data / "d.png", 9)  # of 8 bits
+    assert load()[3].max() == 9 and load()[2, 0, 0, 0] == 0
+    assert "values -1000 to 4095; -1000 is black" in capsys.readouterr().out
+
+
+def test_frames_are_one_image_or_one_each(load, capsys):
+    frames = [Image.new("L", (4, 4), value) for value in (1, 2, 3)]
+    frames[0].save(load.data / "b.tif", save_all=True, append_images=frames[1:])
+    save_gray(load.data / "a.png", 0)
+    save_gray(load.data / "c.png", 4)
+    assert load()[:, 0, 0, 0].tolist() == [0, 1, 4]
+    assert "1 with 3 frames; using the first of each (--frames all" in capsys.readouterr().out
+    assert load(frames="all")[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_labels_follow_the_frames(load):
+    frames = [Image.new("L", (4, 4), value) for value in (1, 2)]
+    (load.data / "x").mkdir()
+    frames[0].save(load.data / "x" / "b.gif", save_all=True, append_images=frames[1:])
+    save_gray(load.data / "y" / "c.png", 4)
+    options = {"use_labels": True, "options": ReadOptions(frames="all")}
+    data = load_dataset("folder", 4, load.data, load.cache, progress=False, **options)
+    assert data.labels.tolist() == [0, 0, 1]
+
+
+def test_crop_of_more_than_a_tenth_is_said(load, capsys):
+    save_gray(load.data / "a.png", 0, (20, 19))
+    load()
+    assert "crop" not in capsys.readouterr().out
+    save_gray(load.data / "b.png", 0, (20, 8))
+    load()
+    assert "cropping to squares cuts off 32 % of the images' area" in capsys.readouterr().out
+
+
+# Archives.
+
+
+def png(value: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (4, 4), value).save(file, "PNG")
+    return file.getvalue()
+
+
+ARCHIVED = {
+    "b/x.png": png(2), "a.png": png(1), "b/y.PNG": png(3), "__MACOSX/._a.png": b"ab",
+    ".hidden/z.png": png(9), "readme.txt": b"text",
+}  # fmt: skip
+
+
+def write_archive(path: Path, files: dict[str, bytes] = ARCHIVED) -> None:
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+        return
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz"])
+def test_archive_is_a_folder(load, tmp_path, name):
+    write_archive(tmp_path / name)
+    assert load(name)[:, 0, 0, 0].tolist() == [1, 2, 3]
+    assert {path.name for path in tmp_path.iterdir()} == {name, "data", "cache"}
+    write_archive(tmp_path / name, {f"{i:03d}.png": png(i) for i in range(200)})
+    assert load(name)[:, 0, 0, 0].tolist() == list(range(200))
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz"])
+def test_damaged_archive_is_an_error(load, tmp_path, name):
+    write_archive(tmp_path / name, {f"{i}.png": os.urandom(3000) for i in range(9)})
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError):
+        load(name)
+
+
+# Arrays.
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_array_of_bytes_is_read_as_it_is(load, tmp_path, channels):
+    images = random_images(5, 6, channels)
+    np.savez(tmp_path / "a.npz", seeds=np.arange(3), images=images.transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(load("a.npz", 6), images)
+    assert load("a.npz", 3).shape == (5, channels, 3, 3)
+    np.save(tmp_path / "a.npy", images[:, 0])
+    np.testing.assert_array_equal(load("a.npy", 6), images[:, :1])
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.0, 0.5, 1.0], [0, 128, 255]),
+        ([-1.0, 0.0, 1.0], [0, 128, 255]),
+        (np.array([0, 2048, 4095], np.uint16), [0, 128, 255]),
+        ([False, True, True], [0, 255, 255]),
+    ],
+)
+def test_other_arrays_are_scaled_from_their_range(load, tmp_path, values, expected):
+    np.save(tmp_path / "a.npy", np.tile(np.array(values)[:, None, None, None], (1, 4, 4, 3)))
+    assert load("a.npy")[:, 0, 0, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((4, 4)), r"holds float64 \(4, 4\), but should hold images \(N, H, W\)"),
+        (np.zeros((2, 3, 8, 8), np.uint8), r"holds uint8 \(2, 3, 8, 8\)"),
+        (np.zeros((0, 8, 8, 3)), r"holds float64 \(0, 8, 8, 3\)"),
+        (np.full((2, 8, 8, 3), np.nan), "not finite"),
+        (np.full((2, 8, 8, 3), None), "is damaged or not an array file"),
+        (np.full((2, 8, 8, 3), "x"), r"holds <U1"),
+    ],
+)
+def test_array_of_something_else_is_an_error(load, tmp_path, array, message):
+    np.savez(tmp_path / "a.npz", array)
+    with pytest.raises(UserError, match=message):
+        load("a.npz")
+    (tmp_path / "a.npz").write_bytes(b"PK no zip")
+    with pytest.raises(UserError, match=r"a\.npz is damaged or not an array file"):
+        load("a.npz")
