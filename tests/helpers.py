@@ -1,8 +1,5 @@
 """What several test files use: running the scripts, comparing checkpoints, small settings."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +7,7 @@ import pytest
 import torch
 
 from config import Tier
+from tests.forked_script import ForkedScript
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -43,33 +41,22 @@ needs_no_gpu = pytest.mark.skipif(
 )
 
 
-def script_command(script: str, *arguments: str) -> list[str]:
-    """The command line of a script of the repository."""
-    return [sys.executable, str(ROOT / script), *arguments]
-
-
-def call_command(folder: Path, command: list[str]) -> subprocess.CompletedProcess:
-    """Runs a command in a folder, on the CPU with one thread."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240
-    )
-
-
 def run_script_ok(folder: Path, script: str, *arguments: str) -> str:
     """Runs a script that must succeed and returns what it prints."""
-    result = call_command(folder, script_command(script, *arguments))
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    process = ForkedScript(folder, script, *arguments)
+    output, errors = process.communicate()
+    assert process.returncode == 0, output + errors
+    return output
 
 
 def run_script_error(folder: Path, script: str, *arguments: str, code: int = 2) -> str:
     """Runs a script that must fail and returns its one line `error: ...`; no traceback."""
-    result = call_command(folder, script_command(script, *arguments))
-    assert result.returncode == code, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and result.stderr.rstrip().endswith(lines[0])
+    process = ForkedScript(folder, script, *arguments)
+    output, errors = process.communicate()
+    assert process.returncode == code, output + errors
+    assert "Traceback" not in errors
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and errors.rstrip().endswith(lines[0])
     return lines[0]
 
 

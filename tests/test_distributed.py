@@ -27,13 +27,13 @@ from engine.errors import UserError
 from engine.progress import LOG_EVERY
 from engine.train_step import TrainStep
 from engine.trainer import train
+from tests.forked_script import ForkedScript
 from tests.helpers import (
     ROOT,
     STEP_SETTINGS,
     TINY_FLAGS,
     max_checkpoint_difference,
     run_script_ok,
-    script_command,
 )
 
 # No dropout, whose masks differ by rank.
@@ -46,36 +46,42 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def start(folder: Path, command: list[str], **environment: str) -> subprocess.Popen:
-    """Starts a command in a folder, with pipes for its output."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
 def torchrun(folder: Path, script: str, *arguments: str, count: int = 2) -> subprocess.Popen:
     """Starts `count` ranks of a script in the folder, or else of the repository."""
     path = folder / script if (folder / script).exists() else ROOT / script
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return start(folder, [*launcher, f"--nproc_per_node={count}", str(path), *arguments])
+    python_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return subprocess.Popen(
+        [*launcher, f"--nproc_per_node={count}", str(path), *arguments], cwd=folder, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
 
 
-def finish(process: subprocess.Popen) -> str:
-    """Returns what a process that must succeed prints."""
-    output, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, output + errors
-    return output
+def start_two_ranks(folder: Path, script: str | Path, *arguments: str) -> list[ForkedScript]:
+    """Starts a script on two ranks, as a launcher does, but faster."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    return [
+        ForkedScript(folder, script, *arguments, RANK=rank, LOCAL_RANK=rank, **common)
+        for rank in ("0", "1")
+    ]
 
 
-def train_on_two_ranks(*arguments: str) -> subprocess.Popen:
-    flags = []
+def finish(ranks: list[ForkedScript]) -> str:
+    """Returns what ranks that must succeed print."""
+    outputs = [rank.communicate() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    return "".join(output for output, _ in outputs)
+
+
+def training_arguments(*arguments: str) -> list[str]:
+    flags = ["--dataset", "shapes"]
     for name, value in FLAGS.items():
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         flags += [f"--{name.lower()}", text]
-    return torchrun(Path.cwd(), "train.py", "--dataset", "shapes", *flags, *arguments)
+    return [*flags, *arguments]
 
 
 def train_alone(max_steps: int, resume: str = "", run_name: str = "") -> None:
@@ -101,7 +107,8 @@ def test_two_ranks_make_the_updates_of_one_and_resume_from_each_other(folder, mo
     monkeypatch.chdir(folder)
     train_alone(9, run_name="one")
     train_alone(3, run_name="two")
-    assert "2 x CPU" in finish(train_on_two_ranks("--resume", "two", "--max_steps", "6"))
+    flags = training_arguments("--resume", "two", "--max_steps", "6")
+    assert "2 x CPU" in finish(start_two_ranks(folder, "train.py", *flags))
     names = {path.name for path in Path("checkpoints").iterdir()}
     assert names == {"one", "two", "ddpm_final.pt"}
     files = {path.name for path in Path("checkpoints/two").iterdir()} - {".lock"}
@@ -148,7 +155,7 @@ def test_killed_rank_ends_the_run_which_resumes_on_one_rank(folder, monkeypatch)
     monkeypatch.chdir(folder)
     train_alone(30, run_name="whole")
     flags = ["--run_name", "killed", "--max_steps", "30", "--save_every_minutes", "0"]
-    kill_one_rank(train_on_two_ranks(*flags), "killed")
+    kill_one_rank(torchrun(folder, "train.py", *training_arguments(*flags)), "killed")
     assert torch.load("checkpoints/killed/last.pt", weights_only=True)["progress"]["step"] < 30
     train_alone(30, resume="killed")
     assert difference_of_runs("killed", "whole") < 1e-5
@@ -199,16 +206,12 @@ def test_ranks_that_wait_forever_end_when_another_is_gone(how, tmp_path):
 
 
 def test_ranks_that_get_sigterm_save_and_exit_with_its_code(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     flags = [*TINY_FLAGS, "--run_name", "stopped", "--max_steps", "100000"]
-    command = script_command("train.py", *flags)
-    ranks = [start(tmp_path, command, RANK=r, LOCAL_RANK=r, **common) for r in ("0", "1")]
+    ranks = start_two_ranks(tmp_path, "train.py", *flags)
     try:
         metrics = tmp_path / "samples" / "stopped" / "metrics.jsonl"
         while not metrics.exists() or not metrics.read_text():
-            assert all(process.poll() is None for process in ranks)
+            assert all(process.returncode is None for process in ranks)
             time.sleep(0.05)
         for process in ranks:
             process.send_signal(signal.SIGTERM)
@@ -267,7 +270,7 @@ def shared(tmp_path_factory) -> Path:
     model.save_model(folder / "checkpoints/cifar10.safetensors")
     torch.save(torch.randint(256, (32, 3, 16, 16), dtype=torch.uint8), folder / "images.pt")
     (folder / "shared.py").write_text(SHARED)
-    output = finish(torchrun(folder, "shared.py", *BATCH, "two"))
+    output = finish(start_two_ranks(folder, folder / "shared.py", *BATCH, "two"))
     assert output.count("no checkpoint in empty/ yet") == 1
     assert output.count("batch: 600 images: images.npz") == 1
     return folder

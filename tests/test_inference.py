@@ -4,8 +4,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -23,7 +21,8 @@ from engine import checkpoints, inference_jobs, plots
 from engine.errors import FallbackWarning, UserError
 from engine.inference_jobs import InferenceJob
 from engine.samplers import SAMPLERS
-from tests.helpers import run_script_ok, script_command
+from tests.forked_script import ForkedScript
+from tests.helpers import run_script_ok
 
 SMALL = {"image_size": 8, "dim": 8, "dim_mults": (1, 2), "timesteps": 40, "sampling_timesteps": 5}
 HALF = SMALL["image_size"] // 2
@@ -530,16 +529,11 @@ def test_batch_resumes_after_an_interrupt_with_the_same_files(folder, infer, mon
 
 def test_batch_killed_while_writing_leaves_complete_images_only(folder):
     flags = ["--mode", "batch", "--num_samples", "2000", "--steps", "2"]
-    process = subprocess.Popen(
-        script_command("inference.py", *flags),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = ForkedScript(folder, "inference.py", *flags)
     while not list(Path("inference_results").rglob("images/*.png")):
-        assert process.poll() is None
+        assert process.returncode is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
     for path in Path("inference_results").rglob("images/*.png"):
         if not path.name.startswith("."):
             Image.open(path).load()

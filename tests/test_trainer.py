@@ -5,10 +5,8 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -28,26 +26,25 @@ from ddpm_model import DDPMModel
 from engine import checkpoints, plots, progress, run
 from engine.checkpoints import TrainingCheckpoint
 from engine.dataloader import BatchLoader, ImageDataset
-from engine.errors import FallbackWarning, UserError
+from engine.errors import FallbackWarning, RenamedWarning, UserError
 from engine.progress import Progress
 from engine.run import VERSION
 from engine.train_step import TrainStep
 from engine.trainer import abort_if_diverged, format_duration, restore, train
+from tests.forked_script import ForkedScript
 from tests.helpers import (
     CPU,
     CPU_TIER,
     ROOT,
     TINY_FLAGS,
-    call_command,
+    FakeTime,
     checkpoint_weights,
     max_checkpoint_difference,
     random_images,
     run_script_error,
     run_script_ok,
-    script_command,
 )
 
-ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 API_FLAGS = {
     "IMAGE_SIZE": 8, "DIM": 8, "DIM_MULTS": (1, 2), "TIMESTEPS": 40, "SAMPLING_TIMESTEPS": 4,
     "BATCH_SIZE": 16, "WARMUP_STEPS": 1, "LEARNING_RATE": 0.03, "GUIDE_FRACTION": 0.5,
@@ -167,13 +164,23 @@ def test_train_snapshots_the_guide_from_the_ema_of_that_step(tmp_path):
         assert value.ndim == 0 or not torch.equal(value, whole[f"diffusion.model.{name}"])
 
 
-def test_train_in_minutes_ends_with_the_schedule(tmp_path):
-    flags = ["--run_name", "timed", "--minutes", "0.08"]
-    run_script_ok(tmp_path, "train_optimized.py", *TINY_FLAGS, *flags)
+def test_train_in_minutes_ends_with_the_schedule(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    clock = FakeTime()
+    monkeypatch.setattr(progress, "time", clock)
+    update = TrainStep.update
+
+    def update_in_1_5_s(step: TrainStep, loss: torch.Tensor) -> torch.Tensor:
+        clock.now += 1.5
+        return update(step, loss)
+
+    monkeypatch.setattr(TrainStep, "update", update_in_1_5_s)
+    config = configure(MINUTES=1, RUN_NAME="timed")
+    train(DDPMModel.from_config(config), random_images(80, 8), config)
     rows = read_rows(tmp_path, "timed")
     rates = [row["learning_rate"] for row in rows if "learning_rate" in row]
     assert rates[-1] < 0.05 * max(rates)
-    assert rows[-1]["seconds"] >= 4.8
+    assert rows[-1]["seconds"] == 60 and rows[-1]["step"] == 40
 
 
 def test_dry_run_prints_an_estimate_and_leaves_nothing(trained):
@@ -199,16 +206,12 @@ def test_format_duration_uses_the_unit_that_a_person_would(seconds, text):
 
 def test_train_killed_at_a_random_step_resumes_to_the_same_weights(trained, tmp_path):
     flags = [*TINY_FLAGS, "--run_name", "killed", "--max_steps", "40", "--save_every_minutes", "0"]
-    process = subprocess.Popen(
-        script_command("train_optimized.py", *flags), cwd=tmp_path, env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = ForkedScript(tmp_path, "train_optimized.py", *flags)
     last, wanted = tmp_path / "checkpoints" / "killed" / "last.pt", random.randint(1, 25)
     while not last.exists() or torch.load(last, weights_only=True)["progress"]["step"] < wanted:
-        assert process.poll() is None
+        assert process.returncode is None
         time.sleep(0.01)
     process.kill()
-    process.wait()
     step = torch.load(last, weights_only=True)["progress"]["step"]
     assert 0 < step < 40
     flags = ["--resume", "killed", "--save_every_minutes", "2"]
@@ -222,13 +225,10 @@ def test_train_killed_at_a_random_step_resumes_to_the_same_weights(trained, tmp_
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_train_saves_on_a_signal(number, tmp_path):
     flags = [*TINY_FLAGS, "--run_name", "stopped", "--max_steps", "100000"]
-    process = subprocess.Popen(
-        script_command("train.py", *flags), cwd=tmp_path, env=ENVIRONMENT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = ForkedScript(tmp_path, "train.py", *flags)
     metrics = tmp_path / "samples" / "stopped" / "metrics.jsonl"
     while not metrics.exists() or not metrics.read_text():
-        assert process.poll() is None
+        assert process.returncode is None
         time.sleep(0.05)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
@@ -312,8 +312,8 @@ def test_train_resumes_a_copy_of_a_run_as_a_separate_run(trained, tmp_path):
 
 def test_train_stopped_at_its_last_step_is_finished(trained, tmp_path):
     change = "1 + 0 * (calls == 12 and os.kill(os.getpid(), 15) or 0)"
-    result = run_changed(tmp_path, change, "--max_steps", "12")
-    assert result.returncode == 0 and "done: 192 images" in result.stdout
+    code, output, _ = run_changed(tmp_path, change, "--max_steps", "12")
+    assert code == 0 and "done: 192 images" in output
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     final = tmp_path / "checkpoints" / "whole" / "final.pt"
     final.unlink()  # as if killed before it was written
@@ -360,8 +360,11 @@ def test_train_takes_a_checkpoint_that_was_read_already(trained_by_api, tmp_path
 # --- what stops a run
 
 
-def run_changed(folder: Path, change: str, *flags: str) -> subprocess.CompletedProcess:
-    """Runs train.py with the loss times `change`, an expression of `calls`, the losses so far."""
+def run_changed(folder: Path, change: str, *flags: str) -> tuple[int, str, str]:
+    """Runs train.py with the loss times `change`, an expression of `calls`, the losses so far.
+
+    Returns the exit code, stdout and stderr.
+    """
     text = (ROOT / "train.py").read_text()
     call = "            train(model, data,"
     assert text.count(call) == 1
@@ -376,17 +379,16 @@ def run_changed(folder: Path, change: str, *flags: str) -> subprocess.CompletedP
         f"            model.forward = forward\n{call}",
     )
     (folder / "changed.py").write_text(text)
-    return subprocess.run(
-        [sys.executable, "changed.py", *TINY_FLAGS, *flags], cwd=folder, capture_output=True,
-        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, text=True, timeout=240,
-    )  # fmt: skip
+    process = ForkedScript(folder, folder / "changed.py", *TINY_FLAGS, *flags)
+    output, errors = process.communicate()
+    return process.returncode, output, errors
 
 
 def test_train_stops_at_a_loss_that_stays_nan_and_keeps_finite_weights(tmp_path):
     flags = ["--run_name", "bad", "--max_steps", "100", "--save_every_minutes", "0"]
-    result = run_changed(tmp_path, "1 if calls <= 5 else float('nan')", *flags)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "20 updates in a row were not finite; stopped at step 30" in result.stderr
+    code, _, errors = run_changed(tmp_path, "1 if calls <= 5 else float('nan')", *flags)
+    assert code == 1 and "Traceback" not in errors
+    assert "20 updates in a row were not finite; stopped at step 30" in errors
     weights = checkpoint_weights(tmp_path / "checkpoints/bad/last.pt")
     assert all(torch.isfinite(value).all() for value in weights.values())
 
@@ -478,15 +480,12 @@ def test_train_resumes_no_run_of_another_process(trained, tmp_path):
 def test_train_on_a_full_disk_continues_and_leaves_no_partial_file(trained, tmp_path):
     shutil.copytree(trained / "data", tmp_path / "data")
     flags = ["--run_name", "full", "--max_steps", "20", "--save_every_minutes", "0.01"]
-    result = subprocess.run(
-        script_command("train.py", *TINY_FLAGS, *flags), cwd=tmp_path, capture_output=True,
-        env=ENVIRONMENT, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)),  # bytes
-    )  # fmt: skip
+    process = ForkedScript(tmp_path, "train.py", *TINY_FLAGS, *flags, max_file_bytes=300_000)
+    _, errors = process.communicate()
     line = "warning: writing checkpoints/full/best.pt failed (File too large); continuing without"
-    assert line in result.stderr
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "error: File too large (checkpoints/full/final.pt)" in result.stderr
+    assert line in errors
+    assert process.returncode == 2 and "Traceback" not in errors
+    assert "error: File too large (checkpoints/full/final.pt)" in errors
     files = [path.name for path in (tmp_path / "checkpoints").rglob("*.*")]
     assert set(files) <= {".lock"}
 
@@ -495,12 +494,11 @@ def test_train_that_can_write_nothing_any_more_ends_with_an_error(tmp_path):
     # RLIMIT_FSIZE, from the first step on: importing torch may write files.
     limit = "__import__('resource').setrlimit(1, (400, 400))"
     change = f"1 + 0 * (calls == 1 and {limit} or 0)"
-    result = run_changed(tmp_path, change, "--run_name", "full", "--max_steps", "40")
-    errors = result.stderr
+    code, _, errors = run_changed(tmp_path, change, "--run_name", "full", "--max_steps", "40")
     line = "warning: writing samples/full failed (File too large); continuing without it"
     assert errors.count(line) == errors.count("warning: writing samples") == 1
     assert "warning: writing checkpoints/full/best.pt failed" in errors
-    assert result.returncode == 2 and "Traceback" not in errors
+    assert code == 2 and "Traceback" not in errors
     assert "error: File too large (checkpoints/full/final.pt): free some space" in errors
     rows = plots.read_metrics(tmp_path / "samples/full/metrics.jsonl")
     assert rows[0]["step"] == 10 and len(rows) < 4
@@ -552,8 +550,8 @@ def test_inference_uses_the_newest_checkpoint(trained):
     assert np.abs(np.asarray(alone, int) - np.asarray(grouped, int)).max() <= 1
 
 
-def test_training_module_is_the_old_import_path():
-    command = "from engine.training import train; from engine.trainer import train as new; " \
-              "assert train is new"  # fmt: skip
-    result = call_command(ROOT, [sys.executable, "-c", command])
-    assert result.returncode == 0 and "engine.training is now engine.trainer" in result.stderr
+def test_training_module_is_the_old_import_path(monkeypatch):
+    monkeypatch.delitem(sys.modules, "engine.training", raising=False)
+    with pytest.warns(RenamedWarning, match="engine.training is now engine.trainer"):
+        module = importlib.import_module("engine.training")
+    assert module.train is train

@@ -1,0 +1,95 @@
+"""Runs scripts of the repository in processes forked from one that has imported torch.
+
+Each is a process of its own, with its arguments, folder, environment and exit code, but it starts
+in a tenth of a second instead of five. Imports nothing of the project: the script does.
+"""
+
+import multiprocessing
+import os
+import resource
+import runpy
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload([
+    "torch", "torchvision", "denoising_diffusion_pytorch", "torch.utils.tensorboard",
+    "matplotlib.pyplot", __name__,
+])  # fmt: skip
+
+
+class ForkedScript:
+    """A running script on the CPU, with the methods of subprocess.Popen that the tests need.
+
+    script: a file of the repository, or a path. max_file_bytes: the largest file that it can
+    write; a larger one fails as on a full disk.
+    """
+
+    def __init__(
+        self, folder: Path, script: str | Path, *arguments: str, max_file_bytes: int | None = None,
+        **environment: str,
+    ):  # fmt: skip
+        command = [str(Path(__file__).parent.parent / script), *arguments]
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment
+        pipes = [FORKSERVER.Pipe(duplex=False) for _ in ("stdout", "stderr")]
+        writers = [writer for _, writer in pipes]
+        arguments = command, str(folder), environment, writers, max_file_bytes
+        self.process = FORKSERVER.Process(target=run, args=arguments)
+        self.process.start()
+        for writer in writers:
+            writer.close()
+        pool = ThreadPoolExecutor(2)
+        self.texts = [pool.submit(read_all, reader) for reader, _ in pipes]
+        pool.shutdown(wait=False)
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, None while it runs; -N after signal N."""
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Sends a signal to the script."""
+        os.kill(self.process.pid, number)
+
+    def kill(self) -> None:
+        """Kills the script, if it still runs, and waits for its end."""
+        self.process.kill()
+        self.process.join()
+
+    def communicate(self, timeout: float = 240) -> tuple[str, str]:
+        """Waits for the end and returns stdout and stderr; TimeoutError if it takes longer."""
+        self.process.join(timeout)
+        is_late = self.process.exitcode is None
+        self.kill()
+        output, errors = (text.result() for text in self.texts)
+        if is_late:
+            raise TimeoutError(output + errors)
+        return output, errors
+
+
+def read_all(reader: Connection) -> str:
+    """Reads what a process writes into a pipe until all writers have ended."""
+    with reader, open(os.dup(reader.fileno())) as file:
+        return file.read()
+
+
+def run(
+    command: list[str], folder: str, environment: dict[str, str], outputs: list[Connection],
+    max_file_bytes: int | None,
+) -> None:  # fmt: skip
+    """Becomes the script: runs in the forked process."""
+    for stream, writer in enumerate(outputs, start=1):
+        os.dup2(writer.fileno(), stream)
+        writer.close()
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", closefd=False, buffering=1, errors="backslashreplace")
+    if max_file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = command
+    sys.path.insert(0, str(Path(command[0]).parent))
+    runpy.run_path(command[0], run_name="__main__")
