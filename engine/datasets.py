@@ -1,6 +1,7 @@
 """Data sets: named ones (downloaded if missing), folders and data loaders."""
 
 import os
+import re
 import socket
 import tarfile
 import zipfile
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import STL10, CelebA, utils
 
+from engine import hf_datasets
 from engine.dataloader import ImageDataset
 from engine.distributed import print0
 from engine.errors import UserError
@@ -24,7 +26,7 @@ from engine.image_source import DEFAULT_OPTIONS, ReadOptions, image_source, path
 from engine.labels import NO_LABEL, check_classes, labels_from_folders
 from engine.shapes import SHAPE_KINDS, draw_shapes, kind_of
 
-DATASETS = ("auto", "cifar10", "celeba", "stl10", "shapes", "folder")
+DATASETS = ("auto", "cifar10", "celeba", "stl10", "shapes", "folder", "hf:NAME")
 SHAPES_COUNT = 20_480
 CONNECT_SECONDS = 20
 
@@ -92,7 +94,8 @@ def load_dataset(
 ) -> ImageDataset:  # fmt: skip
     """Loads the training images of a data set, their center squares resized.
 
-    dataset: one of DATASETS except "auto". image_size: 0 for the images' own, if all have one.
+    dataset: one of DATASETS except "auto", or what hf_source reads. image_size: 0 for the images'
+    own, if all have one.
     data_dir: where its files are or will be stored; for "folder", a folder, .zip or .tar of images,
     or an .npz or .npy of arrays. workers: decoding threads. upsampling: whether more than half of
     the images may be smaller than image_size. use_labels: whether to return labels, too. options:
@@ -102,7 +105,8 @@ def load_dataset(
     cache_dir. Raises UserError for files that are missing, damaged or too small, or labels that are
     missing although asked for.
     """
-    if dataset != "folder" and options.channels not in (0, 3):
+    is_rgb = dataset != "folder" and not dataset.startswith(hf_datasets.PREFIX)
+    if is_rgb and options.channels not in (0, 3):
         raise UserError(f"--channels {options.channels} is for folders, but {dataset} is RGB")
     source = open_source(dataset, Path(data_dir), use_labels, options)
     sizes = [] if image_size and upsampling else sorted(source.sample_sizes())
@@ -120,7 +124,16 @@ def load_dataset(
             f"images in {source.location} are {median} px, smaller than --image_size {image_size} "
             f"({small} of {len(sizes)} checked). Use --image_size {works}, or --use_upsampling"
         )
-    return load_cached(source, dataset, image_size, Path(cache_dir), workers, progress)
+    label = file_label(dataset)
+    data = load_cached(source, label, image_size, Path(cache_dir), workers, progress)
+    if use_labels:
+        check_classes(data.class_names, source.location)
+    return data
+
+
+def file_label(dataset: str) -> str:
+    """Returns a data set's name as part of a file name: `hf:user/name` is `hf-user-name`."""
+    return re.sub(r"[^\w.-]+", "-", dataset)[:60]
 
 
 def images_from_loader(loader: Iterable) -> np.ndarray:
@@ -155,6 +168,8 @@ def open_source(
     dataset: str, data_dir: Path, use_labels: bool = False, options: ReadOptions = DEFAULT_OPTIONS
 ) -> Source:
     """Returns the source of a data set, with its labels if asked; downloads what is missing."""
+    if dataset.startswith(hf_datasets.PREFIX):
+        return hf_datasets.hf_source(dataset, options.channels or 3, use_labels)
     archive = ARCHIVES.get(dataset)
     if archive:
         ensure_downloaded(archive, data_dir, use_labels)

@@ -4,7 +4,7 @@ import hashlib
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from engine.errors import FallbackWarning, UserError
 
 BLOCK = 64  # images that a thread decodes at a time
 MAX_UNREADABLE_FRACTION = 1 / 20  # with more, something is wrong with the source
+MIN_CHECKED = 1000  # images of a stream before that counts, except at its end
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Source:
 
     location: str
     fingerprint: str  # changes whenever the images or labels at the location do
-    count: int
-    # read(indices, size): of each, its images, uint8 (n, C, size, size), or why it is left out
-    read: Callable[[range, int], list[np.ndarray | str]]
+    count: int  # 0: known only after all are read
+    # read(block, size): of each, its images, uint8 (n, C, size, size), or why it is left out
+    read: Callable[[Sequence, int], list[np.ndarray | str]]
     # channels(): C; may take a look at each image
     channels: Callable[[], int] = lambda: 3
     # sample_sizes(): shorter sides of some of the images in pixels; none if they have any size
@@ -39,6 +40,22 @@ class Source:
     class_names: tuple[str, ...] = ()
     names: Iterable[str] = ()  # of the files, below the location
     variant: str = ""  # how they are read; each has a cache
+    # stream(): blocks for `read`, in order; ranges of indices unless given
+    stream: Callable[[], Iterable[Sequence]] | None = None
+    # stream_labels(): labels and class names, once the stream has ended
+    stream_labels: Callable[[], tuple[np.ndarray, tuple[str, ...]]] | None = None
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether it has labels, known before or after reading."""
+        return self.labels is not None or self.stream_labels is not None
+
+    def blocks(self) -> Iterable[Sequence]:
+        """Returns what `read` takes: the stream's blocks, or ranges of indices."""
+        if self.stream:
+            return self.stream()
+        starts = range(0, self.count, BLOCK)
+        return (range(start, min(start + BLOCK, self.count)) for start in starts)
 
 
 def load_cached(
@@ -59,7 +76,7 @@ def load_cached(
         cache_dir.mkdir(parents=True, exist_ok=True)
         with _lock(cache_dir / f"{prefix}.lock"):
             if _open(source, size, path, labels_path) is None:  # no other process has built it
-                if path.exists() and (source.labels is None or labels_path.exists()):
+                if path.exists() and (not source.has_labels or labels_path.exists()):
                     reason = f"reading the image cache {path} failed (it is damaged)"
                     warnings.warn(f"{reason}; continuing without it", FallbackWarning, 2)
                 _build(source, size, path, labels_path, workers, progress)
@@ -80,7 +97,7 @@ def _open(source: Source, size: int, path: Path, labels_path: Path) -> ImageData
         is_complete = images.offset + images.nbytes == path.stat().st_size
         if images.dtype != np.uint8 or sides != [size, size] or not is_complete:
             return None
-        if source.labels is None:
+        if not source.has_labels:
             return ImageDataset(images)
         with np.load(labels_path, allow_pickle=False) as file:
             labels = file["labels"]
@@ -105,47 +122,54 @@ def _lock(path: Path) -> AbstractContextManager:
 
 
 def _build(source: Source, size: int, path: Path, labels_path: Path, workers, progress) -> None:
-    description = f"{source.count} images in {source.location}"
-    unreadable: dict[int, str] = {}
-    counts = np.zeros(source.count, np.int64)  # images of each, more than one of a file with frames
+    unreadable: list[str] = []
+    counts: list[int] = []  # images of each, 0 of unreadable, several of a file with frames
+
+    def check(total: int) -> None:
+        if len(unreadable) > MAX_UNREADABLE_FRACTION * total:
+            some = "; ".join(unreadable[:3])
+            which = f"{total} images in {source.location}"
+            raise UserError(f"too many of the {which} cannot be read ({some})")
 
     def write(file) -> None:
         shape = (source.count, source.channels(), size, size)
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        with tqdm(total=source.count, desc="decoding", unit=" images", disable=not progress) as bar:
-            for index, images in enumerate(_read_all(source, size, workers)):
+        options = {"total": source.count or None, "unit": " images", "disable": not progress}
+        with tqdm(desc="decoding", **options) as bar:
+            for images in _read_all(source, size, workers):
                 bar.update()
                 if isinstance(images, str):
-                    unreadable[index] = images
-                    if len(unreadable) > MAX_UNREADABLE_FRACTION * source.count:
-                        some = "; ".join(list(unreadable.values())[:3])
-                        raise UserError(f"too many of the {description} cannot be read ({some})")
+                    unreadable.append(images)
+                    check(source.count or max(len(counts) + 1, MIN_CHECKED))
+                    counts.append(0)
                 else:
                     file.write(images.tobytes())
-                    counts[index] = len(images)
+                    counts.append(len(images))
+        check(len(counts))
         # The header has room for another count.
-        header["shape"] = (int(counts.sum()), *shape[1:])
+        header["shape"] = (sum(counts), *shape[1:])
         file.seek(0)
         np.lib.format.write_array_header_1_0(file, header)
 
     # Each file gets its name once it is complete.
     write_atomically(path, write)
-    if source.labels is not None:
-        labels = np.repeat(source.labels, counts)
-        content = {"labels": labels, "class_names": np.array(source.class_names, dtype=str)}
+    if source.has_labels:
+        known = (source.labels, source.class_names)
+        labels, names = source.stream_labels() if source.stream_labels else known
+        content = {"labels": np.repeat(labels, counts), "class_names": np.array(names, dtype=str)}
         write_atomically(labels_path, lambda file: np.savez(file, **content))
     if unreadable:
+        description = f"{len(counts)} images in {source.location}"
         first = f"{len(unreadable)} of {description} cannot be read; continuing without:"
-        warnings.warn("\n  ".join([first, *unreadable.values()]), FallbackWarning, stacklevel=2)
+        warnings.warn("\n  ".join([first, *unreadable]), FallbackWarning, stacklevel=2)
 
 
 def _read_all(source: Source, size: int, workers: int) -> Iterator[np.ndarray | str]:
     """Yields source.read's results in order, at most two blocks ahead per thread."""
     pending = deque()
     with ThreadPoolExecutor(workers) as pool:  # Pillow and numpy release the GIL
-        for start in range(0, source.count, BLOCK):
-            block = range(start, min(start + BLOCK, source.count))
+        for block in source.blocks():
             pending.append(pool.submit(source.read, block, size))
             if len(pending) > 2 * workers:
                 yield from pending.popleft().result()

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from engine import checkpoints, plots
 from engine.dataloader import BatchLoader
+from engine.datasets import file_label
 from engine.errors import FallbackWarning, UserError
 from engine.progress import Progress
 from engine.trackers import VIEWERS, Tracker
@@ -44,7 +45,7 @@ def new_run_name(config: Any) -> str:
             advice = f"resume it (--resume {name}) or choose another --run_name"
             raise UserError(f"there is a run {name} already: {advice}")
         return name
-    base = f"{config.DATASET}-{config.IMAGE_SIZE}px-{datetime.now():%Y%m%d-%H%M%S}"
+    base = f"{file_label(config.DATASET)}-{config.IMAGE_SIZE}px-{datetime.now():%Y%m%d-%H%M%S}"
     for suffix in itertools.chain([""], (f"-{number}" for number in itertools.count(2))):
         with contextlib.suppress(FileExistsError):  # of a run that started in the same second
             (folder / (base + suffix)).mkdir(parents=True)

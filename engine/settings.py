@@ -68,7 +68,9 @@ class Setting:
         type_ = self.type
         value = type_(value)
 
-        if self.choices and value not in self.choices:
+        # A choice with a colon, such as hf:NAME, stands for any name.
+        prefixes = tuple(f"{c.partition(':')[0]}:" for c in self.choices if ":" in c)
+        if self.choices and value not in self.choices and not value.startswith(prefixes):
             choices = [str(choice) for choice in self.choices]
             known = ", ".join(choices)
             closest = suggest(str(value), choices)

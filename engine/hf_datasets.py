@@ -1,0 +1,196 @@
+"""Data sets that Hugging Face `datasets` reads: of the Hub, or local folders of its formats."""
+
+import importlib.util
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from engine.errors import UserError
+from engine.hub import describe
+from engine.image_cache import BLOCK, Source
+from engine.labels import NO_LABEL, check_classes
+from engine.pixels import read_pixels
+
+PREFIX = "hf:"
+FORMATS = ("parquet", "arrow", "imagefolder", "webdataset")
+IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp")  # of columns of encoded images
+LABEL_NAMES = ("label", "labels", "class", "cls")  # of columns of integers or strings
+LABEL_TYPES = ("bool", "int", "uint", "string", "large_string")
+HOW_TO_NAME = "Name it: --dataset hf:NAME,IMAGE_COLUMN or hf:NAME,IMAGE_COLUMN,LABEL_COLUMN"
+
+
+def hf_source(dataset: str, channels: int, use_labels: bool) -> Source:
+    """Returns the source of `hf:NAME[,IMAGE_COLUMN[,LABEL_COLUMN]]`, with labels if asked.
+
+    NAME: user/name of the Hub, or a local folder of parquet, arrow, image or WebDataset files. Its
+    split `train` is streamed, or its only one; columns that are not named are found. Nothing of it
+    is executed. Raises UserError if it cannot be read, or if a column is not clear.
+    """
+    name, image_column, label_column = parse(dataset)
+    location, fingerprint, count, table = open_table(name)
+    image_column = find_image_column(table.features, image_column, name)
+    class_names: Sequence[str] | None = None
+    columns = [image_column]
+    if use_labels:
+        label_column = find_label_column(table.features, label_column, name)
+        class_names = getattr(table.features[label_column], "names", None)
+        check_classes(class_names if class_names is not None else ("?", "?"), location)
+        columns.append(label_column)
+    rows = encoded(table.select_columns(columns), image_column)
+    values: list[Any] = []  # of the label column, as far as it was streamed
+
+    def stream() -> Iterator[list[tuple[int, Any]]]:
+        values.clear()
+        iterator = enumerate(rows)
+        try:
+            while block := list(islice(iterator, BLOCK)):
+                values.extend(row.get(label_column) for _, row in block)
+                yield [(index, row[image_column]) for index, row in block]
+        except Exception as error:  # of HTTP, of the file's format
+            reason = f"{location} stops after {len(values)} images ({describe(error)})"
+            raise UserError(f"{reason}. Start again") from error
+
+    def read(block: Sequence[tuple[int, Any]], size: int) -> list[np.ndarray | str]:
+        results: list[np.ndarray | str] = []
+        for index, value in block:
+            try:
+                with open_image(value) as image:
+                    results.append(read_pixels(image, size, channels))
+            except Exception as error:  # Pillow raises nearly anything on a broken file
+                results.append(f"image {index}: {error!r}")
+        return results
+
+    def sample_sizes() -> Iterator[int]:
+        for row in islice(rows, BLOCK):
+            with suppress(Exception), open_image(row[image_column]) as image:
+                yield min(image.size)
+
+    return Source(
+        location, fingerprint, count, read, lambda: channels, sample_sizes, stream=stream,
+        variant=f"\n{','.join(columns)} {channels}",
+        stream_labels=(lambda: to_labels(values, class_names)) if use_labels else None,
+    )  # fmt: skip
+
+
+def parse(dataset: str) -> tuple[str, str, str]:
+    """Returns name, image column and label column of `hf:...`, columns empty if not named."""
+    reference = dataset.removeprefix(PREFIX)
+    parts = [reference] if Path(reference).exists() else reference.split(",")
+    if not parts[0] or len(parts) > 3:
+        raise UserError(f"--dataset is {dataset}, but must look like hf:user/name or hf:my_folder")
+    name, image_column, label_column = [*parts, "", ""][:3]
+    return name, image_column, label_column
+
+
+def open_table(name: str) -> tuple[str, str, int, Any]:
+    """Opens a data set: its location, fingerprint, number of rows if known or 0, and stream."""
+    if not importlib.util.find_spec("datasets"):
+        raise UserError(f"--dataset hf:{name} needs a package: pip install datasets")
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(name)
+        files = builder.config.data_files
+        split = "train" if "train" in files or len(files) > 1 else next(iter(files))
+        table = builder.as_streaming_dataset(split=split)
+        format_ = type(builder).__module__.rpartition(".")[2]
+        if format_ in FORMATS and table.features is None:
+            table = table._resolve_features()
+    except Exception as error:  # of HTTP, of the Hub, of the files
+        advice = "It must be user/name of the Hugging Face Hub, or a folder"
+        raise UserError(
+            f"--dataset hf:{name} cannot be read ({describe(error)}). {advice}"
+        ) from error
+    if format_ not in FORMATS:
+        raise UserError(f"--dataset hf:{name} has {format_} files, but must have {FORMATS}")
+
+    found = builder.info.splits or {}
+    count = found[split].num_examples if split in found else 0
+    location = str(Path(name).resolve()) if Path(name).exists() else f"{PREFIX}{name}"
+    states = zip(files[split], files[split].origin_metadata, strict=False)
+    return location, "".join(f"{file} {state}\n" for file, state in states), count, table
+
+
+def find_image_column(features: dict[str, Any], name: str, dataset: str) -> str:
+    """Returns the column of the images: the named, the only one, or the one named like images."""
+    import datasets
+
+    def holds_images(feature: Any) -> bool:
+        return isinstance(feature, (datasets.Image, dict)) or feature == datasets.Value("binary")
+
+    if name:
+        if name in features and holds_images(features[name]):
+            return name
+        raise UserError(f"{dataset} has no images in a column {name} ({described(features)})")
+    typed = [n for n, feature in features.items() if isinstance(feature, datasets.Image)]
+    named = [n for n in features if n.lower() in IMAGE_NAMES and holds_images(features[n])]
+    candidates = typed or named
+    if len(candidates) != 1:
+        found = "no column of images" if not candidates else f"images in {', '.join(candidates)}"
+        raise UserError(f"{dataset} has {found} ({described(features)}). {HOW_TO_NAME}")
+    return candidates[0]
+
+
+def find_label_column(features: dict[str, Any], name: str, dataset: str) -> str:
+    """Returns the column of the labels: the named, the only one, or the one named like labels."""
+
+    def holds_labels(feature: Any) -> bool:
+        return str(getattr(feature, "dtype", "")).rstrip("0123456789") in LABEL_TYPES
+
+    if name:
+        if name in features and holds_labels(features[name]):
+            return name
+        raise UserError(f"{dataset} has no labels in a column {name} ({described(features)})")
+    typed = [n for n, feature in features.items() if hasattr(feature, "names")]
+    named = [n for n in features if n.lower() in LABEL_NAMES and holds_labels(features[n])]
+    candidates = typed if len(typed) == 1 else named
+    if len(candidates) != 1:
+        found = "more than one" if len({*typed, *named}) > 1 else "no"
+        raise UserError(
+            f"{dataset} has {found} column of labels ({described(features)}). {HOW_TO_NAME}"
+        )
+    return candidates[0]
+
+
+def described(features: dict[str, Any]) -> str:
+    """Returns the columns with their types."""
+    types = {n: getattr(f, "dtype", type(f).__name__) for n, f in features.items()}
+    return ", ".join(f"{name}: {type_}" for name, type_ in types.items())
+
+
+def encoded(table: Any, column: str) -> Iterable[dict[str, Any]]:
+    """Returns a stream's rows with encoded images: bytes, or {"bytes": ..., "path": ...}."""
+    import datasets
+
+    if isinstance(table.features[column], datasets.Image):
+        return table.cast_column(column, datasets.Image(decode=False))
+    return table
+
+
+def open_image(value: bytes | dict[str, Any]) -> Image.Image:
+    """Opens an encoded image, or the file that it names."""
+    import fsspec  # comes with datasets
+
+    content = value.get("bytes") if isinstance(value, dict) else value
+    return Image.open(BytesIO(content) if content else fsspec.open(value["path"]).open())
+
+
+def to_labels(
+    values: Sequence[Any], class_names: Sequence[str] | None
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Returns labels, int64, and class names of a column's values; None has NO_LABEL.
+
+    class_names: what the column's integers index; None if the values themselves are the classes.
+    """
+    if class_names is not None:
+        return np.array([NO_LABEL if v is None else v for v in values], np.int64), (*class_names,)
+    classes = sorted({v for v in values if v is not None})
+    indices = {value: index for index, value in enumerate(classes)}
+    labels = np.array([indices.get(value, NO_LABEL) for value in values], np.int64)
+    return labels, tuple(map(str, classes))
