@@ -41,6 +41,10 @@ class DDPMConfig(Settings):
     FRAMES = Setting("first", "frames to use of files with several", choices=("first", "all"))
     USE_UPSAMPLING = Setting(False, "train even if most images are smaller than image_size")
     HORIZONTAL_FLIP = Setting(True, "mirror half of the training images")
+    CLASS_CONDITIONAL = Setting(False, "train with the class labels of the data")
+    LABEL_DROPOUT = Setting(
+        0.1, "fraction of labels that are dropped, so that the network learns to do without", min=0,
+        max=1)
     NUM_WORKERS = Setting(8, "threads that decode and processes that load images", min=1, max=256)
 
     # Model.
@@ -55,7 +59,11 @@ class DDPMConfig(Settings):
     TIMESTEPS = Setting(1000, "timesteps of the diffusion process", min=2, max=100_000)
     SAMPLING_TIMESTEPS = Setting(14, "network evaluations per sample, without the guide's",
         min=1, max=100_000)
-    GUIDANCE = Setting(2.0, "autoguidance weight (arXiv:2406.02507); 1 disables it", min=0, max=10)
+    GUIDANCE = Setting(2.0, "weight of guidance (arXiv:2406.02507); 1 disables it", min=0, max=10)
+    GUIDANCE_MODE = Setting(
+        "autoguidance", "what samples of a class are moved away from: the guide, the network "
+        "without a label (classifier-free guidance), or the guide without a label",
+        choices=("autoguidance", "cfg", "both"))
     GUIDE_FRACTION = Setting(
         0.125, "fraction of training at which the EMA weights are saved as the guide, not before "
         "twice the warm-up; 0 disables", min=0, max=1, old_name="GUIDE_AT")
@@ -133,7 +141,8 @@ SIZE_PRESETS[128] = SIZE_PRESETS[96] | {"DIM_MULTS": (1, 1, 2, 2, 2)}
 # Small enough for recognizable shapes after five minutes on two cores.
 CPU_PRESETS: dict[str, dict[str, Any]] = {
     "shapes": {
-        "IMAGE_SIZE": 16, "DIM": 32, "DIM_MULTS": (1, 2, 2), "ATTENTION_HEADS": (1, 1, 4),
+        "CLASS_CONDITIONAL": True, "IMAGE_SIZE": 16, "DIM": 32, "DIM_MULTS": (1, 2, 2),
+        "ATTENTION_HEADS": (1, 1, 4),
         "ATTENTION_DIM": (8, 16, 32), "FULL_ATTENTION_MAX_SIZE": 0, "BATCH_SIZE": 32,
         "LEARNING_RATE": 5e-3, "LOSS_WEIGHTING": "min_snr", "WARMUP_STEPS": 100, "EMA_DECAY": 0.998,
         "GUIDE_FRACTION": 0.25, "GUIDANCE": 1.5, "MINUTES": 4.75, "NUM_SAMPLE_GRIDS": 5,

@@ -24,10 +24,12 @@ from engine.denoiser import ModelDenoiser
 from engine.errors import FallbackWarning, RenamedWarning, UserError
 from engine.generation import GenerationMixin, eval_mode, expand_seeds, unnormalize  # noqa: F401
 from engine.hub import HubMixin
+from engine.labels import UNCONDITIONAL
 from engine.noise_schedule import P_MEAN, edm_weighting, shift_log_snr
 from engine.unet import FastUnet
 
 MAX_WEIGHT = 1e6  # above any that training leads to
+GUIDANCE_MODES = DDPMConfig.settings()["GUIDANCE_MODE"].choices
 GUIDANCE_INTERVAL = (0.2, 5.0)  # lowest and highest sigma to guide, where nothing is shifted
 RENAMED = {
     "keep_guide": "snapshot_guide", "timesteps_at": "timesteps_from_uniform",
@@ -41,9 +43,11 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
 
     Images are float tensors (B, C, H, W) in [0, 1]. The arguments are DDPMConfig's settings in
     lower case; full_attn (one per level), attn_heads, attn_dim_head and others, such as
-    `self_condition`, go to upstream's Unet. guidance, in every method: the autoguidance
-    weight, 1 disables it, None means the model's own. training_info: `config` and `progress` of the
-    run whose checkpoint was loaded. Raises UserError for sizes that exclude each other.
+    `self_condition`, go to upstream's Unet. classes: the number of training images by class name;
+    a model with any is class-conditional. guidance, in every method: the weight of guidance, 1
+    disables it, None means the model's own; guidance_mode: one of GUIDANCE_MODES, see `denoiser`.
+    training_info: `config` and `progress` of the run whose checkpoint was loaded. Raises UserError
+    for sizes that exclude each other.
     """
 
     cuda_graph = True  # run the network as a CUDA graph when sampling on a GPU
@@ -60,7 +64,9 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         guidance: float = DDPMConfig.GUIDANCE, dropout: float = DDPMConfig.DROPOUT,
         full_attn: Sequence[bool] | None = None,
         attn_heads: int | Sequence[int] = DDPMConfig.ATTENTION_HEADS,
-        attn_dim_head: int | Sequence[int] = DDPMConfig.ATTENTION_DIM, **unet_kwargs: Any,
+        attn_dim_head: int | Sequence[int] = DDPMConfig.ATTENTION_DIM,
+        classes: Mapping[str, int] | None = None,
+        guidance_mode: str = DDPMConfig.GUIDANCE_MODE, **unet_kwargs: Any,
     ):  # fmt: skip
         super().__init__()
         # Reject sizes that exclude each other.
@@ -82,7 +88,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
             "loss_weighting": loss_weighting, "min_snr_gamma": min_snr_gamma,
             "schedule_base_size": schedule_base_size, "guidance": guidance, "dropout": dropout,
             "full_attn": list(full_attn), "attn_heads": per_level(attn_heads, dim_mults),
-            "attn_dim_head": per_level(attn_dim_head, dim_mults), **unet_kwargs,
+            "attn_dim_head": per_level(attn_dim_head, dim_mults), "classes": dict(classes or {}),
+            "guidance_mode": guidance_mode, **unet_kwargs,
         }  # fmt: skip
         self.training_info: dict[str, dict[str, Any]] = {"config": {}, "progress": {}}
         self.graph_cache = GraphCache()
@@ -91,7 +98,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
     def _build(
         self, image_size: int, channels: int, timesteps: int, sampling_timesteps: int,
         objective: str, beta_schedule: str, loss_weighting: str, min_snr_gamma: float,
-        schedule_base_size: int, guidance: float, **unet_kwargs: Any,
+        schedule_base_size: int, guidance: float, classes: Mapping[str, int], guidance_mode: str,
+        **unet_kwargs: Any,
     ) -> None:  # fmt: skip
         """Creates network and process of an architecture, with new weights and no guide.
 
@@ -102,13 +110,16 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         self.num_timesteps = timesteps
         self.sampling_timesteps = sampling_timesteps
         self.guidance = guidance
+        self.class_names = tuple(classes)
+        self.class_counts = tuple(classes.values())
+        self.guidance_mode = guidance_mode if classes else "autoguidance"
         self.guide: nn.Module | None = None
         # JSON has lists where upstream wants tuples.
         unet_kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in unet_kwargs.items()}
         self.diffusion = GaussianDiffusion(
-            FastUnet(channels=channels, **unet_kwargs), image_size=image_size,
-            timesteps=timesteps, sampling_timesteps=sampling_timesteps, objective=objective,
-            beta_schedule=beta_schedule, min_snr_loss_weight=min_snr_gamma > 0,
+            FastUnet(channels=channels, num_classes=len(classes), **unet_kwargs),
+            image_size=image_size, timesteps=timesteps, sampling_timesteps=sampling_timesteps,
+            objective=objective, beta_schedule=beta_schedule, min_snr_loss_weight=min_snr_gamma > 0,
             min_snr_gamma=min_snr_gamma,
         )  # fmt: skip
 
@@ -127,7 +138,9 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         self.register_buffer("timestep_cdf", timestep_cdf.float(), persistent=False)
 
     @classmethod
-    def from_config(cls, config: DDPMConfig) -> "DDPMModel":
+    def from_config(
+        cls, config: DDPMConfig, classes: Mapping[str, int] | None = None
+    ) -> "DDPMModel":
         """Creates the model of a configuration; its weights are a function of SEED."""
         torch.manual_seed(config.SEED)
         model = cls(
@@ -137,7 +150,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
             min_snr_gamma=config.MIN_SNR_GAMMA, schedule_base_size=config.SCHEDULE_BASE_SIZE,
             guidance=config.GUIDANCE, dropout=config.DROPOUT,
             full_attn=full_attention_levels(config), attn_heads=config.ATTENTION_HEADS,
-            attn_dim_head=config.ATTENTION_DIM,
+            attn_dim_head=config.ATTENTION_DIM, classes=classes,
+            guidance_mode=config.GUIDANCE_MODE,
         )  # fmt: skip
         model.unet.checkpointing = config.GRADIENT_CHECKPOINTING
         return model
@@ -146,7 +160,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
     def upgrade_architecture(architecture: Mapping[str, Any]) -> dict[str, Any]:
         """Returns an architecture read from a file of any version in today's names."""
         former_defaults = {
-            "loss_weighting": "min_snr", "guidance": 1.0,
+            "loss_weighting": "min_snr", "guidance": 1.0, "classes": {},
+            "guidance_mode": "autoguidance",
             "schedule_base_size": architecture.get("schedule_size", 0),
             "full_attn": [False] * (len(architecture["dim_mults"]) - 1) + [True],
         }  # fmt: skip
@@ -183,11 +198,19 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         self.guide = copy.deepcopy(self.unet)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Loads the weights, and creates or removes the guide to match them."""
+        """Loads the weights, and creates or removes the guide to match them.
+
+        Those of an unconditional model fit a conditional one: its class embedding is zero then.
+        """
         self.guide = None
         if any(name.startswith("guide.") for name in state_dict):
             self.snapshot_guide()
-        return super().load_state_dict(state_dict, *args, **kwargs)
+        embeddings = {
+            name: torch.zeros_like(p)
+            for name, p in self.named_parameters()
+            if "class_embedding" in name
+        }
+        return super().load_state_dict(embeddings | dict(state_dict), *args, **kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "DDPMModel":
         """Moves or converts the weights; captured graphs would still read the old ones."""
@@ -199,7 +222,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
     ) -> Tensor:
         """Returns the weighted mean squared error of what the network predicts, a scalar.
 
-        images, noise: (B, C, H, W), images in [0, 1]. t: timesteps, (B,). labels: (B,) or None.
+        images, noise: (B, C, H, W), images in [0, 1]. t: timesteps, (B,). labels: int64 (B,), -1:
+        no label; None: none at all.
         """
         mse = self.mse_per_image(images, t, noise, labels)
         return (self.diffusion.loss_weight[t] * mse).mean()
@@ -231,10 +255,10 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         labels: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Runs a network; as a CUDA graph on a GPU where gradients are off and capture works."""
-        use_graph = self.cuda_graph and self.supports_cuda_graphs and x.is_cuda and labels is None
+        use_graph = self.cuda_graph and self.supports_cuda_graphs and x.is_cuda
         if use_graph and not torch.is_grad_enabled():
             try:
-                return self.graph_cache(network, x, t)
+                return self.graph_cache(network, x, t, *([] if labels is None else [labels]))
             except GraphCaptureError as error:
                 self.cuda_graph = False
                 message = f"CUDA graph capture failed ({str(error).splitlines()[0]})"
@@ -242,14 +266,32 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         return call_network(network, x, t, previous, labels)
 
     def denoiser(
-        self, clip: bool = True, guidance: float | None = None, labels: Tensor | None = None
-    ) -> ModelDenoiser:
-        """Returns this model as a denoiser for one sampler run (it may keep state)."""
+        self, clip: bool = True, guidance: float | None = None, labels: Tensor | None = None,
+        guidance_mode: str | None = None,
+    ) -> ModelDenoiser:  # fmt: skip
+        """Returns this model as a denoiser for one sampler run (it may keep state).
+
+        guidance_mode: what samples are moved away from: `autoguidance`, the guide with the same
+        label; `cfg`, classifier-free guidance, this network without a label; `both`, the guide
+        without a label. None means the model's own.
+        """
+        mode = guidance_mode or self.guidance_mode
+        if mode not in GUIDANCE_MODES:
+            raise UserError(
+                f"unknown guidance_mode {mode}; choose from {', '.join(GUIDANCE_MODES)}"
+            )
+        if mode == "cfg" and not self.class_names:
+            raise UserError("guidance_mode cfg needs labels, but this model is unconditional")
+        other = self.unet if mode == "cfg" else self.guide
+        if mode == "cfg" and labels is None:  # the difference is zero
+            other = None
         network = partial(self._run_network, self.unet)
-        guide = partial(self._run_network, self.guide) if self.guide is not None else None
+        guide = partial(self._run_network, other) if other is not None else None
         weight = self.guidance if guidance is None else guidance
-        interval = self.guidance_interval
-        return ModelDenoiser(self.diffusion, network, clip, guide, weight, interval, labels)
+        return ModelDenoiser(
+            self.diffusion, network, clip, guide, weight, self.guidance_interval, labels,
+            guide_labels=mode == "autoguidance",
+        )  # fmt: skip
 
     def save_model(self, path: str | Path, half: bool = False) -> None:
         """Writes weights and architecture as .safetensors or .pt; half: networks in fp16."""
@@ -311,10 +353,12 @@ def check_types(architecture: dict[str, Any], info: dict[str, dict[str, Any]], p
 def call_network(
     network: nn.Module, x: Tensor, t: Tensor, previous: Tensor | None, labels: Tensor | None
 ) -> Tensor:
-    """Calls a network. FastUnet is unconditional, so labels are an error."""
-    if labels is not None:
-        raise UserError("this model is unconditional: it takes no labels")
-    return network(x, t, previous)
+    """Calls a network; raises UserError for labels that an unconditional one is given."""
+    if labels is None:
+        return network(x, t, previous)
+    if not getattr(network, "num_classes", 0):
+        raise UserError(UNCONDITIONAL)
+    return network(x, t, previous, labels)
 
 
 def per_level(values: int | Sequence[int], dim_mults: Sequence[int]) -> list[int]:

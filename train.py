@@ -9,6 +9,7 @@ Ends with a sample grid in samples/<run>/ and a model in checkpoints/ddpm_final.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,15 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] = DEFAUL
         config.DATASET, config.IMAGE_SIZE, Path(config.DATA_DIR), workers=config.NUM_WORKERS,
         progress=distributed.launched_rank() == 0, upsampling=config.USE_UPSAMPLING,
         options=ReadOptions.from_config(config.as_dict()),
+        use_labels=config.CLASS_CONDITIONAL,
     ))  # fmt: skip
+    make_model = partial(DDPMModel.from_config, classes=data.classes)
 
     with distributed.session(lambda: "start it again") as dist:
         config.override({"CHANNELS": data.images.shape[1]}, "data")
-        model = DDPMModel.from_config(config)
+        model = make_model(config)
         if config.AUTO_MICRO_BATCH and dist.device.type == "cuda" and dist.num_processes == 1:
-            config.split_batch(find_micro_batch(DDPMModel.from_config, config, data.images))
+            config.split_batch(find_micro_batch(make_model, config, data.images))
         if not request.dry_run:
             train(model, data, config, checkpoint)
         elif dist.is_main_process:

@@ -75,7 +75,7 @@ class CapturedFunction:
 
 
 class GraphCache:
-    """Calls networks without gradients, each through a CUDA graph for its shapes and precision.
+    """Runs networks without gradients, each through a CUDA graph for its shapes and precision.
 
     The weights may change in place; if they move, call `clear`. A copy starts without graphs.
     """
@@ -90,12 +90,13 @@ class GraphCache:
         """Drops all graphs."""
         self.graphs.clear()
 
-    def __call__(self, network: nn.Module, *inputs: Tensor) -> Tensor:
-        """Returns network(*inputs), all on a GPU, in autocast's precision where that is on."""
+    def __call__(self, network: nn.Module, x: Tensor, t: Tensor, *labels: Tensor) -> Tensor:
+        """Returns network(x, t, None, *labels), all on a GPU, in autocast's precision if on."""
+        inputs = (x, t, *labels)
         precision = (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
         key = (network, network.training, precision, *((x.shape, x.dtype) for x in inputs))
         if key not in self.graphs:
             if len(self.graphs) == MAX_GRAPHS:
                 del self.graphs[next(iter(self.graphs))]
-            self.graphs[key] = CapturedFunction(network)
+            self.graphs[key] = CapturedFunction(lambda x, t, *labels: network(x, t, None, *labels))
         return self.graphs[key](*inputs).clone()

@@ -17,16 +17,18 @@ class ModelDenoiser:
 
     network, guide: called as network(x, t, previous, labels), x and previous (B, C, H, W), t and
     labels (B,); return what the objective of `process` says. previous is the last x_0, for
-    self-conditioning: it is state, so create a denoiser per sample. guidance: the weight w of
-    autoguidance, x_0_guide + w (x_0 - x_0_guide), equation 4 of Karras et al. (arXiv:2406.02507);
-    1 disables it. interval: lowest and highest sigma to guide, Kynkaanniemi et al.
-    (arXiv:2404.07724).
+    self-conditioning: it is state, so create a denoiser per sample. guidance: the weight w in
+    x_0_guide + w (x_0 - x_0_guide), equation 4 of Karras et al. (arXiv:2406.02507); 1 disables it.
+    interval: lowest and highest sigma to guide, Kynkaanniemi et al. (arXiv:2404.07724).
+    guide_labels: whether the guide gets the labels; without, a guide that is the network itself
+    makes this classifier-free guidance, Ho and Salimans (arXiv:2207.12598).
     """
 
     def __init__(
         self, process: GaussianDiffusion, network: Network, clip: bool,
         guide: Network | None = None, guidance: float = 1.0,
         interval: tuple[float, float] = (0.0, math.inf), labels: Tensor | None = None,
+        guide_labels: bool = True,
     ):  # fmt: skip
         self.process = process
         self.network = network
@@ -35,6 +37,7 @@ class ModelDenoiser:
         self.guidance = guidance
         self.interval = interval
         self.labels = labels
+        self.guide_labels = labels if guide_labels else None
         self.alpha_bar: list[float] = process.alphas_cumprod.double().tolist()
         self.last_usable_t = len(self.alpha_bar) - 1
         if process.objective == "pred_noise":  # does not determine x_0 where alpha_bar is 0
@@ -44,9 +47,9 @@ class ModelDenoiser:
     def __call__(self, x: Tensor, t: int) -> Tensor:
         """Predicts x_0 (B, C, H, W) from x_t, t in [0, T); clipped to [-1, 1] if `clip`."""
         t = min(t, self.last_usable_t)  # beyond it, x is pure noise, hardly different
-        x_0 = self._predict(self.network, x, t)
+        x_0 = self._predict(self.network, x, t, self.labels)
         if self.is_guided(t):
-            x_0_guide = self._predict(self.guide, x, t)
+            x_0_guide = self._predict(self.guide, x, t, self.guide_labels)
             x_0 = x_0_guide + self.guidance * (x_0 - x_0_guide)
         if self.clip:
             x_0 = x_0.clamp(-1, 1)
@@ -61,12 +64,12 @@ class ModelDenoiser:
         lowest, highest = self.interval
         return lowest <= sigma_of(self.alpha_bar[min(t, self.last_usable_t)]) <= highest
 
-    def _predict(self, network: Network, x: Tensor, t: int) -> Tensor:
+    def _predict(self, network: Network, x: Tensor, t: int, labels: Tensor | None) -> Tensor:
         """Predicts x_0 with one network."""
         signal = math.sqrt(self.alpha_bar[t])
         noise = math.sqrt(1 - self.alpha_bar[t])
         times = torch.full((len(x),), t, device=x.device, dtype=torch.long)
-        output = network(x, times, self.previous, self.labels).to(x.dtype)
+        output = network(x, times, self.previous, labels).to(x.dtype)
         if self.process.objective == "pred_noise":
             return (x - noise * output) / signal
         if self.process.objective == "pred_v":

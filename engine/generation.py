@@ -14,19 +14,21 @@ from torch import Tensor, nn
 from engine import samplers
 from engine.denoiser import ModelDenoiser, NFECounter
 from engine.errors import UserError
+from engine.labels import NO_LABEL, UNCONDITIONAL, labels_of_seeds
 from engine.noise_schedule import diffuse
 from engine.samplers import DEFAULT_SPACING, SAMPLERS, SPACINGS, SeededNoise
 
 SamplerChoice = str | Callable | None  # a name, a sampler function, or the default
 Seeds = int | Sequence[int] | None  # the first of consecutive seeds, one per image, or random
+Labels = int | Sequence[int] | Tensor | None  # of all images or of each; -1: no label
 State = tuple[int, Tensor, Tensor]  # t, x_t and the predicted x_0, in [-1, 1]
 
 
 class GenerationMixin:
     """Methods that generate images, all floats in [0, 1], with `denoiser`.
 
-    Options: guidance and labels go to `denoiser`, clip limits each predicted x_0 to [-1, 1], others
-    (`eta` of ddim) go to the sampler.
+    Options: guidance, guidance_mode and labels go to `denoiser`, clip limits each predicted x_0 to
+    [-1, 1], others (`eta` of ddim) go to the sampler. labels: see prepare_labels.
     """
 
     image_size: int
@@ -35,22 +37,28 @@ class GenerationMixin:
     sampling_timesteps: int
     device: torch.device
     denoiser: Callable[..., ModelDenoiser]
+    class_names: tuple[str, ...]
+    class_counts: tuple[int, ...]
 
     def sample(
         self, batch_size: int = 16, return_all_timesteps: bool = False,
         sampler: SamplerChoice = None, steps: int | None = None, seed: Seeds = None,
-        spacing: str = DEFAULT_SPACING, labels: Tensor | None = None,
-        guidance: float | None = None, **sampler_options: Any,
+        spacing: str = DEFAULT_SPACING, labels: Labels = None,
+        guidance: float | None = None, **options: Any,
     ) -> Tensor:  # fmt: skip
         """Generates images, (batch_size, C, H, W).
 
         sampler, steps, spacing: see sampling_plan. seed: image i is a function of seed + i or of
-        the i-th seed, whatever the batch. return_all_timesteps: every x_t, from noise to image,
+        the i-th seed, whatever the batch. labels: by default a function of the seed, classes in the
+        proportions of the training images. return_all_timesteps: every x_t, from noise to image,
         (batch_size, intervals + 1, C, H, W).
         """
         function, timesteps = self.sampling_plan(sampler, steps, spacing)
-        x, randn = self.noise(expand_seeds(seed, batch_size))
-        options = {"labels": labels, "guidance": guidance, **sampler_options}
+        seeds = expand_seeds(seed, batch_size)
+        x, randn = self.noise(seeds)
+        if labels is None and self.class_names:
+            labels = labels_of_seeds(seeds, self.class_counts)
+        options |= {"labels": labels, "guidance": guidance}
         states = self.trajectory(x, timesteps, function, randn, **options)
         if return_all_timesteps:
             return unnormalize(torch.stack([x_t for _, x_t, _ in states], dim=1))
@@ -59,23 +67,31 @@ class GenerationMixin:
     @torch.no_grad()
     def interpolate(
         self, image1: Tensor, image2: Tensor, num_steps: int = 10, sampler: SamplerChoice = "ddim",
-        steps: int = 100, **options: Any,
+        steps: int = 100, labels: tuple[int, int] | None = None, **options: Any,
     ) -> Tensor:  # fmt: skip
         """Interpolates between two images (C, H, W): (num_steps, C, H, W).
 
         ddim_encode takes both to x_T in `steps` evaluations; points on the arc in between are
-        decoded. Guidance is disabled: it would move the endpoints away from the inputs.
+        decoded. Guidance is disabled: it would move the endpoints away from the inputs. labels: of
+        both images, between which the class goes, too.
         """
         if num_steps < 2:
             raise UserError(f"num_steps is {num_steps}, but must be at least 2: both images")
         pair = torch.stack([self.prepare_image(image1), self.prepare_image(image2)])
         function, timesteps = self.sampling_plan(sampler, min(steps, self.num_timesteps), "uniform")
         with eval_mode(self):
-            denoiser = self.denoiser(clip=False, guidance=1)
+            ends = self.prepare_labels(labels, 2)
+            denoiser = self.denoiser(clip=False, guidance=1, labels=ends)
             codes = samplers.ddim_encode(denoiser, pair * 2 - 1, timesteps)
-        x = samplers.slerp(*codes, torch.linspace(0, 1, num_steps, device=self.device))
+        position = torch.linspace(0, 1, num_steps, device=self.device)
+        x = samplers.slerp(*codes, position)
+        if labels is not None:
+            classes = torch.arange(len(self.class_names), device=self.device)
+            first, last = (ends[:, None] == classes).float()
+            labels = torch.lerp(first, last, position[:, None])
         randn = SeededNoise(range(num_steps))
-        states = self.trajectory(x, timesteps, function, randn, clip=False, guidance=1, **options)
+        options |= {"clip": False, "guidance": 1, "labels": labels}
+        states = self.trajectory(x, timesteps, function, randn, **options)
         return unnormalize(final_x(states))
 
     @torch.no_grad()
@@ -131,12 +147,13 @@ class GenerationMixin:
     @torch.no_grad()
     def trajectory(
         self, x: Tensor, timesteps: Sequence[int], sampler: Callable, randn: Callable,
-        clip: bool = True, guidance: float | None = None, labels: Tensor | None = None,
-        **sampler_options: Any,
+        clip: bool = True, guidance: float | None = None, labels: Labels = None,
+        guidance_mode: str | None = None, **sampler_options: Any,
     ) -> Iterator[State]:  # fmt: skip
         """Runs a sampler from x at timesteps[0]; its last state is (-1, sample, sample)."""
         with eval_mode(self):
-            denoiser = self.denoiser(clip, guidance, labels)
+            labels = self.prepare_labels(labels, len(x))
+            denoiser = self.denoiser(clip, guidance, labels, guidance_mode)
             outputs = sampler(denoiser, x, timesteps, randn, **sampler_options)
             for t, (x_s, x_0) in zip(timesteps, outputs, strict=False):
                 yield t, x, x_0
@@ -168,10 +185,13 @@ class GenerationMixin:
         return sampler, SPACINGS[spacing](self.denoiser().alpha_bar, intervals)
 
     def count_nfe(
-        self, sampler: Callable, timesteps: Sequence[int], guidance: float | None = None
-    ) -> int:
+        self, sampler: Callable, timesteps: Sequence[int], guidance: float | None = None,
+        guidance_mode: str | None = None,
+    ) -> int:  # fmt: skip
         """Returns the network evaluations (NFE) of a sample, the guide's included."""
-        counter = NFECounter(self.denoiser(guidance=guidance))
+        labels = torch.zeros(1, dtype=torch.long) if self.class_names else None
+        denoiser = self.denoiser(guidance=guidance, labels=labels, guidance_mode=guidance_mode)
+        counter = NFECounter(denoiser)
         list(sampler(counter, torch.zeros(1, 1, 1, 1), timesteps, torch.zeros_like))
         return counter.count
 
@@ -180,6 +200,29 @@ class GenerationMixin:
         randn = SeededNoise(seeds)
         shape = (len(seeds), self.channels, self.image_size, self.image_size)
         return randn(torch.empty(shape, device=self.device)), randn
+
+    def prepare_labels(self, labels: Labels, count: int) -> Tensor | None:
+        """Returns the labels of `count` images on the model's device: int64 (count,).
+
+        labels: one for all, or one of each, or weights of the classes, floats (count, classes).
+        Raises UserError for labels that the model does not have, or another number of them.
+        """
+        if labels is None:
+            return None
+        num_classes = len(self.class_names)
+        if not num_classes:
+            raise UserError(UNCONDITIONAL)
+        labels = torch.as_tensor(labels, device=self.device)
+        if labels.ndim == 0:
+            labels = labels.expand(count)
+        if len(labels) != count:
+            raise UserError(f"there are {len(labels)} labels for {count} images")
+        if labels.is_floating_point():
+            return labels
+        if labels.min() < NO_LABEL or labels.max() >= num_classes:
+            bounds = f"between 0 and {num_classes - 1}, or {NO_LABEL} for none"
+            raise UserError(f"labels are {labels.unique().tolist()[:5]}, but must be {bounds}")
+        return labels.long()
 
     def prepare_image(self, image: Tensor) -> Tensor:
         """Returns an image as (C, H, W) on the model's device; UserError for another size."""

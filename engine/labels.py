@@ -1,6 +1,8 @@
 """Class labels: int64 indices into the class names of a data set, -1 where there is no label."""
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -8,6 +10,7 @@ from engine.errors import UserError
 
 NO_LABEL = -1
 MAX_CLASSES = 10_000
+UNCONDITIONAL = "this model is unconditional: it takes no labels"
 
 
 def labels_from_folders(paths: Sequence[str], location: str) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -36,3 +39,32 @@ def check_classes(class_names: Sequence[str], location: str) -> None:
         found = "no labels" if not count else "1 class" if count == 1 else f"{count:,} classes"
         needed = f"--class_conditional needs 2 to {MAX_CLASSES:,} classes"
         raise UserError(f"{location} has {found}, but {needed}. Drop it, or choose other data")
+
+
+def check_classes_on_resume(
+    path: Path, saved: Mapping[str, int], classes: Mapping[str, int]
+) -> None:
+    """Raises UserError if a run would continue with other classes, or fewer images of one.
+
+    saved, classes: images by class name. An unconditional run may continue as a conditional one.
+    """
+    if not saved or saved == classes:
+        return
+    was, now = (
+        textwrap.shorten(", ".join(f"{count} {name}" for name, count in each.items()), 80)
+        for each in (saved, classes)
+    )
+    message = f"{path} was trained on {len(saved)} classes ({was})"
+    if not classes:
+        raise UserError(f"{message}. Resume with --class_conditional")
+    raise UserError(f"{message}, but the data has {len(classes)} ({now}): start another run")
+
+
+def labels_of_seeds(seeds: Iterable[int], counts: Sequence[int]) -> np.ndarray:
+    """Returns a label for each seed, int64 (N,), in the proportions of the classes' counts.
+
+    Consecutive seeds spread evenly: a seed's place in [0, 1) is the fractional part of its product
+    with the golden ratio.
+    """
+    places = [(seed * 0x9E3779B97F4A7C15 % 2**64 >> 11) / 2**53 for seed in seeds]
+    return np.searchsorted(np.cumsum(counts) / np.sum(counts), places, side="right")

@@ -25,17 +25,23 @@ OLD_STATE_NAMES = {"exp_avg": "mean", "exp_avg_sq": "square"}  # in earlier chec
 
 
 def use_muon(name: str, p: Tensor) -> bool:
-    """Whether Muon updates a parameter: the weights of all layers but the first and the last."""
-    is_inner = "init_conv" not in name and "final_conv" not in name
+    """Whether Muon updates a parameter: the weights of all layers but those at the ends."""
+    is_inner = not any(end in name for end in ("init_conv", "class_embedding", "final_conv"))
     return is_inner and name.endswith("weight") and p.ndim >= 2
 
 
 def flatten(model: nn.Module) -> tuple[Tensor, list[tuple[str, nn.Parameter]]]:
     """Moves a model's parameters into one vector; each becomes a view of it, strides kept.
 
-    Returns the vector and the named parameters in its order: Muon's first, equal shapes together.
+    Returns the vector and the named parameters in its order: Muon's first, equal shapes together,
+    and the class embedding last, so that the rest is as in an unconditional model.
     """
-    named = sorted(model.named_parameters(), key=lambda item: (not use_muon(*item), *item[1].shape))
+
+    def order(item: tuple[str, nn.Parameter]) -> tuple:
+        name, p = item
+        return not use_muon(name, p), "class_embedding" in name, *p.shape
+
+    named = sorted(model.named_parameters(), key=order)
     params = [p for _, p in named]
     flat = torch.zeros(sum(padded_numel(p.numel()) for p in params), device=params[0].device)
     for p, view in zip(params, views(flat, params), strict=True):

@@ -18,6 +18,7 @@ from engine.cuda_graphs import CapturedFunction, GraphCaptureError
 from engine.dataloader import Batch
 from engine.errors import FallbackWarning, UserError
 from engine.gpu_memory import OomBatcher
+from engine.labels import NO_LABEL
 from engine.optimizer import OLD_STATE_NAMES, Adam, Muon, flatten, padded_numel, use_muon, views
 
 INITIAL_LOSS_SCALE = 2.0**12  # in fp16, where small gradients would round to zero
@@ -42,8 +43,8 @@ class TrainableModel(Protocol):
     ) -> Tensor:
         """Returns the mean loss, a scalar, of images (B, C, H, W) in [0, 1] at timesteps t (B,).
 
-        noise: (B, C, H, W). labels: int64 (B,), if the data set has them. A model whose forward
-        has no parameter `labels` gets none.
+        noise: (B, C, H, W). labels: int64 (B,), if the data set has them; -1: no label, or one that
+        LABEL_DROPOUT dropped. A model whose forward has no parameter `labels` gets none.
         """
 
     def timesteps_from_uniform(self, u: Tensor) -> Tensor:
@@ -78,11 +79,12 @@ def amp_dtype(device: torch.device) -> torch.dtype:
 
 
 def step_noise(seed: int, step: int, shape: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
-    """Random inputs of a step: u (B,) for timesteps, noise (B, C, H, W), which to mirror (B,).
+    """Random inputs of a step: u (B,) for timesteps, noise (B, C, H, W), mirror, drop (B,).
 
     A function of (seed, step) for the global batch, so accumulation, ranks and resuming change
     nothing (dropout uses the global generators). u is uniform in [0, 1) but stratified, one value
-    in each of B equal parts in ascending order: Kingma et al. (arXiv:2107.00630).
+    in each of B equal parts in ascending order: Kingma et al. (arXiv:2107.00630). mirror: which
+    images to mirror. drop: uniform in [0, 1); below LABEL_DROPOUT, an image loses its label.
     """
     # A hash of the seed, so that runs with neighboring seeds share no noise.
     generator = torch.Generator(device).manual_seed((seed * 0x9E3779B1 + step) % 2**63)
@@ -90,14 +92,16 @@ def step_noise(seed: int, step: int, shape: torch.Size, device: torch.device) ->
     u = (offset + torch.arange(shape[0], device=device)) / shape[0]
     noise = torch.randn(shape, generator=generator, device=device)
     mirror = torch.rand(shape[:1], generator=generator, device=device) < 0.5
-    return u, noise, mirror
+    drop = torch.rand(shape[:1], generator=generator, device=device)
+    return u, noise, mirror, drop
 
 
 class TrainStep:
     """Updates a model and its EMA copy from one batch.
 
-    config: BATCH_SIZE (the micro-batch), OPTIMIZER, GRAD_CLIP, EMA_DECAY, HORIZONTAL_FLIP, USE_AMP,
-    COMPILE_MODEL, CUDA_GRAPH, SEED. rank, world_size: each rank gets its part of every batch.
+    config: BATCH_SIZE (the micro-batch), OPTIMIZER, GRAD_CLIP, EMA_DECAY, HORIZONTAL_FLIP,
+    LABEL_DROPOUT, USE_AMP, COMPILE_MODEL, CUDA_GRAPH, SEED. rank, world_size: each rank gets its
+    part of every batch.
     """
 
     def __init__(self, model: TrainableModel, config: Any, rank: int = 0, world_size: int = 1):
@@ -118,6 +122,7 @@ class TrainStep:
             distributed.broadcast(self.params)
             self.ema_params.copy_(self.params)
         self.grad = torch.zeros_like(self.params)
+        self.param_names = [name for name, _ in named]
         self.param_views = [p for _, p in named]
         self.grad_views = views(self.grad, self.param_views)
 
@@ -194,10 +199,12 @@ class TrainStep:
         # Randomness of the global batch, of which this rank takes its rows.
         local_batch = len(batch.images)
         shape = torch.Size([local_batch * self.world_size, *batch.images.shape[1:]])
-        u, noise, mirror = step_noise(self.config.SEED, step, shape, self.device)
+        u, noise, mirror, drop = step_noise(self.config.SEED, step, shape, self.device)
         rows = slice(self.rank * local_batch, (self.rank + 1) * local_batch)
         t = self.model.timesteps_from_uniform(u)[rows]
-        inputs = (batch.images, t, noise[rows], mirror[rows], *self.labels_of(batch))
+        is_kept = drop[rows] >= self.config.LABEL_DROPOUT
+        labels = [torch.where(is_kept, x, NO_LABEL) for x in self.labels_of(batch)]
+        inputs = (batch.images, t, noise[rows], mirror[rows], *labels)
 
         # One micro-batch after the other; several are added up.
         if self.micro_batch < local_batch:
@@ -312,12 +319,17 @@ class TrainStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what state_dict returned; raises UserError if another optimizer wrote it.
 
+        The state may lack the class embedding: an unconditional run continues as a conditional one.
         The random state is rank 0's; the other ranks leave theirs alone.
         """
+        named = zip(self.param_names, self.param_views, strict=True)
+        added = sum(padded_numel(p.numel()) for name, p in named if name not in state["model"])
         for name, (optimizer, _) in self.optimizers.items():
             saved = state["optimizer"][name]
             for key, value in optimizer.state_dict().items():
                 saved_value = saved[key if key in saved else OLD_STATE_NAMES[key]]
+                if name == "adam" and value.ndim:  # what was added is last
+                    saved_value = nn.functional.pad(saved_value, (0, added))
                 if value.shape != saved_value.shape:
                     raise UserError("the run has another optimizer: resume with its --optimizer")
                 value.copy_(saved_value)

@@ -16,12 +16,14 @@ from engine.checkpoints import TrainingCheckpoint
 from engine.dataloader import Batch, BatchLoader, ImageDataset
 from engine.devices import device_name
 from engine.errors import UserError
+from engine.labels import check_classes_on_resume
 from engine.progress import Progress, StopSignal
 from engine.run import VERSION, NullRun, Run, new_run_name, resume_hint
 from engine.train_step import TrainableModel, TrainStep, learning_rate, seed_everything
 
 MAX_NONFINITE_STEPS = 20  # in a row
-MUTABLE_ON_RESUME = {"sampling_timesteps", "guidance", "dropout"}  # entries of the architecture
+# Entries of the architecture; check_classes_on_resume has its own rule.
+MUTABLE_ON_RESUME = {"sampling_timesteps", "guidance", "guidance_mode", "dropout", "classes"}
 
 
 def train(
@@ -116,6 +118,8 @@ def restore(
         if saved.get(key, value) != value and key not in MUTABLE_ON_RESUME:
             change = f"{key} {saved[key]}, which cannot become {value}"
             raise UserError(f"{path} was trained with {change}: start another run")
+    classes = train_step.model.architecture.get("classes", {})
+    check_classes_on_resume(path, saved.get("classes", {}), classes)
 
     # Progress; with another batch size an epoch continues after the same number of images.
     fields = dict(state["progress"])

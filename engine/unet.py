@@ -37,14 +37,16 @@ class FastUnet(Unet):
     """Has the arguments, state dict, output and gradients of upstream's Unet.
 
     Relative error 1e-5 in fp32, 1e-2 in bf16. Under autocast it computes and returns autocast's
-    precision. UserError if the installed Unet has other modules than those computed here.
+    precision. num_classes: of labels, whose embeddings are added to the time embedding; they begin
+    as zeros. UserError if the installed Unet has other modules than those computed here.
     """
 
     checkpointing = False  # if True, blocks and attention are recomputed in the backward pass
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, num_classes: int = 0, **kwargs: Any):
         super().__init__(*args, **kwargs)
         check_upstream(self)
+        self.num_classes = num_classes
         self.blocks = [module for module in self.modules() if hasattr(module, "block1")]
         # upsample() combines its weights in fp32 before they are cast.
         upsample_weights = {up[1].weight for *_, up in self.ups if isinstance(up, nn.Sequential)}
@@ -52,20 +54,29 @@ class FastUnet(Unet):
         self.cast_params = [p for p in weights if p not in upsample_weights]
         matrix = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])  # see upsample
         self.register_buffer("upsample_matrix", torch.kron(matrix, matrix), persistent=False)
+        if num_classes:
+            zeros = torch.zeros(num_classes, self.time_mlp[3].out_features)
+            self.class_embedding = nn.Embedding.from_pretrained(zeros, freeze=False)
 
-    def forward(self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W), timesteps t (B,); H and W are multiples of downsample_factor."""
+    def forward(
+        self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """x (B, C, H, W), timesteps t (B,); H and W are multiples of downsample_factor.
+
+        labels: classes (B,), -1: no label; or weights of all classes, floats (B, num_classes).
+        """
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if self.self_condition:
             x = torch.cat((torch.zeros_like(x) if x_self_cond is None else x_self_cond, x), dim=1)
         with torch.autocast(device, enabled=False):
             x = x.to(dtype, memory_format=torch.channels_last)
-            return self._forward(x, t, cast_weights(self.cast_params, dtype)).contiguous()
+            weights = cast_weights(self.cast_params, dtype)
+            return self._forward(x, t, labels, weights).contiguous()
 
-    def _forward(self, x: Tensor, t: Tensor, weights: Weights) -> Tensor:
+    def _forward(self, x: Tensor, t: Tensor, labels: Tensor | None, weights: Weights) -> Tensor:
         """Computes in the precision of x."""
-        modulations = self._modulations(t, weights, x.dtype)
+        modulations = self._modulations(t, labels, weights, x.dtype)
         recompute = self.checkpointing and torch.is_grad_enabled()
 
         def run(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
@@ -102,11 +113,19 @@ class FastUnet(Unet):
         x = block(torch.cat((x, stem), dim=1), self.final_res_block)
         return conv(x, self.final_conv, weights)
 
-    def _modulations(self, t: Tensor, weights: Weights, dtype: torch.dtype) -> dict:
+    def _modulations(
+        self, t: Tensor, labels: Tensor | None, weights: Weights, dtype: torch.dtype
+    ) -> dict:
         """Scale and shift (B, 2C) of each block, of one matrix product for all."""
         embedding, linear1, _, linear2 = self.time_mlp
         t = F.linear(embedding(t).to(dtype), weights[linear1.weight], linear1.bias.to(dtype))
         t = F.linear(F.gelu(t), weights[linear2.weight], linear2.bias.to(dtype))
+        if labels is not None:
+            class_weights = labels
+            if not labels.is_floating_point():  # -1 is no class
+                classes = torch.arange(self.num_classes, device=labels.device)
+                class_weights = (labels[:, None] == classes).float()
+            t = t + (class_weights @ self.class_embedding.weight).to(dtype)
         linears = [block.mlp[1] for block in self.blocks]
         weight = torch.cat([weights[linear.weight] for linear in linears])
         bias = torch.cat([linear.bias for linear in linears]).to(dtype)

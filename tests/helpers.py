@@ -29,6 +29,7 @@ STEP_SETTINGS = {
     "GRAD_CLIP": 1.0,
     "EMA_DECAY": 0.9,
     "HORIZONTAL_FLIP": True,
+    "LABEL_DROPOUT": 0.0,
     "USE_AMP": False,
     "COMPILE_MODEL": False,
     "CUDA_GRAPH": False,

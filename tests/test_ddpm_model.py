@@ -56,18 +56,20 @@ def test_from_config_passes_every_setting():
         "LOSS_WEIGHTING": "min_snr", "MIN_SNR_GAMMA": 4.0, "SCHEDULE_BASE_SIZE": 32,
         "GUIDANCE": 1.7, "ATTENTION_HEADS": (1, 2, 3), "ATTENTION_DIM": (8, 16, 24),
         "FULL_ATTENTION_MAX_SIZE": 8, "GRADIENT_CHECKPOINTING": True, "SEED": 5, "CHANNELS": 4,
+        "GUIDANCE_MODE": "both",
     }  # fmt: skip
     config = resolve("folder", CPU_TIER, flags=flags)
-    model = DDPMModel.from_config(config)
+    model = DDPMModel.from_config(config, {"a": 2, "b": 3})
     assert model.architecture == {
         "image_size": 16, "dim": 8, "dim_mults": [1, 2, 3], "channels": 4, "timesteps": 30,
         "sampling_timesteps": 7, "objective": "pred_x0", "beta_schedule": "sigmoid",
         "loss_weighting": "min_snr", "min_snr_gamma": 4.0, "schedule_base_size": 32,
         "guidance": 1.7, "dropout": 0.3, "full_attn": [False, True, True],
-        "attn_heads": [1, 2, 3], "attn_dim_head": [8, 16, 24],
+        "attn_heads": [1, 2, 3], "attn_dim_head": [8, 16, 24], "classes": {"a": 2, "b": 3},
+        "guidance_mode": "both",
     }  # fmt: skip
     assert model.unet.checkpointing
-    same = DDPMModel.from_config(config)
+    same = DDPMModel.from_config(config, {"a": 2, "b": 3})
     assert all(map(torch.equal, model.parameters(), same.parameters()))
 
 

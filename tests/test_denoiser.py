@@ -133,6 +133,62 @@ def test_denoiser_passes_labels_to_both_networks():
     assert network.calls[0][2] is labels and guide.calls[0][2] is labels
 
 
+def conditional(**changes) -> DDPMModel:
+    """A model of three classes with a guide, whose class embeddings are not zero."""
+    return guided(classes={"a": 1, "b": 1, "c": 2}, **changes)
+
+
+def x_0_of(network: torch.nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
+    """What one network predicts at timestep 20, unguided."""
+    model = conditional()
+    model.diffusion.model = network
+    return model.denoiser(clip=False, guidance=1, labels=labels)(x, 20)
+
+
+def test_guidance_modes_are_the_guide_no_label_or_both():
+    model = conditional()
+    x = torch.randn(2, 3, 8, 8)
+    labels = torch.tensor([0, 2])
+    x_0 = x_0_of(model.unet, x, labels)
+    references = {
+        "autoguidance": x_0_of(model.guide, x, labels),
+        "cfg": x_0_of(model.unet, x, None),
+        "both": x_0_of(model.guide, x, None),
+    }
+    for mode, reference in references.items():
+        denoiser = model.denoiser(False, 3.0, labels, mode)
+        torch.testing.assert_close(denoiser(x, 20), reference + 3 * (x_0 - reference))
+        assert torch.equal(model.denoiser(False, 1.0, labels, mode)(x, 20), x_0)
+        assert not torch.allclose(reference, x_0, atol=1e-3)
+
+
+def test_guidance_mode_defaults_to_the_models_own_and_counts_all_evaluations():
+    model = conditional(guidance_mode="cfg", guidance=2.0)
+    model.guide = None  # classifier-free guidance needs none
+    calls = []
+    model.unet.register_forward_hook(lambda *_: calls.append(1))
+    plan = model.sampling_plan("unipc", 9)
+    guided_image = model.sample(1, steps=9, seed=0)
+    assert 9 < len(calls) == model.count_nfe(*plan)
+    assert model.count_nfe(*plan, guidance_mode="autoguidance") == 9  # there is no guide
+    assert torch.equal(
+        model.sample(1, steps=9, seed=0, guidance=1),
+        model.sample(1, steps=9, seed=0, guidance_mode="autoguidance"),
+    )
+    assert not torch.equal(guided_image, model.sample(1, steps=9, seed=0, guidance=1))
+    # No label, no classifier-free guidance.
+    calls.clear()
+    model.vary(torch.rand(3, 8, 8), 1.0, 1, steps=9, seed=0)
+    assert len(calls) == 9
+
+
+def test_guidance_modes_that_do_not_exist_are_rejected():
+    with pytest.raises(UserError, match="unknown guidance_mode cgf; choose from autoguidance, cfg"):
+        conditional().denoiser(guidance_mode="cgf")
+    with pytest.raises(UserError, match="guidance_mode cfg needs labels, but this model is uncond"):
+        guided().denoiser(guidance_mode="cfg")
+
+
 def test_denoiser_self_conditions_on_its_previous_prediction():
     network = Constant(0.5)
     denoiser = ModelDenoiser(process(self_condition=True), network, True)

@@ -56,7 +56,7 @@ def test_step_is_adam_on_the_clipped_gradient_of_the_loss():
     # Adam's first step amplifies the rounding of small gradients: the same memory layout.
     reference.to(memory_format=torch.channels_last)
     adam = torch.optim.Adam(reference.parameters(), lr=0.01, betas=(0.9, 0.99))
-    u, noise, mirror = step_noise(0, 3, torch.Size([32, 3, 8, 8]), CPU)
+    u, noise, mirror, _ = step_noise(0, 3, torch.Size([32, 3, 8, 8]), CPU)
     images = make_batch().images / 255
     x = torch.where(mirror[:, None, None, None], images.flip(-1), images)
     expected = reference(x, (u * 50).long(), noise)
@@ -136,9 +136,9 @@ def test_learning_rate_rises_then_falls_to_zero():
 # --- randomness
 
 
-@pytest.mark.parametrize("part", ["u", "noise", "mirror"])
+@pytest.mark.parametrize("part", ["u", "noise", "mirror", "drop"])
 def test_step_noise_differs_for_every_seed_and_step(part):
-    index = ["u", "noise", "mirror"].index(part)
+    index = ["u", "noise", "mirror", "drop"].index(part)
     shape = torch.Size([64, 1, 2, 2])
     values = {tuple(step_noise(*pair, shape, CPU)[index].flatten().tolist()) for pair in PAIRS}
     assert len(values) == len(PAIRS)
@@ -194,6 +194,67 @@ def test_step_passes_each_image_with_its_label():
     step.validate(loader.validation())
     ((images, labels),) = step.ema.calls
     assert images == loader.val_indices.tolist() and labels == [3 * image for image in images]
+
+
+def test_step_drops_labels_by_seed_and_step_but_not_in_validation():
+    loader = labeled_loader()
+    options = {"BATCH_SIZE": 6, "LABEL_DROPOUT": 0.5, "SEED": 3}
+    model = ConditionalModel(image_size=8, dim=8, dim_mults=(1, 2), timesteps=50)
+    step = TrainStep(model, SimpleNamespace(**(STEP_SETTINGS | options)))
+    for number, batch in enumerate(loader.epoch(0)):
+        step.model.calls.clear()
+        step(batch, number, 1e-3)
+        *_, drop = step_noise(3, number, batch.images.shape, CPU)
+        expected = torch.where(drop < 0.5, -1, batch.labels).tolist()
+        assert [x for _, labels in step.model.calls for x in labels] == expected
+        assert 0 < expected.count(-1) < len(expected)
+    step.ema.calls.clear()
+    step.validate(loader.validation())
+    assert -1 not in step.ema.calls[0][1]
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_step_of_an_unconditional_run_continues_as_a_conditional_one(optimizer):
+    def make(classes: dict[str, int]) -> TrainStep:
+        torch.manual_seed(0)
+        model = DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), timesteps=50, classes=classes)
+        changes = {"OPTIMIZER": optimizer, "LABEL_DROPOUT": 1.0}
+        return TrainStep(model, SimpleNamespace(**(STEP_SETTINGS | changes)))
+
+    plain, conditional = make({}), make({"a": 1, "b": 1})
+    plain(make_batch(), 0, 1e-2)
+    plain.ema.snapshot_guide()
+    conditional.load_state_dict(copy.deepcopy(plain.state_dict()))
+    # Without a label, it trains as before.
+    plain(make_batch(), 1, 1e-2)
+    batch = make_batch()._replace(labels=torch.ones(32, dtype=torch.long))
+    conditional(batch, 1, 1e-2)
+    weights = dict(conditional.model.named_parameters())
+    for name, expected in plain.model.named_parameters():
+        torch.testing.assert_close(weights.pop(name), expected, atol=1e-6, rtol=0)
+    ((name, embedding),) = weights.items()
+    assert "class_embedding" in name and not embedding.any()
+    # With labels, the embedding learns.
+    conditional.config.LABEL_DROPOUT = 0.0
+    conditional(batch, 2, 1e-2)
+    assert embedding[1].any() and not embedding[0].any()
+
+
+def test_classes_of_constant_colors_are_sampled_in_their_color():
+    colors = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.9, 0.1], [0.1, 0.1, 0.9]])
+    torch.manual_seed(0)
+    model = DDPMModel(
+        image_size=2, dim=16, dim_mults=(1,), timesteps=100, classes=dict.fromkeys("rgb", 1)
+    )
+    changes = {"OPTIMIZER": "muon", "LABEL_DROPOUT": 0.1}
+    step = TrainStep(model, SimpleNamespace(**(STEP_SETTINGS | changes)))
+    labels = torch.arange(32) % 3
+    images = (colors[labels] * 255).to(torch.uint8)[:, :, None, None].expand(-1, -1, 2, 2)
+    for number in range(80):
+        step(Batch(images, labels), number, 1e-2)
+    samples = step.ema.sample(12, seed=0, labels=labels[:12], steps=8)
+    found = samples.mean(dim=(2, 3)).argmax(dim=1)
+    assert found.tolist() == labels[:12].tolist()
 
 
 def test_step_without_labels_in_the_data_or_in_forward_passes_none():

@@ -52,6 +52,27 @@ def test_fast_unet_matches_upstream(architecture):
         assert relative_error(a, b) < 1e-5
 
 
+def test_class_embedding_begins_at_zero_and_is_the_only_new_key():
+    torch.manual_seed(0)
+    plain = FastUnet(**ARCHITECTURES[0])
+    torch.manual_seed(0)
+    conditional = FastUnet(**ARCHITECTURES[0], num_classes=3)
+    new = conditional.state_dict().keys() - plain.state_dict().keys()
+    assert new == {"class_embedding.weight"}
+    x, t = torch.randn(3, 3, 16, 16), torch.tensor([0, 400, 999])
+    labels = torch.tensor([2, -1, 0])
+    with torch.no_grad():
+        expected = plain(x, t)
+        assert torch.equal(conditional(x, t, labels=labels), expected)
+        conditional.class_embedding.weight.normal_()
+        output = conditional(x, t, labels=labels)
+        assert torch.equal(conditional(x, t), expected)
+        weights = torch.tensor([[0.0, 0, 1], [0, 0, 0], [1, 0, 0]])
+        assert torch.equal(conditional(x, t, labels=weights), output)
+    is_same = [torch.allclose(a, b, atol=1e-3) for a, b in zip(output, expected, strict=True)]
+    assert is_same == [False, True, False]
+
+
 def test_fast_unet_in_mixed_precision_is_as_exact_as_upstream():
     reference, fast = pair(**ARCHITECTURES[0])
     exact = results(reference)

@@ -1,0 +1,101 @@
+"""Labels: of seeds, in files, given to the model's methods, compared on resume."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm_model import DDPMModel
+from engine.errors import UserError
+from engine.labels import check_classes_on_resume, labels_of_seeds
+
+CLASSES = {"cat": 3, "dog": 1}
+
+
+def conditional() -> DDPMModel:
+    """A small model whose classes differ."""
+    torch.manual_seed(0)
+    model = DDPMModel(
+        image_size=8, dim=8, dim_mults=(1, 2), timesteps=40, sampling_timesteps=4, classes=CLASSES
+    )
+    model.unet.class_embedding.weight.data.normal_()
+    return model
+
+
+def test_labels_of_seeds_are_in_proportion_for_any_consecutive_seeds():
+    counts = [5, 0, 3, 2]
+    for first in (0, 7_777, 10**17):
+        labels = labels_of_seeds(range(first, first + 1000), counts)
+        found = np.bincount(labels, minlength=4)
+        np.testing.assert_allclose(found, [500, 0, 300, 200], atol=4)
+    some = labels_of_seeds([3, 10**17 + 5], counts)
+    assert some[0] == labels_of_seeds(range(10), counts)[3] and some[1] == labels[5]
+
+
+def test_sample_draws_classes_by_seed_whatever_the_batch():
+    model = conditional()
+    labels = labels_of_seeds(range(8), [*CLASSES.values()])
+    assert set(labels) == {0, 1}
+    images = model.sample(8, seed=0)
+    torch.testing.assert_close(images, model.sample(8, seed=0, labels=labels))
+    torch.testing.assert_close(images[5:], model.sample(3, seed=5), atol=1e-5, rtol=0)
+    other = model.sample(8, seed=0, labels=(1 - labels).tolist())
+    assert (images - other).abs().amax(dim=(1, 2, 3)).min() > 0.01
+    dogs = model.sample(2, seed=0, labels=1)
+    torch.testing.assert_close(dogs, model.sample(2, seed=0, labels=[1, 1]))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_class_names_are_stored_with_the_model(tmp_path, suffix):
+    model = conditional()
+    model.save_model(tmp_path / f"model{suffix}")
+    loaded = DDPMModel().load_model(tmp_path / f"model{suffix}")
+    assert loaded.class_names == ("cat", "dog") and loaded.class_counts == (3, 1)
+    assert torch.equal(loaded.sample(2, seed=0), model.sample(2, seed=0))
+
+
+def test_unconditional_weights_fit_a_conditional_model():
+    torch.manual_seed(0)
+    plain = DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), timesteps=40)
+    plain.snapshot_guide()
+    model = conditional()
+    model.load_state_dict(plain.state_dict())
+    assert not model.unet.class_embedding.weight.any()
+    assert not model.guide.class_embedding.weight.any()
+    options = {"seed": 0, "steps": 4}
+    assert torch.equal(model.sample(2, labels=1, **options), plain.sample(2, **options))
+
+
+def test_interpolate_goes_between_two_classes():
+    model = conditional()
+    images = torch.rand(2, 3, 8, 8)
+    both = model.interpolate(*images, 3, steps=10, labels=(0, 1))
+    for i, label in ((0, 0), (2, 1)):
+        same = model.interpolate(*images, 3, steps=10, labels=(label, label))
+        torch.testing.assert_close(both[i], same[i])
+        assert not torch.allclose(both[1], same[1], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 2], r"labels are \[0, 2\], but must be between 0 and 1, or -1 for none"),
+        ([0, -2], "but must be between 0 and 1"),
+        ([0, 1, 1], "there are 3 labels for 2 images"),
+    ],
+)
+def test_labels_that_a_model_does_not_have_are_rejected(labels, message):
+    with pytest.raises(UserError, match=message):
+        conditional().sample(2, labels=labels)
+
+
+def test_classes_may_not_change_on_resume():
+    path = Path("last.pt")
+    for same in ({}, CLASSES):
+        check_classes_on_resume(path, same, CLASSES)
+    with pytest.raises(UserError, match=r"2 classes \(3 cat, 1 dog\). Resume with --class_cond"):
+        check_classes_on_resume(path, CLASSES, {})
+    for other in ({"cat": 3, "dog": 1, "cow": 1}, {"cat": 2, "dog": 2}):
+        with pytest.raises(UserError, match=f"but the data has {len(other)} .*: start another run"):
+            check_classes_on_resume(path, CLASSES, other)
