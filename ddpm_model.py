@@ -24,7 +24,7 @@ from engine.denoiser import ModelDenoiser
 from engine.errors import FallbackWarning, RenamedWarning, UserError
 from engine.generation import GenerationMixin, eval_mode, expand_seeds, unnormalize  # noqa: F401
 from engine.hub import HubMixin
-from engine.labels import UNCONDITIONAL
+from engine.labels import UNCONDITIONAL, check_class_names
 from engine.noise_schedule import P_MEAN, edm_weighting, shift_log_snr
 from engine.unet import FastUnet
 
@@ -110,6 +110,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         self.num_timesteps = timesteps
         self.sampling_timesteps = sampling_timesteps
         self.guidance = guidance
+        check_class_names(classes)
         self.class_names = tuple(classes)
         self.class_counts = tuple(classes.values())
         self.guidance_mode = guidance_mode if classes else "autoguidance"

@@ -41,6 +41,13 @@ def check_classes(class_names: Sequence[str], location: str) -> None:
         raise UserError(f"{location} has {found}, but {needed}. Drop it, or choose other data")
 
 
+def check_class_names(classes: Mapping[str, int]) -> None:
+    """Raises UserError for names, maybe read from a file, that could not be those of folders."""
+    for name, count in classes.items():
+        if name in ("", ".", "..") or set(name) & set("/\\\0") or not isinstance(count, int):
+            raise UserError(f"{name!r} is not a class: names are those of folders, with counts")
+
+
 def check_classes_on_resume(
     path: Path, saved: Mapping[str, int], classes: Mapping[str, int]
 ) -> None:

@@ -55,6 +55,12 @@ def test_class_names_are_stored_with_the_model(tmp_path, suffix):
     assert torch.equal(loaded.sample(2, seed=0), model.sample(2, seed=0))
 
 
+@pytest.mark.parametrize("classes", [{"../x": 1}, {"": 1}, {"a\\b": 1}, {"..": 1}, {"a": "1"}])
+def test_class_names_from_a_file_cannot_leave_a_folder(classes):
+    with pytest.raises(UserError, match="is not a class: names are those of folders"):
+        DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), classes=classes)
+
+
 def test_unconditional_weights_fit_a_conditional_model():
     torch.manual_seed(0)
     plain = DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), timesteps=40)
