@@ -344,6 +344,16 @@ def subclass_overrides(subclass: type[DDPMConfig]) -> dict[str, Any]:
     return DDPMConfig.current_names(overrides, warn=True)
 
 
+def size_advice(config: DDPMConfig) -> str:
+    """Returns which sizes fit the levels of DIM_MULTS, and which fewer levels fit the size."""
+    size, mults = config.IMAGE_SIZE, config.DIM_MULTS
+    factor = 2 ** (len(mults) - 1)
+    below, above = size // factor * factor, -(-size // factor) * factor
+    sizes = " or ".join(str(each) for each in (below, above) if 4 <= each <= 1024)
+    levels = next(n for n in range(len(mults), 0, -1) if size % 2 ** (n - 1) == 0)
+    return f"use --image_size {sizes}, or --dim_mults {','.join(map(str, mults[:levels]))}"
+
+
 def validate(config: DDPMConfig) -> None:
     """Raises UserError if two values exclude each other."""
     levels = len(config.DIM_MULTS)
@@ -352,7 +362,7 @@ def validate(config: DDPMConfig) -> None:
     is_linear = config.BETA_SCHEDULE == "linear"
     for is_bad, name, requirement in (
         (config.IMAGE_SIZE % factor, "IMAGE_SIZE",
-         f"the levels of DIM_MULTS need a multiple of {factor}"),
+         f"the {levels} levels of DIM_MULTS need a multiple of {factor}: {size_advice(config)}"),
         (config.DIM % 2, "DIM", "must be even"),  # sine and cosine of the timestep embedding
         (is_linear and config.TIMESTEPS < 20, "TIMESTEPS",
          "the linear BETA_SCHEDULE needs at least 20"),

@@ -19,7 +19,7 @@ from config import Config, DDPMConfig, detect_tier, estimate_memory_gib, resolve
 from ddpm_model import DDPMModel
 from engine import checkpoints, distributed
 from engine.checkpoints import TrainingCheckpoint
-from engine.datasets import choose_default_dataset, load_dataset
+from engine.datasets import choose_default_dataset, load_dataset, placeholder
 from engine.errors import UserError
 from engine.gpu_memory import cap_memory
 from engine.image_source import ReadOptions
@@ -40,16 +40,21 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] = DEFAUL
     check_installed(config.LOG_WITH)
 
     # Data: rank 0 fetches and decodes before the process group exists, the others read the cache.
-    data = distributed.rank0_first("data", lambda: load_dataset(
-        config.DATASET, config.IMAGE_SIZE, Path(config.DATA_DIR), workers=config.NUM_WORKERS,
-        progress=distributed.launched_rank() == 0, upsampling=config.USE_UPSAMPLING,
-        options=ReadOptions.from_config(config.as_dict()),
-        use_labels=config.CLASS_CONDITIONAL,
-    ))  # fmt: skip
+    data = None
+    if request.dry_run:
+        data = placeholder(config.DATASET, config.IMAGE_SIZE, config.CLASS_CONDITIONAL)
+    if data is None:
+        data = distributed.rank0_first("data", lambda: load_dataset(
+            config.DATASET, config.IMAGE_SIZE, Path(config.DATA_DIR), workers=config.NUM_WORKERS,
+            progress=distributed.launched_rank() == 0, upsampling=config.USE_UPSAMPLING,
+            options=ReadOptions.from_config(config.as_dict()),
+            use_labels=config.CLASS_CONDITIONAL,
+        ))  # fmt: skip
+    if not config.CHANNELS:
+        config.override({"CHANNELS": data.images.shape[1]}, "data")
     make_model = partial(DDPMModel.from_config, classes=data.classes)
 
     with distributed.session(lambda: "start it again") as dist:
-        config.override({"CHANNELS": data.images.shape[1]}, "data")
         model = make_model(config)
         if config.AUTO_MICRO_BATCH and dist.device.type == "cuda" and dist.num_processes == 1:
             config.split_batch(find_micro_batch(make_model, config, data.images))
@@ -126,7 +131,7 @@ def configure(request: TrainingRequest, checkpoint: TrainingCheckpoint | None) -
 
     dataset = request.value("DATASET", resumed)
     if dataset == "auto":
-        where = Path(request.value("DATA_DIR", resumed)), tier.name != "CPU"
+        where = Path(request.value("DATA_DIR", resumed)), tier.name != "CPU", not request.dry_run
         dataset = distributed.from_rank0("dataset", lambda: choose_default_dataset(*where))
     return resolve(dataset, tier, request.script, request.subclass, request.flags, resumed)
 

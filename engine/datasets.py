@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -70,15 +71,17 @@ ARCHIVES = {
 }  # fmt: skip
 
 
-def choose_default_dataset(data_dir: Path, has_gpu: bool) -> str:
+def choose_default_dataset(data_dir: Path, has_gpu: bool, download: bool = True) -> str:
     """Chooses the data set of --dataset auto: "cifar10" with a GPU, else "shapes".
 
-    CIFAR-10 is downloaded here if it is missing; if that fails, the choice is "shapes".
+    CIFAR-10 is downloaded here if it is missing, unless `download` is false; if that fails, the
+    choice is "shapes".
     """
     reason = "no GPU found; CIFAR-10 would take days"
     if has_gpu:
         try:
-            ensure_downloaded(ARCHIVES["cifar10"], data_dir)
+            if download:
+                ensure_downloaded(ARCHIVES["cifar10"], data_dir)
             return "cifar10"
         except UserError as error:
             reason = str(error)
@@ -134,6 +137,14 @@ def load_dataset(
 def file_label(dataset: str) -> str:
     """Returns a data set's name as part of a file name: `hf:user/name` is `hf-user-name`."""
     return re.sub(r"[^\w.-]+", "-", dataset)[:60]
+
+
+def placeholder(dataset: str, image_size: int) -> ImageDataset:
+    """Returns as many black images as a named data set has, and its class names; loads nothing."""
+    archive = ARCHIVES.get(dataset)
+    count = sum(archive.contents.values()) if archive else SHAPES_COUNT
+    images = np.broadcast_to(np.uint8(0), (count, 3, image_size, image_size))
+    return ImageDataset(images, None, archive.class_names if archive else SHAPE_KINDS)
 
 
 def images_from_loader(loader: Iterable) -> np.ndarray:
@@ -256,6 +267,8 @@ def ensure_downloaded(archive: Archive, data_dir: Path, use_labels: bool = False
     if all((folder / name).exists() for name in needed):
         return
     advice = f"Get {local.name} from {archive.url} and save it as {local}"
+    if "drive.google.com" in archive.url and not local.is_file() and find_spec("gdown") is None:
+        raise UserError(f"this download needs gdown: pip install gdown. Without it: {advice}")
     if local.is_file() and not utils.check_integrity(local, archive.md5):
         raise UserError(f"{local} is damaged or incomplete (MD5 is not {archive.md5}). {advice}")
     try:

@@ -328,6 +328,20 @@ def test_bad_command_line_gets_one_line(arguments, message, tmp_path, monkeypatc
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("size", "mults", "advice"),
+    [(28, "1,2,2,2", "24 or 32, or --dim_mults 1,2,2"), (5, "1,2,2,2", "8, or --dim_mults 1"),
+     (1022, "1,2,2", "1020 or 1024, or --dim_mults 1,2")],
+)  # fmt: skip
+def test_size_that_the_levels_cannot_halve_gets_advice_that_works(size, mults, advice):
+    flags = ["--dataset", "folder", "--image_size", str(size), "--dim_mults"]
+    with pytest.raises(UserError) as caught:
+        configure(*flags, mults)
+    assert str(caught.value).endswith(f": use --image_size {advice}")
+    configure(*flags, advice.split()[-1])
+    configure(*flags, mults, "--image_size", advice.split(",")[0].split()[-1])
+
+
 def test_subclass_from_a_file_is_overridden_by_a_flag(tmp_path):
     file = tmp_path / "mine.py"
     base = "class Base(DDPMConfig):\n    DIM = 16\n"

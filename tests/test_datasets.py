@@ -52,6 +52,7 @@ def no_network(monkeypatch):
         raise URLError("no route to host")
 
     monkeypatch.setattr(datasets.utils, "download_url", refuse)
+    monkeypatch.setattr(datasets, "find_spec", lambda name: name)
 
 
 def change_archive(monkeypatch, dataset: str, **changes) -> None:
@@ -290,6 +291,7 @@ def test_download_requests_the_archive_with_a_timeout(load, monkeypatch, dataset
         raise OSError("stopped")
 
     monkeypatch.setattr(datasets.utils, "download_url", download)
+    monkeypatch.setattr(datasets, "find_spec", lambda name: name)
     before = socket.getdefaulttimeout()
     with pytest.raises(UserError, match="stopped"):
         load(dataset)
@@ -298,6 +300,13 @@ def test_download_requests_the_archive_with_a_timeout(load, monkeypatch, dataset
     assert (url, md5, seconds) == (archive.url, archive.md5, datasets.CONNECT_SECONDS)
     assert name == Path(archive.path).name and load.data in Path(folder).parents
     assert socket.getdefaulttimeout() == before
+
+
+def test_celeba_without_gdown_says_what_to_install_before_anything_else(load, monkeypatch):
+    monkeypatch.setattr(datasets, "find_spec", lambda name: None)
+    monkeypatch.setattr(datasets.utils, "download_url", lambda *_: pytest.fail("tried"))
+    with pytest.raises(UserError, match=r"needs gdown: pip install gdown.*save it as .*\.zip$"):
+        load("celeba")
 
 
 def test_celeba_is_downloaded_from_google_drive():
@@ -362,6 +371,25 @@ def test_choose_default_dataset(load, cifar10, no_network, monkeypatch, capsys):
 
     monkeypatch.setattr(datasets.utils, "download_url", fail)
     assert choose(has_gpu=False, folder=load.data / "missing")[0] == "shapes"
+
+
+def test_choose_default_dataset_without_download_expects_cifar10(load, monkeypatch):
+    monkeypatch.setattr(datasets, "ensure_downloaded", lambda *_: pytest.fail("tried"))
+    assert choose_default_dataset(load.data, True, download=False) == "cifar10"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "count", "classes"),
+    [
+        ("cifar10", 50_000, 10),
+        ("stl10", 105_000, 10),
+        ("celeba", 202_599, 0),
+        ("shapes", 20_480, 4),
+    ],
+)
+def test_placeholder_has_as_many_images_as_the_data_set(dataset, count, classes):
+    data = datasets.placeholder(dataset, 16)
+    assert data.images.shape == (count, 3, 16, 16) and len(data.class_names) == classes
 
 
 def test_choose_default_dataset_prints_on_rank_0_only(load, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -107,6 +108,38 @@ def test_cache_build_removes_what_killed_builds_and_earlier_versions_left(load):
     load(gray_source(5, fingerprint="2"))
     (built,) = load.files() - {"unrelated.npy"}
     assert built != stale and "unrelated.npy" in load.files()
+
+
+DAMAGES = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    "empty": lambda path: path.write_bytes(b""),
+    "random": lambda path: path.write_bytes(np.random.default_rng(0).bytes(5000)),
+    "type": lambda path: np.save(path, np.zeros((5, 3, 4, 4), np.float32)),
+    "shape": lambda path: np.save(path, np.zeros((5, 3, 4, 5), np.uint8)),
+    "scalar": lambda path: np.save(path, np.uint8(0)),
+    "pickle": lambda path: np.save(path, np.array([None, 1]), allow_pickle=True),
+}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "damage"),
+    [("*.npy", damage) for damage in DAMAGES]
+    + [("*.labels.npz", damage) for damage in ("empty", "random", "type")],
+)
+def test_damaged_cache_is_built_again_with_a_warning(load, pattern, damage):
+    source = gray_source(5, labels=np.arange(5), class_names=("a", "b"))
+    load(source)
+    (path,) = load.cache.glob(pattern)
+    DAMAGES[damage](path)
+    if path.with_name(f"{path.name}.npy").exists():  # np.save adds it
+        path.with_name(f"{path.name}.npy").rename(path)
+    with pytest.warns(FallbackWarning, match=r"reading the image cache .* failed") as warned:
+        data = load(source)
+    assert len(warned) == 1 and values(data) == data.labels.tolist() == list(range(5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(source)
 
 
 # Unreadable images.

@@ -193,6 +193,17 @@ def test_dry_run_prints_an_estimate_and_leaves_nothing(trained):
     assert not (trained / "checkpoints/dry").exists() and not (trained / "samples/dry").exists()
 
 
+@pytest.mark.parametrize(("dataset", "steps"), [("stl10", "13,060"), ("celeba", "25,260")])
+def test_dry_run_downloads_nothing(dataset, steps, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("train.load_dataset", lambda *_, **__: pytest.fail("loaded"))
+    flags = ["--dataset", dataset, "--epochs", "2", "--dry_run"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY_FLAGS[2:], *flags])
+    importlib.import_module("train").main()
+    assert f"{steps} steps, 2.0 epochs" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(119, "119 seconds"), (150, "2.5 minutes"), (9000, "2.5 hours"), (216_000, "2.5 days")],
