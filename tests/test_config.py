@@ -364,8 +364,8 @@ def saved_run(tmp_path, monkeypatch) -> dict:
     """The configuration of a run `mine` of train_optimized.py that has saved a checkpoint."""
     monkeypatch.chdir(tmp_path)
     config = resolve("shapes", CPU_TIER, train_optimized.DEFAULTS, flags=RUN).as_dict()
-    empty = {key: {} for key in ("model", "ema", "optimizer", "progress")}
-    checkpoints.save(Path("checkpoints/mine/last.pt"), {**empty, "run": "mine", "config": config})
+    empty = {key: type_() for key, type_ in checkpoints.TRAINING_KEYS.items()}
+    checkpoints.save(Path("checkpoints/mine/last.pt"), empty | {"run": "mine", "config": config})
     return config
 
 
