@@ -139,12 +139,24 @@ def file_label(dataset: str) -> str:
     return re.sub(r"[^\w.-]+", "-", dataset)[:60]
 
 
-def placeholder(dataset: str, image_size: int) -> ImageDataset:
-    """Returns as many black images as a named data set has, and its class names; loads nothing."""
-    archive = ARCHIVES.get(dataset)
-    count = sum(archive.contents.values()) if archive else SHAPES_COUNT
+def placeholder(dataset: str, image_size: int, use_labels: bool = False) -> ImageDataset | None:
+    """Returns as many black images as a data set has, with its classes; loads none.
+
+    None for a folder, and for a data set of the Hub that does not say its count or classes.
+    """
+    count = 0
+    class_names: tuple[str, ...] = ()
+    if archive := ARCHIVES.get(dataset):
+        count, class_names = sum(archive.contents.values()), archive.class_names
+    elif dataset == "shapes":
+        count, class_names = SHAPES_COUNT, SHAPE_KINDS
+    elif dataset.startswith(hf_datasets.PREFIX) and not use_labels:
+        count = hf_datasets.hf_source(dataset, 3, False).count
     images = np.broadcast_to(np.uint8(0), (count, 3, image_size, image_size))
-    return ImageDataset(images, None, archive.class_names if archive else SHAPE_KINDS)
+    if use_labels and count:
+        check_classes(class_names, dataset)
+        return ImageDataset(images, np.arange(count) % len(class_names), class_names)
+    return ImageDataset(images) if count else None
 
 
 def images_from_loader(loader: Iterable) -> np.ndarray:

@@ -69,9 +69,9 @@ class Setting:
         value = type_(value)
 
         # A choice with a colon, such as hf:NAME, stands for any name.
-        prefixes = tuple(f"{c.partition(':')[0]}:" for c in self.choices if ":" in c)
-        if self.choices and value not in self.choices and not value.startswith(prefixes):
-            choices = [str(choice) for choice in self.choices]
+        choices = [str(choice) for choice in self.choices]
+        prefixes = tuple(f"{c.partition(':')[0]}:" for c in choices if ":" in c)
+        if choices and str(value) not in choices and not str(value).startswith(prefixes):
             known = ", ".join(choices)
             closest = suggest(str(value), choices)
             raise UserError(f"{name} is {value!r}{closest}; choose from {known}")

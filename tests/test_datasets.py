@@ -389,7 +389,14 @@ def test_choose_default_dataset_without_download_expects_cifar10(load, monkeypat
 )
 def test_placeholder_has_as_many_images_as_the_data_set(dataset, count, classes):
     data = datasets.placeholder(dataset, 16)
-    assert data.images.shape == (count, 3, 16, 16) and len(data.class_names) == classes
+    assert data.images.shape == (count, 3, 16, 16) and data.labels is None
+    if classes:
+        labeled = datasets.placeholder(dataset, 16, use_labels=True)
+        assert len(labeled) == sum(labeled.classes.values()) and len(labeled.classes) == classes
+    else:
+        with pytest.raises(UserError, match="celeba has no labels"):
+            datasets.placeholder(dataset, 16, use_labels=True)
+    assert datasets.placeholder("folder", 16) is None
 
 
 def test_choose_default_dataset_prints_on_rank_0_only(load, monkeypatch, capsys):
