@@ -213,7 +213,7 @@ def measure_sampling(config: Config, device: torch.device, sampler: str, steps: 
             model.sample(config.BATCH_SIZE, sampler=sampler, steps=steps, seed=0)
 
     nfe = model.count_nfe(*model.sampling_plan(sampler, steps))
-    return time_steps(lambda: sample, config.BATCH_SIZE, device) | {"evaluations": nfe}
+    return time_steps(lambda: sample, config.BATCH_SIZE, device) | {"nfe": nfe}
 
 
 def measure_upstream_sampling(config: Config, device: torch.device) -> Row:
@@ -222,7 +222,7 @@ def measure_upstream_sampling(config: Config, device: torch.device) -> Row:
     x = torch.randn(config.BATCH_SIZE, 3, config.IMAGE_SIZE, config.IMAGE_SIZE, device=device)
     sample = lambda: [process.p_sample(x, t) for t in range(0, 1000, 40)]  # noqa: E731
     row = time_steps(lambda: sample, config.BATCH_SIZE * 25 / 1000, device)
-    return row | {"ms": 40 * row["ms"], "sampler": "ddpm", "steps": 1000, "evaluations": 1000}
+    return row | {"ms": 40 * row["ms"], "sampler": "ddpm", "steps": 1000, "nfe": 1000}
 
 
 def measure_data_path(config: Config, device: torch.device, on_gpu: bool) -> Row:

@@ -240,7 +240,7 @@ CHECKS: dict[str, Callable[[SimpleNamespace], str]] = {
 }  # fmt: skip
 
 
-def write_report(title: str, table: str) -> None:
+def write_html_report(title: str, table: str) -> None:
     """Writes report.html with its images inside, so that one file can be sent to someone."""
     page = '<!doctype html>\n<html lang="en"><meta charset="utf-8">'
     page += "<style>body{font:16px sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
@@ -282,7 +282,7 @@ def main() -> None:
 
     problem = f"{len(failed)} of {len(CHECKS)} checks failed: {', '.join(failed)}"
     title = problem if failed else f"all {len(CHECKS)} checks passed"
-    write_report(title, "\n".join(lines))
+    write_html_report(title, "\n".join(lines))
     print(f"report: {OUTPUT_DIR / 'report.html'}")
     if failed:
         raise UserError(title, exit_code=1)

@@ -50,7 +50,7 @@ class ScalingSettings(Settings):
     IMAGE_SIZE = Setting(0, "image size of both; 0: the presets'", min=0, max=1024)
 
 
-def configure(settings: ScalingSettings, preset: str, local_batch: int) -> Config:
+def preset_config(settings: ScalingSettings, preset: str, local_batch: int) -> Config:
     """Returns a preset as train_optimized.py trains it, with `local_batch` images on each rank."""
     is_gpu = torch.cuda.is_available()
     parts = -(-local_batch // settings.LARGE_BATCH) if preset == "stl10" else 1
@@ -70,7 +70,7 @@ def run_measurements(settings: ScalingSettings, dist: PartialState) -> Iterator[
     plan += [("weak", "stl10", settings.LARGE_BATCH)]
     plan += [("strong", preset, local_batch) for preset in ("cifar10", "stl10")]
     for kind, preset, batch in plan:
-        config = configure(settings, preset, batch)
+        config = preset_config(settings, preset, batch)
         make_step = partial(our_step, config, dist.device, *ranks)
         images = batch * dist.num_processes
         row = {"kind": kind, "preset": preset, "image_size": config.IMAGE_SIZE, "dim": config.DIM}
@@ -79,14 +79,14 @@ def run_measurements(settings: ScalingSettings, dist: PartialState) -> Iterator[
 
     # Validation loss: of all seeds on one GPU, of the first on more.
     for seed in (SEEDS if dist.num_processes == 1 else SEEDS[:1]) if settings.STEPS else ():
-        config = configure(settings, "cifar10", local_batch)
+        config = preset_config(settings, "cifar10", local_batch)
         curve = learning_curve(config, dist.device, settings.STEPS, seed, *ranks)
         row = {"kind": "loss", "seed": seed, "steps": settings.STEPS}
         row |= {"effective_batch": settings.EFFECTIVE_BATCH}
         yield row | {"validation_loss": curve["validation_loss"]}
 
 
-def worker_main(settings: ScalingSettings, path: Path) -> None:
+def run_rank(settings: ScalingSettings, path: Path) -> None:
     """Measures as one of the ranks; rank 0 appends each row to a file as a line of JSON."""
     torch.backends.cudnn.benchmark = True
     with session(lambda: "start scaling.py again") as dist:
@@ -144,7 +144,7 @@ def main() -> None:
     options = parser.parse_args()
     settings = ScalingSettings(**ScalingSettings.given(options))
     if options.worker:
-        return worker_main(settings, options.worker)
+        return run_rank(settings, options.worker)
 
     gpus = torch.cuda.device_count()
     counts = settings.PROCESSES or [n for n in (1, 2, 4, 8) if n <= (gpus or 2)]

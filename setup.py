@@ -85,7 +85,7 @@ def install(requirements_file: Path, torch_index: str | None) -> None:
         print(f"everything in {requirements_file.name} is already installed")
 
 
-def check(requirements_file: Path) -> int:
+def check_installation(requirements_file: Path) -> int:
     """Reports packages, GPUs and tier; returns 1 if a package is missing or broken, else 0."""
     # Packages.
     missing, broken = [], []
@@ -150,7 +150,7 @@ def main() -> int:
     if not args.check:
         install(requirements_file, args.torch_index)
         importlib.invalidate_caches()
-    exit_code = check(requirements_file)
+    exit_code = check_installation(requirements_file)
     if exit_code == 0 and not args.check:
         activate = f". {VENV}/bin/activate\n  " if Path(sys.prefix) == VENV else ""
         print(f"\nNext:\n  {activate}python train_optimized.py\n  python demo.py")

@@ -43,7 +43,7 @@ SECTIONS = {
 HEADINGS = {
     "what": "variant", "kind": "kind", "preset": "preset", "image_size": "px", "cap_gib": "cap GiB",
     "dim": "dim", "dim_mults": "dim_mults", "sampler": "sampler", "steps": "steps", "seed": "seed",
-    "evaluations": "NFE", "processes": "ranks", "batch": "batch", "micro_batch": "micro-batch",
+    "nfe": "NFE", "processes": "ranks", "batch": "batch", "micro_batch": "micro-batch",
     "images_per_second": "images/s", "ms": "ms", "peak_gib": "peak GiB", "mfu": "MFU",
     "over_library": "speedup", "efficiency": "efficiency", "validation_loss": "validation loss",
     "final_loss": "final loss", "fp32_gib": "fp32 GiB", "amp_gib": "mixed precision GiB",
@@ -180,11 +180,24 @@ def results_path(script: str, device: str) -> Path:
 
 def read_report(path: Path) -> dict[str, dict[str, Any]]:
     """Reads a results file, nested; empty if there is none. Raises UserError if it is damaged."""
+    if not path.exists():
+        return {}
     try:
-        report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
+        text = path.read_text(encoding="utf-8").replace('"evaluations":', '"nfe":')  # its old name
+        report = json.loads(text)
+        nested = {"": {path.name.split("-")[0]: report}} if "rows" in report else report
+        if not all(is_result(each) for sections in nested.values() for each in sections.values()):
+            raise ValueError("a result has no device or no rows")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}). Delete it and measure again") from error
-    return {"": {path.name.split("-")[0]: report}} if "rows" in report else report
+    return nested
+
+
+def is_result(result: Any) -> bool:
+    """Whether a result has what tables and plots show: a device and rows."""
+    is_dict = isinstance(result, dict) and isinstance(result.get("device"), str)
+    rows = result.get("rows") if is_dict else None
+    return isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:

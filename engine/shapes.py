@@ -13,10 +13,10 @@ NUM_UNIFORM = 9  # random numbers of an image
 
 def kind_of(index: np.ndarray, seed: int = 0) -> np.ndarray:
     """Returns which of SHAPE_KINDS each image shows: int (N,)."""
-    return (uniform(index, seed)[:, 0] * len(SHAPE_KINDS)).astype(int)
+    return (uniform_hash(index, seed)[:, 0] * len(SHAPE_KINDS)).astype(int)
 
 
-def uniform(index: np.ndarray, seed: int) -> np.ndarray:
+def uniform_hash(index: np.ndarray, seed: int) -> np.ndarray:
     """Hashes (seed, index, column) to numbers in [0, 1): float64 (N, NUM_UNIFORM).
 
     SplitMix64 (Steele et al., 2014).
@@ -34,7 +34,7 @@ def uniform(index: np.ndarray, seed: int) -> np.ndarray:
 def draw_shapes(index: np.ndarray, size: int, seed: int = 0) -> np.ndarray:
     """Returns the images at indices, int (N,), not negative: uint8 (N, 3, size, size)."""
     # The circumscribed circle of a shape stays inside the image, whose side is 1.
-    u = uniform(index, seed)
+    u = uniform_hash(index, seed)
     radius = 0.32 + 0.13 * u[:, 1]
     center = 0.5 + (2 * u[:, 2:4] - 1) * np.maximum(0.5 - radius, 0)[:, None]
 

@@ -461,10 +461,10 @@ def test_sampling_is_as_the_row_says(monkeypatch, timed, amp):
     row = benchmark.measure_sampling(config, CPU, "heun", 7)
     assert sampled == [(4, "heun", 7, 0, amp)] * 3 and model.cuda_graph is True
     assert model.guide is not None and not model.training
-    assert row["evaluations"] == model.count_nfe(*model.sampling_plan("heun", 7)) > 7
+    assert row["nfe"] == model.count_nfe(*model.sampling_plan("heun", 7)) > 7
 
 
-def test_sampling_evaluations_include_the_guides(monkeypatch, timed):
+def test_sampling_nfe_includes_the_guides(monkeypatch, timed):
     model = DDPMModel.from_config(tiny_config())
     model.snapshot_guide()
     calls = []
@@ -473,7 +473,7 @@ def test_sampling_evaluations_include_the_guides(monkeypatch, timed):
     monkeypatch.setattr(model, "snapshot_guide", lambda: None)
     monkeypatch.setattr(DDPMModel, "from_config", lambda config: model)
     row = benchmark.measure_sampling(tiny_config(), CPU, "unipc", 14)
-    assert len(calls) == 3 * row["evaluations"] and 14 < row["evaluations"] <= 20
+    assert len(calls) == 3 * row["nfe"] and 14 < row["nfe"] <= 20
 
 
 def test_upstream_sampling_counts_all_steps_for_those_done(monkeypatch, timed):
@@ -489,7 +489,7 @@ def test_upstream_sampling_counts_all_steps_for_those_done(monkeypatch, timed):
     row = benchmark.measure_upstream_sampling(tiny_config(), CPU)
     assert len(set(timesteps)) == 25 and len(timesteps) == 75
     assert timed[0][0] == pytest.approx(4 * 25 / 1000) and row["ms"] == 40
-    assert (row["sampler"], row["steps"], row["evaluations"]) == ("ddpm", 1000, 1000)
+    assert (row["sampler"], row["steps"], row["nfe"]) == ("ddpm", 1000, 1000)
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])

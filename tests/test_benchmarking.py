@@ -177,8 +177,17 @@ def test_reports_are_read_as_they_were_written(tmp_path):
     assert benchmarking.read_report(path) == report
     assert '"rounds": [1.5, 2e-07, 3.0]' in path.read_text()
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    path.write_text("{")
-    with pytest.raises(UserError, match="damaged"):
+    path.write_text(path.read_text().replace('"batch"', '"evaluations"'))  # the old name of NFE
+    assert benchmarking.read_report(path)["cifar10"]["training"]["rows"][0]["nfe"] == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "3", '{"cifar10": 3}', '{"rows": []}', '{"a": {"b": {"rows": [1]}}}']
+)
+def test_damaged_reports_are_named(tmp_path, text):
+    path = tmp_path / "benchmark-x.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"benchmark-x.json is damaged .*Delete it"):
         benchmarking.read_report(path)
 
 

@@ -30,12 +30,12 @@ def ranks(count: int, index: int = 0) -> SimpleNamespace:
 
 
 def test_configuration_is_the_presets_with_the_local_batch():
-    config = scaling.configure(settings(), "cifar10", 7)
+    config = scaling.preset_config(settings(), "cifar10", 7)
     assert (config.BATCH_SIZE, config.GRADIENT_ACCUMULATION) == (7, 1)
     assert (config.DIM, config.IMAGE_SIZE, config.DATASET) == (8, 16, "cifar10")
-    config = scaling.configure(settings(), "stl10", 8)
+    config = scaling.preset_config(settings(), "stl10", 8)
     assert (config.BATCH_SIZE, config.GRADIENT_ACCUMULATION) == (2, 4)
-    config = scaling.configure(ScalingSettings(), "stl10", 64)
+    config = scaling.preset_config(ScalingSettings(), "stl10", 64)
     assert (config.BATCH_SIZE, config.DIM, config.IMAGE_SIZE) == (64, 128, 96)
 
 
@@ -107,7 +107,7 @@ def test_rank_0_writes_the_rows(monkeypatch, tmp_path, capsys, index):
     monkeypatch.setattr(scaling, "run_measurements", lambda settings, dist: map(dict, rows))
     path = tmp_path / "rows.jsonl"
     path.touch()
-    scaling.worker_main(settings(), path)
+    scaling.run_rank(settings(), path)
     expected = [] if index else [row | {"processes": 2} for row in rows]
     assert [json.loads(line) for line in path.read_text().splitlines()] == expected
     assert len(capsys.readouterr().out.splitlines()) == len(expected)
