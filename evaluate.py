@@ -36,7 +36,7 @@ from engine.metrics import Scores
 from engine.settings import Setting
 from inference import SamplingSettings, batch_generate
 
-RGB = ReadOptions(channels=3)  # what the feature networks take
+RGB = ReadOptions(channels=3)
 NEAREST_SAMPLES = 16  # in the figure of nearest training images
 Evaluation = dict[str, Any]  # scores of images and how they were made, as in the JSON file
 References = dict[nn.Module, metrics.Statistics]  # of the real images, by feature network
@@ -78,7 +78,7 @@ def load_feature_networks(weights: str | None, device: torch.device) -> list[nn.
 def sample_images(
     model: DDPMModel, path: Path, settings: EvaluationSettings
 ) -> tuple[np.ndarray, Evaluation]:
-    """Returns samples, uint8 (N, 3, H, W), and how they were made; every rank must call this."""
+    """Returns samples, uint8 (N, C, H, W), and how they were made; every rank must call this."""
     # Rank 0 may evaluate the previous samples for longer than a collective operation waits.
     distributed.rank0_first(f"sample {path}", lambda: None)
     start = time.perf_counter()
@@ -105,7 +105,7 @@ def sample_images(
 
 
 def compute_scores(images: np.ndarray, references: References, device: torch.device) -> Scores:
-    """Returns all scores of images, uint8 (N, 3, H, W), against the real ones."""
+    """Returns all scores of images, uint8 (N, C, H, W), against the real ones."""
     scores = {}
     for network, real in references.items():
         features = metrics.extract_features(network, images, device)
@@ -140,18 +140,49 @@ def plot_nearest_neighbors(
     return plots.labeled_grid(images, labels, columns=len(samples), title=title, smallest=96)
 
 
-def validation_images(config: dict[str, Any]) -> torch.Tensor | None:
+def load_real_images(
+    settings: EvaluationSettings, config: dict[str, Any], shape: tuple[int, ...], path: Path
+) -> tuple[np.memmap, dict[str, Any]]:
+    """Returns the images to compare with and what the report says of them.
+
+    config: of the run that wrote the checkpoint `path`, whose training images are the default.
+    shape: (C, H, W) of the evaluated images; folders are read with their channels and size.
+    """
+    dataset, data_dir = settings.dataset, settings.data_dir
+    if not dataset and config:
+        dataset, data_dir = config["DATASET"], config["DATA_DIR"]
+    if not dataset:
+        raise UserError(f"{path} has no training data: set --dataset and --data_dir")
+    size = settings.image_size or shape[2]
+    channels = shape[0] if dataset == "folder" else 3
+    options = replace(ReadOptions.from_config(config), channels=channels)
+    real = load_dataset(dataset, size, Path(data_dir), options=options).images
+    return real, {
+        "dataset": dataset, "data_dir": data_dir, "images": len(real), "image_size": size,
+        "source": Path(real.filename).stem,
+    }  # fmt: skip
+
+
+def validation_images(model: DDPMModel) -> torch.Tensor | None:
     """Returns the images that a run did not train on; None with a warning if they are not here."""
+    config = model.training_info["config"]
     try:
         data_dir = Path(config["DATA_DIR"])
         options = ReadOptions.from_config(config)
         size = config["IMAGE_SIZE"]
         images = load_dataset(config["DATASET"], size, data_dir, options=options).images
+        if images.shape[1:] != image_shape(model):
+            raise UserError(f"they are {images.shape[1:]}, but the model's {image_shape(model)}")
     except (UserError, KeyError) as error:
         reason = f"loading the validation split failed ({error})"
         warnings.warn(f"{reason}; continuing without its loss", FallbackWarning, 2)
         return None
     return torch.from_numpy(images[train_val_split(len(images))[1]])
+
+
+def image_shape(model: DDPMModel) -> tuple[int, ...]:
+    """Returns the (C, H, W) of a model's images."""
+    return model.channels, model.image_size, model.image_size
 
 
 def format_table(evaluations: list[Evaluation]) -> str:
@@ -184,52 +215,44 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
     config: dict[str, Any] = {}
     if settings.images:
         images = load_dataset("folder", settings.image_size, paths[0], options=RGB).images
+        shape = images.shape[1:]
     else:
         model = DDPMModel().to(device).load_model(paths[0])
         config = model.training_info["config"]
-    size = settings.image_size or (images.shape[2] if settings.images else model.image_size)
+        shape = image_shape(model)
 
     # What to compare with.
-    dataset, data_dir = settings.dataset, settings.data_dir
-    if not dataset and config:
-        dataset, data_dir = config["DATASET"], config["DATA_DIR"]
-    if not dataset:
-        raise UserError(f"{paths[0]} has no training data: set --dataset and --data_dir")
     output_dir = Path(settings.output_dir)
     checkpoints.check_writable(output_dir)
     networks = load_feature_networks(settings.inception_weights, device)
-    options = replace(ReadOptions.from_config(config), channels=3)
-    real = load_dataset(dataset, size, Path(data_dir), options=options).images
+    real, reference = load_real_images(settings, config, shape, paths[0])
     references = {network: metrics.load_reference(network, real, device) for network in networks}
-    validation = validation_images(config) if config else None
+    validation = validation_images(model) if config else None
     evaluations: list[Evaluation] = []
     report = {
-        "reference": {
-            "dataset": dataset, "data_dir": data_dir, "images": len(real), "image_size": size,
-            "source": Path(real.filename).stem,
-        },
-        "networks": [network.name for network in networks],
+        "reference": reference, "networks": [network.name for network in networks],
         "device": device_name(device),
         "versions": jobs.package_versions((*jobs.PACKAGES, *metrics.PACKAGES)),
         "evaluations": evaluations,
     }  # fmt: skip
 
     # Sample and score; the report is saved after each.
-    losses: dict[str, list[float]] = {}
+    losses: dict[str, tuple[list[int], list[float]]] = {}
     for i, path in enumerate(paths):
         row_start = time.perf_counter()
         row: Evaluation = {"name": path.stem, "images": str(path)}
         if not settings.images:
-            if i > 0:  # the first is loaded already
-                model.load_model(path)
+            if i > 0 and image_shape(model.load_model(path)) != shape:  # the first is loaded
+                difference = f"{image_shape(model)}, but those of {paths[0]} {shape}"
+                raise UserError(f"images of {path} are {difference}. Evaluate it alone")
             images, row = sample_images(model, path, settings)
             if validation is not None:
-                timesteps, losses[row["name"]] = metrics.loss_by_timestep(model, validation)
+                losses[row["name"]] = metrics.loss_by_timestep(model, validation)
         row |= {"num_samples": len(images), "scores": compute_scores(images, references, device)}
         row["seconds"] = round(time.perf_counter() - row_start, 2)
         evaluations.append(row)
         report["seconds"] = round(time.perf_counter() - start, 2)
-        label = result_label(evaluations[0], len(paths) - 1, report["reference"])
+        label = result_label(evaluations[0], len(paths) - 1, reference)
         checkpoints.write_text(output_dir / f"{label}.json", json.dumps(report, indent=2) + "\n")
     print(format_table(evaluations))
 
@@ -240,14 +263,25 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
         names = [f"{kind} {settings.seed + i}" for i in range(len(samples))]
         figure = plot_nearest_neighbors(samples, names, real, references, device)
         plots.save_image(figure, output_dir / f"{label}-nearest.png")
+    save_curves(evaluations, losses, [network.title for network in networks], output_dir / label)
+    about = f"{len(real)} real images of {reference['dataset']} ({reference['data_dir']})"
+    print(f"{about}; results: {output_dir / label}*")
+
+
+def save_curves(
+    evaluations: list[Evaluation], losses: dict[str, tuple[list[int], list[float]]],
+    titles: list[str], stem: Path,
+) -> None:  # fmt: skip
+    """Plots losses, by name as timesteps and values, and distances over the time of training."""
     if losses:
-        plots.save_loss_by_timestep(timesteps, losses, output_dir / f"{label}-loss.png")
+        timesteps, _ = next(iter(losses.values()))
+        values = {name: loss for name, (_, loss) in losses.items()}
+        plots.save_loss_by_timestep(timesteps, values, stem.with_name(f"{stem.name}-loss.png"))
     trained = [row for row in evaluations if row.get("trained_seconds")]
     if len(trained) > 1:
         minutes = [row["trained_seconds"] / 60 for row in trained]
-        distances = {n.title: [row["scores"][n.title] for row in trained] for n in networks}
-        plots.plot_fd_over_time(minutes, distances, output_dir / f"{label}-curve.png")
-    print(f"{len(real)} real images of {dataset} ({data_dir}); results: {output_dir / label}*")
+        distances = {title: [row["scores"][title] for row in trained] for title in titles}
+        plots.plot_fd_over_time(minutes, distances, stem.with_name(f"{stem.name}-curve.png"))
 
 
 def main() -> None:

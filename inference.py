@@ -72,8 +72,8 @@ def generate_samples(job: jobs.InferenceJob) -> str:
     images = job.run_batched(job.model.sample, seeds)
     job.save_each(images, seeds)
     job.save_grid("grid.png", images[:100], seeds[:100])
-    sheet = make_grid(images, round((1.6 * len(images)) ** 0.5), padding=1, pad_value=1.0)
-    job.save(plots.to_image(sheet), "contact_sheet.png")
+    sheet = plots.grid(images, round((1.6 * len(images)) ** 0.5), smallest=1, padding=1)
+    job.save(sheet, "contact_sheet.png")
     return f"{len(images)} images, grid.png, contact_sheet.png"
 
 
@@ -102,8 +102,10 @@ def show_trajectory(job: jobs.InferenceJob) -> str:
 
     # GIF: some 60 frames at most, x_t above x_0.
     frames = [*trajectory[:: max(1, len(trajectory) // 60)], trajectory[-1]]
-    grids = [plots.grid(pair.flatten(0, 1), columns=len(seeds)) for _, pair in frames]
-    plots.save_gif(grids, job.folder / "progressive.gif")
+    tiles = (plots.on_white(pair.flatten(0, 1)) for _, pair in frames)
+    plots.save_gif(
+        [plots.grid(each, columns=len(seeds)) for each in tiles], job.folder / "progressive.gif"
+    )
     return "progressive.png (upper row x_t, lower row the predicted x_0), progressive.gif"
 
 
@@ -122,7 +124,8 @@ def interpolate(job: jobs.InferenceJob) -> str:
     tiles = torch.cat([image1[None].cpu(), images, image2[None].cpu()])
     columns = min(len(tiles), job.settings["columns"] + 2)
     job.save_grid("interpolation.png", tiles, job.settings["seeds"], labels, columns=columns)
-    there_and_back = plots.enlarge(torch.cat([images, images.flip(0)[1:-1]]), 128)
+    there_and_back = torch.cat([images, images.flip(0)[1:-1]])
+    there_and_back = plots.enlarge(plots.on_white(there_and_back), 128)
     plots.save_gif(list(map(plots.to_image, there_and_back)), job.folder / "interpolation.gif")
 
     ends = [round(jobs.psnr(images[i], tiles[i]), 1) for i in (0, -1)]
@@ -282,7 +285,9 @@ class InferenceSettings(SamplingSettings):
     columns = Setting(10, "images in a row of progressive and interpolate", 1, 1000)
 
 
-def parse_command_line(description: str | None, defaults: Mapping) -> tuple[dict[str, Any], Path]:
+def settings_from_command_line(
+    description: str | None, defaults: Mapping
+) -> tuple[dict[str, Any], Path]:
     """Returns the settings as plain values, as stored with each image, and the output folder."""
     parser = Parser(description)
     parser.add_argument("--from_png", type=Path, help="reproduce an image of this script")
@@ -332,7 +337,7 @@ def load_model(settings: dict[str, Any], device: torch.device) -> DDPMModel:
 
 def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None = None) -> None:
     """Runs an inference script. The ranks share mode batch; rank 0 alone runs the others."""
-    settings, output_dir = parse_command_line(description, defaults or {})
+    settings, output_dir = settings_from_command_line(description, defaults or {})
     sampler = jobs.load_sampler(settings["sampler"])
     with distributed.session(lambda: "start the same command again") as dist:
         # Model and sampler, validated before any image is made; rank 0 says which is the newest.

@@ -9,6 +9,7 @@ import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from engine.devices import device_name
 from engine.errors import UserError
 from engine.gpu_memory import OomBatcher
 from engine.image_source import ReadOptions
-from engine.pixels import center_square, to_rgb
+from engine.pixels import MODES, center_square, convert, to_rgb
 from engine.samplers import DEFAULT_SPACING
 from engine.settings import Settings
 from engine.train_step import amp_dtype
@@ -68,7 +69,8 @@ class InferenceJob:
             return self.run_batched(self.model.sample, parse_seeds(source))[0], f"seed {source}"
         data = re.fullmatch(r"data:(\d{1,18})", source)
         if not data:
-            return read_image(Path(source), self.model.image_size), Path(source).name
+            size, channels = self.model.image_size, self.model.channels
+            return read_image(Path(source), size, channels), Path(source).name
         config = self.model.training_info["config"]
         if not config:
             raise UserError(f"--{name} {source}: the checkpoint does not name its training images")
@@ -227,12 +229,14 @@ def load_sampler(name: str) -> str | Callable:
     return getattr(module, function)
 
 
-def read_image(path: Path, size: int) -> Tensor:
-    """Reads an image, cropped and resized with a notice: (3, size, size) in [0, 1]."""
-    image, mode = _open_image(path, "an image")
-    if image.size != (size, size) or mode != "RGB":
+def read_image(path: Path, size: int, channels: int) -> Tensor:
+    """Reads an image, converted to what a model takes with a notice: (C, size, size) in [0, 1]."""
+    if channels not in MODES:
+        raise UserError(f"no image file has {channels} channels. Name a seed instead of {path}")
+    image, mode = _open_image(path, "an image", partial(convert, channels=channels))
+    if image.size != (size, size) or mode != image.mode:
         was = f"{image.width}x{image.height} {mode}"
-        print(f"{path}: {was}, cropped and resized to {size}x{size} RGB")
+        print(f"{path}: {was}, cropped and resized to {size}x{size} {image.mode}")
     return torch.from_numpy(center_square(image, size).copy()) / 255
 
 
@@ -240,18 +244,20 @@ def read_mask(path: Path, image: Path, size: int) -> Tensor:
     """Reads a mask as large as the image, white where new content goes: bool (size, size)."""
     mask, _ = _open_image(path, "a mask", lambda file: file.convert("RGB"))
     # The image may also be a seed or data:INDEX.
-    expected = _open_image(image, "an image")[0].size if image.is_file() else (size, size)
+    expected = (size, size)
+    if image.is_file():
+        expected = _open_image(image, "an image", to_rgb)[0].size
     if mask.size != expected:
         mask_size, image_size = ("x".join(map(str, each)) for each in (mask.size, expected))
         raise UserError(f"{path} is {mask_size}, but the image is {image_size}")
     return torch.from_numpy(center_square(mask, size)[0] > 127)
 
 
-def _open_image(path: Path, kind: str, convert: Callable = to_rgb) -> tuple[Image.Image, str]:
-    """Returns an image in RGB, rotated by its EXIF data, and the mode it had."""
+def _open_image(path: Path, kind: str, converted: Callable) -> tuple[Image.Image, str]:
+    """Returns an image, rotated by its EXIF data and `converted`, and the mode it had."""
     try:
         with Image.open(path) as file:
-            return convert(ImageOps.exif_transpose(file)), file.mode
+            return converted(ImageOps.exif_transpose(file)), file.mode
     except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
         raise UserError(f"{path} cannot be read as {kind}: {error}") from error
 

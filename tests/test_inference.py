@@ -150,6 +150,33 @@ def test_modes_work_with_built_in_and_custom_samplers(folder, infer, monkeypatch
     assert Image.open(only("progressive-*") / "progressive.gif").n_frames == 7
 
 
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
+def test_modes_of_gray_and_rgba_models_keep_their_channels(
+    folder, infer, monkeypatch, channels, mode
+):
+    sizes = SMALL | {"channels": channels}
+    monkeypatch.setattr(inference, "DDPMModel", lambda: DDPMModel(**sizes))
+    monkeypatch.setattr(inference, "COMPARED_STEPS", (2,))
+    DDPMModel(**sizes).save_model("checkpoints/own.pt")
+    Image.new("RGB", (20, 9), (200, 100, 0)).save("color.png")
+    flags = ["--checkpoint", "checkpoints/own.pt", "--num_samples", "2", "--steps", "2"]
+    inputs = ["--image", "color.png", "--image1", "color.png", "--resamples", "1"]
+    assert infer(*flags, *inputs, "--mode", "all") == 0
+    for name in ("samples-*/000001", "samples-*/contact_sheet", "batch-*/images/000001",
+                 "vary-*/variations/000001", "inpaint-*/inpainted/000001"):  # fmt: skip
+        assert Image.open(only(f"{name}.png")).mode == mode
+    for name in ("samples-*/grid", "interpolate-*/interpolation", "progressive-*/progressive",
+                 "compare-*/compare", "vary-*/variations"):  # fmt: skip
+        assert Image.open(only(f"{name}.png")).mode == "RGB"
+    assert Image.open(only("progressive-*/progressive.gif")).n_frames == 3
+    assert infer(*flags, "--mode", "batch", "--format", "npz", "--output_dir", "arrays") == 0
+    assert np.load(only("*/images.npz", "arrays"))["images"].shape == (2, 8, 8, channels)
+    path = only("samples-*/000001.png")
+    assert infer("--from_png", str(path), "--output_dir", "again") == 0
+    again = np.asarray(Image.open(only("*/000001.png", "again")), int)
+    assert np.abs(again - np.asarray(Image.open(path))).max() <= 1
+
+
 @pytest.mark.parametrize(
     ("flags", "options"),
     [
@@ -650,6 +677,7 @@ def test_high_res_figures_are_larger(folder):
         (["--from_png", "a.png"], "a.png does not contain all settings"),
         (["--from_png", "a.png", "--steps", "3"], "settings from the image. Drop --steps"),
         (["--from_png", "text.pt"], "text.pt is missing or not an image"),
+        (["--checkpoint", "two.pt"], "no image file has 2 channels. Use --mode batch --format npz"),
         (["--from_png", "list.png"], "the settings in list.png are damaged"),
         (["--from_png", "half.png"], "the settings in half.png are damaged"),
         (["--mode", "vary", "--image", "9" * 30], "at most 18 digits"),
@@ -661,6 +689,7 @@ def test_bad_input_is_reported_in_one_line(folder, infer, capsys, arguments, mes
     (folder / "text.pt").write_text("nothing")
     state = torch.load("checkpoints/ddpm_final.pt", weights_only=True)
     torch.save(state | {"architecture": state["architecture"] | {"dim": 16}}, "other.pt")
+    DDPMModel(**SMALL, channels=2).save_model("two.pt")
     Image.new("RGB", (20, 20), "red").save("a.png")
     Image.new("L", (9, 9)).save("small.png")
     Image.new("F", (9, 9)).save("float.tiff")
@@ -692,5 +721,5 @@ def test_input_image_is_rotated_by_its_exif_data(folder):
     image.paste("white", (0, 0, 20, 10))
     exif[0x0112] = 6  # rotate by 90 degrees clockwise to show it
     image.save("photo.png", exif=exif)
-    image = inference_jobs.read_image(Path("photo.png"), 20)
+    image = inference_jobs.read_image(Path("photo.png"), 20, 3)
     assert image[:, :, 15].min() == 1 and image[:, :, 5].max() == 0

@@ -103,6 +103,13 @@ def test_extract_features_keeps_the_order_across_batches():
     assert network.batch_sizes == [32, 32, 6]
 
 
+def test_features_are_of_rgb_with_gray_repeated_and_rgba_on_white():
+    gray = np.full((1, 1, 2, 2), 60, np.uint8)
+    assert metrics.extract_features(MeanColors(), gray, CPU).tolist() == [[60, 60, 60]]
+    rgba = np.broadcast_to(np.uint8([100, 0, 255, 51])[:, None, None], (1, 4, 2, 2))
+    assert metrics.extract_features(MeanColors(), rgba, CPU).tolist() == [[224, 204, 255]]
+
+
 def test_lite0_resizes_like_pillow():
     network = metrics.Lite0()
     shapes = draw_shapes(np.arange(2), 32, 0)
