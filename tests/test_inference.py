@@ -692,7 +692,7 @@ def test_bad_input_is_reported_in_one_line(folder, infer, capsys, arguments, mes
     DDPMModel(**SMALL, channels=2).save_model("two.pt")
     Image.new("RGB", (20, 20), "red").save("a.png")
     Image.new("L", (9, 9)).save("small.png")
-    Image.new("F", (9, 9)).save("float.tiff")
+    Image.fromarray(np.full((9, 9), np.nan, np.float32)).save("float.tiff")
     (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:-30])
     for name, metadata in (("other", "{}"), ("list", "[1]"), ("half", '{"seeds": [')):
         plots.save_image(Image.new("RGB", (9, 9)), Path(f"{name}.png"), metadata)
