@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.unet import triton_kernels, use_triton
+from engine.triton_support import triton_kernels, use_triton
 
 BETAS = (0.9, 0.99)  # of Adam
 EPSILON = 1e-8

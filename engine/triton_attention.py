@@ -15,12 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_SLOTS = tl.constexpr(16)  # slots are padded to them, the fewest rows that tl.dot takes
+PRECISION = tl.constexpr("ieee")  # of products of fp32; ROCm compiles no tf32, also in bf16 kernels
 
 
 @triton.jit
 def _attention_forward(qkv_ptr, mem_kv_ptr, out_ptr, context_ptr, lse_ptr, tokens, scale,
                        HEADS: tl.constexpr, DIM: tl.constexpr, SLOTS: tl.constexpr,
-                       BLOCK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                       BLOCK: tl.constexpr):  # fmt: skip
     """Stores out, and for the backward pass context and the log-sum-exp of the keys.
 
     One pass over the keys: whenever their maximum grows, the sums so far are rescaled to it.
@@ -76,8 +77,7 @@ def _attention_forward(qkv_ptr, mem_kv_ptr, out_ptr, context_ptr, lse_ptr, token
 
 
 @triton.jit
-def _kv_backward(kv_ptr, dkv_ptr, offsets, v_offset, mask, lse, dcontext, kdk_sum,
-                 PRECISION: tl.constexpr):  # fmt: skip
+def _kv_backward(kv_ptr, dkv_ptr, offsets, v_offset, mask, lse, dcontext, kdk_sum):
     """dK and dV of a tile of tokens or slots, see _attention_backward."""
     s = tl.exp(tl.load(kv_ptr + offsets, mask, -float("inf")).to(tl.float32) - lse[None, :])
     v = tl.load(kv_ptr + v_offset + offsets, mask, 0.0).to(dcontext.dtype)
@@ -90,7 +90,7 @@ def _kv_backward(kv_ptr, dkv_ptr, offsets, v_offset, mask, lse, dcontext, kdk_su
 @triton.jit
 def _attention_backward(qkv_ptr, mem_kv_ptr, context_ptr, lse_ptr, dout_ptr, dqkv_ptr, dmem_kv_ptr,
                         tokens, scale, HEADS: tl.constexpr, DIM: tl.constexpr, SLOTS: tl.constexpr,
-                        BLOCK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                        BLOCK: tl.constexpr):  # fmt: skip
     """dqkv and dmem_kv; P = softmax(Q over D), S = softmax(K over tokens) = exp(K - lse):
 
     dP = scale * dout context^T    dQ = P * (dP - sum over D of dP * P)
@@ -131,14 +131,13 @@ def _attention_backward(qkv_ptr, mem_kv_ptr, context_ptr, lse_ptr, dout_ptr, dqk
     for start in range(0, tokens, BLOCK):
         mask = (start + block < tokens)[:, None]
         offsets = (start + block)[:, None] * stride + dims[None, :] + HEADS * DIM
-        _kv_backward(q_ptr, dq_ptr, offsets, v_offset, mask, lse, dcontext, kdk_sum, PRECISION)
+        _kv_backward(q_ptr, dq_ptr, offsets, v_offset, mask, lse, dcontext, kdk_sum)
     slots = tl.arange(0, MAX_SLOTS)
     mask = (slots < SLOTS)[:, None]
     offsets = head * DIM * SLOTS + dims[None, :] * SLOTS + slots[:, None]
     dmem_kv_ptr += image * 2 * HEADS * DIM * SLOTS
     v_offset = HEADS * DIM * SLOTS
-    _kv_backward(mem_kv_ptr, dmem_kv_ptr, offsets, v_offset, mask, lse, dcontext, kdk_sum,
-                 PRECISION)  # fmt: skip
+    _kv_backward(mem_kv_ptr, dmem_kv_ptr, offsets, v_offset, mask, lse, dcontext, kdk_sum)
 
 
 class LinearAttentionFunction(torch.autograd.Function):
@@ -154,8 +153,7 @@ class LinearAttentionFunction(torch.autograd.Function):
         context = torch.empty((images, heads, dim, dim), device=qkv.device)
         lse = torch.empty((images, heads, dim), device=qkv.device)
         block = min(max(triton.next_power_of_2(tokens), 16), 2048 // dim)
-        precision = "ieee" if qkv.dtype == torch.float32 else "tf32"
-        ctx.options = dict(HEADS=heads, DIM=dim, SLOTS=slots, BLOCK=block, PRECISION=precision)
+        ctx.options = dict(HEADS=heads, DIM=dim, SLOTS=slots, BLOCK=block)
         _attention_forward[images, heads](
             qkv, mem_kv, out, context, lse, tokens, dim**-0.5, **ctx.options)  # fmt: skip
         ctx.save_for_backward(qkv, mem_kv, context, lse)

@@ -15,11 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from engine.errors import UserError
-
-try:
-    from engine import triton_attention, triton_kernels
-except ImportError:  # PyTorch brings Triton on Linux only
-    triton_kernels = None
+from engine.triton_support import triton_attention, triton_kernels, use_triton
 
 Weights = dict[Tensor, Tensor]  # parameter -> its value in the precision of matrix products
 UPSTREAM_VERSIONS = "denoising-diffusion-pytorch>=2.1,<2.4"
@@ -272,11 +268,6 @@ def upsample(x: Tensor, module: nn.Module, weights: Weights, upsample_matrix: Te
     weight = upsample_matrix @ module[1].weight.permute(0, 2, 3, 1).flatten(1, 2)  # (out, 16, in)
     weight = weight.to(x.dtype).unflatten(1, (4, 4)).permute(3, 0, 1, 2)
     return add_bias(F.conv_transpose2d(x, weight, stride=2, padding=1), module[1].bias)
-
-
-def use_triton(x: Tensor) -> bool:
-    """Whether to run our kernels; torch.compile generates its own from the formulas."""
-    return triton_kernels is not None and x.is_cuda and not torch.compiler.is_compiling()
 
 
 def add_bias(x: Tensor, bias: Tensor) -> Tensor:

@@ -1,0 +1,83 @@
+"""Whether Triton kernels are used: all must compile and run on this GPU."""
+
+import functools
+import textwrap
+import warnings
+
+import torch
+from torch import Tensor
+
+from engine.errors import FallbackWarning
+
+try:
+    from engine import triton_attention, triton_kernels
+
+    MISSING = ""
+except ImportError as error:  # PyTorch brings Triton on Linux only
+    triton_attention = triton_kernels = None
+    MISSING = str(error)
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether to run our kernels; torch.compile generates its own from the formulas."""
+    return x.is_cuda and not torch.compiler.is_compiling() and kernels_work(x.device)
+
+
+@functools.cache
+def kernels_work(device: torch.device) -> bool:
+    """Whether all kernels compile and run on a device; warns of the first that does not."""
+    problem = f"importing Triton failed ({MISSING})" if MISSING else ""
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.bfloat16 if has_bf16 else torch.float16
+    for name, probe in {} if problem else PROBES.items():
+        try:
+            with torch.enable_grad():
+                probe(device, dtype)
+        except Exception as error:  # Triton and the compilers that it starts each raise their own
+            reason = textwrap.shorten(str(error) or repr(error), 300)
+            problem = f"the Triton kernel {name} failed ({reason})"
+            break
+    if problem:
+        message = f"{problem}; continuing without Triton kernels, slower"
+        warnings.warn(message, FallbackWarning, stacklevel=2)
+    return not problem
+
+
+def probe_norm(device: torch.device, dtype: torch.dtype) -> None:
+    """Runs the norm with a modulation, and with a residual, forward and backward."""
+    x = torch.ones(1, 128, 8, 8, device=device, dtype=dtype, requires_grad=True)
+    vector = torch.ones(128, device=device, requires_grad=True)
+    modulation = torch.ones(1, 256, device=device, dtype=dtype, requires_grad=True)
+    for rest in ((modulation, None, None), (None, x, vector)):
+        y = triton_kernels.NormFunction.apply(x, vector, vector.view(1, -1, 1, 1), *rest, True)
+        y.backward(torch.ones_like(y))
+
+
+def probe_add_bias(device: torch.device, dtype: torch.dtype) -> None:
+    """Adds a bias, forward and backward."""
+    x = torch.ones(1, 128, 8, 8, device=device, dtype=dtype)
+    bias = torch.ones(128, device=device, requires_grad=True)
+    y = triton_kernels.AddBiasFunction.apply(x, bias)
+    y.backward(torch.ones_like(y))
+
+
+def probe_linear_attention(device: torch.device, dtype: torch.dtype) -> None:
+    """Runs linear attention, forward and backward."""
+    qkv = torch.ones(1, 64, 384, device=device, dtype=dtype, requires_grad=True)
+    mem_kv = torch.ones(2, 4, 32, 4, device=device, requires_grad=True)
+    y = triton_attention.LinearAttentionFunction.apply(qkv, mem_kv)
+    y.backward(torch.ones_like(y))
+
+
+def probe_optimizer(device: torch.device, _: torch.dtype) -> None:
+    """Runs an update of Adam and one of Muon's momentum."""
+    vectors = torch.ones(4, 64, device=device)
+    scalars = torch.ones(4, device=device)
+    triton_kernels.adam(*vectors, *scalars, (0.9, 0.99), 1e-8)
+    triton_kernels.momentum(*vectors[:3], *scalars[:2], 0.9)
+
+
+PROBES = {
+    "norm": probe_norm, "add_bias": probe_add_bias, "linear_attention": probe_linear_attention,
+    "optimizer": probe_optimizer,
+}  # fmt: skip
