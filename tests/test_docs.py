@@ -193,7 +193,8 @@ def test_every_flag_of_a_command_exists(flags):
 
 
 def test_every_flag_in_the_text_exists(flags):
-    known = set().union(*flags.values()) | {"--logdir"}  # of TensorBoard
+    foreign = {"--logdir", "--gpus", "--rm", "--shm-size", "--user"}  # TensorBoard's, Docker's
+    known = set().union(*flags.values()) | foreign
     for page in PAGES:
         text = re.sub(r"^#SBATCH.*", "", text_of(page), flags=re.MULTILINE)
         for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)):
