@@ -224,7 +224,8 @@ def inpaint(job: jobs.InferenceJob) -> str:
     size = job.model.image_size
     mask = (torch.arange(size) >= size // 2).expand(size, size)
     if job.settings["mask"]:
-        mask = jobs.read_mask(Path(job.settings["mask"]), Path(job.settings["image"]), size)
+        files = (jobs.open_input(job.settings[name]) for name in ("mask", "image"))
+        mask = jobs.read_mask(*files, size)
     resamples = job.settings["resamples"]
     images = job.run_batched(job.model.inpaint, seeds, image=image, mask=mask, resamples=resamples)
     original = image[None].cpu()

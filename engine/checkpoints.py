@@ -208,13 +208,18 @@ def resolve_checkpoint(reference: str) -> Path:
     raise UserError(f"--resume {reference}: no such checkpoint, and no run with a last.pt")
 
 
-def newest() -> Path:
-    """Returns the newest checkpoint of any run, or the pretrained weights: inference's default."""
+def newest(notify: bool = True) -> Path:
+    """Returns the newest checkpoint of any run, or the pretrained weights: inference's default.
+
+    notify: whether to print that there is no checkpoint yet.
+    """
     files = (*CHECKPOINT_DIR.rglob("*.pt"), *CHECKPOINT_DIR.rglob("*.safetensors"))
     found = [file for file in files if not file.name.startswith(".")]
     if not found:
         pretrained = PRETRAINED_DIR / "cifar10.safetensors"
-        print0(f"no checkpoint in {CHECKPOINT_DIR}/ yet; using the pretrained {pretrained.name}")
+        if notify:
+            none_yet = f"no checkpoint in {CHECKPOINT_DIR}/ yet"
+            print0(f"{none_yet}; using the pretrained {pretrained.name}")
         return pretrained
     # A finished run's final.pt is also ddpm_final.pt, whose shorter path is the one to show.
     return max(found, key=lambda path: (path.stat().st_mtime_ns, -len(path.parts)))

@@ -1,8 +1,10 @@
 """Shared by inference.py and evaluate.py: batching, output folders, PNG metadata, input files."""
 
+import base64
 import contextlib
 import hashlib
 import importlib.metadata
+import io
 import itertools
 import json
 import platform
@@ -69,8 +71,9 @@ class InferenceJob:
             return self.run_batched(self.model.sample, parse_seeds(source))[0], f"seed {source}"
         data = re.fullmatch(r"data:(\d{1,18})", source)
         if not data:
-            size, channels = self.model.image_size, self.model.channels
-            return read_image(Path(source), size, channels), Path(source).name
+            file = open_input(source)
+            label = file.name if isinstance(file, Path) else "original"
+            return read_image(file, self.model.image_size, self.model.channels), label
         config = self.model.training_info["config"]
         if not config:
             raise UserError(f"--{name} {source}: the checkpoint does not name its training images")
@@ -158,9 +161,33 @@ def unique_output_dir(folder: Path, settings: Mapping[str, Any]) -> Path:
 def settings_from_png(
     path: Path, declared: type[Settings], sampler: str | None = None
 ) -> dict[str, Any]:
-    """Returns the settings stored in a PNG, checked as those of a command line are.
+    """Returns the settings stored in a PNG, with a checkpoint of the same content.
 
     sampler: from the command line, which alone may name a file with code; None if not given.
+    Raises UserError as read_png_settings does, and if the checkpoint is gone.
+    """
+    settings = read_png_settings(path, declared)
+    # The sampler: ours, or a file that the command line names too.
+    name = settings["sampler"]
+    if ":" in name and sampler is None:
+        reason = f"was made with the sampler {name!r}, and an image may not choose what is run"
+        raise UserError(f"{path} {reason}. If you trust that file, add --sampler {name}")
+    if sampler not in (None, name):
+        raise UserError(f"{path} was made with the sampler {name!r}. Drop --sampler {sampler}")
+
+    # A checkpoint that was renamed is found by its content.
+    name, digest = settings["checkpoint"], settings["sha256"]
+    found = [file for kind in ("*.pt", "*.safetensors") for file in CHECKPOINT_DIR.rglob(kind)]
+    for file in (Path(name or ""), *found):
+        if file.is_file() and sha256(file) == digest:
+            return settings | {"checkpoint": str(file)}
+    reason = f"was made with {name} (SHA-256 {digest!s:.12}...), which is gone"
+    raise UserError(f"{path} {reason}. Put it into {CHECKPOINT_DIR}/")
+
+
+def read_png_settings(path: Path, declared: type[Settings]) -> dict[str, Any]:
+    """Returns the settings stored in a PNG, checked as those of a command line are.
+
     Raises UserError if a setting is missing or has a value that is not allowed.
     """
     # Settings that are not declared: seeds as numbers, and the checkpoint's content.
@@ -178,24 +205,7 @@ def settings_from_png(
     digest = stored["sha256"]
     values = complete_settings(stored)
     del values["seeds"], values["sha256"]
-    settings = declared.check(values, str(path)) | {"seeds": seeds, "sha256": digest}
-
-    # The sampler: ours, or a file that the command line names too.
-    name = settings["sampler"]
-    if ":" in name and sampler is None:
-        reason = f"was made with the sampler {name!r}, and an image may not choose what is run"
-        raise UserError(f"{path} {reason}. If you trust that file, add --sampler {name}")
-    if sampler not in (None, name):
-        raise UserError(f"{path} was made with the sampler {name!r}. Drop --sampler {sampler}")
-
-    # A checkpoint that was renamed is found by its content.
-    name = settings["checkpoint"]
-    found = [file for kind in ("*.pt", "*.safetensors") for file in CHECKPOINT_DIR.rglob(kind)]
-    for file in (Path(name or ""), *found):
-        if file.is_file() and sha256(file) == digest:
-            return settings | {"checkpoint": str(file)}
-    reason = f"was made with {name} (SHA-256 {digest!s:.12}...), which is gone"
-    raise UserError(f"{path} {reason}. Put it into {CHECKPOINT_DIR}/")
+    return declared.check(values, str(path)) | {"seeds": seeds, "sha256": digest}
 
 
 def sampling_label(sampler: str, steps: int, spacing: str) -> str:
@@ -204,8 +214,8 @@ def sampling_label(sampler: str, steps: int, spacing: str) -> str:
     return name if spacing == DEFAULT_SPACING else f"{name}-{spacing}"
 
 
-def parse_seeds(text: str) -> list[int]:
-    """Parses `7`, `0-63` or `1,5,10-12`; raises UserError for anything else."""
+def parse_seeds(text: str, limit: int = MAX_SEEDS) -> list[int]:
+    """Parses `7`, `0-63` or `1,5,10-12`; raises UserError for anything else or too many seeds."""
     seeds: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part.strip())
@@ -213,8 +223,8 @@ def parse_seeds(text: str) -> list[int]:
         if not span:
             examples = "7, 0-63 or 1,5,10-12, with at most 18 digits each"
             raise UserError(f"seeds is {text!r}, but must look like {examples}")
-        if len(seeds) + len(span) > MAX_SEEDS:
-            raise UserError(f"seeds is {text!r}, but at most {MAX_SEEDS:,} images are possible")
+        if len(seeds) + len(span) > limit:
+            raise UserError(f"seeds is {text!r}, but at most {limit:,} images are possible")
         seeds += span
     return seeds
 
@@ -229,37 +239,57 @@ def load_sampler(name: str) -> str | Callable:
     return getattr(module, function)
 
 
-def read_image(path: Path, size: int, channels: int) -> Tensor:
+def is_embedded(source: str | None) -> bool:
+    """Whether a setting contains an image, as a data URI, instead of naming one."""
+    return (source or "").startswith(plots.PNG_DATA_URI)
+
+
+def open_input(source: str) -> Path | io.BytesIO:
+    """Returns what a setting names: a file's path, or the PNG that it contains as a data URI."""
+    if not is_embedded(source):
+        return Path(source)
+    try:
+        return io.BytesIO(base64.b64decode(source.removeprefix(plots.PNG_DATA_URI), validate=True))
+    except ValueError as error:
+        raise UserError(f"the image in the settings is damaged: {error}") from error
+
+
+def read_image(file: Path | io.BytesIO, size: int, channels: int) -> Tensor:
     """Reads an image, converted to what a model takes with a notice: (C, size, size) in [0, 1]."""
+    name = _name_of(file)
     if channels not in MODES:
-        raise UserError(f"no image file has {channels} channels. Name a seed instead of {path}")
-    image, mode = _open_image(path, "an image", partial(convert, channels=channels))
+        raise UserError(f"no image file has {channels} channels. Name a seed instead of {name}")
+    image, mode = _open_image(file, "an image", partial(convert, channels=channels))
     if image.size != (size, size) or mode != image.mode:
         was = f"{image.width}x{image.height} {mode}"
-        print(f"{path}: {was}, cropped and resized to {size}x{size} {image.mode}")
+        print(f"{name}: {was}, cropped and resized to {size}x{size} {image.mode}")
     return torch.from_numpy(center_square(image, size).copy()) / 255
 
 
-def read_mask(path: Path, image: Path, size: int) -> Tensor:
+def read_mask(path: Path | io.BytesIO, image: Path | io.BytesIO, size: int) -> Tensor:
     """Reads a mask as large as the image, white where new content goes: bool (size, size)."""
     mask, _ = _open_image(path, "a mask", lambda file: file.convert("RGB"))
     # The image may also be a seed or data:INDEX.
     expected = (size, size)
-    if image.is_file():
+    if isinstance(image, io.BytesIO) or image.is_file():
         expected = _open_image(image, "an image", to_rgb)[0].size
     if mask.size != expected:
         mask_size, image_size = ("x".join(map(str, each)) for each in (mask.size, expected))
-        raise UserError(f"{path} is {mask_size}, but the image is {image_size}")
+        raise UserError(f"{_name_of(path)} is {mask_size}, but the image is {image_size}")
     return torch.from_numpy(center_square(mask, size)[0] > 127)
 
 
-def _open_image(path: Path, kind: str, converted: Callable) -> tuple[Image.Image, str]:
+def _name_of(file: Path | io.BytesIO) -> str:
+    return str(file) if isinstance(file, Path) else "the image in the settings"
+
+
+def _open_image(file: Path | io.BytesIO, kind: str, converted: Callable) -> tuple[Image.Image, str]:
     """Returns an image, rotated by its EXIF data and `converted`, and the mode it had."""
     try:
-        with Image.open(path) as file:
-            return converted(ImageOps.exif_transpose(file)), file.mode
+        with Image.open(file) as image:
+            return converted(ImageOps.exif_transpose(image)), image.mode
     except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
-        raise UserError(f"{path} cannot be read as {kind}: {error}") from error
+        raise UserError(f"{_name_of(file)} cannot be read as {kind}: {error}") from error
 
 
 def autocast(model: nn.Module, use_amp: bool) -> torch.autocast:

@@ -1,6 +1,8 @@
 """Image grids, GIFs and loss curves, written atomically."""
 
+import base64
 import contextlib
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -18,6 +20,7 @@ from torchvision.utils import make_grid
 from engine.checkpoints import write_atomically
 from engine.errors import UserError
 
+PNG_DATA_URI = "data:image/png;base64,"
 PNG_METADATA_KEY = "ddpm"  # of the PNG text chunk that stores how an image was made
 MIN_TILE = 64  # pixels; grids enlarge smaller images
 POINTS = {"marker": "o", "markersize": 3}
@@ -90,11 +93,24 @@ def labeled_grid(
     return sheet
 
 
-def save_image(image: Image.Image, path: Path, metadata: str = "") -> None:
-    """Writes a PNG with text that read_png_metadata returns."""
+def encode_png(image: Image.Image, metadata: str = "") -> bytes:
+    """Returns a PNG with text that read_png_metadata returns."""
     info = PngInfo()
     info.add_text(PNG_METADATA_KEY, metadata)
-    write_atomically(path, lambda file: image.save(file, format="PNG", pnginfo=info))
+    file = io.BytesIO()
+    image.save(file, format="PNG", pnginfo=info)
+    return file.getvalue()
+
+
+def png_data_uri(content: bytes) -> str:
+    """Returns a PNG file as a data URI."""
+    return PNG_DATA_URI + base64.b64encode(content).decode()
+
+
+def save_image(image: Image.Image, path: Path, metadata: str = "") -> None:
+    """Writes a PNG with text that read_png_metadata returns."""
+    content = encode_png(image, metadata)
+    write_atomically(path, lambda file: file.write(content))
 
 
 def read_png_metadata(path: Path) -> str:

@@ -94,6 +94,14 @@ class Progress:
         return self.config.MAX_STEPS or self.step + round(remaining)
 
 
+def format_duration(seconds: float) -> str:
+    """Returns a duration in the largest unit of which it has at least two."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
 class StopSignal:
     """SIGINT and SIGTERM as a question that the loop asks after each step; a second one kills.
 

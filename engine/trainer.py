@@ -17,7 +17,7 @@ from engine.dataloader import Batch, BatchLoader, ImageDataset
 from engine.devices import device_name
 from engine.errors import UserError
 from engine.labels import check_classes_on_resume
-from engine.progress import Progress, StopSignal
+from engine.progress import Progress, StopSignal, format_duration
 from engine.run import VERSION, NullRun, Run, new_run_name, resume_hint
 from engine.train_step import TrainableModel, TrainStep, learning_rate, seed_everything
 
@@ -210,11 +210,3 @@ def estimate(model: TrainableModel, num_images: int, config: Any, memory_gib: fl
     peak = torch.cuda.max_memory_allocated() / 2**30 if is_cuda else memory_gib
     memory = f"memory {peak:.1f} GiB ({'measured' if is_cuda else 'estimated'})"
     return f"{describe(step)}\n{memory}\n{length} ({seconds:.3f} s per step, measured)"
-
-
-def format_duration(seconds: float) -> str:
-    """Returns a duration in the largest unit of which it has at least two."""
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} seconds"

@@ -1,0 +1,398 @@
+"""A page in the browser to sample from a checkpoint and to follow a run.
+
+    pip install -r requirements-app.txt
+    python app.py                                    the newest checkpoint, http://127.0.0.1:7860
+    python app.py --checkpoint weights/cifar10.safetensors
+    python app.py --host 0.0.0.0                     for the whole network; --share: for the world
+
+The page takes only numbers, names that it offers, and images; it stores nothing.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from engine.cli import Parser, run_script
+
+import torch
+from PIL import Image
+
+from ddpm_model import DDPMModel, unnormalize
+from engine import checkpoints, page, run
+from engine.devices import default_device
+from engine.errors import UserError
+from engine.page import MAX_STEPS, Plan, Request, Session
+from engine.samplers import DEFAULT_SAMPLER, SAMPLERS
+from engine.settings import Setting, Settings
+from inference import InferenceSettings
+
+ROOT = Path(__file__).resolve().parent
+gr: Any = None  # gradio, once import_gradio has been called
+NUM_VARIATIONS = 8
+NUM_INPAINTED = 4
+NUM_FRAMES = 12  # of an interpolation
+INTERPOLATION_STEPS = 40
+PREVIEW_SECONDS = 0.2
+POLL_SECONDS = 3
+PICK = "pictureGrid(element, index => trigger('pick', {area: '%s', index}))"
+PAINT = "watch('value', brush(element, mask => trigger('paint', {mask})))"
+PLAY = "watch('value', film(element))"
+MAX_UPLOAD = "10mb"
+MAX_PIXELS = 20_000_000  # of an uploaded image
+
+
+class AppSettings(Settings):
+    """Which model the page shows, and to whom."""
+
+    checkpoint = Setting(None, "a .pt or .safetensors file", type_=str, auto="always the newest")
+    host = Setting("127.0.0.1", "address to listen on; 0.0.0.0: every one of this machine")
+    port = Setting(7860, "port to listen on", min=1, max=65535)
+    share = Setting(False, "also through a public link of gradio.live, for 72 hours")
+
+
+class SharedModel(page.SharingMixin, DDPMModel):
+    """A model that several visitors use at once."""
+
+
+def load_model(path: Path) -> SharedModel:
+    """Loads a checkpoint onto the default device."""
+    model = SharedModel(dim=8)  # until the file is read
+    model = model.to(default_device()).load_model(path).eval()
+    return model.to(memory_format=torch.channels_last)
+
+
+# The page.
+
+
+class Page:
+    """What happens on the visitors' events. Each method returns what the page then shows."""
+
+    def __init__(self, keeper: page.ModelKeeper):
+        self.keeper = keeper
+
+    @contextmanager
+    def errors_shown(self) -> Iterator[None]:
+        """Shows an error to the visitor who made it, and to nobody else."""
+        try:
+            yield
+        except page.SupersededError:
+            pass
+        except UserError as error:
+            gr.Warning(html.escape(str(error)))
+        except torch.OutOfMemoryError:
+            gr.Warning("out of GPU memory: ask for fewer images")
+
+    def plan(self, request: Request, *controls: Any) -> Plan:
+        """Returns what the controls ask for; raises UserError for what the page does not offer."""
+        return Plan.of_controls(self.keeper.refresh(), request, InferenceSettings, *controls)
+
+    # Samples.
+
+    def draw(self, session: Session, *controls: Any) -> Iterator[tuple[str, str]]:
+        """Samples images, and shows on the way which x_0 the model sees in the noise."""
+        with self.errors_shown():
+            request = session.start("samples")
+            plan = self.plan(request, *controls)
+            start = shown = time.monotonic()
+            for t, _, x_0 in plan.trajectory():
+                if t >= 0 and time.monotonic() - shown > PREVIEW_SECONDS:
+                    shown = time.monotonic()
+                    images = [(page.image_uri(image), "") for image in unnormalize(x_0)]
+                    yield page.picture_grid(images), page.note(f"timestep {t}")
+            request.check()
+            session.pictures["samples"] = plan.pictures(unnormalize(x_0))
+            seconds = time.monotonic() - start
+            yield self.grid(session, "samples"), page.note(f"sampled in {seconds:.1f} s")
+
+    def grid(self, session: Session, area: str) -> str:
+        """Returns the pictures of an area, the chosen ones framed."""
+        pictures = [(p.data_uri, p.label) for p in session.pictures.get(area, [])]
+        return page.picture_grid(pictures, [p.data_uri for p in session.chosen])
+
+    def choose(self, session: Session, event: gr.EventData) -> tuple[str, str, str]:
+        """Makes a picture that was clicked the newest of the chosen ones."""
+        pictures = session.pictures.get(str(event.area), [])
+        if type(event.index) is int and 0 <= event.index < len(pictures):
+            session.choose(pictures[event.index])
+        return self.show_chosen(session)
+
+    def show_chosen(self, session: Session) -> tuple[str, str, str]:
+        """Returns the samples, the chosen pictures and the canvas to paint on."""
+        canvas = page.canvas(session.chosen[0], session.mask) if session.chosen else ""
+        return self.grid(session, "samples"), page.chosen_pictures(session.chosen), canvas
+
+    def take_upload(self, session: Session, path: str) -> dict[Any, Any]:
+        """Chooses an uploaded image; a PNG of ours also sets the controls as they were."""
+        with self.errors_shown():
+            model = self.keeper.refresh().model
+            values = page.take_upload(session, Path(path), model, InferenceSettings)
+            updates = {self.controls[name]: value for name, value in values.items()}
+            updates |= dict(zip(self.chosen_outputs, self.show_chosen(session), strict=True))
+            return updates | {self.tabs: gr.update(selected=session.panel)}
+        return gr.skip()
+
+    def take_mask(self, session: Session, event: gr.EventData) -> None:
+        """Takes the mask that was painted."""
+        with self.errors_shown():
+            session.mask = page.parse_mask(event.mask, self.keeper.refresh().model.image_size)
+
+    # Panels: what is made of the chosen pictures.
+
+    def open_panel(self, session: Session, event: gr.SelectData, *controls: Any) -> dict[Any, str]:
+        """Draws the panel whose tab was clicked."""
+        session.panel = event.value
+        return self.show_panel(session, *controls)
+
+    def show_panel(self, session: Session, strength: float, *controls: Any) -> dict[Any, str]:
+        """Draws the panel that is open."""
+        panel = session.panel if session.panel in self.panels else "Vary"
+        output, draw = self.panels[panel]
+        if not session.chosen:
+            return {output: page.note("Choose a picture first.")}
+        with self.errors_shown():
+            request = session.start("panel")
+            result = draw(session, request, strength, *controls)
+            request.check()
+            return {output: result}
+        return gr.skip()
+
+    def vary(self, session: Session, request: Request, strength: float, *controls: Any) -> str:
+        """Variations of the newest chosen picture."""
+        plan = self.plan(request, *controls)
+        options = {"strength": strength}
+        session.pictures["vary"] = plan.run("vary", NUM_VARIATIONS, session.chosen[0], options)
+        return self.grid(session, "vary")
+
+    def inpaint(self, session: Session, request: Request, _: float, *controls: Any) -> str:
+        """The newest chosen picture, filled in where it was painted on."""
+        if session.mask is None or not session.mask.any():
+            return page.note("Paint over what is to be filled in.")
+        plan = self.plan(request, *controls)
+        options = {"mask": session.mask}
+        session.pictures["inpaint"] = plan.run("inpaint", NUM_INPAINTED, session.chosen[0], options)
+        return self.grid(session, "inpaint")
+
+    def interpolate(self, session: Session, request: Request, *_: Any) -> str:
+        """The way from one chosen picture to the other."""
+        if len(session.chosen) < 2:
+            return page.note("Choose a second picture.")
+        end, start = (picture.image for picture in session.chosen)
+        model = self.keeper.refresh().model.serve(request)
+        images = model.interpolate(start, end, NUM_FRAMES, steps=INTERPOLATION_STEPS)
+        captions = (f"{i / (NUM_FRAMES - 1):.2f}" for i in range(NUM_FRAMES))
+        return page.film(list(zip(map(page.image_uri, images), captions, strict=True)), loop=True)
+
+    def show_trajectory(self, session: Session, request: Request, *_: Any) -> str:
+        """How the newest chosen picture came from noise: x_t, and the x_0 predicted from it."""
+        settings = session.chosen[0].settings
+        if settings.get("mode") != "samples" or settings["sha256"] != self.keeper.refresh().sha256:
+            return page.note("Choose one of the samples: they come from noise.")
+        classes = [settings["classes"]] if settings.get("classes") else []
+        controls = (settings[name] for name in ("sampler", "steps", "guidance"))
+        plan = self.plan(request, str(settings["seeds"][0]), classes, *controls)
+        return page.film([
+            (page.image_uri(unnormalize(torch.cat([x_t[0], x_0[0]], dim=-1))), f"t = {max(t, 0)}")
+            for t, x_t, x_0 in plan.trajectory()
+        ])  # fmt: skip
+
+    # Model and runs, looked at every POLL_SECONDS.
+
+    def poll(self, session: Session) -> dict[Any, Any]:
+        """Shows the model, again whenever its checkpoint is exchanged."""
+        served = self.keeper.refresh()
+        if self.keeper.problem != session.problem:
+            session.problem = self.keeper.problem
+            if session.problem:
+                gr.Warning(html.escape(f"{session.problem}; continuing with the previous model"))
+        if served.version == session.model_version:
+            return gr.skip()
+        if session.model_version:
+            gr.Info("The checkpoint has changed: from now on the new model is used.")
+        session.model_version = served.version
+
+        # What this model has.
+        model = served.model
+        classes = list(model.class_names)
+        has_guidance = model.guide is not None or bool(classes)
+        steps = min(model.sampling_timesteps, MAX_STEPS)
+        most = min(model.num_timesteps, MAX_STEPS)
+        return {
+            self.header: page.describe_model(served),
+            self.controls["classes"]: gr.update(choices=classes, value=[], visible=bool(classes)),
+            self.controls["steps"]: gr.update(value=steps, maximum=most),
+            self.controls["guidance"]: gr.update(value=model.guidance, visible=has_guidance),
+        }
+
+    def follow(self, session: Session, name: str | None) -> dict[Any, Any]:
+        """Shows a run, the newest unless one is chosen; curve and grids only if they changed."""
+        runs = run.find_runs()
+        if not runs:
+            return {self.run_figures: page.note("No run yet: start one with train_optimized.py.")}
+        name = name if name in runs else runs[0]
+        version = run.run_version(name)
+        shown = {
+            self.run: gr.update(choices=runs, value=name),
+            self.run_figures: page.figures(run.describe_run(version, time.time())),
+        }
+        if version != session.run_version:
+            session.run_version = version
+            shown[self.run_curve] = page.curve(run.plot_run(version))
+            shown[self.run_grids] = page.film(run.run_grids(name), autoplay=False)
+        return shown
+
+    # Layout.
+
+    def build(self) -> Any:
+        """Returns the page as gradio's Blocks."""
+        with gr.Blocks(title="DDPM", analytics_enabled=False, delete_cache=(600, 600)) as blocks:
+            session = gr.State(Session())
+            self.header = gr.HTML()
+            with gr.Tab("Sample"):
+                self.build_samples()
+            with gr.Tab("Follow a run") as tab:
+                self.build_run()
+            self.wire(blocks, session, tab)
+        return blocks
+
+    def build_samples(self) -> None:
+        """Lays out the tab to sample in."""
+        with gr.Row():
+            with gr.Column(scale=3, min_width=340):
+                self.samples = gr.HTML(js_on_load=PICK % "samples")
+                self.status = gr.HTML()
+            with gr.Column(scale=2, min_width=300):
+                with gr.Row(equal_height=True):
+                    seeds = gr.Textbox("0-15", label="Seeds, like 0-15 or 3,7", scale=3)
+                    self.dice = gr.Button("New seeds", scale=1, min_width=110)
+                self.controls = {
+                    "seeds": seeds,
+                    "classes": gr.Dropdown([], multiselect=True, label="Classes", visible=False),
+                    "sampler": gr.Dropdown(list(SAMPLERS), value=DEFAULT_SAMPLER, label="Sampler"),
+                    "steps": gr.Slider(1, MAX_STEPS, step=1, label="Steps"),
+                    "guidance": gr.Slider(1, 5, step=0.1, label="Guidance"),
+                }
+                self.chosen = gr.HTML(page.chosen_pictures([]))
+                self.upload = gr.UploadButton("Upload a picture", file_types=["image"])
+        with gr.Tabs(elem_classes="panel") as self.tabs:
+            with gr.Tab("Vary", id="Vary"):
+                self.controls["strength"] = gr.Slider(0.05, 1, 0.5, step=0.05, label="Strength")
+                self.varied = gr.HTML(js_on_load=PICK % "vary")
+            with gr.Tab("Inpaint", id="Inpaint"), gr.Row():
+                with gr.Column(scale=1, min_width=280):
+                    self.canvas = gr.HTML(js_on_load=PAINT)
+                with gr.Column(scale=3, min_width=320):
+                    self.inpainted = gr.HTML(js_on_load=PICK % "inpaint")
+            with gr.Tab("Interpolate", id="Interpolate"):
+                self.between = gr.HTML(js_on_load=PLAY)
+            with gr.Tab("From noise", id="From noise"):
+                self.noise = gr.HTML(js_on_load=PLAY)
+        self.panels = {
+            "Vary": (self.varied, self.vary),
+            "Inpaint": (self.inpainted, self.inpaint),
+            "Interpolate": (self.between, self.interpolate),
+            "From noise": (self.noise, self.show_trajectory),
+        }
+
+    def build_run(self) -> None:
+        """Lays out the tab to follow a run in."""
+        self.run = gr.Dropdown([], label="Run")
+        self.run_figures = gr.HTML()
+        with gr.Row():
+            self.run_curve = gr.HTML(min_width=340)
+            self.run_grids = gr.HTML(js_on_load=PLAY, min_width=340)
+
+    def wire(self, blocks: Any, session: Any, run_tab: Any) -> None:
+        """Connects the visitors' events with what they do."""
+        controls = self.controls
+        strength = controls["strength"]
+        sampling = [controls[name] for name in ("seeds", "classes", "sampler", "steps", "guidance")]
+        self.chosen_outputs = [self.samples, self.chosen, self.canvas]
+        panels = [output for output, _ in self.panels.values()]
+        quiet = {"api_visibility": "private", "show_progress": "hidden", "trigger_mode": "multiple"}
+        draw = {"fn": self.draw, "inputs": [session, *sampling]}
+        draw |= quiet | {"outputs": [self.samples, self.status]}
+        panel = {"fn": self.show_panel, "inputs": [session, strength, *sampling], "outputs": panels}
+        panel |= quiet | {"show_progress": "minimal"}
+
+        # Every change is drawn.
+        on_change = [controls[name].input for name in ("classes", "sampler", "steps", "guidance")]
+        gr.on([*on_change, controls["seeds"].submit], **draw).then(**panel)
+        new_seeds = self.dice.click(page.new_seeds, controls["seeds"], controls["seeds"], **quiet)
+        new_seeds.then(**draw).then(**panel)
+        strength.input(**panel)
+
+        # Chosen pictures and panels.
+        for grid in (self.samples, self.varied, self.inpainted):
+            grid.pick(self.choose, session, self.chosen_outputs, **quiet).then(**panel)
+        self.canvas.paint(self.take_mask, session, None, **quiet).then(**panel)
+        self.tabs.select(self.open_panel, panel["inputs"], panels, **quiet)
+        taken = [*controls.values(), *self.chosen_outputs, self.tabs]
+        uploaded = self.upload.upload(self.take_upload, [session, self.upload], taken, **quiet)
+        uploaded.then(**draw).then(**panel)
+
+        # The model, at once and from time to time; a run while its tab is open.
+        poll = {"fn": self.poll, "inputs": session, "outputs": [self.header, *sampling[1:]]} | quiet
+        blocks.load(**poll).then(**draw)
+        gr.Timer(POLL_SECONDS).tick(**poll)
+        shown = [self.run, self.run_figures, self.run_curve, self.run_grids]
+        follow = {"fn": self.follow, "inputs": [session, self.run], "outputs": shown} | quiet
+        timer = gr.Timer(POLL_SECONDS, active=False)
+        timer.tick(**follow)
+        self.run.input(**follow)
+        run_tab.select(**follow)
+        run_tab.select(lambda: gr.Timer(active=True), None, timer, **quiet)
+
+
+def import_gradio() -> None:
+    """Imports gradio without its telemetry; raises UserError if it is not installed."""
+    global gr
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    try:
+        import gradio as gr
+    except ImportError as error:
+        advice = "Install it with `pip install -r requirements-app.txt`"
+        raise UserError(f"app.py needs gradio, but: {error}. {advice}") from error
+
+
+def start(settings: AppSettings) -> tuple[Any, str]:
+    """Starts the server; returns gradio's Blocks and the address."""
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses more than twice that
+    path = settings.checkpoint
+    find = partial(Path, path) if path else partial(checkpoints.newest, notify=False)
+    blocks = Page(page.ModelKeeper(find, load_model)).build()
+    blocks.queue(max_size=100, default_concurrency_limit=16, api_open=False)
+    try:
+        _, url, public_url = blocks.launch(
+            server_name=settings.host, server_port=settings.port, share=settings.share,
+            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+            css_paths=ROOT / "app.css", head=f"<script>{(ROOT / 'app.js').read_text()}</script>",
+            max_file_size=MAX_UPLOAD, prevent_thread_lock=True, quiet=True, footer_links=[],
+            ssr_mode=False, run_history=False,
+        )  # fmt: skip
+    except OSError as error:
+        where = f"{settings.host}:{settings.port}"
+        raise UserError(f"cannot listen on {where} ({error}). Choose another --port") from error
+    return blocks, public_url or url
+
+
+def main(description: str | None = __doc__) -> None:
+    """Starts the page and waits for Ctrl-C."""
+    parser = Parser(description)
+    AppSettings.add_flags(parser)
+    settings = AppSettings(**AppSettings.given(parser.parse_args()))
+    import_gradio()
+    blocks, url = start(settings)
+    print(f"{url} (Ctrl-C stops)", flush=True)
+    blocks.block_thread()
+
+
+if __name__ == "__main__":
+    run_script(main)

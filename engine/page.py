@@ -1,0 +1,394 @@
+"""What app.py needs besides gradio: turns at the model, what visitors chose, HTML."""
+
+import copy
+import html
+import itertools
+import json
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine import checkpoints, plots
+from engine import inference_jobs as jobs
+from engine.devices import device_name
+from engine.errors import UserError
+from engine.generation import State
+from engine.labels import labels_of_seeds
+from engine.samplers import SAMPLERS
+from engine.settings import Settings
+
+MAX_IMAGES = 36  # of a request
+MAX_STEPS = 100
+MAX_SECONDS = 120.0
+MAX_TEXT = 400  # characters of the seeds
+
+
+class SupersededError(Exception):
+    """The same visitor has asked for something newer."""
+
+
+class Turns:
+    """Lets threads run one at a time, in the order in which they asked."""
+
+    def __init__(self):
+        self.waiting: deque[object] = deque()
+        self.changed = threading.Condition()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """A block that one thread at a time runs."""
+        ticket = object()
+        with self.changed:
+            self.waiting.append(ticket)
+            self.changed.wait_for(lambda: self.waiting[0] is ticket)
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.waiting.popleft()
+                self.changed.notify_all()
+
+
+class Request:
+    """What a visitor asked for; it ends when a newer request supersedes it or its time is up."""
+
+    def __init__(self):
+        self.is_superseded = False
+        self.deadline = time.monotonic() + MAX_SECONDS
+
+    def check(self) -> None:
+        """Raises SupersededError, or UserError after MAX_SECONDS."""
+        if self.is_superseded:
+            raise SupersededError
+        if time.monotonic() > self.deadline:
+            reason = f"that took longer than {MAX_SECONDS:.0f} seconds"
+            raise UserError(f"{reason}. Ask for fewer images or steps")
+
+
+class SharingMixin:
+    """Lets several visitors use a DDPMModel at once: network evaluations take turns."""
+
+    turns = Turns()  # of all models, which share the device
+    request = Request()
+
+    def serve(self, request: Request) -> nn.Module:
+        """Returns a view of this model whose work ends with a request."""
+        view = copy.copy(self)
+        view.request = request
+        return view
+
+    def _run_network(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self.turns.turn():
+            self.request.check()
+            return super()._run_network(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model and where it is from. version: counts the models of a page."""
+
+    model: nn.Module
+    path: Path
+    sha256: str
+    version: int
+
+
+class ModelKeeper:
+    """Holds the model of a checkpoint and loads it again when the file is exchanged.
+
+    find: returns the path of the checkpoint. load: loads it. problem: why the newest file could not
+    be loaded, or nothing. Raises UserError if the first one cannot be loaded.
+    """
+
+    def __init__(self, find: Callable[[], Path], load: Callable[[Path], nn.Module]):
+        self.find = find
+        self.load = load
+        self.lock = threading.Lock()
+        self.served: ServedModel | None = None
+        self.signature: tuple[Any, ...] = ()
+        self.problem = ""
+        if self.refresh() is None:
+            raise UserError(self.problem)
+
+    def refresh(self) -> ServedModel:
+        """Returns the checkpoint's model, or the one before if it cannot be loaded."""
+        with self.lock:
+            try:
+                path = self.find()
+                status = path.stat() if path.is_file() else None
+                signature = (path, status and (status.st_mtime_ns, status.st_size, status.st_ino))
+                if signature != self.signature:
+                    self.signature = signature
+                    version = self.served.version + 1 if self.served else 1
+                    self.served = ServedModel(self.load(path), path, jobs.sha256(path), version)
+                    self.problem = ""
+            except (UserError, OSError) as error:
+                self.problem = str(error)
+            return self.served
+
+
+# Pictures.
+
+
+@dataclass
+class Picture:
+    """An image (C, H, W), in multiples of 1/255 as its PNG has it, and how it was made."""
+
+    image: Tensor
+    label: str
+    settings: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.image = (self.image.float().cpu().clamp(0, 1) * 255).round() / 255
+        text = json.dumps(self.settings) if self.settings else ""
+        self.data_uri = plots.png_data_uri(plots.encode_png(plots.to_image(self.image), text))
+
+
+@dataclass
+class Plan:
+    """What the controls ask for: seeds, their classes, and options of the model's methods."""
+
+    model: nn.Module
+    seeds: list[int]
+    labels: list[int] | None  # of the seeds, if the model has classes and some were chosen
+    options: dict[str, Any]  # sampler, steps, guidance
+    settings: dict[str, Any]  # as inference.py stores them
+
+    @classmethod
+    def of_controls(
+        cls, served: ServedModel, request: Request, declared: type[Settings], seeds: str,
+        classes: list[str], sampler: str, steps: float, guidance: float,
+    ) -> "Plan":  # fmt: skip
+        """Checks what the controls ask for. declared: the settings of inference.py.
+
+        Raises UserError for what the page does not offer, whoever asks for it.
+        """
+        model = served.model.serve(request)
+        if not 1 <= steps <= MAX_STEPS or len(seeds) > MAX_TEXT:
+            raise UserError(f"at most {MAX_STEPS} steps and {MAX_IMAGES} images are possible")
+        if sampler not in SAMPLERS or not set(classes) <= set(model.class_names):
+            raise UserError("this model has no such sampler or class. Reload the page")
+        options = {"sampler": sampler, "steps": int(steps), "guidance": float(guidance)}
+        options = declared.check(options, "the page")
+        numbers = jobs.parse_seeds(seeds, MAX_IMAGES)
+        chosen = [model.class_names.index(name) for name in classes]
+        labels = [label for _, label in zip(numbers, itertools.cycle(chosen), strict=False)]
+        settings = declared(**options, checkpoint=str(served.path)).as_dict()
+        settings |= {"seeds": numbers, "sha256": served.sha256}
+        del settings["num_samples"]
+        return cls(model, numbers, labels or None, options, jobs.complete_settings(settings))
+
+    def trajectory(self) -> Iterator[State]:
+        """Yields t, x_t and the predicted x_0, from noise to image, as DDPMModel.sample does it."""
+        if self.labels is None and self.model.class_names:
+            self.labels = labels_of_seeds(self.seeds, self.model.class_counts).tolist()
+        options = dict(self.options)
+        sampler, timesteps = self.model.sampling_plan(options.pop("sampler"), options.pop("steps"))
+        x, randn = self.model.noise(self.seeds)
+        return self.model.trajectory(x, timesteps, sampler, randn, labels=self.labels, **options)
+
+    def run(self, mode: str, count: int, source: Picture, options: dict) -> list[Picture]:
+        """Calls the model's method `mode`, which starts from a picture, for `count` seeds."""
+        self.seeds = self.seeds[:count]
+        self.labels = self.labels and self.labels[:count]
+        arguments = self.options | {"labels": self.labels} | options
+        method = getattr(self.model, mode)
+        images = method(source.image, batch_size=len(self.seeds), seed=self.seeds, **arguments)
+        if "mask" in options:
+            options = {"mask": image_uri(options["mask"][None].float())}
+        self.settings |= {"mode": mode, "image": source.data_uri} | options
+        return self.pictures(images)
+
+    def pictures(self, images: Tensor) -> list[Picture]:
+        """Returns images (B, C, H, W), one of each seed, with the settings that reproduce each."""
+        made = []
+        for i, (image, seed) in enumerate(zip(images, self.seeds, strict=True)):
+            settings = self.settings | {"seeds": [seed]}
+            label = f"seed {seed}"
+            if self.labels:
+                settings["classes"] = self.model.class_names[self.labels[i]]
+                label += f", {settings['classes']}"
+            made.append(Picture(image, label, settings))
+        return made
+
+
+@dataclass
+class Session:
+    """What one visitor sees: pictures by area, those that were chosen, requests that run."""
+
+    pictures: dict[str, list[Picture]] = field(default_factory=dict)
+    chosen: list[Picture] = field(default_factory=list)  # the newest first, at most two
+    mask: Tensor | None = None  # (H, W), not 0 where the newest is to be inpainted
+    panel: str = "Vary"
+    requests: dict[str, Request] = field(default_factory=dict)
+    model_version: int = 0
+    problem: str = ""
+    run_version: Any = None
+
+    def start(self, area: str) -> Request:
+        """Returns a new request, which supersedes the area's previous one."""
+        if area in self.requests:
+            self.requests[area].is_superseded = True
+        self.requests[area] = Request()
+        return self.requests[area]
+
+    def choose(self, picture: Picture) -> None:
+        """Makes a picture the newest of the two that are chosen."""
+        self.chosen = [picture, *self.chosen[:1]]
+        self.mask = None
+
+
+def take_upload(
+    session: Session, path: Path, model: nn.Module, declared: type[Settings]
+) -> dict[str, Any]:
+    """Chooses an uploaded image, and returns values of the controls by name.
+
+    A PNG of ours brings back all that it was made from and with. declared: the settings of
+    inference.py. Raises UserError for what is not an image.
+    """
+    try:
+        image = jobs.read_image(path, model.image_size, model.channels)
+        has_settings = bool(plots.read_png_metadata(path))
+        settings = jobs.read_png_settings(path, declared) if has_settings else {}
+    except UserError as error:
+        raise UserError(str(error).replace(str(path), "the upload")) from error
+    if not settings:
+        session.choose(Picture(image, "upload", {}))
+        return {}
+    if settings["sampler"] not in SAMPLERS:
+        raise UserError("the upload was made with a sampler that this page does not offer")
+
+    # What variations and inpainted images were made from is in their settings; never a path.
+    mode = settings["mode"]
+    files = {n: settings[n] for n in ("mask", "image") if jobs.is_embedded(settings[n])}
+    if "image" in files:
+        image = jobs.read_image(jobs.open_input(files["image"]), model.image_size, model.channels)
+    session.choose(Picture(image, "upload", settings if mode == "samples" else {}))
+    if mode == "inpaint" and len(files) == 2:
+        session.mask = jobs.read_mask(*map(jobs.open_input, files.values()), model.image_size)
+    session.panel = {"vary": "Vary", "inpaint": "Inpaint"}.get(mode, session.panel)
+    controls = {"seeds": format_seeds(settings["seeds"][:MAX_IMAGES])}
+    controls["classes"] = [name for name in model.class_names if name == settings.get("classes")]
+    names = ("sampler", "steps", "guidance", "strength")
+    return controls | {name: settings[name] for name in names if settings[name]}
+
+
+def new_seeds(seeds: str) -> str:
+    """Returns as many consecutive seeds as there were, from a random one on."""
+    try:
+        count = len(jobs.parse_seeds(seeds[:MAX_TEXT], MAX_IMAGES))
+    except UserError:
+        count = 16
+    first = random.SystemRandom().randrange(1_000_000)
+    return format_seeds(range(first, first + count))
+
+
+def format_seeds(seeds: Sequence[int]) -> str:
+    """Returns seeds as parse_seeds reads them."""
+    is_span = len(seeds) > 1 and list(seeds) == list(range(seeds[0], seeds[0] + len(seeds)))
+    return f"{seeds[0]}-{seeds[-1]}" if is_span else ",".join(map(str, seeds))
+
+
+def image_uri(image: Tensor) -> str:
+    """Returns an image (C, H, W) in [0, 1] as the data URI of a PNG."""
+    return plots.png_data_uri(plots.encode_png(plots.to_image(image)))
+
+
+def parse_mask(text: Any, size: int) -> Tensor:
+    """Returns a mask (size, size) from its pixels in rows, 1 where to inpaint and 0 elsewhere."""
+    if not isinstance(text, str) or len(text) != size**2 or set(text) - {"0", "1"}:
+        raise UserError(f"the mask is not {size}x{size} pixels. Paint it again")
+    return torch.tensor([pixel == "1" for pixel in text]).reshape(size, size)
+
+
+# HTML that app.js wires; images are data URIs, so that no file is ever served.
+
+
+def picture_grid(pictures: Sequence[tuple[str, str]], chosen: Sequence[str] = ()) -> str:
+    """Returns (data URI, label) of pictures as a grid of buttons; `chosen` URIs are framed.
+
+    Pictures without a label cannot be clicked.
+    """
+    columns = 4 if len(pictures) <= 16 else 6
+    buttons = (
+        f'<button data-index="{i}" aria-pressed="{str(uri in chosen).lower()}" title="{label}"'
+        f'{"" if label else " disabled"}><img src="{uri}" alt="{label}"></button>'
+        for i, (uri, label) in enumerate((uri, html.escape(label)) for uri, label in pictures)
+    )
+    return f'<div class="pictures" style="--columns: {columns}">{"".join(buttons)}</div>'
+
+
+def film(frames: Sequence[tuple[str, str]], loop: bool = False, autoplay: bool = True) -> str:
+    """Returns (data URI, caption) of frames as a film with a play button and a slider.
+
+    loop: whether it goes to and fro without end. Without autoplay it shows its last frame.
+    """
+    if not frames:
+        return note("Nothing to see yet.")
+    first = 0 if autoplay else len(frames) - 1
+    images = (
+        f'<img src="{uri}" alt="{html.escape(caption)}"{"" if i == first else " hidden"}>'
+        for i, (uri, caption) in enumerate(frames)
+    )
+    return (
+        f'<div class="film" data-loop="{loop:d}" data-autoplay="{autoplay:d}">{"".join(images)}'
+        '<div><button title="play or pause">▶</button>'
+        f'<input type="range" max="{len(frames) - 1}" value="{first}" aria-label="frame">'
+        f"<output>{html.escape(frames[first][1])}</output></div></div>"
+    )
+
+
+def chosen_pictures(pictures: Sequence[Picture]) -> str:
+    """Returns the chosen pictures, the newest first, each with a link that downloads it."""
+    if not pictures:
+        return note("Click a picture to choose it, or upload one.")
+    figures = (
+        f'<figure><img src="{uri}" alt="{label}"><figcaption>{label} · '
+        f'<a href="{uri}" download="ddpm {label}.png">PNG</a></figcaption></figure>'
+        for uri, label in ((p.data_uri, html.escape(p.label)) for p in pictures)
+    )
+    return f'<div class="chosen">{"".join(figures)}</div>'
+
+
+def canvas(picture: Picture, mask: Tensor | None) -> str:
+    """Returns a picture under a canvas of its size to paint a mask on; app.js shows the mask."""
+    size = picture.image.shape[-1]
+    pixels = "" if mask is None else "".join(map(str, mask.flatten().int().tolist()))
+    return (
+        f'<div class="paint"><div><img src="{picture.data_uri}" alt="">'
+        f'<canvas width="{size}" height="{size}" data-mask="{pixels}"></canvas></div>'
+        "<button>Clear</button></div>"
+    )
+
+
+def describe_model(served: ServedModel) -> str:
+    """Returns a heading with checkpoint, size and device of a model."""
+    model = served.model
+    millions = sum(p.numel() for p in model.unet.parameters()) / 1e6
+    size = f"{model.image_size} px, {millions:.1f} M parameters, {device_name(model.device)}"
+    return f"<h1>DDPM</h1>{note(f'{checkpoints.display_name(served.path)}: {size}')}"
+
+
+def note(text: str) -> str:
+    """Returns a line of text."""
+    return f'<p class="note">{html.escape(text)}</p>'
+
+
+def figures(values: dict[str, str]) -> str:
+    """Returns names and values as tiles."""
+    tiles = (f"<div><dt>{name}</dt><dd>{html.escape(v)}</dd></div>" for name, v in values.items())
+    return f'<dl class="figures">{"".join(tiles)}</dl>'
+
+
+def curve(uri: str) -> str:
+    """Returns a plot, which turns dark with the page."""
+    return f'<div class="curve"><img src="{uri}" alt="loss"></div>'

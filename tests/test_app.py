@@ -1,0 +1,318 @@
+"""app.py: turns, exchanged checkpoints, what the page takes and gives back; the page itself."""
+
+import json
+import threading
+import time
+from pathlib import Path
+
+from engine.cli import run_script
+
+import pytest
+import torch
+from PIL import Image
+
+import app
+import inference
+from engine import page, run
+from engine.errors import UserError
+from engine.page import ModelKeeper, Picture, Plan, Request, ServedModel, Session, Turns
+from inference import InferenceSettings
+
+SMALL = {"image_size": 8, "dim": 8, "dim_mults": (1, 2), "timesteps": 40, "sampling_timesteps": 4}
+CONTROLS = {"seeds": "3,7", "classes": [], "sampler": "ddim", "steps": 4, "guidance": 1.5}
+
+
+def save_model(path: str, seed: int = 0) -> Path:
+    """Writes a small model with a guide of other weights."""
+    torch.manual_seed(seed)
+    model = app.SharedModel(**SMALL)
+    model.snapshot_guide()
+    for p in model.unet.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    model.save_model(path)
+    return Path(path)
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch) -> ServedModel:
+    """A model in a new working folder."""
+    monkeypatch.chdir(tmp_path)
+    path = save_model("checkpoints/ddpm_final.pt")
+    return ModelKeeper(lambda: path, app.load_model).refresh()
+
+
+def plan_of(served: ServedModel, request: Request | None = None, **controls) -> Plan:
+    values = (CONTROLS | controls).values()
+    return Plan.of_controls(served, request or Request(), InferenceSettings, *values)
+
+
+def samples_of(plan: Plan) -> torch.Tensor:
+    *_, (_, x, _) = plan.trajectory()
+    return (x / 2 + 0.5).clamp(0, 1)
+
+
+def save_png(picture: Picture, path: str) -> Path:
+    """Writes a picture as the browser's download does."""
+    png = page.jobs.open_input(picture.data_uri).getvalue()
+    Path(path).write_bytes(png)
+    return Path(path)
+
+
+# Turns and requests.
+
+
+def test_turns_are_taken_in_order():
+    turns, order, threads = Turns(), [], []
+
+    def take(name: int) -> None:
+        with turns.turn():
+            order.append(name)
+
+    with turns.turn():
+        for name in range(3):
+            threads.append(threading.Thread(target=take, args=(name,)))
+            threads[-1].start()
+            while len(turns.waiting) < name + 2:
+                time.sleep(0.001)
+        assert order == []
+    for thread in threads:
+        thread.join()
+    assert order == [0, 1, 2]
+
+
+def test_superseded_request_ends_and_others_go_on(served):
+    session = Session()
+    first = plan_of(served, session.start("samples"))
+    states = first.trajectory()
+    next(states)
+    second = plan_of(served, session.start("samples"))
+    session.start("panel")
+    with pytest.raises(page.SupersededError):
+        list(states)
+    torch.testing.assert_close(
+        samples_of(second), served.model.sample(2, seed=[3, 7], sampler="ddim", guidance=1.5)
+    )
+
+
+def test_request_ends_when_its_time_is_over(served, monkeypatch):
+    monkeypatch.setattr(page, "MAX_SECONDS", -1.0)
+    with pytest.raises(UserError, match="Ask for fewer images or steps"):
+        samples_of(plan_of(served))
+    monkeypatch.undo()
+    assert not served.model.turns.waiting
+
+
+# The checkpoint.
+
+
+def test_keeper_loads_an_exchanged_checkpoint_and_keeps_the_model_if_it_cannot(served):
+    keeper = ModelKeeper(lambda: served.path, app.load_model)
+    before = keeper.refresh()
+    assert keeper.refresh() is before
+    save_model(str(served.path), seed=1)
+    after = keeper.refresh()
+    assert after.version == 2 and after.sha256 != before.sha256
+    assert not torch.equal(samples_of(plan_of(before)), samples_of(plan_of(after)))
+    served.path.write_bytes(b"half a file")
+    assert keeper.refresh() is after
+    assert str(served.path) in keeper.problem
+    served.path.unlink()
+    assert keeper.refresh() is after
+    save_model(str(served.path))
+    assert keeper.refresh().sha256 == before.sha256 and not keeper.problem
+
+
+def test_keeper_refuses_to_start_without_a_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint"):
+        ModelKeeper(lambda: tmp_path / "none.pt", app.load_model)
+
+
+# What may be asked for.
+
+
+@pytest.mark.parametrize(
+    ("controls", "message"),
+    [
+        ({"seeds": "0-36"}, "at most 36 images"),
+        ({"seeds": "../../etc/passwd"}, "must look like"),
+        ({"seeds": "1," * 300}, "at most"),
+        ({"steps": 0}, "at most 100 steps"),
+        ({"steps": 101}, "at most 100 steps"),
+        ({"steps": float("nan")}, "at most 100 steps"),
+        ({"guidance": 1e9}, "guidance is 1000000000.0"),
+        ({"guidance": float("nan")}, "guidance is nan"),
+        ({"sampler": "evil.py:run"}, "no such sampler or class"),
+        ({"classes": ["cat"]}, "no such sampler or class"),
+    ],
+)
+def test_plan_refuses_what_the_page_does_not_offer(served, controls, message):
+    with pytest.raises(UserError, match=message):
+        plan_of(served, **controls)
+
+
+@pytest.mark.parametrize("mask", ["0" * 63, "0" * 65, "2" * 64, None, 7, ["0"] * 64])
+def test_mask_must_be_of_the_size_of_the_model(mask):
+    with pytest.raises(UserError, match="mask is not 8x8"):
+        page.parse_mask(mask, 8)
+
+
+def test_mask_is_read_in_rows():
+    assert page.parse_mask("0" * 8 + "1" * 56, 8).nonzero()[0].tolist() == [1, 0]
+
+
+# PNGs.
+
+
+def test_png_of_a_sample_brings_its_settings_back(served):
+    plan = plan_of(served)
+    _, picture = plan.pictures(samples_of(plan))
+    session = Session()
+    controls = page.take_upload(
+        session, save_png(picture, "a.png"), served.model, InferenceSettings
+    )
+    assert controls == {
+        "seeds": "7", "classes": [], "sampler": "ddim", "steps": 4, "guidance": 1.5,
+        "strength": 0.5,
+    }  # fmt: skip
+    assert torch.equal(session.chosen[0].image, picture.image)
+    del controls["strength"]
+    assert session.chosen[0].settings["sha256"] == served.sha256
+    again = plan_of(served, **controls)
+    assert torch.equal(again.pictures(samples_of(again))[0].image, picture.image)
+
+
+@pytest.mark.parametrize("mode", ["vary", "inpaint"])
+def test_png_of_a_derived_image_brings_its_source_back(served, mode, monkeypatch):
+    source = Picture(torch.rand(3, 8, 8), "upload", {})
+    mask = torch.arange(64).reshape(8, 8) % 3 == 0
+    options = {"strength": 0.8} if mode == "vary" else {"mask": mask}
+    picture = plan_of(served).run(mode, 1, source, options)[0]
+    path = save_png(picture, "a.png")
+    session = Session()
+    controls = page.take_upload(session, path, served.model, InferenceSettings)
+    assert torch.equal(session.chosen[0].image, source.image)
+    assert session.panel == mode.capitalize()
+    if mode == "inpaint":
+        assert torch.equal(session.mask, mask)
+        options = {"mask": session.mask}
+    else:
+        options = {"strength": controls["strength"]}
+    del controls["strength"]
+    again = plan_of(served, **controls).run(mode, 1, session.chosen[0], options)[0]
+    assert torch.equal(again.image, picture.image)
+
+    # inference.py makes the same image of it.
+    monkeypatch.setattr("sys.argv", ["inference.py", "--from_png", str(path)])
+    with pytest.raises(SystemExit) as exit_:
+        run_script(inference.main)
+    assert exit_.value.code == 0
+    (made,) = Path("inference_results").glob("*/*/000003.png")
+    assert Image.open(made).tobytes() == Image.open(path).tobytes()
+
+
+def test_upload_of_another_image_is_cropped_and_changes_no_control(served):
+    Image.new("RGB", (30, 20), (255, 0, 0)).save("own.png")
+    session = Session()
+    assert page.take_upload(session, Path("own.png"), served.model, InferenceSettings) == {}
+    assert session.chosen[0].image[:, 4, 4].tolist() == [1, 0, 0]
+
+
+def test_upload_never_names_a_file_of_the_server(served):
+    plan = plan_of(served)
+    picture = plan.run("vary", 1, Picture(torch.rand(3, 8, 8), "upload", {}), {"strength": 0.5})[0]
+    Image.new("L", (8, 8), 255).save("secret.png")
+    stored = picture.settings | {"mode": "inpaint", "image": "secret.png", "mask": "secret.png"}
+    path = save_png(Picture(picture.image, "upload", stored), "a.png")
+    session = Session()
+    page.take_upload(session, path, served.model, InferenceSettings)
+    assert session.mask is None and torch.equal(session.chosen[0].image, picture.image)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sampler": "evil.py:run"}, "sampler that this page does not offer"),
+        ({"steps": "many"}, "steps is 'many'"),
+        ({"seeds": ["1"]}, "the upload sets seeds"),
+        ({"mode": "rm"}, "mode is 'rm'"),
+    ],
+)
+def test_upload_with_other_settings_is_refused(served, change, message):
+    settings = plan_of(served).settings | change
+    path = save_png(Picture(torch.rand(3, 8, 8), "upload", settings), "a.png")
+    with pytest.raises(UserError, match=message):
+        page.take_upload(Session(), path, served.model, InferenceSettings)
+
+
+def test_upload_of_no_image_is_refused_without_the_servers_path(served):
+    path = Path("some/folder/a.png")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"<script>")
+    with pytest.raises(UserError, match="cannot be read as an image") as error:
+        page.take_upload(Session(), path, served.model, InferenceSettings)
+    assert "folder" not in str(error.value)
+
+
+# Runs.
+
+
+def write_run(name: str, fractions: list[float | None], final: bool = False) -> None:
+    """Writes what a run logs every 10 steps and 60 seconds."""
+    folder = run.SAMPLES_DIR / name
+    folder.mkdir(parents=True)
+    rows = [
+        {"step": 10 * i, "epoch": i, "images": 640 * i, "seconds": 60.0 * i, "loss": 1 / i}
+        | {"images_per_second": 10.0 * i}
+        | ({} if fraction is None else {"fraction": fraction})
+        for i, fraction in enumerate(fractions, 1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for row in rows:
+        grid = Image.new("RGB", (4, 4))
+        grid.save(folder / f"step_{row['step']:07d}.png")
+    if final:
+        grid.save(folder / "final.png")
+
+
+def test_describe_run_predicts_the_time_left(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run("cifar10/a", [0.1, 0.2, 0.3])
+    assert run.find_runs() == ["cifar10/a"]
+    version = run.run_version("cifar10/a")
+    figures = run.describe_run(version, time.time())
+    assert figures["state"] == "training"
+    assert figures["time left"] == "7.0 minutes"  # 3 minutes were 30 %
+    assert figures["speed"] == "20 images/s" and figures["loss"] == "0.3333"
+    later = run.describe_run(version, time.time() + 600)
+    assert later["state"] == "silent for 10.0 minutes"
+    assert [caption for _, caption in run.run_grids("cifar10/a")] == [
+        "step 10", "step 20", "step 30",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fractions", "state"), [([0.5, 1.0], "finished"), ([None], "finished"), ([0.6], "training")]
+)
+def test_describe_run_knows_a_finished_run(tmp_path, monkeypatch, fractions, state):
+    monkeypatch.chdir(tmp_path)
+    write_run("a", fractions, final=True)
+    assert run.describe_run(run.run_version("a"), time.time())["state"] == state
+
+
+def test_run_grids_are_limited_and_end_with_the_newest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run("a", [0.01] * 60, final=True)
+    captions = [caption for _, caption in run.run_grids("a")]
+    assert len(captions) <= run.MAX_GRIDS and captions[-1] == "final"
+
+
+# gradio.
+
+
+def test_missing_gradio_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["app.py"])
+    monkeypatch.setitem(__import__("sys").modules, "gradio", None)
+    with pytest.raises(SystemExit) as exit_:
+        run_script(app.main)
+    assert exit_.value.code == 2
+    assert "pip install -r requirements-app.txt" in capsys.readouterr().err
