@@ -55,7 +55,7 @@ def check(condition: bool, message: str) -> None:
 
 def check_close(a: Tensor, b: Tensor, tolerance: float, name: str) -> None:
     """Fails the running check unless two tensors agree."""
-    difference = (a.double() - b.double()).abs().max().item()
+    difference = (a.cpu().double() - b.cpu().double()).abs().max().item()
     check(difference <= tolerance, f"{name}: off by {difference:.2g}, more than {tolerance:g}")
 
 

@@ -13,6 +13,7 @@ from types import FrameType
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # GNU's runtime, in torch for Linux
     os.environ.setdefault("KMP_BLOCKTIME", "1")  # Intel's and LLVM's, in ms
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # runs on the CPU what MPS lacks
 
 
 def exit_if_importing(number: int, frame: FrameType | None) -> None:

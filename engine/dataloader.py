@@ -75,7 +75,8 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """Returns the batch on a device."""
-        return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in self))
+        is_cuda = device.type == "cuda"  # other backends may read memory that is freed by then
+        return Batch(*(x if x is None else x.to(device, non_blocking=is_cuda) for x in self))
 
     def __getitem__(self, index):
         """Returns the batch at a slice or index tensor; at 0 or 1, images or labels."""

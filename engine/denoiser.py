@@ -38,7 +38,7 @@ class ModelDenoiser:
         self.interval = interval
         self.labels = labels
         self.guide_labels = labels if guide_labels else None
-        self.alpha_bar: list[float] = process.alphas_cumprod.double().tolist()
+        self.alpha_bar: list[float] = process.alphas_cumprod.tolist()
         self.last_usable_t = len(self.alpha_bar) - 1
         if process.objective == "pred_noise":  # does not determine x_0 where alpha_bar is 0
             self.last_usable_t = max(t for t, a in enumerate(self.alpha_bar) if a > 0)

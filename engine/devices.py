@@ -1,8 +1,12 @@
 """Devices: the one that training, inference, evaluation and the demo run on, and its name."""
 
+import functools
+
 import torch
 
 from engine import distributed
+
+TRIED = ("cpu", "cuda")
 
 
 def default_device() -> torch.device:
@@ -10,7 +14,17 @@ def default_device() -> torch.device:
 
     Initializes the process group if a launcher started several ranks.
     """
-    return distributed.init().device
+    device = distributed.init().device
+    if device.type not in TRIED:
+        note_untried(device)
+    return device
+
+
+@functools.cache
+def note_untried(device: torch.device) -> None:
+    """Prints once that nothing here was ever run on such a device."""
+    advice = "set ACCELERATE_TORCH_DEVICE=cpu to run on the CPU instead"
+    distributed.print0(f"note: this project is untried on {device_name(device)}; {advice}")
 
 
 def device_name(device: torch.device) -> str:

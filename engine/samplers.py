@@ -181,7 +181,7 @@ class SeededNoise:
         """Returns the next noise of each seed, with the shape of x, (B, C, H, W)."""
         noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in self.generators])
         noise = noise.pin_memory() if x.is_cuda else noise  # copied without waiting
-        return noise.to(x.device, non_blocking=True)
+        return noise.to(x.device, non_blocking=x.is_cuda)
 
 
 def batched(seeds: Sequence[int], size: int) -> list[list[int]]:

@@ -313,7 +313,7 @@ class TrainStep:
             "scale": self.loss_scale.item() if self.use_loss_scaling else INITIAL_LOSS_SCALE,
             "good_in_a_row": self.finite_streak.item(),
             "skipped": self.skipped_updates.item(),
-            "rng": get_rng_state(),
+            "rng": get_rng_state(self.device),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -340,7 +340,7 @@ class TrainStep:
         self.finite_streak.fill_(state.get("good_in_a_row", 0.0))  # missing in earlier files
         self.skipped_updates.fill_(state["skipped"])
         if self.rank == 0:
-            set_rng_state(state["rng"])
+            set_rng_state(state["rng"], self.device)
 
 
 def seed_everything(seed: int) -> None:
@@ -349,18 +349,20 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
-def get_rng_state() -> dict[str, Any]:
-    """Returns the state of the global generators."""
-    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
-    return {"torch": torch.get_rng_state(), "python": random.getstate(), **cuda}
+def get_rng_state(device: torch.device) -> dict[str, Any]:
+    """Returns the state of the global generators, that of a GPU under the name of its backend."""
+    state = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if device.type != "cpu":
+        state[device.type] = torch.get_device_module(device).get_rng_state()
+    return state
 
 
-def set_rng_state(state: Mapping[str, Any]) -> None:
+def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
     """Restores what get_rng_state returned."""
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    if device.type in state:
+        torch.get_device_module(device).set_rng_state(state[device.type])
 
 
 def warn_fallback(what: str, error: Exception) -> None:

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from engine import checkpoints, distributed
 from engine.checkpoints import TrainingCheckpoint
 from engine.dataloader import Batch, BatchLoader, ImageDataset
-from engine.devices import device_name
+from engine.devices import default_device, device_name
 from engine.errors import UserError
 from engine.labels import check_classes_on_resume
 from engine.progress import Progress, StopSignal, format_duration
@@ -41,6 +41,7 @@ def train(
     """
     # Setup: ranks, batches, model with its optimizer.
     dist = distributed.init()
+    device = default_device()
     rank = dist.process_index
     world_size = dist.num_processes
     torch.backends.cudnn.benchmark = True
@@ -48,9 +49,9 @@ def train(
     data = data if isinstance(data, ImageDataset) else ImageDataset(data)
     effective_batch = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
     loader = BatchLoader(
-        data, effective_batch, config.SEED, dist.device, config.NUM_WORKERS, rank, world_size
+        data, effective_batch, config.SEED, device, config.NUM_WORKERS, rank, world_size
     )
-    train_step = TrainStep(model.to(dist.device).train(), config, rank, world_size)
+    train_step = TrainStep(model.to(device).train(), config, rank, world_size)
 
     # A new run, or one that continues from a checkpoint.
     checkpoint = checkpoints.load_training(resume) if isinstance(resume, Path) else resume
@@ -187,11 +188,12 @@ def estimate(model: TrainableModel, num_images: int, config: Any, memory_gib: fl
     """
     # Time of a step. On a CPU a few images are enough: it is proportional to their number.
     dist = distributed.init()
-    step = TrainStep(model.to(dist.device).train(), config)
-    is_cuda = dist.device.type == "cuda"
+    device = default_device()
+    step = TrainStep(model.to(device).train(), config)
+    is_cuda = device.type == "cuda"
     count = config.BATCH_SIZE if is_cuda else min(config.BATCH_SIZE, 8)
     shape = (count, model.channels, model.image_size, model.image_size)
-    batch = Batch(torch.randint(256, shape, dtype=torch.uint8, device=dist.device))
+    batch = Batch(torch.randint(256, shape, dtype=torch.uint8, device=device))
     times = []
     for number in range(4):
         start = time.perf_counter()

@@ -1,14 +1,21 @@
 """engine/devices.py: inference and evaluation run where training does."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import PartialState
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import evaluate
 import inference
+import train
+from ddpm_model import DDPMModel
 from engine import devices, distributed
 from engine.errors import UserError
-from tests.helpers import CPU
+from engine.train_step import get_rng_state, set_rng_state
+from tests.helpers import CPU, TINY_FLAGS
+from tests.test_metrics import MeanColors
 
 
 @pytest.fixture
@@ -41,3 +48,58 @@ def test_scripts_run_on_the_device_of_training(on_mps, tmp_path, monkeypatch, sc
 def test_device_name_needs_no_backend_that_is_missing():
     assert devices.device_name(CPU) == "CPU"
     assert devices.device_name(torch.device("mps")) == "MPS"
+
+
+def test_untried_device_is_noted_once(on_mps, capsys):
+    devices.note_untried.cache_clear()
+    assert devices.default_device() == devices.default_device() == on_mps
+    note = "note: this project is untried on MPS; set ACCELERATE_TORCH_DEVICE=cpu"
+    assert capsys.readouterr().out.startswith(note)
+    devices.default_device()
+    assert capsys.readouterr().out == ""
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device without float64, such as MPS."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if getattr(output, "dtype", None) == torch.float64:
+            raise TypeError(f"{function} makes float64")
+        return output
+
+
+def test_training_inference_and_evaluation_need_no_float64(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    build = DDPMModel._build
+
+    def build_on_cpu(*args, **kwargs):
+        with _disable_current_modes():
+            build(*args, **kwargs)
+
+    monkeypatch.setattr(DDPMModel, "_build", build_on_cpu)
+    monkeypatch.setattr(evaluate, "load_feature_networks", lambda *_: [MeanColors()])
+    with NoFloat64():
+        with pytest.raises(TypeError, match="makes float64"):
+            torch.zeros(1).double()
+        for main, *flags in (
+            (train.main, *TINY_FLAGS, "--timesteps", "10", "--max_steps", "4"),
+            (inference.main, "--mode", "all", "--num_samples", "2", "--resamples", "2"),
+            (evaluate.main, "--num_samples", "2"),
+        ):
+            monkeypatch.setattr("sys.argv", ["script.py", *flags])
+            main()
+    assert list(tmp_path.glob("results/evaluate-*.json"))
+
+
+def test_rng_state_of_another_device_is_saved(monkeypatch):
+    backend = SimpleNamespace(get_rng_state=lambda: "state")
+    monkeypatch.setattr(torch, "get_device_module", lambda device: backend)
+    restored = []
+    backend.set_rng_state = restored.append
+    state = get_rng_state(torch.device("mps"))
+    assert state["mps"] == "state"
+    set_rng_state(state, CPU)
+    assert restored == []
+    set_rng_state(state, torch.device("mps"))
+    assert restored == ["state"]

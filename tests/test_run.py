@@ -279,7 +279,7 @@ def test_metrics_log_drops_rows_after_the_resumed_checkpoint(tmp_path):
 
 
 def test_rng_state_of_both_generators_is_restored():
-    state = get_rng_state()
+    state = get_rng_state(CPU)
     values = random.random(), torch.rand(1).item()
-    set_rng_state(state)
+    set_rng_state(state, CPU)
     assert (random.random(), torch.rand(1).item()) == values
