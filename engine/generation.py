@@ -181,8 +181,8 @@ class GenerationMixin:
         sampler = SAMPLERS.get(sampler, sampler)
         if isinstance(sampler, str):
             raise UserError(f"unknown sampler {sampler}; choose from {', '.join(SAMPLERS)}")
-        intervals = samplers.num_intervals(sampler, steps)
-        return sampler, SPACINGS[spacing](self.denoiser().alpha_bar, intervals)
+        alpha_bar = self.denoiser().alpha_bar
+        return sampler, samplers.choose_timesteps(sampler, alpha_bar, steps, spacing)
 
     def count_nfe(
         self, sampler: Callable, timesteps: Sequence[int], guidance: float | None = None,

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import itertools
 import math
+import warnings
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from engine.checkpoints import write_atomically
 from engine.datasets import CONNECT_SECONDS, socket_timeout
-from engine.errors import UserError
+from engine.errors import FallbackWarning, UserError
 from engine.inference_jobs import sha256
 from engine.plots import on_white
 
@@ -221,11 +222,28 @@ def load_reference(network: nn.Module, images: np.memmap, device: torch.device) 
     images: from load_dataset, whose file name identifies the contents of the data set.
     """
     path = CACHE_DIR / f"{Path(images.filename).stem}.{network.name}.npz"
-    if path.exists():
-        with np.load(path, allow_pickle=False) as file:
-            return Statistics(**file)
+    if path.exists() and (stored := read_statistics(path, len(images))):
+        return stored
     statistics = feature_statistics(extract_features(network, images, device))
     write_atomically(path, lambda file: np.savez(file, **statistics._asdict()))
+    return statistics
+
+
+def read_statistics(path: Path, count: int) -> Statistics | None:
+    """Reads the stored statistics of `count` images; None, with a warning, if they are damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            statistics = Statistics(**file)
+        width = statistics.features.shape[1]
+        shapes = [values.shape for values in statistics]
+        if shapes != [(count, width), (width,), (width, width)]:
+            raise ValueError(f"shapes {shapes}")
+        if not all(np.isfinite(values).all() for values in statistics):
+            raise ValueError("values that are not finite")
+    except Exception as error:  # numpy and zipfile each raise their own
+        message = f"{path} is damaged ({error}); continuing without it, features are computed again"
+        warnings.warn(message, FallbackWarning, 2)
+        return None
     return statistics
 
 

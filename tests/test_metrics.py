@@ -13,7 +13,7 @@ from PIL import Image
 from ddpm_model import DDPMModel
 from engine import metrics
 from engine.datasets import load_dataset
-from engine.errors import UserError
+from engine.errors import FallbackWarning, UserError
 from engine.shapes import draw_shapes
 from tests.helpers import CPU
 
@@ -220,6 +220,24 @@ def test_load_reference_is_computed_once_until_its_source_changes(reference):
     assert len(network.batch_sizes) > batches and len(changed.features) == 9
     assert not np.allclose(changed.mean, first.mean)
     assert len(list(Path("data/cache").glob("*.colors.npz"))) == 1
+
+
+def test_damaged_statistics_are_computed_again_with_a_warning(reference):
+    first = reference(MeanColors())
+    (path,) = Path("data/cache").glob("*.colors.npz")
+    intact = path.read_bytes()
+    flipped = bytearray(intact)
+    flipped[len(intact) // 2] ^= 1
+    path.write_bytes(intact[:-40])
+    damaged = [path.read_bytes(), bytes(flipped), b"", b"nothing"]
+    np.savez(path, **first._replace(features=first.features[:3])._asdict())
+    damaged.append(path.read_bytes())
+    np.savez(path, **first._replace(mean=first.mean + np.nan)._asdict())
+    damaged.append(path.read_bytes())
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.warns(FallbackWarning, match=r"colors.npz is damaged .*computed again"):
+            assert all(map(np.array_equal, first, reference(MeanColors())))
 
 
 def test_load_reference_features_are_removed_with_the_images_of_former_contents(reference):

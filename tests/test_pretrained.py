@@ -7,6 +7,7 @@ from safetensors import safe_open
 from ddpm_model import DDPMModel
 from engine import checkpoints
 from engine.errors import UserError
+from engine.samplers import SAMPLERS
 from tests.helpers import run_script_ok
 
 FILE = checkpoints.PRETRAINED_DIR / "cifar10.safetensors"
@@ -55,3 +56,12 @@ def test_save_model_in_fp16_halves_the_file_and_keeps_the_images(tmp_path):
     assert next(loaded.parameters()).dtype == torch.float32
     difference = loaded.sample(2, steps=5, seed=0) - model.sample(2, steps=5, seed=0)
     assert difference.abs().max() < 0.02
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_pretrained_model_makes_no_noise_in_few_steps(sampler):
+    model = DDPMModel.from_pretrained("cifar10")
+    for steps in (1, 2, 3, 5, 8):
+        images = model.sample(2, seed=26, sampler=sampler, steps=steps)
+        roughness = (images[..., 1:] - images[..., :-1]).abs().mean().item()
+        assert roughness < 0.2, steps  # of noise 0.4, of images of 40 steps 0.08

@@ -19,7 +19,7 @@ from ddpm_model import DDPMModel
 from engine import samplers
 from engine.errors import RenamedWarning
 from engine.noise_schedule import BETA_SCHEDULES, OBJECTIVES, sigma_of
-from engine.samplers import SAMPLERS, SPACINGS, num_intervals, uniform
+from engine.samplers import SAMPLERS, SPACINGS, choose_timesteps, num_intervals, uniform
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning:diffusers"
@@ -213,6 +213,15 @@ def test_num_intervals_makes_steps_network_evaluations(name, steps):
     timesteps = uniform(SMOOTH, num_intervals(SAMPLERS[name], steps))
     run_sampler(name, denoiser, torch.randn(1, 1, 2, 2).double(), timesteps)
     assert denoiser.nfe == steps - (name == "heun" and steps % 2 == 0)
+
+
+def test_heun_leaves_out_the_lowest_sigma_only_where_it_is_far_below_the_one_before():
+    alpha_bar = alpha_bar_of("cosine", 1000)
+    plans = {n: choose_timesteps(SAMPLERS["heun"], alpha_bar, n, "karras") for n in (5, 11, 19)}
+    assert plans[5] == [999, 941, 377, -1]
+    for steps in (11, 19):  # as before
+        assert plans[steps] == SPACINGS["karras"](alpha_bar, (steps + 1) // 2)
+    assert choose_timesteps(SAMPLERS["unipc"], alpha_bar, 3, "karras") == [999, 802, 0, -1]
 
 
 def test_ddim_encode_finds_the_noise_at_order_1():
