@@ -5,12 +5,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from engine import pixels
 from engine.distributed import print0
@@ -21,6 +22,7 @@ from engine.pixels import Range
 
 MAX_SIZES_CHECKED = 200  # images whose size is compared with --image_size
 MAX_CROPPED_FRACTION = 0.1  # of an image; with more, a line says so
+MIN_BRIGHTEST = 64  # of 255, of the brightest pixel in colors with 16 bits
 ARRAY_FILES = (".npz", ".npy")
 CHANNEL_NAMES = {1: "gray", 3: "RGB", 4: "RGBA"}
 
@@ -73,7 +75,7 @@ def array_source(path: Path, options: ReadOptions) -> Source:
             if not math.isfinite(highest - lowest):
                 raise UserError(f"{path} has values that are not finite. Remove those images")
             value_range = pixels.find_range(lowest, highest)
-            print_range(len(images), lowest, highest, value_range)
+            print_range(len(images), lowest, highest)
 
     def open_image(index: int) -> Image.Image:
         image = images[index]
@@ -140,73 +142,106 @@ def image_source(
     )  # fmt: skip
 
 
+@dataclass
+class Survey:
+    """What images have, by their headers; those with more than 8 bits are decoded."""
+
+    options: ReadOptions
+    kinds: Counter[str] = field(default_factory=Counter)  # gray, RGB or RGBA
+    is_transparent: bool = False  # alpha channels are often opaque everywhere
+    num_deep: int = 0  # gray with more than 8 bits
+    lowest: float = math.inf  # of their values
+    highest: float = -math.inf
+    num_deep_color: int = 0  # with 16 bits, of which Pillow reads the upper 8
+    brightest: int = 0  # of what it reads
+    num_animated: int = 0  # with several frames
+    num_frames: int = 0  # of those
+    cropped: float = 0.0  # sum of the fractions that squares cut off
+
+    def add(self, image: Image.Image, is_sample: bool) -> None:
+        """Adds an open image. is_sample: whether to decode one with alpha or color of 16 bits."""
+        has_alpha = image.has_transparency_data
+        self.cropped += 1 - min(image.size) / max(image.size)
+        self.kinds["RGBA" if has_alpha else "gray" if pixels.is_gray(image) else "RGB"] += 1
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1:
+            self.num_animated += 1
+            self.num_frames += frames
+        if has_alpha and is_sample:
+            self.is_transparent |= image.convert("RGBA").getextrema()[3][0] < 255
+        if pixels.is_deep(image):
+            self.num_deep += 1
+            if not self.options.value_range:
+                self.add_values(image)
+        elif any(";16" in str(tile[3]) for tile in image.tile):
+            self.num_deep_color += 1
+            if is_sample:
+                self.brightest = max(self.brightest, *np.ravel(image.convert("RGB").getextrema()))
+
+    def add_values(self, image: Image.Image) -> None:
+        """Adds the values of a gray image with more than 8 bits."""
+        for frame in pixels.iterate_frames(image, self.options.frames == "all"):
+            values = np.asarray(frame)
+            values = values[np.isfinite(values)]
+            self.lowest = min(self.lowest, float(values.min()))
+            self.highest = max(self.highest, float(values.max()))
+
+    def channels(self) -> int:
+        """Returns the option; else 4 if all are transparent, 1 if all are gray, 3 otherwise."""
+        if self.options.channels or len(self.kinds) != 1:
+            return self.options.channels or 3
+        if "gray" in self.kinds:
+            return 1
+        return 4 if self.is_transparent else 3
+
+    def value_range(self) -> Range | None:
+        """Returns the option, or the range of what was found."""
+        if self.options.value_range:
+            return pixels.parse_range(self.options.value_range)
+        is_known = self.lowest <= self.highest
+        return pixels.find_range(self.lowest, self.highest) if is_known else None
+
+    def print(self) -> None:
+        """Prints a line for each choice that was made; UserError for colors that are too dark."""
+        if self.kinds:
+            channels = self.channels()
+            found = ", ".join(f"{number} {kind}" for kind, number in sorted(self.kinds.items()))
+            white = ", transparency on white" if "RGBA" in self.kinds and channels != 4 else ""
+            print0(f"images read as {CHANNEL_NAMES[channels]}{white}: {found} (see --channels)")
+        if self.lowest <= self.highest:
+            print_range(self.num_deep, self.lowest, self.highest)
+        if self.num_deep_color and self.brightest < MIN_BRIGHTEST:
+            reason = (
+                f"colors with 16 bits do not fill them: at most {self.brightest} of 255 is left"
+            )
+            raise UserError(f"{reason} of {self.num_deep_color} images. Convert them to 8 bits")
+        if self.num_animated:
+            is_first = self.options.frames == "first"
+            use = "the first of each (--frames all: every one)" if is_first else "all of them"
+            found = f"{self.num_animated} with {self.num_frames} frames"
+            print0(f"files of several frames: {found}; using {use}")
+        cropped = self.cropped / max(self.kinds.total(), 1)
+        if cropped > MAX_CROPPED_FRACTION:
+            print0(f"cropping to squares cuts off {100 * cropped:.0f} % of the images' area")
+
+
 def examine(
     items: Sequence, open_image: Callable[[Any], Image.Image], options: ReadOptions
 ) -> tuple[int, Range | None]:
-    """Reads every header; returns the channels and the range of values, and prints both.
-
-    Also decodes images with more than 8 bits, unless their range is given, and some with
-    transparency. Prints what cropping to squares cuts off, if that is much, and how many frames
-    there are.
-    """
-    kinds: Counter[str] = Counter()
-    is_transparent = False
-    value_range = pixels.parse_range(options.value_range)
-    lowest, highest = math.inf, -math.inf
-    num_deep = num_frames = num_animated = 0
-    cropped = 0.0
-    for index, item in enumerate(items):
+    """Reads every header; returns the channels and the range of values, and prints them."""
+    survey = Survey(options)
+    every = -(-len(items) // MAX_SIZES_CHECKED)
+    bar = tqdm(items, "reading headers", unit=" images", delay=5, leave=False)
+    for index, item in enumerate(bar):
         with suppress(Exception), open_image(item) as image:  # broken ones are reported later
-            has_alpha = image.has_transparency_data
-            kinds["RGBA" if has_alpha else "gray" if pixels.is_gray(image) else "RGB"] += 1
-            cropped += 1 - min(image.size) / max(image.size)
-            frames = getattr(image, "n_frames", 1)
-            num_animated += frames > 1
-            num_frames += frames if frames > 1 else 0
-            # Many images have an alpha channel that is opaque everywhere.
-            if has_alpha and index % -(-len(items) // MAX_SIZES_CHECKED) == 0:
-                is_transparent |= image.convert("RGBA").getextrema()[3][0] < 255
-            if pixels.is_deep(image) and value_range is None:
-                for frame in pixels.iterate_frames(image, options.frames == "all"):
-                    values = np.asarray(frame)[np.isfinite(frame)]
-                    lowest = min(lowest, float(values.min()))
-                    highest = max(highest, float(values.max()))
-                num_deep += 1
-
-    # What is done with them, in a line each.
-    count = max(kinds.total(), 1)
-    channels = options.channels or choose_channels(kinds, is_transparent)
-    if kinds:
-        print_channels(kinds, channels)
-    if num_deep:
-        value_range = pixels.find_range(lowest, highest)
-        print_range(num_deep, lowest, highest, value_range)
-    if num_animated:
-        is_first = options.frames == "first"
-        use = "the first of each (--frames all: every one)" if is_first else "all of them"
-        print0(f"files of several frames: {num_animated} with {num_frames} frames; using {use}")
-    if cropped / count > MAX_CROPPED_FRACTION:
-        print0(f"cropping to squares cuts off {100 * cropped / count:.0f} % of the images' area")
-    return channels, value_range
+            survey.add(image, is_sample=index % every == 0)
+    survey.print()
+    return survey.channels(), survey.value_range()
 
 
-def choose_channels(kinds: Mapping[str, int], is_transparent: bool) -> int:
-    """Returns 4 if all images have transparency, 1 if all are gray, else 3."""
-    if len(kinds) == 1 and "gray" in kinds:
-        return 1
-    return 4 if len(kinds) == 1 and is_transparent else 3
-
-
-def print_channels(kinds: Mapping[str, int], channels: int) -> None:
-    """Prints how many images there are of each kind, and as what they are read."""
-    found = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
-    white = ", transparency on white" if "RGBA" in kinds and channels != 4 else ""
-    print0(f"images read as {CHANNEL_NAMES[channels]}{white}: {found} (--channels 1, 3 or 4)")
-
-
-def print_range(count: int, lowest: float, highest: float, value_range: Range) -> None:
+def print_range(count: int, lowest: float, highest: float) -> None:
     """Prints what is taken for black and white."""
-    low, high = value_range
+    low, high = pixels.find_range(lowest, highest)
     print0(
         f"images of more than 8 bits: {count} with values {lowest:g} to {highest:g}; {low:g} is "
         f"black and {high:g} white (--value_range=LOW,HIGH)"

@@ -2,8 +2,10 @@
 
 import io
 import os
+import struct
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +145,35 @@ def test_value_range_is_that_of_the_whole_data_set(load, capsys):
     save_gray(load.data / "d.png", 9)  # of 8 bits
     assert load()[3].max() == 9 and load()[2, 0, 0, 0] == 0
     assert "values -1000 to 4095; -1000 is black" in capsys.readouterr().out
+
+
+def save_color_of_16_bits(path: Path, value: int) -> None:
+    """Writes a PNG that Pillow cannot: RGB with 16 bits a channel."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + checksum
+
+    rows = b"".join(b"\0" + struct.pack(">H", value) * 12 for _ in range(4))
+    header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks))
+
+
+def test_color_of_16_bits_must_fill_them(load):
+    save_color_of_16_bits(load.data / "a.png", 4095)
+    with pytest.raises(UserError, match=r"at most 15 of 255 is left .* Convert them to 8 bits"):
+        load()
+    save_color_of_16_bits(load.data / "b.png", 50_000)
+    assert load()[:, 0, 0, 0].tolist() == [15, 195]
+
+
+def test_broken_files_are_no_reason_to_choose(load):
+    for i in range(30):
+        save_gray(load.data / f"{i:02d}.png", i)
+    (load.data / "10.png").write_bytes(b"no image")
+    with pytest.warns(FallbackWarning):
+        assert load().shape == (29, 1, 4, 4)
 
 
 def test_frames_are_one_image_or_one_each(load, capsys):
