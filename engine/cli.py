@@ -5,6 +5,7 @@ import errno
 import importlib.util
 import io
 import os
+import re
 import signal
 import sys
 import warnings
@@ -34,6 +35,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str | None):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, allow_abbrev=False, formatter_class=formatter)
+        self._negative_number_matcher = re.compile(r"-[\d.]")  # a value may be -1000,400
 
     def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)

@@ -14,7 +14,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from engine.checkpoints import write_atomically
+from engine.checkpoints import link_or_copy, write_atomically
 from engine.dataloader import ImageDataset
 from engine.errors import FallbackWarning, UserError
 
@@ -40,6 +40,8 @@ class Source:
     class_names: tuple[str, ...] = ()
     names: Iterable[str] = ()  # of the files, below the location
     variant: str = ""  # how they are read; each has a cache
+    # chosen_variant(): another name of the variant, once channels() is known
+    chosen_variant: Callable[[], str] | None = None
     # stream(): blocks for `read`, in order; ranges of indices unless given
     stream: Callable[[], Iterable[Sequence]] | None = None
     # stream_labels(): labels and class names, once the stream has ended
@@ -65,12 +67,16 @@ def load_cached(
 
     workers: decoding threads. Raises UserError if too many images cannot be read.
     """
-    texts = (source.location + source.variant, source.fingerprint)
-    encoded = (text.encode("utf-8", "surrogateescape") for text in texts)
-    location, fingerprint = (hashlib.sha256(text).hexdigest()[:10] for text in encoded)
-    prefix = f"{dataset}_{size}px_{location}"
-    path = cache_dir / f"{prefix}_{fingerprint}.npy"
-    labels_path = path.with_suffix(".labels.npz")
+
+    def paths(variant: str) -> tuple[str, Path, Path]:
+        texts = (source.location + variant, source.fingerprint)
+        encoded = (text.encode("utf-8", "surrogateescape") for text in texts)
+        location, fingerprint = (hashlib.sha256(text).hexdigest()[:10] for text in encoded)
+        prefix = f"{dataset}_{size}px_{location}"
+        path = cache_dir / f"{prefix}_{fingerprint}.npy"
+        return prefix, path, path.with_suffix(".labels.npz")
+
+    prefix, path, labels_path = paths(source.variant)
     data = _open(source, size, path, labels_path)
     if data is None:
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -80,13 +86,23 @@ def load_cached(
                     reason = f"reading the image cache {path} failed (it is damaged)"
                     warnings.warn(f"{reason}; continuing without it", FallbackWarning, 2)
                 _build(source, size, path, labels_path, workers, progress)
-            # Earlier versions of the source, and temporary files of killed builds.
-            for file in cache_dir.glob(f"*{prefix}_*"):
-                if not file.name.startswith(path.stem):
-                    with suppress(OSError):  # on Windows, a file in use
-                        file.unlink()
+                if source.chosen_variant:  # a run is resumed and evaluated with what was chosen
+                    prefix_2, *paths_2 = paths(source.chosen_variant())
+                    for old, new in zip((path, labels_path), paths_2, strict=True):
+                        if old.exists():
+                            link_or_copy(old, new)
+                    _remove_others(cache_dir, prefix_2, paths_2[0])
+            _remove_others(cache_dir, prefix, path)
         data = _open(source, size, path, labels_path)
     return data
+
+
+def _remove_others(cache_dir: Path, prefix: str, path: Path) -> None:
+    """Removes earlier versions of a cached source, and temporary files of killed builds."""
+    for file in cache_dir.glob(f"*{prefix}_*"):
+        if not file.name.startswith(path.stem):
+            with suppress(OSError):  # on Windows, a file in use
+                file.unlink()
 
 
 def _open(source: Source, size: int, path: Path, labels_path: Path) -> ImageDataset | None:

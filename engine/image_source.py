@@ -135,10 +135,15 @@ def image_source(
             with suppress(Exception), open_image(item) as image:  # reads the header only
                 yield min(image.size)
 
+    def chosen_variant() -> str:
+        return f"\n{replace(options, channels=survey()[0])}"
+
     all_frames = options is not None and options.frames == "all"
+    is_open = options is not None and not options.channels
     return Source(
         str(path.resolve()), fingerprint, len(items), read, lambda: survey()[0], sample_sizes,
         variant=f"\n{options}" if options else "",
+        chosen_variant=chosen_variant if is_open else None,
     )  # fmt: skip
 
 
@@ -244,5 +249,5 @@ def print_range(count: int, lowest: float, highest: float) -> None:
     low, high = pixels.find_range(lowest, highest)
     print0(
         f"images of more than 8 bits: {count} with values {lowest:g} to {highest:g}; {low:g} is "
-        f"black and {high:g} white (--value_range=LOW,HIGH)"
+        f"black and {high:g} white (--value_range LOW,HIGH)"
     )

@@ -38,10 +38,8 @@ def parse_range(text: str) -> Range | None:
     except ValueError:
         low = high = math.nan
     if not -math.inf < low < high < math.inf:
-        raise UserError(
-            f"VALUE_RANGE is {text!r}, but must be two increasing numbers, such as 0,4095. "
-            "Write a negative one as in --value_range=-1000,400"
-        )
+        expected = "two increasing numbers, such as 0,4095 or -1000,400"
+        raise UserError(f"VALUE_RANGE is {text!r}, but must be {expected}")
     return low, high
 
 

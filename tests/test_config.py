@@ -342,6 +342,11 @@ def test_size_that_the_levels_cannot_halve_gets_advice_that_works(size, mults, a
     configure(*flags, mults, "--image_size", advice.split(",")[0].split()[-1])
 
 
+def test_value_range_may_be_negative():
+    config = configure("--dataset", "folder", "--value_range", "-1000,400")
+    assert config.VALUE_RANGE == "-1000,400"
+
+
 def test_subclass_from_a_file_is_overridden_by_a_flag(tmp_path):
     file = tmp_path / "mine.py"
     base = "class Base(DDPMConfig):\n    DIM = 16\n"

@@ -125,8 +125,23 @@ def test_channels_are_those_of_the_images(load, modes, channels, line, capsys):
     assert line in capsys.readouterr().out
     for other in (1, 3, 4):
         assert load(channels=other).shape[1] == other
-    assert load().shape[1] == channels  # each in a cache of its own
-    assert len(list(load.cache.glob("*.npy"))) == 4
+    assert load().shape[1] == channels
+
+
+def test_cache_of_what_was_chosen_is_that_of_the_choice(load, capsys):
+    save_gray(load.data / "a.png", 7)
+    load()
+    capsys.readouterr()
+    assert load(channels=1)[:, 0, 0, 0].tolist() == [7]
+    assert not capsys.readouterr().out
+    assert load(channels=3).shape[1] == 3
+    assert "read as RGB" in capsys.readouterr().out
+    caches = list(load.cache.glob("*.npy"))
+    assert len(caches) == 3 and len({path.stat().st_ino for path in caches}) == 2
+
+    save_gray(load.data / "a.png", 8, (9, 9))
+    assert load()[0, 0, 0, 0] == load(channels=1)[0, 0, 0, 0] == 8
+    assert len(list(load.cache.glob("*.npy"))) == 3
 
 
 def test_opaque_alpha_is_no_transparency(load):

@@ -113,7 +113,7 @@ def test_parse_range():
     assert pixels.parse_range("") is None
     assert pixels.parse_range("-1000, 400.5") == (-1000, 400.5)
     for text in ("12", "a,b", "1,2,3", "5,5", "9,1", "0,inf", "nan,1"):
-        with pytest.raises(UserError, match=r"two increasing numbers.*--value_range=-1000,400"):
+        with pytest.raises(UserError, match="must be two increasing numbers"):
             pixels.parse_range(text)
 
 
