@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from engine.datasets import DATASETS
+from engine.denoiser import GUIDANCE_MODES
 from engine.errors import FallbackWarning, UserError
 from engine.gpu_memory import memory_limit
 from engine.settings import Setting, Settings
@@ -63,7 +64,7 @@ class DDPMConfig(Settings):
     GUIDANCE_MODE = Setting(
         "autoguidance", "what samples of a class are moved away from: the guide, the network "
         "without a label (classifier-free guidance), or the guide without a label",
-        choices=("autoguidance", "cfg", "both"))
+        choices=GUIDANCE_MODES)
     GUIDE_FRACTION = Setting(
         0.125, "fraction of training at which the EMA weights are saved as the guide, not before "
         "twice the warm-up; 0 disables", min=0, max=1, old_name="GUIDE_AT")

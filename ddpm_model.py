@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from config import DDPMConfig
 from engine import checkpoints
 from engine.cuda_graphs import GraphCache, GraphCaptureError
-from engine.denoiser import ModelDenoiser
+from engine.denoiser import GUIDANCE_MODES, ModelDenoiser
 from engine.errors import FallbackWarning, RenamedWarning, UserError
 from engine.generation import GenerationMixin, eval_mode, expand_seeds, unnormalize  # noqa: F401
 from engine.hub import HubMixin
@@ -29,7 +29,6 @@ from engine.noise_schedule import P_MEAN, edm_weighting, shift_log_snr
 from engine.unet import FastUnet
 
 MAX_WEIGHT = 1e6  # above any that training leads to
-GUIDANCE_MODES = DDPMConfig.settings()["GUIDANCE_MODE"].choices
 GUIDANCE_INTERVAL = (0.2, 5.0)  # lowest and highest sigma to guide, where nothing is shifted
 RENAMED = {
     "keep_guide": "snapshot_guide", "timesteps_at": "timesteps_from_uniform",

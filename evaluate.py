@@ -33,8 +33,9 @@ from engine.devices import default_device, device_name
 from engine.errors import FallbackWarning, UserError
 from engine.image_source import ReadOptions
 from engine.metrics import Scores
+from engine.sampling_settings import SamplingSettings
 from engine.settings import Setting
-from inference import SamplingSettings, batch_generate
+from inference import batch_generate
 
 RGB = ReadOptions(channels=3)
 NEAREST_SAMPLES = 16  # in the figure of nearest training images

@@ -15,7 +15,7 @@ import argparse
 import json
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,10 @@ from engine import inference_jobs as jobs
 from engine.devices import default_device
 from engine.errors import RenamedWarning, UserError
 from engine.gpu_memory import OomBatcher
-from engine.samplers import DEFAULT_SAMPLER, DEFAULT_SPACING, SAMPLERS, SPACINGS, batched
-from engine.settings import Setting, Settings
+from engine.labels import parse_classes
+from engine.samplers import SAMPLERS, batched
+from engine.sampling_settings import SamplingSettings
+from engine.settings import Setting
 
 CHUNK_IMAGES = 256  # images that mode batch samples and saves at a time
 COMPARED_STEPS = (5, 10, 20, 50)
@@ -43,17 +45,20 @@ COMPARED_STEPS = (5, 10, 20, 50)
 
 def batch_generate(
     model: DDPMModel, total_samples: int = 1000, batch_size: int = 32, seed: int = 0,
-    sampler: str | Callable | None = None, steps: int | None = None, **options: Any,
+    sampler: str | Callable | None = None, steps: int | None = None,
+    labels: int | Sequence[int] | None = None, **options: Any,
 ) -> Tensor:  # fmt: skip
     """Samples many images with a progress bar: (total_samples, C, H, W) in [0, 1] on the CPU.
 
-    Image i has seed + i at any batch size. sampler, steps and options as in DDPMModel.sample.
+    Image i has seed + i at any batch size. sampler, labels and others as in DDPMModel.sample.
     In a distributed run every rank must call this: they share the work, and all get all images.
     """
     dist = distributed.init()
     own = slice(dist.process_index, None, dist.num_processes)
     seeds = range(seed, seed + total_samples)[own]
     options |= {"sampler": sampler, "steps": steps}
+    if labels is not None:
+        options["labels"] = np.broadcast_to(labels, total_samples)[own].tolist()
     images = torch.zeros(total_samples, model.channels, model.image_size, model.image_size)
     if seeds:
         batcher = OomBatcher(batch_size)
@@ -67,12 +72,23 @@ def batch_generate(
 
 
 def generate_samples(job: jobs.InferenceJob) -> str:
-    """Single images, a grid with their seeds, and a contact sheet at their own size."""
+    """Single images, a grid with their seeds or a row for each class, and a contact sheet."""
     seeds = job.settings["seeds"]
-    images = job.run_batched(job.model.sample, seeds)
-    job.save_each(images, seeds)
-    job.save_grid("grid.png", images[:100], seeds[:100])
-    sheet = plots.grid(images, round((1.6 * len(images)) ** 0.5), smallest=1, padding=1)
+    names = job.model.class_names
+    classes = job.classes or range(len(names))
+    labels = np.repeat(classes, len(seeds)).tolist() if names else None
+    every_seed = seeds * max(len(classes), 1)
+    images = job.run_batched(job.model.sample, every_seed, labels=labels)
+    job.save_each(images, every_seed, labels=labels)
+    columns = round((1.6 * len(images)) ** 0.5)
+    if len(classes) > 1:
+        columns = len(seeds)
+        rows = images.unflatten(0, (len(classes), columns))[:100, :10]
+        titles = [f"{names[label]} {seed}" for label in classes[:100] for seed in seeds[:10]]
+        job.save_grid("grid.png", rows.flatten(0, 1), seeds[:10], titles, columns=rows.shape[1])
+    else:
+        job.save_grid("grid.png", images[:100], seeds[:100])
+    sheet = plots.grid(images, columns, smallest=1, padding=1)
     job.save(sheet, "contact_sheet.png")
     return f"{len(images)} images, grid.png, contact_sheet.png"
 
@@ -83,6 +99,7 @@ def show_trajectory(job: jobs.InferenceJob) -> str:
     seeds = job.settings["seeds"][:4]
     kwargs = job.sampler_kwargs
     plan = [kwargs.pop(name) for name in ("sampler", "steps", "spacing")]
+    kwargs["labels"] = job.labels_of(seeds)
     sampler, timesteps = job.model.sampling_plan(*plan)
     x, randn = job.model.noise(seeds)
     trajectory = [
@@ -110,14 +127,15 @@ def show_trajectory(job: jobs.InferenceJob) -> str:
 
 
 def interpolate(job: jobs.InferenceJob) -> str:
-    """Images between two given ones: a strip, a GIF, and how well the ends are reconstructed."""
-    image1, label1 = job.load_input_image("image1")
-    image2, label2 = job.load_input_image("image2")
+    """Images between two given ones, and between two classes if asked for: a strip and a GIF."""
+    ends = (job.classes[0], job.classes[-1]) if job.classes else None
+    image1, label1 = job.load_input_image("image1", ends and ends[0])
+    image2, label2 = job.load_input_image("image2", ends and ends[1])
     # The encoder is DDIM's, so DDIM decodes unless there is a custom sampler.
     sampler = job.sampler if callable(job.sampler) else "ddim"
     steps = min(max(100, job.settings["steps"]), job.model.num_timesteps)
     count = job.settings["num_steps"]
-    images = job.model.interpolate(image1, image2, count, sampler, steps).float().cpu()
+    images = job.model.interpolate(image1, image2, count, sampler, steps, ends).float().cpu()
 
     # Figures.
     labels = [label1, *(f"{i / (count - 1):.2f}" for i in range(count)), label2]
@@ -128,10 +146,10 @@ def interpolate(job: jobs.InferenceJob) -> str:
     there_and_back = plots.enlarge(plots.on_white(there_and_back), 128)
     plots.save_gif(list(map(plots.to_image, there_and_back)), job.folder / "interpolation.gif")
 
-    ends = [round(jobs.psnr(images[i], tiles[i]), 1) for i in (0, -1)]
+    psnr = [round(jobs.psnr(images[i], tiles[i]), 1) for i in (0, -1)]
     name = job.settings["sampler"] if callable(job.sampler) else sampler
-    job.results = {"psnr": ends, "decoder": {"sampler": name, "steps": steps}}
-    return f"interpolation.png, interpolation.gif; PSNR of the ends {ends[0]} and {ends[1]} dB"
+    job.results = {"psnr": psnr, "decoder": {"sampler": name, "steps": steps}}
+    return f"interpolation.png, interpolation.gif; PSNR of the ends {psnr[0]} and {psnr[1]} dB"
 
 
 def generate_batch(job: jobs.InferenceJob) -> str:
@@ -144,8 +162,9 @@ def generate_batch(job: jobs.InferenceJob) -> str:
     chunks = batched(seeds, CHUNK_IMAGES)
 
     def files(chunk: list[int]) -> list[Path]:
-        names = [f"{chunk[0]:08d}.npy"] if is_npz else [f"{seed:06d}.png" for seed in chunk]
-        return [folder / name for name in names]
+        if is_npz:
+            return [folder / f"{chunk[0]:08d}.npy"]
+        return [folder / path for path in job.image_paths(chunk, job.labels_of(chunk))]
 
     def missing_chunks() -> list[list[int]]:
         return [chunk for chunk in chunks if not all(file.exists() for file in files(chunk))]
@@ -161,12 +180,13 @@ def generate_batch(job: jobs.InferenceJob) -> str:
     missing = distributed.broadcast_object(missing_chunks())
     own = missing[dist.process_index :: dist.num_processes]
     for chunk in tqdm(own, unit="chunk", desc="batch", disable=not dist.is_main_process):
-        images = job.run_batched(job.model.sample, chunk)
+        labels = job.labels_of(chunk)
+        images = job.run_batched(job.model.sample, chunk, labels=labels)
         if is_npz:
             save = partial(np.save, arr=plots.to_bytes(images))
             checkpoints.write_atomically(files(chunk)[0], save)
         else:
-            job.save_each(images, chunk, "images")
+            job.save_each(images, chunk, "images", labels)
     dist.wait_for_everyone()
 
     # All chunks, in one file if it is an npz.
@@ -175,8 +195,11 @@ def generate_batch(job: jobs.InferenceJob) -> str:
             reason = f"lacks the images from seed {chunk[0]} on (can all machines write there?)"
             raise UserError(f"{folder} {reason}. Run it again", 1)
         if is_npz:
-            images = np.concatenate([np.load(file) for chunk in chunks for file in files(chunk)])
-            save = partial(np.savez, images=images, seeds=np.array(seeds))
+            parts = [np.load(file) for chunk in chunks for file in files(chunk)]
+            arrays = {"images": np.concatenate(parts), "seeds": np.array(seeds)}
+            if job.model.class_names:
+                arrays["labels"] = np.array(job.labels_of(seeds))
+            save = partial(np.savez, **arrays)
             checkpoints.write_atomically(job.folder / "images.npz", save)
     job.results = {"processes": dist.num_processes}
     return f"{len(seeds)} images: {'images.npz' if is_npz else 'images/'}"
@@ -187,7 +210,8 @@ def compare_samplers(job: jobs.InferenceJob) -> str:
     seeds = job.settings["seeds"][:4]
     samplers = [*SAMPLERS, *([job.sampler] if callable(job.sampler) else [])]
     counts = [steps for steps in COMPARED_STEPS if steps <= job.model.num_timesteps]
-    kwargs = {name: job.settings[name] for name in ("spacing", "guidance")}
+    kwargs = {name: job.settings[name] for name in ("spacing", "guidance", "guidance_mode")}
+    kwargs["labels"] = job.labels_of(seeds)
     tiles, seconds = [], {}
     job.model.sample(len(seeds), steps=1, seed=seeds)  # warm-up
     for sampler in samplers:
@@ -210,8 +234,8 @@ def vary(job: jobs.InferenceJob) -> str:
     """Variations of an image."""
     seeds = job.settings["seeds"][:15]
     image, _ = job.load_input_image("image")
-    strength = job.settings["strength"]
-    images = job.run_batched(job.model.vary, seeds, image=image, strength=strength)
+    kwargs = {"strength": job.settings["strength"], "labels": job.labels_if_asked(seeds)}
+    images = job.run_batched(job.model.vary, seeds, image=image, **kwargs)
     job.save_grid("variations.png", torch.cat([image[None].cpu(), images]), seeds, ["original"])
     job.save_each(images, seeds, "variations")
     return "variations.png, single images in variations/"
@@ -226,8 +250,8 @@ def inpaint(job: jobs.InferenceJob) -> str:
     if job.settings["mask"]:
         files = (jobs.open_input(job.settings[name]) for name in ("mask", "image"))
         mask = jobs.read_mask(*files, size)
-    resamples = job.settings["resamples"]
-    images = job.run_batched(job.model.inpaint, seeds, image=image, mask=mask, resamples=resamples)
+    kwargs = {"resamples": job.settings["resamples"], "labels": job.labels_if_asked(seeds)}
+    images = job.run_batched(job.model.inpaint, seeds, image=image, mask=mask, **kwargs)
     original = image[None].cpu()
     tiles = torch.cat([original, original.masked_fill(mask, 0.5), images])
     job.save_grid("inpainted.png", tiles, seeds, ["original", "masked"])
@@ -242,35 +266,15 @@ MODES: dict[str, Callable[[jobs.InferenceJob], str]] = {
 INPUT = "a file, a seed or data:INDEX of the training images"
 
 
-class SamplingSettings(Settings):
-    """How images are sampled, here and by evaluate.py."""
-
-    sampler = Setting(DEFAULT_SAMPLER, f"{', '.join(SAMPLERS)}, or file.py:function")
-    steps = Setting(0, "sampler steps; 0: the model's own number, for ddpm all timesteps", min=0)
-    guidance = Setting(
-        None, "autoguidance weight; 1 disables it", 0, 10, type_=float, auto="the model's own"
-    )
-    spacing = Setting(DEFAULT_SPACING, "which timesteps are visited", choices=tuple(SPACINGS))
-    batch_size = Setting(0, "images in a batch; 0: as many as fit", min=0)
-    use_amp = Setting(False, "mixed precision")
-
-    @classmethod
-    def given(cls, options: argparse.Namespace) -> dict[str, Any]:
-        """Returns the valid values of the flags that were given; guidance 0 once meant None."""
-        values = super().given(options)
-        if values.get("guidance") == 0:
-            message = "--guidance 0 is deprecated: leave it out for the model's own weight"
-            warnings.warn(message, RenamedWarning, stacklevel=2)
-            values["guidance"] = None
-        return values
-
-
 class InferenceSettings(SamplingSettings):
     """What is made, and from what; stored with every image."""
 
     mode = Setting("samples", "what to make", choices=(*MODES, "all"))
     checkpoint = Setting(None, "a .pt or .safetensors file", type_=str, auto="the newest")
     seeds = Setting("", "seeds like 0-63 or 3,7", auto="the first --num_samples")
+    classes = Setting(
+        None, "class names or numbers like cat,dog or 0-4", type_=str, auto="all of the model"
+    )
     num_samples = Setting(16, "number of images", min=1, max=10_000_000)
     eta = Setting(0.0, "noise that ddim adds: 0 none, 1 as much as ddpm", min=0, max=1)
     image = Setting(None, f"for vary and inpaint: {INPUT}", type_=str, auto="the first seed")
@@ -344,17 +348,20 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
         # Model and sampler, validated before any image is made; rank 0 says which is the newest.
         settings = distributed.broadcast_object(settings)
         path = settings["checkpoint"]
-        guidance = settings["guidance"]
+        guidance = settings["guidance"], settings["guidance_mode"]
         model = load_model(settings, default_device())
         plan = model.sampling_plan(sampler, settings["steps"], settings["spacing"])
-        nfe = f"{settings['steps']} steps, {model.count_nfe(*plan, guidance)} NFE per image"
+        nfe = f"{settings['steps']} steps, {model.count_nfe(*plan, *guidance)} NFE per image"
+        if settings["classes"] is not None:
+            parse_classes(settings["classes"], model.class_names)
         checkpoints.check_writable(output_dir)
 
         # What is about to be done, and flags that have no effect.
         what = f"{model.image_size} px, {settings['sampler']}, {nfe}, {model.device.type}"
         distributed.print0(f"{path}: {what}")
-        if model.guide is None and guidance not in (None, 1):
-            note = f"this model has no guide, so --guidance {guidance:g} changes nothing"
+        is_unguided = model.count_nfe(*plan, *guidance) == model.count_nfe(*plan, 1)
+        if is_unguided and guidance[0] not in (None, 1):
+            note = f"this model has no guide, so --guidance {guidance[0]:g} changes nothing"
             distributed.print0(f"note: {note}")
         if settings["eta"] and sampler != "ddim":
             distributed.print0(f"note: --eta is for ddim; {settings['sampler']} ignores it")

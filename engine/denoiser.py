@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.noise_schedule import sigma_of
 
+GUIDANCE_MODES = ("autoguidance", "cfg", "both")
 Network = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 

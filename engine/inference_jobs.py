@@ -17,6 +17,7 @@ from typing import Any
 
 from engine.cli import import_from_file
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from engine.devices import device_name
 from engine.errors import UserError
 from engine.gpu_memory import OomBatcher
 from engine.image_source import ReadOptions
+from engine.labels import labels_of_seeds, parse_classes
 from engine.pixels import MODES, center_square, convert, to_rgb
 from engine.samplers import DEFAULT_SPACING
 from engine.settings import Settings
@@ -38,6 +40,7 @@ MAX_SEEDS = 10_000_000
 PACKAGES = ("torch", "denoising-diffusion-pytorch", "numpy", "pillow")
 # Settings that do not change the images; the checkpoint counts by its content, sha256.
 NOT_COMPARED = {"checkpoint", "batch_size", "compile_model"}
+OPTIONAL = {"num_samples", "classes", "guidance_mode"}  # which earlier images do not store
 
 
 @dataclass
@@ -52,28 +55,52 @@ class InferenceJob:
 
     def __post_init__(self) -> None:
         self.batcher = OomBatcher(self.settings["batch_size"])
+        text = self.settings["classes"]
+        # The labels that were asked for, if any were.
+        self.classes = parse_classes(text, self.model.class_names) if text is not None else []
 
     @property
     def sampler_kwargs(self) -> dict[str, Any]:
         """Sampler, steps, spacing and guidance as DDPMModel's methods take them."""
-        names = ("steps", "spacing", "guidance", *(["eta"] if self.sampler == "ddim" else []))
+        names = ["steps", "spacing", "guidance", "guidance_mode"]
+        names += ["eta"] if self.sampler == "ddim" else []
         return {"sampler": self.sampler} | {name: self.settings[name] for name in names}
+
+    def labels_of(self, seeds: Sequence[int]) -> list[int] | None:
+        """Returns the class of each seed, of those asked for; None if the model has no classes."""
+        if not self.model.class_names:
+            return None
+        counts = np.array(self.model.class_counts)
+        if self.classes:
+            is_wanted = np.isin(np.arange(len(counts)), self.classes)
+            counts = np.where(is_wanted, counts.clip(min=1), 0)
+        return labels_of_seeds(seeds, counts).tolist()
+
+    def labels_if_asked(self, seeds: Sequence[int]) -> list[int] | None:
+        """Returns labels_of with --classes, else None: the classes of an image are unknown."""
+        return self.labels_of(seeds) if self.classes else None
 
     def run_batched(self, function: Callable, seeds: Sequence[int], **kwargs: Any) -> Tensor:
         """As the function run_batched, with the job's sampler."""
         kwargs |= self.sampler_kwargs
         return run_batched(function, seeds, self.batcher, self.settings["mode"], **kwargs)
 
-    def load_input_image(self, name: str) -> tuple[Tensor, str]:
-        """Returns the image that a setting names, (C, H, W) in [0, 1], and its label."""
+    def load_input_image(self, name: str, label: int | None = None) -> tuple[Tensor, str]:
+        """Returns the image that a setting names, (C, H, W) in [0, 1], and its title.
+
+        label: the class if it is a seed's; by default, the one that this seed has.
+        """
         source = self.settings[name]
         if source.isdecimal():
-            return self.run_batched(self.model.sample, parse_seeds(source))[0], f"seed {source}"
+            labels = None if label is None else [label]
+            seeds = parse_seeds(source)
+            images = self.run_batched(self.model.sample, seeds, labels=labels)
+            return images[0], f"seed {source}"
         data = re.fullmatch(r"data:(\d{1,18})", source)
         if not data:
             file = open_input(source)
-            label = file.name if isinstance(file, Path) else "original"
-            return read_image(file, self.model.image_size, self.model.channels), label
+            title = file.name if isinstance(file, Path) else "original"
+            return read_image(file, self.model.image_size, self.model.channels), title
         config = self.model.training_info["config"]
         if not config:
             raise UserError(f"--{name} {source}: the checkpoint does not name its training images")
@@ -89,11 +116,25 @@ class InferenceJob:
         """Writes a PNG with its settings: the job's with the changes that reproduce it alone."""
         plots.save_image(image, self.folder / name, json.dumps(self.settings | changes))
 
-    def save_each(self, images: Tensor, seeds: Sequence[int], folder: str = ".") -> None:
-        """Writes each image to <folder>/<seed>.png."""
+    def image_paths(self, seeds: Sequence[int], labels: Sequence[int] | None) -> list[str]:
+        """Returns the names of single images: <seed>.png, or <class>/<seed>.png with labels."""
+        names = [f"{seed:06d}.png" for seed in seeds]
+        if labels is None:
+            return names
+        classes = [self.model.class_names[label] for label in labels]
+        return [f"{name}/{file}" for name, file in zip(classes, names, strict=True)]
+
+    def save_each(
+        self, images: Tensor, seeds: Sequence[int], folder: str = ".",
+        labels: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
+        """Writes each image to <folder>/<seed>.png, or <folder>/<class>/<seed>.png with labels."""
         mode = self.settings["mode"].replace("batch", "samples")  # which makes single images
-        for image, seed in zip(images, seeds, strict=True):
-            self.save(plots.to_image(image), f"{folder}/{seed:06d}.png", mode=mode, seeds=[seed])
+        for i, (seed, path) in enumerate(zip(seeds, self.image_paths(seeds, labels), strict=True)):
+            changes = {"mode": mode, "seeds": [seed]}
+            if labels is not None:
+                changes["classes"] = self.model.class_names[labels[i]]
+            self.save(plots.to_image(images[i]), f"{folder}/{path}", **changes)
 
     def save_grid(
         self, name: str, images: Tensor, seeds: Sequence[int], labels: Sequence[str] = (),
@@ -113,12 +154,17 @@ class InferenceJob:
 
 def run_batched(
     function: Callable[..., Tensor], seeds: Sequence[int], batcher: OomBatcher, description: str,
-    **kwargs: Any,
+    labels: Sequence[int] | None = None, **kwargs: Any,
 ) -> Tensor:  # fmt: skip
-    """Calls function(batch_size=, seed=, ...) for all seeds: (len(seeds), C, H, W) on the CPU."""
+    """Calls function(batch_size=, seed=, ...) for all seeds: (len(seeds), C, H, W) on the CPU.
+
+    labels: the class of each seed, passed on if there are any.
+    """
 
     def run_slice(part: slice) -> Tensor:
         some = list(seeds[part])
+        if labels is not None:
+            kwargs["labels"] = labels[part]
         images = function(batch_size=len(some), seed=some, **kwargs).float().cpu()
         bar.update(len(some))
         return images
@@ -134,6 +180,7 @@ def complete_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     complete = {name: value for name, value in settings.items() if name != "channels_last"}
     for name, default in (("image", first), ("image1", first), ("image2", last)):
         complete[name] = settings.get(name) or default
+    complete = dict.fromkeys(OPTIONAL - {"num_samples"}) | complete
     return complete | {"guidance": settings.get("guidance") or None}  # 0 meant None
 
 
@@ -193,7 +240,7 @@ def read_png_settings(path: Path, declared: type[Settings]) -> dict[str, Any]:
     # Settings that are not declared: seeds as numbers, and the checkpoint's content.
     try:
         stored = json.loads(plots.read_png_metadata(path) or "{}")
-        missing = {*declared.settings(), "sha256"} - {"num_samples"} - stored.keys()
+        missing = {*declared.settings(), "sha256"} - OPTIONAL - stored.keys()
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"the settings in {path} are damaged. Use another image") from error
     if missing:

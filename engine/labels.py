@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import UserError
+from engine.settings import suggest
 
 NO_LABEL = -1
 MAX_CLASSES = 10_000
@@ -39,6 +40,37 @@ def check_classes(class_names: Sequence[str], location: str) -> None:
         found = "no labels" if not count else "1 class" if count == 1 else f"{count:,} classes"
         needed = f"--class_conditional needs 2 to {MAX_CLASSES:,} classes"
         raise UserError(f"{location} has {found}, but {needed}. Drop it, or choose other data")
+
+
+def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
+    """Parses `cat,dog`, `0-4,7` or `cat-dog` to labels; names come before numbers.
+
+    Raises UserError for an unknown class, with the nearest name.
+    """
+    if not class_names:
+        raise UserError(f"{UNCONDITIONAL}, so --classes cannot be set")
+
+    def label_of(name: str) -> int | None:
+        if name in class_names:
+            return class_names.index(name)
+        return int(name) if name.isdecimal() and int(name) < len(class_names) else None
+
+    labels: list[int] = []
+    for part in [text] if text in class_names else text.split(","):
+        name = part.strip()
+        label = label_of(name)
+        found = [] if label is None else [label]
+        # A hyphen may be of a name, or of a range.
+        for i in [i for i, letter in enumerate(name) if letter == "-" and not found]:
+            first, last = label_of(name[:i]), label_of(name[i + 1 :])
+            if first is not None and last is not None:
+                found = list(range(first, last + 1))
+        if not found:
+            known = textwrap.shorten(", ".join(class_names), 100)
+            closest = suggest(name, class_names)
+            raise UserError(f"unknown class {name!r}{closest}; choose from {known}, or by number")
+        labels += found
+    return list(dict.fromkeys(labels))
 
 
 def check_class_names(classes: Mapping[str, int]) -> None:

@@ -82,10 +82,10 @@ class MetricsLog:
             file.write(json.dumps(row) + "\n")
         self.tracker.log(values, progress.step)
 
-    def grid(self, images: Tensor, step: int, file: str) -> None:
+    def grid(self, images: Tensor, step: int, file: str, columns: int | None = None) -> None:
         """Writes sample images (B, C, H, W) in [0, 1] as a grid and updates the loss curve."""
         with tolerate_write_errors(self.folder):
-            plots.save_image(plots.grid(images), self.folder / file)
+            plots.save_image(plots.grid(images, columns), self.folder / file)
             plots.save_loss_curve(self.metrics, self.folder / "loss.png")
         self.tracker.log_grid(self.folder / file, step)
 
@@ -237,19 +237,26 @@ class Run:
         return int(self.progress.fraction * self.config.NUM_SAMPLE_GRIDS)
 
     def sample_grid(self, file: str) -> None:
-        """Samples with the EMA weights; lack of memory must not stop training."""
-        count = self.config.GRID_IMAGES
+        """Samples with the EMA weights, a row for each class; lack of memory stops no training."""
+        seeds = list(range(self.config.GRID_IMAGES))
+        columns = None
+        labels: list[int] = []
+        if num_classes := len(getattr(self.step.ema, "class_names", ())):
+            rows = min(num_classes, len(seeds))
+            columns = len(seeds) // rows
+            seeds = seeds[:columns] * rows
+            labels = [row for row in range(rows) for _ in range(columns)]
 
         def sample(part: slice) -> Tensor:
-            seeds = range(count)[part]
-            return self.step.ema.sample(len(seeds), seed=seeds).cpu()
+            options = {"labels": labels[part]} if labels else {}
+            return self.step.ema.sample(len(seeds[part]), seed=seeds[part], **options).cpu()
 
         try:
-            images = torch.cat(self.step.map_eval_batches(count, sample))
+            images = torch.cat(self.step.map_eval_batches(len(seeds), sample))
         except UserError as error:
             warnings.warn(f"{file} failed ({error}); continuing without it", FallbackWarning, 2)
         else:
-            self.log.grid(images, self.progress.step, file)
+            self.log.grid(images, self.progress.step, file, columns)
 
     def save(self, file: str) -> None:
         """Writes a checkpoint; training continues if it cannot, but does not finish."""

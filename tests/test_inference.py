@@ -20,6 +20,7 @@ from ddpm_model import DDPMModel
 from engine import checkpoints, inference_jobs, plots
 from engine.errors import FallbackWarning, UserError
 from engine.inference_jobs import InferenceJob
+from engine.labels import labels_of_seeds
 from engine.samplers import SAMPLERS
 from tests.forked_script import ForkedScript
 from tests.helpers import run_script_ok
@@ -700,6 +701,129 @@ def test_bad_input_is_reported_in_one_line(folder, infer, capsys, arguments, mes
     error = capsys.readouterr().err
     assert error.count("error: ") == 1 and message in error and "Traceback" not in error
     assert not list(Path(".").rglob("*.tmp"))
+
+
+# --- classes
+
+
+@pytest.fixture
+def conditional(tmp_path, monkeypatch) -> DDPMModel:
+    """A small model of three classes in checkpoints/ of the working folder."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = DDPMModel(**SMALL, classes={"cat": 2, "dog": 1, "cow": 1}).eval()
+    model.snapshot_guide()
+    for network in (model.unet, model.guide):
+        network.class_embedding.weight.data.normal_()
+    model.save_model("checkpoints/ddpm_final.pt")
+    monkeypatch.setattr(inference, "DDPMModel", small_model)
+    return model
+
+
+def test_samples_have_a_row_for_each_class(conditional, infer, grids):
+    assert infer("--num_samples", "2") == 0
+    folder = only("samples-*")
+    for label, name in enumerate(conditional.class_names):
+        images = conditional.sample(2, seed=0, labels=label)
+        for seed in (0, 1):
+            path = folder / name / f"{seed:06d}.png"
+            assert is_image(path, images[seed])
+            assert json.loads(plots.read_png_metadata(path))["classes"] == name
+            torch.testing.assert_close(grids[0][2 * label + seed], images[seed])
+    # A single image, again.
+    path = folder / "dog/000001.png"
+    assert infer("--from_png", str(path), "--output_dir", "again") == 0
+    np.testing.assert_array_equal(pixels(only("samples-*/dog/000001.png", "again")), pixels(path))
+    assert len(list(Path("again").rglob("0*.png"))) == 1
+
+
+def test_samples_of_the_classes_asked_for(conditional, infer):
+    assert infer("--num_samples", "3", "--classes", "cow,1", "--guidance_mode", "cfg") == 0
+    folder = only("samples-*")
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("0*.png"))
+    assert found == [f"{name}/00000{seed}.png" for name in ("cow", "dog") for seed in range(3)]
+    image = conditional.sample(1, seed=2, labels=2, guidance_mode="cfg")[0]
+    assert is_image(folder / "cow/000002.png", image)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["classes"], summary["guidance_mode"]) == ("cow,1", "cfg")
+
+
+def test_batch_draws_classes_in_proportion_by_seed(conditional, infer):
+    flags = ("--mode", "batch", "--num_samples", "40")
+    labels = labels_of_seeds(range(40), conditional.class_counts)
+    counts = np.bincount(labels).tolist()
+    assert counts == [21, 10, 9]
+    expected = plots.to_bytes(conditional.sample(40, seed=0, labels=labels))
+    assert infer(*flags, "--format", "npz", "--output_dir", "npz") == 0
+    with np.load(only("*/images.npz", "npz")) as file:
+        assert file["labels"].tolist() == labels.tolist()
+        assert np.abs(file["images"].astype(int) - expected).max() <= 1
+    for _ in range(2):  # the second time, all are there
+        assert infer(*flags, "--output_dir", "png") == 0
+    for name, count in zip(conditional.class_names, counts, strict=True):
+        assert len(list(Path("png").glob(f"*/images/{name}/*.png"))) == count
+
+
+def test_modes_take_classes(conditional, infer, grids, monkeypatch):
+    monkeypatch.setattr(inference, "COMPARED_STEPS", (2,))
+    Image.new("RGB", (8, 8), "red").save("a.png")
+    image = torch.tensor([1.0, 0, 0]).view(3, 1, 1).expand(3, 8, 8)
+    flags = ("--image", "a.png", "--num_samples", "2", "--resamples", "2")
+
+    assert infer("--mode", "vary", "--classes", "dog", *flags) == 0
+    expected = conditional.vary(image, 0.5, 2, seed=0, labels=1)
+    torch.testing.assert_close(grids[-1][1:], expected, atol=1e-5, rtol=0)
+    assert is_image(only("vary-*/variations/000001.png"), expected[1])
+    assert infer("--mode", "vary", "--output_dir", "unlabeled", *flags) == 0
+    expected = conditional.vary(image, 0.5, 2, seed=0)
+    torch.testing.assert_close(grids[-1][1:], expected, atol=1e-5, rtol=0)
+
+    assert infer("--mode", "inpaint", "--classes", "dog", *flags) == 0
+    mask = torch.arange(8).expand(8, 8) >= HALF
+    expected = conditional.inpaint(image, mask, 2, seed=0, resamples=2, labels=1)
+    torch.testing.assert_close(grids[-1][2:], expected, atol=1e-5, rtol=0)
+
+    assert infer("--mode", "interpolate", "--classes", "dog,cow", "--num_samples", "2") == 0
+    ends = [conditional.sample(1, seed=i, labels=label)[0] for i, label in ((0, 1), (1, 2))]
+    torch.testing.assert_close(grids[-1][0], ends[0], atol=1e-5, rtol=0)
+    expected = conditional.interpolate(*ends, 10, steps=40, labels=(1, 2))
+    torch.testing.assert_close(grids[-1][1:-1], expected, atol=1e-4, rtol=0)
+
+    assert infer("--mode", "progressive", "--classes", "cow", "--num_samples", "1") == 0
+    columns = len(grids[-1]) // 2
+    expected = conditional.sample(1, seed=0, labels=2)[0]
+    torch.testing.assert_close(grids[-1][columns - 1], expected, atol=1e-5, rtol=0)
+    assert infer("--mode", "compare", "--classes", "cow", "--num_samples", "1") == 0
+
+
+def test_batch_generate_takes_labels(conditional):
+    images = inference.batch_generate(conditional, 5, 2, labels=[0, 1, 2, 1, 0])
+    expected = conditional.sample(5, seed=0, labels=[0, 1, 2, 1, 0])
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--classes", "cta"], "unknown class 'cta'; did you mean cat?; choose from cat, dog, cow"),
+        (["--classes", "3"], "unknown class '3'; choose from cat, dog, cow, or by number"),
+        (["--classes", ""], "unknown class ''"),
+        (["--guidance_mode", "cgf"], "did you mean cfg?"),
+    ],
+)
+def test_wrong_classes_are_reported_in_one_line(conditional, infer, capsys, arguments, message):
+    assert infer(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("error: ") == 1 and message in error
+    assert not Path("inference_results").exists()
+
+
+def test_classes_of_an_unconditional_model_are_refused(folder, infer, capsys):
+    assert infer("--classes", "cat") == 2
+    expected = "error: this model is unconditional: it takes no labels, so --classes cannot be set"
+    assert expected in capsys.readouterr().err
+    assert infer("--guidance_mode", "cfg") == 2
+    assert "guidance_mode cfg needs labels" in capsys.readouterr().err
 
 
 def test_seeds_are_parsed():

@@ -8,7 +8,7 @@ import torch
 
 from ddpm_model import DDPMModel
 from engine.errors import UserError
-from engine.labels import check_classes_on_resume, labels_of_seeds
+from engine.labels import check_classes_on_resume, labels_of_seeds, parse_classes
 
 CLASSES = {"cat": 3, "dog": 1}
 
@@ -31,6 +31,22 @@ def test_labels_of_seeds_are_in_proportion_for_any_consecutive_seeds():
         np.testing.assert_allclose(found, [500, 0, 300, 200], atol=4)
     some = labels_of_seeds([3, 10**17 + 5], counts)
     assert some[0] == labels_of_seeds(range(10), counts)[3] and some[1] == labels[5]
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "expected"),
+    [
+        ("dog, cat", "cat dog cow", [1, 0]),
+        ("0-1,2", "cat dog cow", [0, 1, 2]),
+        ("dog-cow", "cat dog cow", [1, 2]),
+        ("t-shirt,dog", "cat dog t-shirt", [2, 1]),
+        ("cat-t-shirt", "cat dog t-shirt", [0, 1, 2]),
+        ("2", "1 10 2", [2]),  # a name
+        ("cat,cat", "cat dog", [0]),
+    ],
+)
+def test_parse_classes_reads_names_numbers_and_ranges(text, names, expected):
+    assert parse_classes(text, names.split()) == expected
 
 
 def test_sample_draws_classes_by_seed_whatever_the_batch():
