@@ -27,11 +27,13 @@ from torch import nn
 from ddpm_model import DDPMModel
 from engine import checkpoints, distributed, metrics, plots
 from engine import inference_jobs as jobs
-from engine.dataloader import train_val_split
+from engine.class_metrics import ClassMetrics, format_classes
+from engine.dataloader import ImageDataset, train_val_split
 from engine.datasets import DATASETS, load_dataset
 from engine.devices import default_device, device_name
 from engine.errors import FallbackWarning, UserError
 from engine.image_source import ReadOptions
+from engine.labels import NO_LABEL, labels_of_seeds
 from engine.metrics import Scores
 from engine.sampling_settings import SamplingSettings
 from engine.settings import Setting
@@ -80,9 +82,13 @@ def load_feature_networks(weights: str | None, device: torch.device) -> list[nn.
 
 
 def sample_images(
-    model: DDPMModel, path: Path, settings: EvaluationSettings
+    model: DDPMModel, path: Path, settings: EvaluationSettings, counts: list[int] | None = None
 ) -> tuple[np.ndarray, Evaluation]:
-    """Returns samples, uint8 (N, C, H, W), and how they were made; every rank must call this."""
+    """Returns samples, uint8 (N, C, H, W), and how they were made; every rank must call this.
+
+    counts: on rank 0, the reference's images without a label and of each class, in whose
+    proportions classes are drawn; None: in those of the training images.
+    """
     # Rank 0 may evaluate the previous samples for longer than a collective operation waits.
     distributed.rank0_first(f"sample {path}", lambda: None)
     start = time.perf_counter()
@@ -92,31 +98,41 @@ def sample_images(
     plan = model.sampling_plan(sampler, steps, settings.spacing)
     batch_size = settings.batch_size or jobs.auto_batch_size(model, settings.use_amp)
     arguments = (settings.num_samples, batch_size, settings.seed, sampler, steps)
-    options = {"spacing": settings.spacing, "guidance": settings.guidance}
+    guidance = settings.guidance, settings.guidance_mode
+    options = {"spacing": settings.spacing, "guidance": guidance[0], "guidance_mode": guidance[1]}
+    if counts := distributed.broadcast_object(counts):
+        options["labels"] = sampled_labels(settings, counts)
     with jobs.autocast(model, settings.use_amp):
         images = batch_generate(model, *arguments, **options)
-    guidance = model.guidance if settings.guidance is None else settings.guidance
+    nfe = model.count_nfe(*plan, *guidance)
+    weight = model.guidance if settings.guidance is None else settings.guidance
+    weight = 1.0 if nfe == model.count_nfe(*plan, 1) else weight
     progress = model.training_info["progress"]
     return plots.to_bytes(images).transpose(0, 3, 1, 2), {
         "name": checkpoints.display_name(path), "checkpoint": str(path),
         "sha256": jobs.sha256(path), "sampler": settings.sampler, "steps": steps,
-        "spacing": settings.spacing, "guidance": 1.0 if model.guide is None else guidance,
-        "nfe": model.count_nfe(*plan, settings.guidance),
+        "spacing": settings.spacing, "guidance": weight,
+        "guidance_mode": settings.guidance_mode or model.guidance_mode, "nfe": nfe,
         "seeds": f"{settings.seed}-{settings.seed + settings.num_samples - 1}",
         "use_amp": settings.use_amp, "seconds_sampling": round(time.perf_counter() - start, 2),
         "trained_seconds": progress.get("seconds"), "trained_images": progress.get("images"),
     }  # fmt: skip
 
 
-def compute_scores(images: np.ndarray, references: References, device: torch.device) -> Scores:
-    """Returns all scores of images, uint8 (N, C, H, W), against the real ones."""
+def sampled_labels(settings: EvaluationSettings, counts: list[int]) -> np.ndarray:
+    """Returns the label of each sample; counts: real images without a label and of each class."""
+    seeds = range(settings.seed, settings.seed + settings.num_samples)
+    return labels_of_seeds(seeds, counts) + NO_LABEL
+
+
+def compute_scores(features: dict[nn.Module, np.ndarray], references: References) -> Scores:
+    """Returns all scores of images against the real ones, both by their features."""
     scores = {}
     for network, real in references.items():
-        features = metrics.extract_features(network, images, device)
-        statistics = metrics.feature_statistics(features)
+        statistics = metrics.feature_statistics(features[network])
         scores[network.title] = metrics.frechet_distance(statistics, real)
         if isinstance(network, metrics.Inception):
-            scores |= metrics.inception_scores(network, features, real.features)
+            scores |= metrics.inception_scores(network, features[network], real.features)
     return scores
 
 
@@ -145,12 +161,14 @@ def plot_nearest_neighbors(
 
 
 def load_real_images(
-    settings: EvaluationSettings, config: dict[str, Any], shape: tuple[int, ...], path: Path
-) -> tuple[np.memmap, dict[str, Any]]:
+    settings: EvaluationSettings, config: dict[str, Any], shape: tuple[int, ...], path: Path,
+    class_names: tuple[str, ...] = (),
+) -> tuple[ImageDataset, dict[str, Any]]:  # fmt: skip
     """Returns the images to compare with and what the report says of them.
 
     config: of the run that wrote the checkpoint `path`, whose training images are the default.
     shape: (C, H, W) of the evaluated images; folders are read with their channels and size.
+    class_names: of the model; there are labels if the data has the same classes.
     """
     dataset, data_dir = settings.dataset, settings.data_dir
     if not dataset and config:
@@ -160,10 +178,20 @@ def load_real_images(
     size = settings.image_size or shape[2]
     channels = shape[0] if dataset == "folder" else 3
     options = replace(ReadOptions.from_config(config), channels=channels)
-    real = load_dataset(dataset, size, Path(data_dir), options=options).images
-    return real, {
-        "dataset": dataset, "data_dir": data_dir, "images": len(real), "image_size": size,
-        "source": Path(real.filename).stem,
+    data = None
+    if class_names:
+        try:
+            data = load_dataset(dataset, size, Path(data_dir), options=options, use_labels=True)
+            if data.class_names != class_names:
+                raise UserError("its classes are not the model's")
+        except UserError as error:
+            data = None
+            message = f"reading the labels of {dataset} failed ({error})"
+            warnings.warn(f"{message}; continuing without scores by class", FallbackWarning, 2)
+    data = data or load_dataset(dataset, size, Path(data_dir), options=options)
+    return data, {
+        "dataset": dataset, "data_dir": data_dir, "images": len(data), "image_size": size,
+        "source": Path(data.images.filename).stem,
     }  # fmt: skip
 
 
@@ -193,10 +221,10 @@ def format_table(evaluations: list[Evaluation]) -> str:
     """Returns the scores as aligned columns."""
     columns = [name for name in evaluations[0]["scores"] if not name.endswith(" std")]
     width = max(len(row["name"]) for row in evaluations)
-    lines = [" " * width + "".join(f"{name:>14}" for name in (*columns, "seconds"))]
+    lines = [" " * width + "".join(f"{name:>16}" for name in (*columns, "seconds"))]
     for row in evaluations:
-        scores = "".join(f"{row['scores'][name]:14.4g}" for name in columns)
-        lines.append(f"{row['name']:{width}}{scores}{row['seconds']:14.0f}")
+        scores = "".join(f"{row['scores'][name]:16.4g}" for name in columns)
+        lines.append(f"{row['name']:{width}}{scores}{row['seconds']:16.0f}")
     return "\n".join(lines)
 
 
@@ -205,7 +233,8 @@ def result_label(first: Evaluation, others: int, reference: dict[str, Any]) -> s
     parts = [first["name"], *([f"and-{others}-more"] if others else [])]
     if "checkpoint" in first:
         parts.append(jobs.sampling_label(first["sampler"], first["steps"], first["spacing"]))
-        parts += [f"guidance-{first['guidance']:g}"] if first["guidance"] != 1 else []
+        mode = "" if first["guidance_mode"] == "autoguidance" else f"{first['guidance_mode']}-"
+        parts += [f"{mode}guidance-{first['guidance']:g}"] if first["guidance"] != 1 else []
         parts += [f"seeds-{first['seeds']}"] if not first["seeds"].startswith("0-") else []
     is_folder = reference["dataset"] == "folder"
     source = Path(reference["data_dir"]).resolve().name if is_folder else reference["dataset"]
@@ -229,8 +258,15 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
     output_dir = Path(settings.output_dir)
     checkpoints.check_writable(output_dir)
     networks = load_feature_networks(settings.inception_weights, device)
-    real, reference = load_real_images(settings, config, shape, paths[0])
+    class_names = () if settings.images else model.class_names
+    data, reference = load_real_images(settings, config, shape, paths[0], class_names)
+    real = data.images
     references = {network: metrics.load_reference(network, real, device) for network in networks}
+    counts, by_class = None, None
+    if data.labels is not None:
+        counts = np.bincount(data.labels - NO_LABEL, minlength=len(class_names) + 1).tolist()
+        by_class = ClassMetrics(references[networks[-1]], data.labels, class_names)
+        reference["class accuracy"] = by_class.real_accuracy
     validation = validation_images(model) if config else None
     evaluations: list[Evaluation] = []
     report = {
@@ -249,16 +285,25 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
             if i > 0 and image_shape(model.load_model(path)) != shape:  # the first is loaded
                 difference = f"{image_shape(model)}, but those of {paths[0]} {shape}"
                 raise UserError(f"images of {path} are {difference}. Evaluate it alone")
-            images, row = sample_images(model, path, settings)
+            images, row = sample_images(model, path, settings, counts)
             if validation is not None:
                 losses[row["name"]] = metrics.loss_by_timestep(model, validation)
-        row |= {"num_samples": len(images), "scores": compute_scores(images, references, device)}
+        features = {n: metrics.extract_features(n, images, device) for n in networks}
+        row |= {"num_samples": len(images), "scores": compute_scores(features, references)}
+        if by_class is not None:
+            labels = sampled_labels(settings, counts)
+            accuracy, row["classes"] = by_class.score(features[networks[-1]], labels)
+            row["scores"] |= {} if accuracy is None else {"class accuracy": accuracy}
         row["seconds"] = round(time.perf_counter() - row_start, 2)
         evaluations.append(row)
         report["seconds"] = round(time.perf_counter() - start, 2)
         label = result_label(evaluations[0], len(paths) - 1, reference)
         checkpoints.write_text(output_dir / f"{label}.json", json.dumps(report, indent=2) + "\n")
     print(format_table(evaluations))
+    if by_class is not None:
+        for row in evaluations:
+            print(format_classes(row["name"], networks[-1].title, row["classes"]))
+        print(f"class accuracy of held-out real images: {by_class.real_accuracy}")
 
     # Figures.
     if images.shape[1:] == real.shape[1:]:

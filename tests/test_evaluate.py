@@ -324,8 +324,9 @@ def test_compute_scores_compares_features_with_each_networks_reference(monkeypat
     colors, scored = MeanColors(), ScoredColors()
     features = metrics.extract_features(colors, real, CPU)
     plain, shifted = (metrics.feature_statistics(features + offset) for offset in (0, 1))
-    scores = evaluate.compute_scores(images, {colors: plain, scored: shifted}, CPU)
     expected = metrics.feature_statistics(metrics.extract_features(colors, images, CPU))
+    features_of_images = dict.fromkeys((colors, scored), expected.features)
+    scores = evaluate.compute_scores(features_of_images, {colors: plain, scored: shifted})
     distances = [metrics.frechet_distance(expected, each) for each in (plain, shifted)]
     assert [scores["FD-Colors"], scores["FID"]] == distances
     np.testing.assert_array_equal(scores["features"], expected.features)
@@ -397,6 +398,63 @@ def test_sample_images_without_a_guide_has_guidance_1(sample_images):
     assert sample_images(guidance=2.5)[1]["guidance"] == 1.0
 
 
+# Classes.
+
+
+@pytest.fixture
+def conditional(tmp_path, monkeypatch) -> DDPMModel:
+    """A model of two classes of gray levels, in the working folder with those images."""
+    monkeypatch.chdir(tmp_path)
+    values = np.random.default_rng(0).integers(0, 20, 300)
+    for i, value in enumerate(values):
+        name, level = ("bright", 200) if i % 4 == 0 else ("dark", 50)
+        (tmp_path / "real" / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (int(level + value),) * 3).save(f"real/{name}/{i:03d}.png")
+    torch.manual_seed(0)
+    sizes = {"image_size": 8, "dim": 8, "dim_mults": (1, 2), "timesteps": 60}
+    model = DDPMModel(**sizes, sampling_timesteps=8, classes={"bright": 1, "dark": 1})
+    config = {"DATASET": "folder", "IMAGE_SIZE": 8, "DATA_DIR": "real"}
+    state = {"architecture": model.architecture, "model": model.state_dict(), "config": config}
+    checkpoints.save(Path("checkpoints/run/final.pt"), state)
+    monkeypatch.setattr(evaluate, "load_feature_networks", lambda *_: [MeanColors()])
+    return model
+
+
+def test_main_scores_classes_drawn_in_the_references_proportions(conditional, monkeypatch, capsys):
+    def batch_generate(model, total, *_, labels, **options):  # every third dark image is bright
+        is_bright = labels == 0
+        is_bright[np.flatnonzero(labels == 1)[::3]] = True
+        return torch.where(torch.tensor(is_bright), 0.8, 0.2)[:, None, None, None].expand(
+            -1, 3, 8, 8
+        )
+
+    monkeypatch.setattr(evaluate, "batch_generate", batch_generate)
+    flags = ["--num_samples", "80", "--guidance_mode", "cfg", "--guidance", "3"]
+    assert run_evaluate(monkeypatch, *flags) == 0
+    (path,) = Path("results").glob("*.json")
+    report = json.loads(path.read_text())
+    (row,) = report["evaluations"]
+    bright, dark = row["classes"]
+    assert (bright["class"], bright["samples"], dark["samples"]) == ("bright", 21, 59)
+    assert (bright["accuracy"], dark["accuracy"]) == (1.0, 0.661)  # 39 of 59
+    assert bright["real accuracy"] == dark["real accuracy"] == 1.0
+    assert bright["distance"] < dark["distance"]
+    assert row["scores"]["class accuracy"] == 0.75  # 60 of 80
+    assert report["reference"]["class accuracy"] == 1.0
+    assert (row["guidance_mode"], row["guidance"]) == ("cfg", 3.0)
+    table = capsys.readouterr().out
+    assert ["dark", "59", "0.661", "1"] in [line.split()[:4] for line in table.splitlines()]
+
+
+def test_main_without_the_models_classes_in_the_reference_warns(conditional, monkeypatch, capsys):
+    Path("real/dark").rename("real/dim")
+    assert run_evaluate(monkeypatch, "--num_samples", "4") == 0
+    expected = "(its classes are not the model's); continuing without scores by class"
+    assert expected in capsys.readouterr().err
+    (path,) = Path("results").glob("*.json")
+    assert "classes" not in json.loads(path.read_text())["evaluations"][0]
+
+
 # Results.
 
 
@@ -448,6 +506,11 @@ def test_format_table_leaves_out_stds():
     [
         ({}, 0, "run-final-unipc-14-100-vs-cifar10"),
         ({"guidance": 2.0}, 0, "run-final-unipc-14-guidance-2-100-vs-cifar10"),
+        (
+            {"guidance": 2.0, "guidance_mode": "cfg"},
+            0,
+            "run-final-unipc-14-cfg-guidance-2-100-vs-cifar10",
+        ),
         ({"seeds": "5-104"}, 2, "run-final-and-2-more-unipc-14-seeds-5-104-100-vs-cifar10"),
         ({"spacing": "own"}, 0, "run-final-unipc-14-own-100-vs-cifar10"),
         ({"sampler": "a/my.py:f"}, 0, "run-final-a-my-f-14-100-vs-cifar10"),
@@ -456,5 +519,6 @@ def test_format_table_leaves_out_stds():
 def test_result_label_says_how_images_were_sampled(changes, others, label):
     row = {"name": "run-final", "checkpoint": "x.pt", "sampler": "unipc", "steps": 14}
     row |= {"spacing": DEFAULT_SPACING, "guidance": 1.0, "seeds": "0-99", "num_samples": 100}
+    row["guidance_mode"] = "autoguidance"
     reference = {"dataset": "cifar10", "data_dir": "data"}
     assert evaluate.result_label(row | changes, others, reference) == f"evaluate-{label}"

@@ -1,0 +1,115 @@
+"""Scores by class: distance to the real images of a class, and how often it is recognized."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.dataloader import train_val_split
+from engine.metrics import Statistics, feature_statistics, frechet_distance
+
+MAX_DISTANCES = 100  # classes; with more, distances by class would take hours
+WEIGHT_DECAY = 1e-3  # of the classifier
+Classifier = Callable[[np.ndarray], np.ndarray]  # features (N, D) to labels (N,)
+ClassRow = dict[str, Any]
+
+
+def fit_classifier(features: np.ndarray, labels: np.ndarray, num_classes: int) -> Classifier:
+    """Fits a logistic regression to features (N, D) and labels (N,) by L-BFGS."""
+    mean = features.mean(axis=0)
+    std = features.std(axis=0) + 1e-6
+
+    def standardize(rows: np.ndarray) -> Tensor:
+        return torch.from_numpy((rows - mean) / std)
+
+    x, y = standardize(features), torch.from_numpy(labels)
+    linear = nn.Linear(x.shape[1], num_classes)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    optimizer = torch.optim.LBFGS(
+        linear.parameters(), max_iter=100, line_search_fn="strong_wolfe"
+    )  # fmt: skip
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        penalty = 0.5 * WEIGHT_DECAY * linear.weight.square().sum()
+        value = nn.functional.cross_entropy(linear(x), y) + penalty
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+
+    @torch.no_grad()
+    def classify(rows: np.ndarray) -> np.ndarray:
+        return linear(standardize(rows)).argmax(dim=1).numpy()
+
+    return classify
+
+
+class ClassMetrics:
+    """What samples of each class are compared with: real images with labels, by their features.
+
+    A classifier is fitted to those that a run trains on; the validation split shows how well it
+    does on real images. labels: int64 (N,) of the reference; images without a label are left out.
+    """
+
+    def __init__(self, reference: Statistics, labels: np.ndarray, class_names: Sequence[str]):
+        self.class_names = class_names
+        self.features = reference.features
+        self.labels = labels
+        train, held_out = (part[labels[part] >= 0] for part in train_val_split(len(labels)))
+        num_classes = len(class_names)
+        self.classify = fit_classifier(self.features[train], labels[train], num_classes)
+        self.is_right = self.classify(self.features[held_out]) == labels[held_out]
+        self.held_out_labels = labels[held_out]
+
+    @property
+    def real_accuracy(self) -> float | None:
+        """How often the classifier is right on held-out real images; None without any."""
+        return rounded_mean(self.is_right)
+
+    def score(
+        self, features: np.ndarray, labels: np.ndarray
+    ) -> tuple[float | None, list[ClassRow]]:
+        """Returns how often samples are named as their class, and a row for each class.
+
+        features: (N, D). labels: the class of each sample, -1 for none.
+        """
+        is_right = self.classify(features) == labels
+        rows: list[ClassRow] = []
+        for label, name in enumerate(self.class_names):
+            samples, real = labels == label, self.labels == label
+            row: ClassRow = {
+                "class": name, "samples": int(samples.sum()),
+                "accuracy": rounded_mean(is_right[samples]),
+                "real accuracy": rounded_mean(self.is_right[self.held_out_labels == label]),
+            }  # fmt: skip
+            if len(self.class_names) <= MAX_DISTANCES and min(samples.sum(), real.sum()) > 1:
+                pair = (
+                    feature_statistics(features[samples]),
+                    feature_statistics(self.features[real]),
+                )
+                row["distance"] = round(frechet_distance(*pair), 3)
+            rows.append(row)
+        return rounded_mean(is_right[labels >= 0]), rows
+
+
+def rounded_mean(is_right: np.ndarray) -> float | None:
+    """Returns the fraction that is right; None of no values."""
+    return round(float(is_right.mean()), 4) if len(is_right) else None
+
+
+def format_classes(name: str, title: str, rows: Sequence[ClassRow]) -> str:
+    """Returns the rows of an evaluation as aligned columns. title: of the distance."""
+    width = max(len("class"), *(len(row["class"]) for row in rows))
+    columns = {"samples": "samples", "accuracy": "accuracy", "real accuracy": "real accuracy"}
+    if any("distance" in row for row in rows):
+        columns["distance"] = title
+    lines = [name, f"{'class':{width}}" + "".join(f"{text:>15}" for text in columns.values())]
+    for row in rows:
+        values = (row.get(key) for key in columns)
+        cells = (f"{'-' if value is None else f'{value:.4g}':>15}" for value in values)
+        lines.append(f"{row['class']:{width}}{''.join(cells)}")
+    return "\n".join(lines)
