@@ -47,6 +47,9 @@ def train(
     torch.backends.cudnn.benchmark = True
     seed_everything(config.SEED + rank)
     data = data if isinstance(data, ImageDataset) else ImageDataset(data)
+    shape = (model.channels, model.image_size, model.image_size)
+    if data.images.shape[1:] != shape:
+        raise UserError(f"the images are {data.images.shape[1:]}, but the model's must be {shape}")
     effective_batch = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
     loader = BatchLoader(
         data, effective_batch, config.SEED, device, config.NUM_WORKERS, rank, world_size

@@ -85,6 +85,18 @@ def trained_by_api(tmp_path_factory) -> Path:
     return folder
 
 
+def test_train_refuses_images_that_do_not_fit_the_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = configure(MAX_STEPS=1)
+    model = DDPMModel.from_config(config)
+    for images in (random_images(40, 8, channels=1), random_images(40, 16)):
+        with pytest.raises(
+            UserError, match=r"the images are .* but the model's must be \(3, 8, 8\)"
+        ):
+            train(model, images, config)
+    assert not Path("checkpoints").exists()
+
+
 # --- what a run writes
 
 
