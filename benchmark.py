@@ -226,7 +226,7 @@ def measure_upstream_sampling(config: Config, device: torch.device) -> Row:
 
 
 def measure_data_path(config: Config, device: torch.device, on_gpu: bool) -> Row:
-    """Times our step on images that are on the GPU, or that workers read from a memory map."""
+    """Times our step on images that are on the GPU, or that threads read from a memory map."""
     dataloader.MAX_GPU_FRACTION = 1.0 if on_gpu else 0.0
     shape = (300 * config.BATCH_SIZE, 3, config.IMAGE_SIZE, config.IMAGE_SIZE)
     with tempfile.NamedTemporaryFile() as file:
@@ -234,7 +234,7 @@ def measure_data_path(config: Config, device: torch.device, on_gpu: bool) -> Row
         loader = BatchLoader(ImageDataset(images), config.BATCH_SIZE, 0, device, workers=8)
         batches = itertools.chain.from_iterable(map(loader.epoch, itertools.count()))
         make_step = partial(our_step, config, device, batches=batches)
-        # A round is much longer than what the workers read ahead.
+        # A round is much longer than what the threads read ahead.
         return time_steps(make_step, config.BATCH_SIZE, device, round_seconds=2.0)
 
 

@@ -46,7 +46,7 @@ class DDPMConfig(Settings):
     LABEL_DROPOUT = Setting(
         0.1, "fraction of labels that are dropped, so that the network learns to do without", min=0,
         max=1)
-    NUM_WORKERS = Setting(8, "threads that decode and processes that load images", min=1, max=256)
+    NUM_WORKERS = Setting(8, "threads that decode and load images; 0: none", min=0, max=256)
 
     # Model.
     DIM = Setting(128, "base channel width", min=8, max=1024)

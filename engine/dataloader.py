@@ -2,23 +2,25 @@
 
 import hashlib
 import mmap
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from engine.errors import UserError
 from engine.gpu_memory import memory_limit
 
-MAX_GPU_FRACTION = 0.25  # of the GPU memory we may use; larger data sets are streamed by workers
+MAX_GPU_FRACTION = 0.25  # of the GPU memory we may use; larger data sets are streamed by threads
 COPY_CHUNK = 4096  # images copied to the GPU at a time
 MAX_VALIDATION_IMAGES = 512  # or a few more, so that they are evenly spaced
 VALIDATION_FRACTION = 0.05
 FINGERPRINT_BYTES = 2**28  # hashed of the images; of a larger data set every n-th image is
+S, T = TypeVar("S"), TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,17 +57,6 @@ class ImageDataset:
             digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def __reduce__(self):
-        # A spawned worker opens the file itself; pickled, the map would be a copy of all images.
-        if isinstance(self.images.base, mmap.mmap):
-            file = (self.images.filename, self.images.offset, self.images.shape)
-            return _open_memmap, (*file, self.labels, self.class_names)
-        return ImageDataset, (self.images, self.labels, self.class_names)
-
-
-def _open_memmap(path, offset, shape, labels, class_names) -> ImageDataset:
-    return ImageDataset(np.memmap(path, np.uint8, "r", offset, shape), labels, class_names)
-
 
 class Batch(NamedTuple):
     """One step's images, uint8 (B, C, H, W), and labels, int64 (B,), if any."""
@@ -77,6 +68,10 @@ class Batch(NamedTuple):
         """Returns the batch on a device."""
         is_cuda = device.type == "cuda"  # other backends may read memory that is freed by then
         return Batch(*(x if x is None else x.to(device, non_blocking=is_cuda) for x in self))
+
+    def pin_memory(self) -> "Batch":
+        """Returns the batch in memory from which a GPU copies without the host's waiting."""
+        return Batch(*(x if x is None else x.pin_memory() for x in self))
 
     def __getitem__(self, index):
         """Returns the batch at a slice or index tensor; at 0 or 1, images or labels."""
@@ -114,10 +109,28 @@ def copy_to_device(images: np.ndarray, device: torch.device) -> Tensor:
     return copied
 
 
+def read_ahead(read: Callable[[T], S], items: Iterable[T], threads: int) -> Iterator[S]:
+    """Yields read(item) of all items in order, at most two ahead per thread; 0: none ahead.
+
+    Threads are enough: numpy and Pillow release the GIL, and nothing is copied between processes.
+    """
+    if threads == 0:
+        yield from map(read, items)
+        return
+    pending = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            pending.append(pool.submit(read, item))
+            if len(pending) > 2 * threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
 class BatchLoader:
     """Training batches; an epoch's order is a function of (seed, epoch) alone.
 
-    batch_size: the effective batch, of which each rank gets an equal part. workers: processes that
+    batch_size: the effective batch, of which each rank gets an equal part. workers: threads that
     read the images if they do not fit on the GPU. Raises UserError if there are fewer training
     images than one batch, or if the batch cannot be divided by the number of ranks.
     """
@@ -163,15 +176,10 @@ class BatchLoader:
             for index in torch.from_numpy(order).to(self.device):
                 yield self.gpu_data[index]
             return
-        batches = (as_batch(self.data[index]) for index in order)
-        if self.device.type == "cuda":
-            # Without batch_size, a worker reads data[index] for each index array of the sampler.
-            batches = DataLoader(
-                self.data, batch_size=None, sampler=list(order), collate_fn=as_batch,
-                num_workers=self.workers, pin_memory=True, prefetch_factor=4,
-            )  # fmt: skip
-        for batch in batches:
-            yield batch.to(self.device)
+        is_cuda = self.device.type == "cuda"
+        threads = self.workers if is_cuda else 0
+        for batch in read_ahead(lambda index: as_batch(self.data[index]), order, threads):
+            yield (batch.pin_memory() if is_cuda else batch).to(self.device)
 
     def validation(self) -> Batch:
         """Returns the validation split, on the CPU."""

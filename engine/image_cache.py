@@ -3,11 +3,10 @@
 import hashlib
 import sys
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from engine.checkpoints import link_or_copy, write_atomically
-from engine.dataloader import ImageDataset
+from engine.dataloader import ImageDataset, read_ahead
 from engine.errors import FallbackWarning, UserError
 
 BLOCK = 64  # images that a thread decodes at a time
@@ -153,7 +152,8 @@ def _build(source: Source, size: int, path: Path, labels_path: Path, workers, pr
         np.lib.format.write_array_header_1_0(file, header)
         options = {"total": source.count or None, "unit": " images", "disable": not progress}
         with tqdm(desc="decoding", **options) as bar:
-            for images in _read_all(source, size, workers):
+            blocks = read_ahead(lambda block: source.read(block, size), source.blocks(), workers)
+            for images in chain.from_iterable(blocks):
                 bar.update()
                 if isinstance(images, str):
                     unreadable.append(images)
@@ -179,15 +179,3 @@ def _build(source: Source, size: int, path: Path, labels_path: Path, workers, pr
         description = f"{len(counts)} images in {source.location}"
         first = f"{len(unreadable)} of {description} cannot be read; continuing without:"
         warnings.warn("\n  ".join([first, *unreadable]), FallbackWarning, stacklevel=2)
-
-
-def _read_all(source: Source, size: int, workers: int) -> Iterator[np.ndarray | str]:
-    """Yields source.read's results in order, at most two blocks ahead per thread."""
-    pending = deque()
-    with ThreadPoolExecutor(workers) as pool:  # Pillow and numpy release the GIL
-        for block in source.blocks():
-            pending.append(pool.submit(source.read, block, size))
-            if len(pending) > 2 * workers:
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()

@@ -1,15 +1,21 @@
 """engine/dataloader.py: splits, the order of an epoch, labels, memory maps."""
 
-import pickle
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from engine import dataloader
-from engine.dataloader import Batch, BatchLoader, ImageDataset, as_batch, train_val_split
+from engine.dataloader import (
+    Batch,
+    BatchLoader,
+    ImageDataset,
+    as_batch,
+    read_ahead,
+    train_val_split,
+)
 from engine.errors import UserError
 from tests.helpers import CPU, random_images
 
@@ -139,31 +145,20 @@ def test_batch_slices_and_moves_images_and_labels_together(labels):
 # Memory maps.
 
 
-def test_image_dataset_pickles_a_memory_map_by_its_path(tmp_path):
-    """A spawned worker receives the path, not the images."""
-    images = random_images(64, 8)
-    mapped = save_memmap(tmp_path / "images.npy", images)
-    index = np.array([0, 7, 7])
-    for stored in (mapped, mapped[::-1], images):
-        data = ImageDataset(stored, np.arange(64) % 3, ("a", "b", "c"))
-        pickled = pickle.dumps(data)
-        assert (len(pickled) < 1000) == (stored is mapped)
-        copy = pickle.loads(pickled)
-        assert np.array_equal(copy[index].images, stored[index])
-        assert np.array_equal(copy.labels, data.labels) and copy.class_names == data.class_names
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_read_ahead_yields_in_order_and_reads_two_ahead_per_thread(threads):
+    taken = []
 
+    def items() -> Iterator[int]:
+        for item in range(20):
+            taken.append(item)
+            yield item
 
-def test_image_dataset_is_read_in_spawned_workers_as_in_this_process(tmp_path):
-    mapped = save_memmap(tmp_path / "images.npy", random_images(64, 8))
-    data = ImageDataset(mapped, np.arange(64))
-    order = BatchLoader(data, 16, 0, CPU, 1).order(0)
-    loader = DataLoader(
-        data, batch_size=None, sampler=list(order), collate_fn=as_batch, num_workers=1,
-        multiprocessing_context="spawn",
-    )  # fmt: skip
-    for batch, index in zip(loader, order, strict=True):
-        assert torch.equal(batch.images, torch.from_numpy(mapped[index]))
-        assert batch.labels.tolist() == index.tolist()
+    values = read_ahead(lambda item: 10 * item, items(), threads)
+    for number, value in enumerate(values):
+        assert value == 10 * number
+        assert len(taken) == min(20, number + 1 + 2 * threads)
+    assert number == 19
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's RssFile")

@@ -193,7 +193,7 @@ def test_every_flag_of_a_command_exists(flags):
 
 
 def test_every_flag_in_the_text_exists(flags):
-    foreign = {"--logdir", "--gpus", "--rm", "--shm-size", "--user"}  # TensorBoard's, Docker's
+    foreign = {"--logdir", "--gpus", "--rm", "--user"}  # TensorBoard's, Docker's
     foreign |= {"--no-deps"}  # pip's
     known = set().union(*flags.values()) | foreign
     for page in PAGES:

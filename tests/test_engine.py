@@ -17,15 +17,16 @@ SCRIPTS = [path for path in ROOT.glob("*.py") if "run_script(" in path.read_text
 OPENMP = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
-def imported_modules(path) -> list[str]:
-    """The modules that a file's top level imports, in order, without Python's own."""
+def imported_modules(path, with_stdlib: bool = False) -> list[str]:
+    """The modules that a file's top level imports, in order."""
     modules = []
     for node in ast.parse(path.read_text("utf-8")).body:
         if isinstance(node, ast.ImportFrom):
             modules.append(node.module)
         elif isinstance(node, ast.Import):
             modules += [alias.name for alias in node.names]
-    return [name for name in modules if name.split(".")[0] not in sys.stdlib_module_names]
+    stdlib = () if with_stdlib else sys.stdlib_module_names
+    return [name for name in modules if name.split(".")[0] not in stdlib]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -79,3 +80,20 @@ def test_main_is_interrupted_as_usual(sigint):
     with pytest.raises(SystemExit, match="130"):
         run_script(lambda: exec("raise KeyboardInterrupt"))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# What Python's modules lack on Windows.
+NOT_ON_WINDOWS = {
+    "os": {"fork", "getuid", "killpg", "register_at_fork", "sched_getaffinity", "statvfs"},
+    "signal": {"SIGALRM", "SIGHUP", "SIGKILL", "SIGUSR1", "alarm", "setitimer"},
+}
+MODULES_NOT_ON_WINDOWS = {"fcntl", "grp", "pwd", "resource", "termios"}
+
+
+def test_windows_has_what_the_files_use():
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("engine/*.py")):
+        assert not MODULES_NOT_ON_WINDOWS & set(imported_modules(path, with_stdlib=True)), path
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                missing = NOT_ON_WINDOWS.get(node.value.id, ())
+                assert node.attr not in missing, f"{path}:{node.lineno} {ast.unparse(node)}"

@@ -279,14 +279,3 @@ def test_cache_is_built_where_files_cannot_be_locked(load, monkeypatch, error):
     with pytest.warns(FallbackWarning, match=r"file locking failed .*continuing without it"):
         assert values(load(gray_source(100))) == list(range(100))
     assert len(load.files()) == 1
-
-
-def test_threads_read_at_most_two_blocks_ahead_each(monkeypatch):
-    monkeypatch.setattr(image_cache, "BLOCK", 1)
-    started = []
-    source = gray_source(100, on_read=lambda block: started.append(block.start))
-    results = image_cache._read_all(source, 2, 3)
-    assert next(results)[0, 0, 0, 0] == 0
-    time.sleep(0.05)  # for blocks that should not have been read
-    assert max(started) <= 2 * 3
-    assert [images[0, 0, 0, 0] for images in results] == list(range(1, 100))
