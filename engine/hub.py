@@ -15,7 +15,7 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 GRID_FILE = "samples.png"
 GRID_IMAGES = 16
-LOCAL_SETTINGS = ("DATA_DIR", "RUN_NAME")  # of this machine: not published
+LOCAL_SETTINGS = ("DATA_DIR", "RUN_NAME")
 
 CARD = """\
 ---
@@ -32,7 +32,7 @@ tags:
 
 *Seeds 0 to {last_seed}, not selected.*
 
-A pixel-space diffusion model of {size} px images with {parameters:.1f} M parameters.
+A pixel-space diffusion model of {size} px images with {parameters:.1f} M parameters{classes}.
 
 ```python
 from ddpm_model import DDPMModel
@@ -56,6 +56,7 @@ class HubMixin:
 
     architecture: dict[str, Any]
     training_info: dict[str, dict[str, Any]]
+    class_names: tuple[str, ...]
     image_size: int
     channels: int
     unet: nn.Module
@@ -110,9 +111,7 @@ class HubMixin:
 
     def _save(self, folder: Path, name: str, license: str, figures: Mapping[str, Any]) -> None:
         """Writes the folder of a model that is called `name`."""
-        training_info = {key: dict(values) for key, values in self.training_info.items()}
-        for setting in LOCAL_SETTINGS:
-            training_info["config"].pop(setting, None)
+        training_info = publishable(self.training_info)
         config = {"architecture": self.architecture, "training_info": training_info}
         images = self.sample(GRID_IMAGES, seed=0)
 
@@ -123,10 +122,20 @@ class HubMixin:
             license=license, name=name, last_seed=GRID_IMAGES - 1, grid_file=GRID_FILE,
             size=self.image_size, shape=tuple(images.shape),
             parameters=sum(p.numel() for p in self.unet.parameters()) / 1e6,
+            classes=f" and the classes {', '.join(self.class_names)}" if self.class_names else "",
             figures=figures_table(training_info["progress"], figures),
             recipe=recipe(self.architecture, **training_info),
         )  # fmt: skip
         checkpoints.write_text(folder / "README.md", text)
+
+
+def publishable(training_info: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns a copy of training_info without run and paths of this machine."""
+    config = {k: v for k, v in training_info["config"].items() if k not in LOCAL_SETTINGS}
+    prefix, _, path = str(config.get("DATASET", "")).partition(":")
+    if Path(path).is_absolute():
+        config["DATASET"] = f"{prefix}:{Path(path).name}"
+    return {"config": config, "progress": dict(training_info["progress"])}
 
 
 def figures_table(progress: Mapping[str, Any], figures: Mapping[str, Any]) -> str:

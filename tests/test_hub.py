@@ -62,6 +62,17 @@ def test_model_card_has_grid_recipe_figures_and_license_but_no_local_path(model,
     assert width == height > 4 * 8
 
 
+def test_model_card_names_classes_and_no_absolute_path_of_a_data_set(model, tmp_path):
+    classes = {"cat": 3, "dog": 1}
+    conditional = DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), classes=classes)
+    conditional.training_info = model.training_info | {"config": {"DATASET": "hf:/home/me/pets"}}
+    conditional.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "and the classes cat, dog." in card
+    assert re.search(r"^DATASET +hf:pets$", card, re.M)
+    assert DDPMModel.from_pretrained(tmp_path).class_names == ("cat", "dog")
+
+
 def test_model_without_a_run_has_a_card_too(tmp_path):
     DDPMModel(image_size=8, dim=8, dim_mults=(1, 2)).save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
@@ -82,12 +93,12 @@ def test_from_pretrained_says_what_is_wrong_with_a_folder(model, tmp_path):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Repositories of one commit: create, upload (by Git, not Xet), download."""
+    """Repositories of one commit: create, upload (by Git, not Xet), list, download."""
 
     protocol_version = "HTTP/1.1"
 
-    def reply(self, body: bytes | dict, status: int = 200, **headers: str) -> None:
-        body = json.dumps(body).encode() if isinstance(body, dict) else body
+    def reply(self, body: bytes | dict | list, status: int = 200, **headers: str) -> None:
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         headers |= {"Content-Length": str(len(body)), "X-Repo-Commit": COMMIT}
         for name, value in headers.items():
@@ -126,10 +137,19 @@ class Hub(BaseHTTPRequestHandler):
         return self.reply({"success": True, "commitOid": COMMIT, "commitUrl": url})
 
     def do_GET(self) -> None:
-        match = re.fullmatch(r"/(\w+/\w+)/resolve/\w+/(.+)", self.path)
-        repo = self.server.repos.get(match[1]) if match else None
+        path = self.path.partition("?")[0]
+        match = re.fullmatch(r"/((?:datasets/)?\w+/\w+)/resolve/\w+/(.+)", path)
+        listing = re.fullmatch(r"/api/(datasets/\w+/\w+)(?:/revision/\w+|(/tree/)\w+/?(.*))?", path)
+        repo = self.server.repos.get((match or listing or [0, 0])[1])
         if repo is None:
             return self.reply({}, 404, X_Error_Code="RepoNotFound")
+        if listing and not listing[2]:
+            files = [{"rfilename": name} for name in repo]
+            return self.reply({"id": listing[1][9:], "sha": COMMIT, "siblings": files})
+        if listing:
+            file = {"type": "file", "oid": COMMIT}
+            names = [name for name in repo if name.startswith(listing[3])]
+            return self.reply([file | {"path": n, "size": len(repo[n])} for n in names])
         if match[2] not in repo:
             return self.reply({}, 404, X_Error_Code="EntryNotFound")
         content = repo[match[2]]
@@ -147,6 +167,19 @@ def hub():
     yield server
     server.shutdown()
     server.server_close()
+
+
+def run_client(code: str, hub: ThreadingHTTPServer, folder: Path) -> list[str]:
+    """Runs Python as a user of this Hub in a new process; returns the lines that it prints."""
+    environment = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_TOKEN": "hf_secret",
+        "HF_HOME": str(folder / "cache"), "PATH": str(Path(sys.executable).parent),
+        "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
 
 
 CLIENT = """
@@ -167,17 +200,8 @@ for use in (DDPMModel.from_pretrained, model.push_to_hub):
 
 def test_model_goes_to_the_hub_and_comes_back(model, hub, tmp_path):
     model.save_pretrained(tmp_path / "mine")
-    endpoint = f"http://127.0.0.1:{hub.server_port}"
-    environment = {
-        "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": "hf_secret",
-        "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
-        "PATH": str(Path(sys.executable).parent),
-    }  # fmt: skip
-    command = [sys.executable, "-c", CLIENT]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    address, *errors = result.stdout.strip().splitlines()
-    assert address == f"{endpoint}/me/tiny"
+    address, *errors = run_client(CLIENT, hub, tmp_path)
+    assert address == f"http://127.0.0.1:{hub.server_port}/me/tiny"
     assert "no folder me/missing, and not on the Hugging Face Hub (RepositoryNotFound" in errors[0]
     assert "not a name cannot be uploaded (HFValidationError" in errors[1]
 
@@ -186,3 +210,22 @@ def test_model_goes_to_the_hub_and_comes_back(model, hub, tmp_path):
     assert b"# me/tiny" in files["README.md"] and b'"images": 19200' in files["config.json"]
     loaded = DDPMModel().load_model(tmp_path / "loaded.safetensors")
     assert max_weight_difference(loaded, model) == 0
+
+
+DATA_CLIENT = """
+from pathlib import Path
+from engine.datasets import load_dataset
+
+data = load_dataset("hf:me/pets", 8, Path(), progress=False, use_labels=True)
+print(data.images.mean(axis=(1, 2, 3)).tolist(), data.labels.tolist(), *data.class_names)
+"""
+
+
+def test_data_set_of_the_hub_is_streamed(hub, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    images = [Image.new("RGB", (8, 8), (gray, gray, gray)) for gray in (10, 200, 30)]
+    table = datasets.Dataset.from_dict({"image": images, "label": ["cat", "dog", "cat"]})
+    table.to_parquet(tmp_path / "train.parquet")
+    content = (tmp_path / "train.parquet").read_bytes()
+    hub.repos["datasets/me/pets"] = {"train-0.parquet": content}
+    assert run_client(DATA_CLIENT, hub, tmp_path) == ["[10.0, 200.0, 30.0] [0, 1, 0] cat dog"]
