@@ -16,7 +16,10 @@ from typing import Any
 
 from engine.errors import RenamedWarning, UserError
 
-EXPECTED = {tuple: "integers like 1,2,4,8", int: "an integer", float: "a number"}
+EXPECTED = {
+    tuple: "integers like 1,2,4,8", int: "an integer", float: "a number", bool: "true or false",
+    str: "text",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Setting:
         if is_valid and type_ is tuple:
             is_valid = len(value) > 0 and all(type(v) is int and v > 0 for v in value)
         if not is_valid:
-            expected = EXPECTED.get(type_, type_.__name__)
+            expected = EXPECTED[type_]
             raise UserError(f"{name} is {value!r}, but must be {expected}")
 
     def check(self, name: str, value: Any) -> Any:
