@@ -91,7 +91,7 @@ def load_array(path: Path) -> np.ndarray:
         file = np.load(path, allow_pickle=False, mmap_mode="r")
         arrays = [file[name] for name in file.files] if path.suffix.lower() == ".npz" else [file]
     except Exception as error:  # numpy and zipfile each raise their own
-        raise UserError(f"{path} is damaged or not an array file ({error})") from error
+        raise UserError(f"{path} is damaged or not an array file of numbers") from error
     found = []
     for array in arrays:
         if array.ndim == 3 and array.shape[2] > 4:
