@@ -195,7 +195,7 @@ def generate_batch(job: jobs.InferenceJob) -> str:
             reason = f"lacks the images from seed {chunk[0]} on (can all machines write there?)"
             raise UserError(f"{folder} {reason}. Run it again", 1)
         if is_npz:
-            parts = [np.load(file) for chunk in chunks for file in files(chunk)]
+            parts = [jobs.read_part(file) for chunk in chunks for file in files(chunk)]
             arrays = {"images": np.concatenate(parts), "seeds": np.array(seeds)}
             if job.model.class_names:
                 arrays["labels"] = np.array(job.labels_of(seeds))

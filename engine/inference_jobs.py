@@ -205,6 +205,14 @@ def unique_output_dir(folder: Path, settings: Mapping[str, Any]) -> Path:
     return next(p for p in paths if not has_other_settings(p / "summary.json", settings))
 
 
+def read_part(file: Path) -> np.ndarray:
+    """Reads a chunk of an unfinished .npz; raises UserError if it is damaged."""
+    try:
+        return np.load(file)
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{file} is damaged. Delete it and run this again") from error
+
+
 def settings_from_png(
     path: Path, declared: type[Settings], sampler: str | None = None
 ) -> dict[str, Any]:

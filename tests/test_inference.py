@@ -593,6 +593,18 @@ def test_batch_reports_images_that_are_not_there(guided, infer, monkeypatch, cap
     assert not (only("batch-*") / "summary.json").exists()
 
 
+def test_batch_names_a_damaged_part_of_an_npz(guided, infer, capsys):
+    flags = ["--mode", "batch", "--num_samples", "2", "--steps", "1", "--format", "npz"]
+    assert infer(*flags) == 0
+    part = only("batch-*/parts/*.npy")
+    for content in (b"", part.read_bytes()[:-30], b"nothing"):
+        part.write_bytes(content)
+        assert infer(*flags) == 2
+        assert f"{part.name} is damaged. Delete it" in capsys.readouterr().err
+    part.unlink()
+    assert infer(*flags) == 0
+
+
 def test_batch_refuses_a_folder_of_other_settings(folder, infer, capsys):
     flags = ["--mode", "batch", "--num_samples", "2"]
     assert infer(*flags) == 0
