@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -271,6 +270,8 @@ def docs_page(folder: Path = RESULTS) -> str:
 
 def plot_report(report: dict[str, dict[str, Any]], path: Path) -> None:
     """Draws a panel for each result: speeds as bars, learning curves as lines."""
+    from matplotlib.figure import Figure
+
     panels = [(key, *item) for key, sections in report.items() for item in sections.items()]
     heights = [max(3.0, 1.2 + 0.27 * len(result["rows"])) for *_, result in panels]
     figure = Figure(figsize=(11, sum(heights)), layout="constrained")

@@ -7,11 +7,9 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -19,6 +17,9 @@ from torchvision.utils import make_grid
 
 from engine.checkpoints import write_atomically
 from engine.errors import UserError
+
+if TYPE_CHECKING:  # most commands plot nothing, and importing it takes half a second
+    from matplotlib.figure import Figure
 
 PNG_DATA_URI = "data:image/png;base64,"
 PNG_METADATA_KEY = "ddpm"  # of the PNG text chunk that stores how an image was made
@@ -129,7 +130,7 @@ def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 80) 
     write_atomically(path, lambda file: frames[0].save(file, format="GIF", **options))
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: "Figure", path: Path) -> None:
     """Writes a matplotlib figure as PNG."""
     write_atomically(path, lambda file: figure.savefig(file, dpi=120, bbox_inches="tight"))
 
@@ -179,6 +180,9 @@ def save_loss_by_timestep(timesteps: Sequence[int], losses: Curves, path: Path) 
 
 def _save_plot(lines: Sequence[Line], x_label: str, y_label: str, path: Path) -> None:
     """Plots lines on a log axis whose ticks are plain numbers, not powers of ten."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
+
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
     for x, y, style in lines:

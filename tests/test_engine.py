@@ -97,3 +97,9 @@ def test_windows_has_what_the_files_use():
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 missing = NOT_ON_WINDOWS.get(node.value.id, ())
                 assert node.attr not in missing, f"{path}:{node.lineno} {ast.unparse(node)}"
+
+
+def test_scripts_import_no_matplotlib_before_they_plot():
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("engine/*.py")):
+        modules = {name.split(".")[0] for name in imported_modules(path)}
+        assert not modules & {"matplotlib", "tensorboard"}, path
