@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 from engine.checkpoints import write_text
 from engine.dataloader import Batch, fits_on_gpu
-from engine.errors import UserError
+from engine.errors import FallbackWarning, UserError
 from engine.gpu_memory import limited_to, memory_limit
 from engine.train_step import TrainStep
 
@@ -42,7 +43,7 @@ def find_micro_batch(
     settings = " ".join(f"{name}={getattr(config, name)}" for name in CACHE_KEY_SETTINGS)
     key = f"{card}: batch={effective} {settings} guide={config.GUIDE_FRACTION > 0}"
 
-    known = json.loads(cache_file.read_text()) if cache_file.exists() else {}
+    known = read_results(cache_file)
     if key not in known:
         task = f"searching the largest micro-batch (up to {effective}) for {available:g} GiB"
         print(f"{task} (skip with --no-auto_micro_batch)", flush=True)
@@ -53,6 +54,23 @@ def find_micro_batch(
     memory = f"peak {peak_gib:.1f} of {available:g} GiB"
     print(f"micro-batch {micro} of {effective}, {memory} (cached in {cache_file})", flush=True)
     return micro
+
+
+def read_results(cache_file: Path) -> dict[str, dict[str, Any]]:
+    """Returns the stored results; none, with a warning, if the file is damaged."""
+    try:
+        results = json.loads(cache_file.read_text())
+        for entry in results.values():
+            micro, peak = entry["micro_batch"], entry["peak_gib"]
+            if type(micro) is not int or micro < 1 or type(peak) not in (int, float):
+                raise ValueError("a value of another type")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"reading {cache_file} failed ({type(error).__name__}: {error})"
+        warnings.warn(f"{reason}; continuing without it", FallbackWarning, stacklevel=3)
+        return {}
+    return results
 
 
 def available_gib(images: np.ndarray) -> float:

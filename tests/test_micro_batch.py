@@ -152,6 +152,18 @@ def test_search_runs_again_on_another_card_or_with_less_memory(search):
     assert len(json.loads(search.state["file"].read_text())) == 3
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[1]", "{", '{"a": 1}', '{"a": {"micro_batch": 0, "peak_gib": 1}}',
+                '{"a": {"micro_batch": 2, "peak_gib": "x"}}', "\udcff"],
+)  # fmt: skip
+def test_damaged_results_are_searched_again(search, content):
+    search()
+    search.state["file"].write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.warns(FallbackWarning, match=r"reading .*memory\.json failed"):
+        assert len(search()[1]) == 1
+    assert not search()[1]
+
+
 @pytest.mark.gpu
 @needs_gpu
 def test_found_micro_batch_trains_within_the_cap(tmp_path, monkeypatch):
