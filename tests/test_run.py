@@ -265,6 +265,21 @@ def test_should_snapshot_guide_waits_for_its_fraction_and_for_twice_the_warm_up(
 # --- metrics
 
 
+def test_metrics_log_hands_rows_and_grids_to_its_tracker(tmp_path):
+    calls = []
+    tracker = SimpleNamespace(
+        log=lambda values, step: calls.append((values, step)),
+        log_grid=lambda path, step: calls.append((path.is_file(), path.name, step)),
+        close=lambda: calls.append("closed"),
+    )
+    reached = Progress(None, 4, ALONE, step=20)
+    log = MetricsLog(tmp_path, reached, tracker)
+    log.scalars(reached, loss=1.0)
+    log.grid(torch.rand(4, 3, 8, 8), 20, "grid.png")
+    log.close()
+    assert calls == [({"loss": 1.0}, 20), (True, "grid.png", 20), "closed"]
+
+
 def test_metrics_log_drops_rows_after_the_resumed_checkpoint(tmp_path):
     for step in (10, 20, 30):
         reached = Progress(None, 4, ALONE, step=step)
