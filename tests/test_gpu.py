@@ -3,6 +3,8 @@
 The quick ones first, the one that compiles (a minute or two) last.
 """
 
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +22,7 @@ from engine.shapes import draw_shapes
 from engine.train_step import TrainStep
 from engine.trainer import train
 from tests.helpers import CPU, STEP_SETTINGS, relative_error
-from tests.test_distributed import finish, kill_one_rank, torchrun, train_on_two_ranks
+from tests.test_distributed import kill_one_rank, torchrun, training_arguments
 from tests.test_unet import ARCHITECTURES, pair, results
 
 pytestmark = [
@@ -46,6 +48,15 @@ def make_batch(count: int = 32, labels: bool = False) -> Batch:
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
     return Batch(images, torch.arange(count) if labels else None).to(CUDA)
+
+
+def train_on_two_gpus(folder: Path, *arguments: str) -> subprocess.Popen:
+    return torchrun(folder, "train.py", *training_arguments(*arguments))
+
+
+def finish(launcher: subprocess.Popen) -> None:
+    output, errors = launcher.communicate(timeout=240)
+    assert launcher.returncode == 0, output + errors
 
 
 def losses_of(step: TrainStep, steps: int = 5) -> list[float]:
@@ -116,6 +127,29 @@ def test_sampling_by_graph_generates_the_same_images():
     assert len(model.graph_cache.graphs) == 2
     for a, b in zip(images[False], images[True], strict=True):
         assert (a - b).abs().max() < 2e-2
+
+
+def test_class_conditional_model_trains_and_samples_by_graph_as_without():
+    classes = {name: 1 for name in "abcd"}
+    steps = []
+    for use_graph in (False, True):
+        torch.manual_seed(0)
+        model = DDPMModel(image_size=32, dim=32, classes=classes).to(CUDA)
+        settings = {"CUDA_GRAPH": use_graph, "USE_AMP": True, "LABEL_DROPOUT": 0.5}
+        steps.append(TrainStep(model, SimpleNamespace(**(STEP_SETTINGS | settings))))
+    for number in range(5):
+        images = make_batch().images
+        batch = Batch(images, torch.arange(32, device=CUDA) % 4)
+        losses = [step(batch, number, 1e-3)[0].item() for step in steps]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    model = steps[1].model.eval()
+    options = dict(steps=4, seed=0, labels=[0, 1, 2, -1], guidance=2.0)
+    images = []
+    for model.cuda_graph in (False, True):
+        images.append(model.sample(4, guidance_mode="cfg", **options))
+    assert (images[0] - images[1]).abs().max() < 2e-2
+    others = model.sample(4, guidance_mode="cfg", **(options | {"labels": 3}))
+    assert (images[1] - others).abs().amax(dim=(1, 2, 3)).min() > 0
 
 
 @pytest.mark.parametrize("micro_batch", [32, 16, 12])
@@ -237,12 +271,12 @@ def test_rank_killed_on_a_gpu_ends_the_run_which_resumes_on_one_and_on_two(tmp_p
     monkeypatch.chdir(tmp_path)
     flags = ["--dim", "32", "--use_amp", "--cuda_graph"]
     new = ["--run_name", "killed", "--max_steps", "100000", "--save_every_minutes", "0"]
-    kill_one_rank(train_on_two_ranks(*flags, *new), "killed")
+    kill_one_rank(train_on_two_gpus(tmp_path, *flags, *new), "killed")
     last = tmp_path / "checkpoints/killed/last.pt"
     step = torch.load(last, weights_only=True)["progress"]["step"]
     resume = ["--resume", "killed", "--max_steps"]
     finish(torchrun(tmp_path, "train.py", *resume, str(step + 20), count=1))
-    finish(train_on_two_ranks(*flags, *resume, str(step + 40)))
+    finish(train_on_two_gpus(tmp_path, *flags, *resume, str(step + 40)))
     assert torch.load(last, weights_only=True)["progress"]["step"] == step + 40
 
 
