@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine.shapes import SHAPE_KINDS, draw_shapes, kind_of, uniform
+from engine.shapes import SHAPE_KINDS, draw_shapes, kind_of, uniform_hash
 
 
 def test_draw_shapes_depends_on_index_and_seed_only():
@@ -30,7 +30,7 @@ def test_draw_shapes_covers_the_area_of_the_outline(kind, unit_area):
     """The summed coverage of a shape is its area, to a fraction of a pixel."""
     size = 32
     index = np.flatnonzero(kind_of(np.arange(200)) == SHAPE_KINDS.index(kind))
-    u = uniform(index, 0)
+    u = uniform_hash(index, 0)
     radii = 0.32 + 0.13 * u[:, 1]
     centers = 0.5 + (2 * u[:, 2:4] - 1) * (0.5 - radii)[:, None]
     pixel = (np.arange(size) + 0.5) / size
