@@ -38,12 +38,13 @@ gr: Any = None  # gradio, once import_gradio has been called
 NUM_VARIATIONS = 8
 NUM_INPAINTED = 4
 NUM_FRAMES = 12  # of an interpolation
-INTERPOLATION_STEPS = 40
+INTERPOLATION_STEPS = 60
 PREVIEW_SECONDS = 0.2
 POLL_SECONDS = 3
 PICK = "pictureGrid(element, index => trigger('pick', {area: '%s', index}))"
 PAINT = "watch('value', brush(element, mask => trigger('paint', {mask})))"
 PLAY = "watch('value', film(element))"
+MARGIN = "@media (max-width: 600px) { .app { padding: 12px !important; } }"  # around all app.css
 MAX_UPLOAD = "10mb"
 MAX_PIXELS = 20_000_000  # of an uploaded image
 
@@ -66,9 +67,6 @@ def load_model(path: Path) -> SharedModel:
     model = SharedModel(dim=8)  # until the file is read
     model = model.to(default_device()).load_model(path).eval()
     return model.to(memory_format=torch.channels_last)
-
-
-# The page.
 
 
 class Page:
@@ -194,7 +192,7 @@ class Page:
         settings = session.chosen[0].settings
         if settings.get("mode") != "samples" or settings["sha256"] != self.keeper.refresh().sha256:
             return page.note("Choose one of the samples: they come from noise.")
-        classes = [settings["classes"]] if settings.get("classes") else []
+        classes = [settings["classes"]] if settings["classes"] else []
         controls = (settings[name] for name in ("sampler", "steps", "guidance"))
         plan = self.plan(request, str(settings["seeds"][0]), classes, *controls)
         return page.film([
@@ -270,7 +268,7 @@ class Page:
             with gr.Column(scale=2, min_width=300):
                 with gr.Row(equal_height=True):
                     seeds = gr.Textbox("0-15", label="Seeds, like 0-15 or 3,7", scale=3)
-                    self.dice = gr.Button("New seeds", scale=1, min_width=110)
+                    self.dice = gr.Button("New seeds", scale=1, min_width=130)
                 self.controls = {
                     "seeds": seeds,
                     "classes": gr.Dropdown([], multiselect=True, label="Classes", visible=False),
@@ -305,8 +303,10 @@ class Page:
         self.run = gr.Dropdown([], label="Run")
         self.run_figures = gr.HTML()
         with gr.Row():
-            self.run_curve = gr.HTML(min_width=340)
-            self.run_grids = gr.HTML(js_on_load=PLAY, min_width=340)
+            with gr.Column(min_width=340):
+                self.run_curve = gr.HTML()
+            with gr.Column(min_width=340):
+                self.run_grids = gr.HTML(js_on_load=PLAY)
 
     def wire(self, blocks: Any, session: Any, run_tab: Any) -> None:
         """Connects the visitors' events with what they do."""
@@ -368,14 +368,15 @@ def start(settings: AppSettings) -> tuple[Any, str]:
     path = settings.checkpoint
     find = partial(Path, path) if path else partial(checkpoints.newest, notify=False)
     blocks = Page(page.ModelKeeper(find, load_model)).build()
+    script = (ROOT / "app.js").read_text(encoding="utf-8")
     blocks.queue(max_size=100, default_concurrency_limit=16, api_open=False)
     try:
         _, url, public_url = blocks.launch(
             server_name=settings.host, server_port=settings.port, share=settings.share,
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-            css_paths=ROOT / "app.css", head=f"<script>{(ROOT / 'app.js').read_text()}</script>",
+            css_paths=ROOT / "app.css", head=f"<style>{MARGIN}</style><script>{script}</script>",
             max_file_size=MAX_UPLOAD, prevent_thread_lock=True, quiet=True, footer_links=[],
-            ssr_mode=False, run_history=False,
+            ssr_mode=False, run_history=False, enable_monitoring=False,
         )  # fmt: skip
     except OSError as error:
         where = f"{settings.host}:{settings.port}"

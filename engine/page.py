@@ -22,7 +22,7 @@ from engine import inference_jobs as jobs
 from engine.devices import device_name
 from engine.errors import UserError
 from engine.generation import State
-from engine.labels import labels_of_seeds
+from engine.labels import labels_of_seeds, parse_classes
 from engine.samplers import SAMPLERS
 from engine.settings import Settings
 
@@ -276,8 +276,10 @@ def take_upload(
     if mode == "inpaint" and len(files) == 2:
         session.mask = jobs.read_mask(*map(jobs.open_input, files.values()), model.image_size)
     session.panel = {"vary": "Vary", "inpaint": "Inpaint"}.get(mode, session.panel)
-    controls = {"seeds": format_seeds(settings["seeds"][:MAX_IMAGES])}
-    controls["classes"] = [name for name in model.class_names if name == settings.get("classes")]
+    controls: dict[str, Any] = {"seeds": format_seeds(settings["seeds"][:MAX_IMAGES])}
+    classes = settings["classes"] if model.class_names else None
+    labels = parse_classes(classes, model.class_names) if classes else []
+    controls["classes"] = [model.class_names[label] for label in labels]
     names = ("sampler", "steps", "guidance", "strength")
     return controls | {name: settings[name] for name in names if settings[name]}
 

@@ -1,8 +1,13 @@
 """app.py: turns, exchanged checkpoints, what the page takes and gives back; the page itself."""
 
 import json
+import shutil
+import socket
+import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 from engine.cli import run_script
@@ -13,7 +18,7 @@ from PIL import Image
 
 import app
 import inference
-from engine import page, run
+from engine import page, plots, run
 from engine.errors import UserError
 from engine.page import ModelKeeper, Picture, Plan, Request, ServedModel, Session, Turns
 from inference import InferenceSettings
@@ -22,10 +27,10 @@ SMALL = {"image_size": 8, "dim": 8, "dim_mults": (1, 2), "timesteps": 40, "sampl
 CONTROLS = {"seeds": "3,7", "classes": [], "sampler": "ddim", "steps": 4, "guidance": 1.5}
 
 
-def save_model(path: str, seed: int = 0) -> Path:
+def save_model(path: str, seed: int = 0, **architecture) -> Path:
     """Writes a small model with a guide of other weights."""
     torch.manual_seed(seed)
-    model = app.SharedModel(**SMALL)
+    model = app.SharedModel(**SMALL | architecture)
     model.snapshot_guide()
     for p in model.unet.parameters():
         p.data += 0.05 * torch.randn_like(p)
@@ -210,6 +215,25 @@ def test_png_of_a_derived_image_brings_its_source_back(served, mode, monkeypatch
     assert Image.open(made).tobytes() == Image.open(path).tobytes()
 
 
+def test_png_of_a_class_brings_the_class_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = save_model("checkpoints/ddpm_final.pt", classes={"cat": 3, "dog <b>": 5})
+    served = ModelKeeper(lambda: path, app.load_model).refresh()
+    plan = plan_of(served, seeds="0-2", classes=["dog <b>", "cat"])
+    pictures = plan.pictures(samples_of(plan))
+    assert [p.label for p in pictures] == ["seed 0, dog <b>", "seed 1, cat", "seed 2, dog <b>"]
+    assert "<b>" not in page.chosen_pictures(pictures[:1])
+    upload = save_png(pictures[2], "a.png")
+    controls = page.take_upload(Session(), upload, served.model, InferenceSettings)
+    assert controls["classes"] == ["dog <b>"] and controls["seeds"] == "2"
+
+    # Without a class chosen, each seed has its own, as DDPMModel.sample draws it.
+    plan = plan_of(served, seeds="0-2")
+    images = served.model.sample(3, seed=[0, 1, 2], sampler="ddim", guidance=1.5)
+    torch.testing.assert_close(samples_of(plan), images)
+    assert all(p.settings["classes"] for p in plan.pictures(images))
+
+
 def test_upload_of_another_image_is_cropped_and_changes_no_control(served):
     Image.new("RGB", (30, 20), (255, 0, 0)).save("own.png")
     session = Session()
@@ -311,8 +335,97 @@ def test_run_grids_are_limited_and_end_with_the_newest(tmp_path, monkeypatch):
 
 def test_missing_gradio_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["app.py"])
-    monkeypatch.setitem(__import__("sys").modules, "gradio", None)
+    monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(SystemExit) as exit_:
         run_script(app.main)
     assert exit_.value.code == 2
     assert "pip install -r requirements-app.txt" in capsys.readouterr().err
+
+
+@pytest.fixture
+def url(served):
+    """The address of a page on a free port."""
+    pytest.importorskip("gradio")
+    app.import_gradio()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    blocks, url = app.start(app.AppSettings(checkpoint=str(served.path), port=port))
+    yield url.rstrip("/")
+    blocks.close()
+
+
+def call(url: str, event: str, data: list, event_data: dict | None = None) -> str:
+    """Sends an event as the browser does; returns what the server answers."""
+    config = json.load(urllib.request.urlopen(f"{url}/config"))
+    (fn, *_) = [d["id"] for d in config["dependencies"] if [t[1] for t in d["targets"]] == [event]]
+    body = {"fn_index": fn, "data": data, "session_hash": "visitor", "event_data": event_data}
+    request = urllib.request.Request(
+        f"{url}/gradio_api/queue/join", json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )  # fmt: skip
+    urllib.request.urlopen(request).read()
+    answers = urllib.request.urlopen(f"{url}/gradio_api/queue/data?session_hash=visitor")
+    return next(line.decode() for line in answers if b"process_completed" in line)
+
+
+def test_page_serves_no_file_of_the_server(url):
+    Image.new("RGB", (8, 8)).save("secret.png")
+    path = str(Path("secret.png").resolve())
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    assert '"success":false' in call(url, "upload", [None, file])
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(f"{url}/gradio_api/file={path}")
+
+
+def test_page_ignores_pictures_and_masks_that_are_not_there(url):
+    assert '"success":true' in call(url, "pick", [None], {"area": "samples", "index": 7})
+    assert '"success":true' in call(url, "paint", [None], {"mask": "1"})
+
+
+def test_busy_port_is_one_line(url, served):
+    port = int(url.rpartition(":")[2])
+    with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}"):
+        app.start(app.AppSettings(checkpoint=str(served.path), port=port))
+
+
+def test_page_in_a_browser(url, served):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("needs chromium")
+    ready = ".pictures button:not([disabled])"
+    with sync_api.sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
+        visitors = [browser.new_context().new_page() for _ in range(2)]
+        elsewhere = []
+        for visitor in visitors:
+            visitor.on("request", lambda request: elsewhere.append(request.url))
+            visitor.goto(url)
+            visitor.wait_for_selector(ready)
+        one, other = visitors
+
+        # A wrong value is one visitor's; a right one is drawn.
+        seeds = one.get_by_label("Seeds")
+        seeds.fill("x")
+        seeds.press("Enter")
+        one.wait_for_selector("text=must look like")
+        assert not other.query_selector("text=must look like")
+        seeds.fill("3,7")
+        seeds.press("Enter")
+        one.wait_for_function(f"document.querySelectorAll('{ready}').length == 2")
+
+        # A click chooses, varies and offers a PNG with its settings.
+        one.click(".pictures button[data-index='1']")
+        one.wait_for_selector(".panel .pictures button")
+        with one.expect_download() as download:
+            one.click(".chosen a")
+        assert json.loads(plots.read_png_metadata(download.value.path()))["seeds"] == [7]
+
+        # An exchanged checkpoint is noticed by all.
+        save_model(str(served.path), seed=1)
+        for visitor in visitors:
+            visitor.wait_for_selector("text=The checkpoint has changed")
+        browser.close()
+    assert not [u for u in elsewhere if not u.startswith((url, "data:", "blob:"))]
