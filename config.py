@@ -109,7 +109,11 @@ class DDPMConfig(Settings):
     RUN_NAME = Setting("", "name of the run's folders", auto="data set, size and date")
     LOG_WITH = Setting("tensorboard", "experiment tracker for metrics and sample grids",
         choices=TRACKERS)
-    CHECKPOINT_EVERY = Setting(10, "epochs between kept checkpoints; 0 keeps none", min=0)
+    KEEP = Setting(
+        5, "checkpoints kept over the run, besides last, best and final", min=0, max=1000)
+    CHECKPOINT_EVERY = Setting(
+        None, "epochs between kept checkpoints instead of --keep; 0 keeps none", min=0, type_=int,
+        auto="by --keep")
     SAVE_EVERY_MINUTES = Setting(
         2.0, "minutes between updates of last.pt", min=0, old_name="SAVE_MINUTES")
     NUM_SAMPLE_GRIDS = Setting(
@@ -122,7 +126,7 @@ RUN_LENGTH_SETTINGS = {"EPOCHS": 0, "MAX_STEPS": 0, "MINUTES": 0.0}  # with the 
 MAX_SCHEDULE_RATIO = 16  # of SCHEDULE_BASE_SIZE to IMAGE_SIZE; above, early noise rounds to nothing
 
 DATASET_PRESETS: dict[str, dict[str, Any]] = {
-    "cifar10": {"IMAGE_SIZE": 32, "EPOCHS": 120, "CHECKPOINT_EVERY": 20},
+    "cifar10": {"IMAGE_SIZE": 32, "EPOCHS": 120},
     "celeba": {"IMAGE_SIZE": 64},
     "stl10": {"IMAGE_SIZE": 96},
     "shapes": {"IMAGE_SIZE": 32, "HORIZONTAL_FLIP": False, "EPOCHS": 20},
@@ -223,14 +227,17 @@ def resolve(
     subclass: type[DDPMConfig] | None = None,
     flags: Mapping[str, Any] | None = None,
     checkpoint: Mapping[str, Any] | None = None,
+    init_from: Mapping[str, Any] | None = None,
 ) -> Config:
     """Merges the configuration layers in order and validates the result.
 
     dataset: one of DATASETS but not `auto`. checkpoint: the configuration of a run to resume; it
-    stands in for script, presets and tier. Raises UserError for an unknown name, a value out of
-    range or values that exclude each other. Warns where the tier changes an explicit value.
+    stands in for script, presets and tier. init_from: what the weights to start from require.
+    Raises UserError for an unknown name, a value out of range or values that exclude each other.
+    Warns where the tier changes an explicit value.
     """
     explicit_layers: list[Layer] = [
+        ("init_from", init_from or {}),
         (subclass.__name__, subclass_overrides(subclass)) if subclass else ("", {}),
         ("flag", DDPMConfig.current_names(flags or {}, warn=True)),
     ]

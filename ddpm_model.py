@@ -52,7 +52,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
     cuda_graph = True  # run the network as a CUDA graph when sampling on a GPU
 
     def __init__(
-        self, image_size: int = DDPMConfig.IMAGE_SIZE, dim: int = DDPMConfig.DIM,
+        self, image_size: int | None = None, dim: int = DDPMConfig.DIM,
         dim_mults: Sequence[int] = DDPMConfig.DIM_MULTS, channels: int = 3,
         timesteps: int = DDPMConfig.TIMESTEPS,
         sampling_timesteps: int = DDPMConfig.SAMPLING_TIMESTEPS,
@@ -68,6 +68,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         guidance_mode: str = DDPMConfig.GUIDANCE_MODE, **unet_kwargs: Any,
     ):  # fmt: skip
         super().__init__()
+        self.given_size = image_size
+        image_size = image_size or DDPMConfig.IMAGE_SIZE
         # Reject sizes that exclude each other.
         factor = 2 ** (len(dim_mults) - 1)
         if image_size % factor:
@@ -304,12 +306,13 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         else:
             checkpoints.save(path, {"architecture": self.architecture, "model": state})
 
-    def load_model(self, path: str | Path) -> "DDPMModel":
+    def load_model(self, path: str | Path, image_size: int | None = None) -> "DDPMModel":
         """Takes architecture, weights and training_info from a file; returns itself.
 
         Reads training checkpoints (the EMA weights), what save_model writes, and checkpoints of
-        lucidrains' Trainer, which do not store the image size: it must be this model's. Raises
-        UserError if the file is missing, damaged or of another kind.
+        lucidrains' Trainer. The latter do not store their image_size: it is the argument, or what
+        this model was created with if that was given. Raises UserError if the file is missing,
+        damaged or of another kind.
         """
         # Read the file.
         path = Path(path)
@@ -325,8 +328,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         # Rebuild the model.
         with checkpoints.refuse_damaged(path, f"does not fit {type(self).__name__}"):
             if architecture is None:
-                imported = checkpoints.import_lucidrains_checkpoint(file, self.image_size, path)
-                architecture, state = imported
+                size = image_size or self.given_size
+                architecture, state = checkpoints.import_lucidrains_checkpoint(file, size, path)
             check_types(architecture, training_info, path)
             self.architecture = self.upgrade_architecture(architecture)
             self._build(**self.architecture)

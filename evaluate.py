@@ -1,7 +1,7 @@
 """Measures how close a model's images are to real ones.
 
     python evaluate.py                                             the newest checkpoint
-    python evaluate.py --checkpoint checkpoints/my_run/epoch_*.pt  several, and a curve over time
+    python evaluate.py --checkpoint checkpoints/my_run/step_*.pt  several, and a curve over time
     python evaluate.py --images my_images --dataset folder --data_dir data/cifar10/train
 
 Reports FID, KID, precision and recall if the Inception weights are available, and FD-Lite0 (a
@@ -250,7 +250,7 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
         images = load_dataset("folder", settings.image_size, paths[0], options=RGB).images
         shape = images.shape[1:]
     else:
-        model = DDPMModel().to(device).load_model(paths[0])
+        model = DDPMModel().to(device).load_model(paths[0], settings.image_size or None)
         config = model.training_info["config"]
         shape = image_shape(model)
 
@@ -282,7 +282,9 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
         row_start = time.perf_counter()
         row: Evaluation = {"name": path.stem, "images": str(path)}
         if not settings.images:
-            if i > 0 and image_shape(model.load_model(path)) != shape:  # the first is loaded
+            if i > 0:  # the first is loaded already
+                model.load_model(path, settings.image_size or None)
+            if image_shape(model) != shape:
                 difference = f"{image_shape(model)}, but those of {paths[0]} {shape}"
                 raise UserError(f"images of {path} are {difference}. Evaluate it alone")
             images, row = sample_images(model, path, settings, counts)
@@ -353,7 +355,8 @@ def main() -> None:
         elif not settings.images:
             model = DDPMModel().to(device)
             for path in paths:
-                sample_images(model.load_model(path), path, settings)
+                model.load_model(path, settings.image_size or None)
+                sample_images(model, path, settings)
 
 
 if __name__ == "__main__":

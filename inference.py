@@ -174,6 +174,7 @@ def generate_batch(job: jobs.InferenceJob) -> str:
     if jobs.has_other_settings(settings_file, job.settings):
         raise UserError(f"{job.folder} holds other images. Remove it or change --output_dir")
     if dist.is_main_process:
+        checkpoints.remove_leftovers(job.folder)
         checkpoints.write_text(settings_file, json.dumps(job.settings, sort_keys=True))
 
     # This rank's chunks; the files do not depend on the number of ranks.
@@ -271,6 +272,7 @@ class InferenceSettings(SamplingSettings):
 
     mode = Setting("samples", "what to make", choices=(*MODES, "all"))
     checkpoint = Setting(None, "a .pt or .safetensors file", type_=str, auto="the newest")
+    image_size = Setting(0, "side of the images of lucidrains' checkpoints, pixels", 0, 1024)
     seeds = Setting("", "seeds like 0-63 or 3,7", auto="the first --num_samples")
     classes = Setting(
         None, "class names or numbers like cat,dog or 0-4", type_=str, auto="all of the model"
@@ -326,7 +328,10 @@ def settings_from_command_line(
 
 def load_model(settings: dict[str, Any], device: torch.device) -> DDPMModel:
     """Loads the checkpoint; sets batch size and steps that are 0 to what suits the model."""
-    model = DDPMModel().to(device).load_model(settings["checkpoint"])
+    path, size = settings["checkpoint"], settings["image_size"]
+    model = DDPMModel().to(device).load_model(path, size or None)
+    if size not in (0, model.image_size):
+        raise UserError(f"{path} is for images of {model.image_size} px: drop --image_size {size}")
     model.to(memory_format=torch.channels_last)
     steps = model.num_timesteps if settings["sampler"] == "ddpm" else model.sampling_timesteps
     settings["steps"] = settings["steps"] or steps

@@ -3,6 +3,7 @@
     python train.py                                        CIFAR-10, or the built-in shapes
     python train.py --dataset folder --data_dir my_images --epochs 100
     python train.py --resume                               resumes the newest run
+    python train.py --init_from my_run --data_dir more     starts a new run from a run's weights
 
 Ends with a sample grid in samples/<run>/ and a model in checkpoints/ddpm_final.pt.
 """
@@ -28,6 +29,11 @@ from engine.settings import suggest
 from engine.trackers import check_installed
 from engine.trainer import estimate, train
 
+# What may differ between a model and the one that it starts from: all that is no weight.
+MUTABLE_ON_INIT = {
+    "image_size", "sampling_timesteps", "loss_weighting", "min_snr_gamma", "schedule_base_size",
+    "guidance", "guidance_mode", "dropout", "classes",
+}  # fmt: skip
 DEFAULTS = {"USE_AMP": False, "COMPILE_MODEL": False, "LR_SCHEDULE": "constant"}
 
 
@@ -36,7 +42,8 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] = DEFAUL
     # Configuration: flags, checkpoint, data set and GPU.
     request = parse_command_line(description, defaults)
     checkpoint = checkpoints.load_training(request.resume) if request.resume else None
-    config = configure(request, checkpoint)
+    source = DDPMModel().load_model(request.init_from) if request.init_from else None
+    config = configure(request, checkpoint, source)
     check_installed(config.LOG_WITH)
 
     # Data: rank 0 fetches and decodes before the process group exists, the others read the cache.
@@ -56,6 +63,8 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] = DEFAUL
 
     with distributed.session(lambda: "start it again") as dist:
         model = make_model(config)
+        if source:
+            init_weights(model, source, request.init_from)
         if config.AUTO_MICRO_BATCH and dist.device.type == "cuda" and dist.num_processes == 1:
             config.split_batch(find_micro_batch(make_model, config, data.images))
         if not request.dry_run:
@@ -76,6 +85,7 @@ class TrainingRequest:
     flags: Mapping[str, Any]
     resume: Path | None  # the checkpoint
     dry_run: bool
+    init_from: Path | None = None  # the checkpoint whose EMA weights a new run starts from
 
     def value(self, name: str, checkpoint: Mapping[str, Any] | None) -> Any:
         """Returns the value of a setting that no preset or tier sets. checkpoint: its config."""
@@ -99,14 +109,22 @@ def parse_command_line(
         "--resume", nargs="?", const="newest", metavar="CHECKPOINT",
         help="resume a run: a checkpoint, a run's folder or name; without a value, the newest run",
     )  # fmt: skip
+    parser.add_argument(
+        "--init_from", metavar="CHECKPOINT",
+        help="start a new run from the EMA weights of a run, .pt or .safetensors, on any data",
+    )  # fmt: skip
     DDPMConfig.add_flags(parser, script)
     options = parser.parse_args(argv)
     flags = DDPMConfig.given(options)
-    if options.resume is not None and "RUN_NAME" in flags:
-        raise UserError("--run_name is for a new run and --resume continues one: choose one")
+    for name, is_given in (("run_name", "RUN_NAME" in flags), ("init_from", options.init_from)):
+        if options.resume is not None and is_given:
+            raise UserError(f"--{name} is for a new run and --resume continues one: choose one")
     subclass = load_subclass(options.config) if options.config else None
     resume = None if options.resume is None else checkpoints.resolve_checkpoint(options.resume)
-    return TrainingRequest(script, subclass, flags, resume, options.dry_run)
+    init_from = options.init_from
+    if init_from is not None:
+        init_from = checkpoints.resolve_checkpoint(init_from, "--init_from")
+    return TrainingRequest(script, subclass, flags, resume, options.dry_run, init_from)
 
 
 def load_subclass(reference: str) -> type[DDPMConfig]:
@@ -122,8 +140,13 @@ def load_subclass(reference: str) -> type[DDPMConfig]:
     return subclasses[name]
 
 
-def configure(request: TrainingRequest, checkpoint: TrainingCheckpoint | None) -> Config:
-    """Resolves the configuration on this machine; caps its GPU memory and chooses a data set."""
+def configure(
+    request: TrainingRequest, checkpoint: TrainingCheckpoint | None, source: DDPMModel | None = None
+) -> Config:
+    """Resolves the configuration on this machine; caps its GPU memory and chooses a data set.
+
+    source: the model of --init_from, whose network and noise schedule the new run has.
+    """
     resumed = checkpoint.config if checkpoint else None
     if max_memory := request.value("MAX_MEMORY_GIB", resumed):
         cap_memory(max_memory)
@@ -133,7 +156,45 @@ def configure(request: TrainingRequest, checkpoint: TrainingCheckpoint | None) -
     if dataset == "auto":
         where = Path(request.value("DATA_DIR", resumed)), tier.name != "CPU", not request.dry_run
         dataset = distributed.from_rank0("dataset", lambda: choose_default_dataset(*where))
-    return resolve(dataset, tier, request.script, request.subclass, request.flags, resumed)
+    required = None
+    if source:
+        size = {"IMAGE_SIZE": source.image_size}
+        required = network_settings(source.architecture, request.value("IMAGE_SIZE", size))
+    layers = request.script, request.subclass, request.flags, resumed, required
+    return resolve(dataset, tier, *layers)
+
+
+def network_settings(architecture: Mapping[str, Any], image_size: int) -> dict[str, Any]:
+    """Returns the settings that make the network of an architecture, for images of some size."""
+    sizes = [image_size // 2**level for level in range(len(architecture["dim_mults"]))]
+    full = [size for size, is_full in zip(sizes, architecture["full_attn"], strict=True) if is_full]
+    return {
+        "IMAGE_SIZE": image_size, "CHANNELS": architecture["channels"], "DIM": architecture["dim"],
+        "DIM_MULTS": tuple(architecture["dim_mults"]),
+        "ATTENTION_HEADS": tuple(architecture["attn_heads"]),
+        "ATTENTION_DIM": tuple(architecture["attn_dim_head"]),
+        "FULL_ATTENTION_MAX_SIZE": max(full, default=0), "OBJECTIVE": architecture["objective"],
+        "TIMESTEPS": architecture["timesteps"], "BETA_SCHEDULE": architecture["beta_schedule"],
+    }  # fmt: skip
+
+
+def init_weights(model: DDPMModel, source: DDPMModel, path: Path) -> None:
+    """Copies the network of another model; raises UserError if it is not built alike.
+
+    Of other classes the embeddings start anew.
+    """
+    for key, value in source.architecture.items():
+        if key not in MUTABLE_ON_INIT and model.architecture.get(key, value) != value:
+            change = f"{key} {value}, which cannot become {model.architecture[key]}"
+            raise UserError(f"{path} was trained with {change}: drop the flag that says so")
+    with checkpoints.refuse_damaged(path, "has another network than --init_from can start from"):
+        weights = source.unet.state_dict()
+        if source.class_names != model.class_names:
+            name = "class_embedding.weight"
+            weights.pop(name, None)
+            weights |= {k: v for k, v in model.unet.state_dict().items() if k == name}
+        model.unet.load_state_dict(weights)
+    distributed.print0(f"starting from the EMA weights of {path}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from math import inf
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import psutil
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -63,6 +64,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Deletes temporary files that killed processes left below a folder; not of live ones."""
+    for file in folder.rglob(".*.tmp"):
+        pid = file.name.split(".")[-2]
+        if pid == str(os.getpid()) or not (pid.isdigit() and psutil.pid_exists(int(pid))):
+            file.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically, UTF-8."""
     write_atomically(path, lambda file: file.write(text.encode()))
@@ -89,13 +98,14 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 def link_or_copy(source: Path, target: Path) -> None:
     """Makes `target` another name of the file `source`, or a copy where links do not exist."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # In the folder of `source`, which a run locks and cleans.
+    temporary = source.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         os.link(source, temporary)
-        os.replace(temporary, target)
     except OSError:
         with open(source, "rb") as file:
-            write_atomically(target, lambda copy: shutil.copyfileobj(file, copy))
+            write_atomically(temporary, lambda copy: shutil.copyfileobj(file, copy))
+    os.replace(temporary, target)
 
 
 def _check_file(path: Path) -> None:
@@ -192,20 +202,34 @@ def load_safetensors(path: Path) -> Weights:
     return architecture, state
 
 
-def resolve_checkpoint(reference: str) -> Path:
-    """Returns the checkpoint that a file, a run's folder or name, or `newest` means."""
+def step_of(path: Path) -> int:
+    """Returns the step of a checkpoint without reading its weights, -1 if it cannot be read."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return int(state["progress"]["step"])
+    except Exception:  # torch raises nearly anything on a damaged file
+        return -1
+
+
+def resolve_checkpoint(reference: str, flag: str = "--resume") -> Path:
+    """Returns the checkpoint that a file, a run's folder or name, or `newest` means.
+
+    Of a run it is the one with most steps, which a killed process may have saved under any name.
+    """
     if not reference:
-        raise UserError("--resume is empty: name a run or a checkpoint, or drop the value")
+        raise UserError(f"{flag} is empty: name a run or a checkpoint, or drop the value")
     if reference == "newest":
-        found = sorted(CHECKPOINT_DIR.rglob("last.pt"), key=lambda path: path.stat().st_mtime)
+        found = [file for file in CHECKPOINT_DIR.rglob("[!.]*.pt") if file.parent != CHECKPOINT_DIR]
         if not found:
-            raise UserError(f"no last.pt in {CHECKPOINT_DIR}/: train without --resume first")
-        return found[-1]
-    folders = (Path(reference), CHECKPOINT_DIR / reference)
-    for path in (Path(reference), *(folder / "last.pt" for folder in folders)):
-        if path.is_file():
-            return path
-    raise UserError(f"--resume {reference}: no such checkpoint, and no run with a last.pt")
+            raise UserError(f"no run in {CHECKPOINT_DIR}/: train without {flag} first")
+        reference = str(max(found, key=lambda path: path.stat().st_mtime).parent)
+    if Path(reference).is_file():
+        return Path(reference)
+    for folder in (Path(reference), CHECKPOINT_DIR / reference):
+        files = sorted(folder.glob("[!.]*.pt"), key=lambda path: path.name != "last.pt")
+        if files:
+            return max(files, key=step_of)
+    raise UserError(f"{flag} {reference}: no such checkpoint, and no run with one")
 
 
 def newest(notify: bool = True) -> Path:
@@ -230,6 +254,13 @@ def run_exists(run_name: str) -> bool:
     return any((CHECKPOINT_DIR / run_name).glob("*.pt"))
 
 
+def is_run_name(name: str) -> bool:
+    """Whether a name is that of a folder below CHECKPOINT_DIR."""
+    if "\0" in name:
+        return False
+    return CHECKPOINT_DIR.resolve() in (CHECKPOINT_DIR / name).resolve().parents
+
+
 def run_name_of(checkpoint: TrainingCheckpoint) -> str:
     """Returns the run that resumes from a checkpoint: its folder's, so that a copy is its own run.
 
@@ -240,17 +271,13 @@ def run_name_of(checkpoint: TrainingCheckpoint) -> str:
     name = checkpoint.state["run"]
     if runs in folder.parents:
         return folder.relative_to(runs).as_posix()
+    if not is_run_name(name):
+        raise UserError(f"{checkpoint.path} is of a run {name!r}, which is no name of a run")
     if folder != runs and run_exists(name):
         advice = f"copy it to {CHECKPOINT_DIR}/NEW/last.pt and --resume NEW"
         exists = f"is of run {name}, which exists in {CHECKPOINT_DIR}/, too"
         raise UserError(f"{checkpoint.path} {exists}: {advice}")
     return name
-
-
-def is_finished(run_name: str, step: int) -> bool:
-    """Whether a run has a final.pt of this step or a later one."""
-    final = CHECKPOINT_DIR / run_name / "final.pt"
-    return final.exists() and load_training(final).state["progress"]["step"] >= step
 
 
 def display_name(path: Path) -> str:
@@ -259,16 +286,24 @@ def display_name(path: Path) -> str:
     return path.stem if run_name == CHECKPOINT_DIR.name else f"{run_name}-{path.stem}"
 
 
-def import_lucidrains_checkpoint(file: dict[str, Any], image_size: int, path: Path) -> Weights:
+def import_lucidrains_checkpoint(
+    file: dict[str, Any], image_size: int | None, path: Path
+) -> Weights:
     """Returns architecture and weights (EMA if any) of a checkpoint of lucidrains' Trainer.
 
     Width, levels, attention and channels follow from the shapes of the weights, the schedule from
     the betas, and the objective from the loss weights stored next to them. path: for messages.
+    Raises UserError without the image size, of which the file has no trace.
     """
     # Weights of the EMA copy, by the names that GaussianDiffusion and Unet give them.
     source, prefix = (file["ema"], "ema_model.") if file.get("ema") else (file.get("model"), "")
     if not isinstance(source, dict) or f"{prefix}model.init_conv.weight" not in source:
         raise UserError(f"{path} is neither of this project nor of lucidrains' Trainer")
+    if image_size is None:
+        advice = "--image_size, or load_model(path, image_size=...), says it"
+        raise UserError(
+            f"{path} is of lucidrains' Trainer and does not store its image size: {advice}"
+        )
     state = {name.removeprefix(prefix): v for name, v in source.items() if name.startswith(prefix)}
     unet = {name.removeprefix("model."): v for name, v in state.items()}
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-import torch
-
 from engine import distributed, exit_if_importing
 from engine.errors import UserError
+from engine.gpu_memory import is_out_of_memory
 from engine.settings import suggest
 
+OUT_OF_MEMORY = "out of memory: ask for fewer or smaller images at a time"
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE_ERRNOS = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT,
@@ -119,6 +119,8 @@ def _run(main: Callable[[], None]) -> str | int | None:
     except UserError as error:
         return fail(str(error), error.exit_code)
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            return fail(OUT_OF_MEMORY, 1)
         if error.errno not in (*DISK_FULL_ERRNOS, *UNWRITABLE_ERRNOS):
             raise
         where = f" ({error.filename})" if error.filename else ""
@@ -126,8 +128,10 @@ def _run(main: Callable[[], None]) -> str | int | None:
         if error.errno in DISK_FULL_ERRNOS:
             advice = "free some space"
         return fail(f"{error.strerror}{where}: {advice}", 2)
-    except torch.OutOfMemoryError:
-        return fail("out of GPU memory: ask for fewer or smaller images at a time", 1)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return fail(OUT_OF_MEMORY, 1)
     except KeyboardInterrupt:
         return 130
     distributed.shut_down()

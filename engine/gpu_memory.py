@@ -53,8 +53,16 @@ def memory_limit() -> float:
     return total if _memory_cap is None else min(_memory_cap, total)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the memory of the GPU, or of the CPU, is too small."""
+    # The CPU's allocators have no exception of their own; MemoryError is numpy's and Python's.
+    texts = ("DefaultCPUAllocator", "std::bad_alloc")
+    is_cpu = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return is_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
 class OomBatcher:
-    """A batch size that is halved for good, with a warning, whenever the GPU runs out of memory."""
+    """A batch size that is halved for good, with a warning, whenever memory runs out."""
 
     def __init__(self, size: int):
         self.size = size
@@ -66,12 +74,12 @@ class OomBatcher:
         """
         if failed == 1:
             advice = "lower --dim or --image_size, or try --use_amp"
-            raise UserError(f"out of GPU memory: not even one image fits; {advice}", 1)
+            raise UserError(f"out of memory: not even one image fits; {advice}", 1)
         self.size = (failed + 1) // 2
         gc.collect()  # the failed call may have left reference cycles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        message = f"CUDA out of memory; continuing with batches of {self.size}"
+        message = f"out of memory; continuing with batches of {self.size}"
         warnings.warn(message, FallbackWarning, stacklevel=3)
 
     def map(self, count: int, function: Callable[[slice], Any]) -> Iterator[Any]:
@@ -80,8 +88,11 @@ class OomBatcher:
         while start < count:
             part = slice(start, min(start + self.size, count))
             results = []
-            with contextlib.suppress(torch.OutOfMemoryError):
+            try:
                 results.append(function(part))
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
             if not results:
                 self.halve(part.stop - part.start)
                 continue

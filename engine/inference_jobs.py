@@ -40,7 +40,8 @@ MAX_SEEDS = 10_000_000
 PACKAGES = ("torch", "denoising-diffusion-pytorch", "numpy", "pillow")
 # Settings that do not change the images; the checkpoint counts by its content, sha256.
 NOT_COMPARED = {"checkpoint", "batch_size", "compile_model"}
-OPTIONAL = {"num_samples", "classes", "guidance_mode"}  # which earlier images do not store
+# Settings that earlier images do not store.
+OPTIONAL = {"num_samples", "classes", "guidance_mode", "image_size"}
 
 
 @dataclass
@@ -180,7 +181,7 @@ def complete_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     complete = {name: value for name, value in settings.items() if name != "channels_last"}
     for name, default in (("image", first), ("image1", first), ("image2", last)):
         complete[name] = settings.get(name) or default
-    complete = dict.fromkeys(OPTIONAL - {"num_samples"}) | complete
+    complete = dict.fromkeys(OPTIONAL - {"num_samples"}) | {"image_size": 0} | complete
     return complete | {"guidance": settings.get("guidance") or None}  # 0 meant None
 
 

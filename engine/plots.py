@@ -136,11 +136,14 @@ def save_figure(figure: "Figure", path: Path) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a metrics.jsonl, without lines that a crash cut short."""
+    """Returns the rows of a metrics.jsonl, without lines that were cut short or damaged."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            is_row = isinstance(row, dict) and "step" in row
+            if is_row and all(isinstance(value, (int, float)) for value in row.values()):
+                rows.append(row)
     return rows
 
 

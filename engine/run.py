@@ -1,13 +1,13 @@
 """What a training run writes: folder and lock, metrics, checkpoints, sample grids, progress bar."""
 
 import contextlib
-import itertools
 import json
 import math
+import shutil
+import textwrap
 import time
 import warnings
 from collections.abc import Iterator
-from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,47 +20,17 @@ from tqdm import tqdm
 
 from engine import checkpoints, plots
 from engine.dataloader import BatchLoader
-from engine.datasets import file_label
 from engine.errors import FallbackWarning, UserError
 from engine.progress import Progress, format_duration
+from engine.run_names import SAMPLES_DIR, resume_hint
 from engine.trackers import VIEWERS, Tracker
 from engine.train_step import TrainStep
 
-SAMPLES_DIR = Path("samples")
 MAX_GRIDS = 24  # that are read again
 MAX_SILENCE = 60.0  # seconds without a logged step after which a run may have stopped
 VERSION = 2  # of the layout of a checkpoint
 ALWAYS_VALIDATE_EPOCHS = 5
 VALIDATION_TIME_FRACTION = 0.02  # of the time, after those epochs
-
-
-def new_run_name(config: Any) -> str:
-    """Returns RUN_NAME, or a new name of data set, size and date.
-
-    Raises UserError if RUN_NAME is taken or names no folder below the checkpoints'.
-    """
-    name = config.RUN_NAME
-    folder = checkpoints.CHECKPOINT_DIR
-    if name:
-        if folder.resolve() not in (folder / name).resolve().parents:
-            raise UserError(f"--run_name is {name}, but must name a folder below {folder}/")
-        # A run that ended before it saved anything may start again.
-        if checkpoints.run_exists(name) or (SAMPLES_DIR / name / "final.png").exists():
-            advice = f"resume it (--resume {name}) or choose another --run_name"
-            raise UserError(f"there is a run {name} already: {advice}")
-        return name
-    base = f"{file_label(config.DATASET)}-{config.IMAGE_SIZE}px-{datetime.now():%Y%m%d-%H%M%S}"
-    for suffix in itertools.chain([""], (f"-{number}" for number in itertools.count(2))):
-        with contextlib.suppress(FileExistsError):  # of a run that started in the same second
-            (folder / (base + suffix)).mkdir(parents=True)
-            return base + suffix
-
-
-def resume_hint(name: str) -> str:
-    """Returns what to do after a run has ended too early."""
-    if (checkpoints.CHECKPOINT_DIR / name / "last.pt").exists():
-        return f"resume with --resume {name}"
-    return f"run {name} has saved nothing yet, start it again"
 
 
 class MetricsLog:
@@ -72,6 +42,9 @@ class MetricsLog:
         # Steps after the resumed checkpoint are done, and logged, again.
         kept = [row for row in plots.read_metrics(self.metrics) if row["step"] <= progress.step]
         checkpoints.write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        self.validation_losses = {
+            row["step"]: row["validation_loss"] for row in kept if "validation_loss" in row
+        }
         self.tracker = tracker
 
     def scalars(self, progress: Progress, **values: float) -> None:
@@ -81,6 +54,12 @@ class MetricsLog:
         with tolerate_write_errors(self.folder), open(self.metrics, "a") as file:
             file.write(json.dumps(row) + "\n")
         self.tracker.log(values, progress.step)
+
+    def validation_loss(self, progress: Progress, loss: float) -> None:
+        """Logs the validation loss of a step, unless a killed session has."""
+        if progress.step not in self.validation_losses:
+            self.validation_losses[progress.step] = loss
+            self.scalars(progress, validation_loss=loss)
 
     def grid(self, images: Tensor, step: int, file: str, columns: int | None = None) -> None:
         """Writes sample images (B, C, H, W) in [0, 1] as a grid and updates the loss curve."""
@@ -98,12 +77,36 @@ class MetricsLog:
 
 @contextlib.contextmanager
 def tolerate_write_errors(path: Path) -> Iterator[None]:
-    """Turns an OSError in the block into a warning."""
+    """Turns an error of writing or plotting in the block into a warning."""
     try:
         yield
-    except OSError as error:
-        reason = f"writing {path} failed ({error.strerror})"
+    except Exception as error:  # what a plot raises must not end a run either
+        reason = f"writing {path} failed ({getattr(error, 'strerror', None) or repr(error)})"
         warnings.warn(f"{reason}; continuing without it", FallbackWarning, stacklevel=2)
+
+
+def checkpoint_bytes(step: TrainStep) -> int:
+    """Returns the size of a checkpoint, with the guide that it will have."""
+
+    def count(value: Any) -> int:
+        if isinstance(value, dict):
+            return sum(map(count, value.values()))
+        return value.nbytes if isinstance(value, Tensor) else 0
+
+    is_guided = step.config.GUIDE_FRACTION and step.ema.guide is None
+    return count(step.state_dict()) + (step.params.nbytes if is_guided else 0)
+
+
+def format_bytes(count: float) -> str:
+    """Returns a number of bytes in GB, or MB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def max_checkpoints(config: Any, epochs: float) -> int:
+    """Returns how many checkpoints a run of some epochs has on the disk at the same time."""
+    every = config.CHECKPOINT_EVERY
+    kept = config.KEEP if every is None else epochs // every if every else 0
+    return int(kept) + 3  # last.pt, which final.pt is a link to, best.pt and one being written
 
 
 class NullRun:
@@ -140,22 +143,24 @@ class Run:
             self.lock.acquire(blocking=False)
         except Timeout:
             raise UserError(f"run {name} is being trained by another process") from None
-        for leftover in self.folder.glob(".*.tmp"):
-            leftover.unlink()
-
         samples = SAMPLES_DIR / name
         samples.mkdir(parents=True, exist_ok=True)
+        for leftover in (*self.folder.glob(".*.tmp"), *samples.glob(".*.tmp")):
+            leftover.unlink()
+        self.warn_of_small_disk()
+
         tracker = Tracker(self.config.LOG_WITH, name, samples, self.config.as_dict(), progress.step)
         self.log = MetricsLog(samples, progress, tracker)
         self.bar = tqdm(initial=progress.step, unit="step", mininterval=1, dynamic_ncols=True)
         self.validation_split = loader.validation()
-        self.validation_loss = math.nan
+        self.validation_loss = self.log.validation_losses.get(progress.step, math.nan)
         self.num_grids = self.grids_due()
+        self.num_kept = self.checkpoints_due()
         self.save_time = self.validate_time = self.log_time = time.monotonic()
         self.logged_images = progress.images
 
     def after_step(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
-        """Logs metrics, samples a grid and saves last.pt, each if it is due."""
+        """Logs metrics, samples a grid and saves checkpoints, each if it is due."""
         self.bar.update()
         if self.progress.is_log_step:
             self.log_step(loss, grad_norm, lr)
@@ -163,6 +168,10 @@ class Run:
         if self.num_grids < self.grids_due() < self.config.NUM_SAMPLE_GRIDS:
             self.sample_grid(f"step_{self.progress.step:07d}.png")
         self.num_grids = self.grids_due()
+        # A checkpoint at the end of each of KEEP + 1 parts of the run but the last.
+        if self.num_kept < self.checkpoints_due() <= self.config.KEEP:
+            self.save(f"step_{self.progress.step:07d}.pt")
+        self.num_kept = self.checkpoints_due()
         if time.monotonic() - self.save_time >= 60 * self.config.SAVE_EVERY_MINUTES:
             self.save("last.pt")
             self.save_time = time.monotonic()
@@ -226,7 +235,7 @@ class Run:
         """Validates, and saves best.pt if the loss is the lowest so far."""
         start = time.monotonic()
         self.validation_loss = self.step.validate(self.validation_split)
-        self.log.scalars(self.progress, validation_loss=self.validation_loss)
+        self.log.validation_loss(self.progress, self.validation_loss)
         if self.progress.best is None or self.validation_loss < self.progress.best:
             self.progress.best = self.validation_loss
             self.save("best.pt")
@@ -236,8 +245,24 @@ class Run:
         """Returns how many sample grids there should be by now."""
         return int(self.progress.fraction * self.config.NUM_SAMPLE_GRIDS)
 
+    def checkpoints_due(self) -> int:
+        """Returns how many checkpoints should have been kept by now, where --keep counts."""
+        is_counted = self.config.CHECKPOINT_EVERY is None
+        return int(self.progress.fraction * (self.config.KEEP + 1)) if is_counted else 0
+
+    def warn_of_small_disk(self) -> None:
+        """Warns if the run's checkpoints will not fit on the disk."""
+        epochs = self.progress.estimated_steps / self.progress.steps_per_epoch
+        needed = max_checkpoints(self.config, epochs) * checkpoint_bytes(self.step)
+        needed -= sum(file.stat().st_size for file in self.folder.glob("*.pt"))
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            room = f"{format_bytes(free)} of {format_bytes(needed)} that its checkpoints may take"
+            message = f"{self.folder}/ has room for {room} (lower --keep, or free some)"
+            warnings.warn(f"{message}; continuing without what will not fit", FallbackWarning, 3)
+
     def sample_grid(self, file: str) -> None:
-        """Samples with the EMA weights, a row for each class; lack of memory stops no training."""
+        """Samples with the EMA weights, a row for each class; no failure stops training."""
         seeds = list(range(self.config.GRID_IMAGES))
         columns = None
         labels: list[int] = []
@@ -253,8 +278,9 @@ class Run:
 
         try:
             images = torch.cat(self.step.map_eval_batches(len(seeds), sample))
-        except UserError as error:
-            warnings.warn(f"{file} failed ({error}); continuing without it", FallbackWarning, 2)
+        except Exception as error:
+            reason = textwrap.shorten(str(error) or repr(error), 200)
+            warnings.warn(f"{file} failed ({reason}); continuing without it", FallbackWarning, 2)
         else:
             self.log.grid(images, self.progress.step, file, columns)
 
@@ -266,8 +292,13 @@ class Run:
             "progress": self.progress.state_dict(),
         }  # fmt: skip
         is_final = file == "final.pt"
-        with contextlib.nullcontext() if is_final else tolerate_write_errors(self.folder / file):
+        try:
             checkpoints.save(self.folder / file, state)
+        except OSError as error:
+            if is_final:
+                raise
+            reason = f"writing {self.folder / file} failed ({error.strerror})"
+            warnings.warn(f"{reason}; continuing without it", FallbackWarning, stacklevel=2)
 
 
 # Runs as they are read again, while they train or later.

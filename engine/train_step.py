@@ -17,7 +17,7 @@ from engine import distributed
 from engine.cuda_graphs import CapturedFunction, GraphCaptureError
 from engine.dataloader import Batch
 from engine.errors import FallbackWarning, UserError
-from engine.gpu_memory import OomBatcher
+from engine.gpu_memory import OomBatcher, is_out_of_memory
 from engine.labels import NO_LABEL
 from engine.optimizer import OLD_STATE_NAMES, Adam, Muon, flatten, padded_numel, use_muon, views
 
@@ -174,12 +174,14 @@ class TrainStep:
         while loss is None:
             try:
                 loss = self.gradient(batch, step)
-            except torch.OutOfMemoryError:
-                pass  # handled outside, where the tensors of the failed attempt are free again
             except torch._dynamo.exc.TorchDynamoException as error:
                 warn_fallback("torch.compile", error)
                 self.network = self.model
                 continue
+            except (RuntimeError, MemoryError) as error:
+                # Handled outside, where the tensors of the failed attempt are free again.
+                if not is_out_of_memory(error):
+                    raise
             if loss is None:
                 self.halve_micro_batch(len(batch.images))
         if self.world_size > 1:
@@ -191,8 +193,10 @@ class TrainStep:
         self.ema_weight.fill_(1 - ema_decay(self.config.EMA_DECAY, step))
         try:
             return loss, self.run_captured("update", self.update, loss)
-        except torch.OutOfMemoryError:  # the parameters may be half updated
-            raise UserError("out of GPU memory in the update: lower --dim", exit_code=1) from None
+        except (RuntimeError, MemoryError) as error:  # the parameters may be half updated
+            if not is_out_of_memory(error):
+                raise
+            raise UserError("out of memory in the update: lower --dim", exit_code=1) from None
 
     def gradient(self, batch: Batch, step: int) -> Tensor:
         """Writes this rank's part of the gradient to `grad`; returns its part of the loss."""
@@ -271,7 +275,7 @@ class TrainStep:
         """
         if self.world_size > 1:
             advice = "lower --batch_size (and raise --gradient_accumulation), or --dim"
-            raise UserError(f"out of GPU memory: {advice}", exit_code=1)
+            raise UserError(f"out of memory: {advice}", exit_code=1)
         self.model.zero_grad()
         if self.graphs:
             self.graphs.clear()

@@ -18,7 +18,8 @@ from engine.devices import default_device, device_name
 from engine.errors import UserError
 from engine.labels import check_classes_on_resume
 from engine.progress import Progress, StopSignal, format_duration
-from engine.run import VERSION, NullRun, Run, new_run_name, resume_hint
+from engine.run import VERSION, NullRun, Run, checkpoint_bytes, format_bytes, max_checkpoints
+from engine.run_names import is_published, new_run_name, resume_hint, resumed_run_name
 from engine.train_step import TrainableModel, TrainStep, learning_rate, seed_everything
 
 MAX_NONFINITE_STEPS = 20  # in a row
@@ -58,14 +59,21 @@ def train(
 
     # A new run, or one that continues from a checkpoint.
     checkpoint = checkpoints.load_training(resume) if isinstance(resume, Path) else resume
-    data_info = {"dataset": config.DATASET, "images": len(data), "shape": [*data.images.shape[1:]]}
+    data_info = {
+        "dataset": config.DATASET, "images": len(data), "shape": [*data.images.shape[1:]],
+        "fingerprint": ImageDataset(data.images).fingerprint(),  # labels have a rule of their own
+    }  # fmt: skip
     if checkpoint:
-        name = checkpoints.run_name_of(checkpoint)
         with checkpoints.refuse_damaged(checkpoint.path):
-            progress = restore(checkpoint, name, data_info, train_step, loader, dist)
+            progress = restore(checkpoint, data_info, train_step, loader, dist)
+        name = resumed_run_name(checkpoint) if dist.is_main_process else ""
     else:
-        name = distributed.broadcast_object(new_run_name(config) if dist.is_main_process else "")
+        name = new_run_name(config) if dist.is_main_process else ""
         progress = Progress(config, len(loader), dist)
+    name = distributed.broadcast_object(name)
+    if progress.is_finished and is_published(name, progress.step):
+        advice = "raise --epochs, --max_steps or --minutes to continue it"
+        raise UserError(f"{checkpoint.path} is of a finished run: {advice}")
     distributed.print0(f"run {name}: {len(loader.train_indices)} images, {describe(train_step)}")
     run = (Run if dist.is_main_process else NullRun)(name, data_info, train_step, loader, progress)
     hint = partial(resume_hint, name)
@@ -103,20 +111,25 @@ def train(
 
 
 def restore(
-    checkpoint: TrainingCheckpoint, name: str, data_info: dict[str, Any], train_step: TrainStep,
+    checkpoint: TrainingCheckpoint, data_info: dict[str, Any], train_step: TrainStep,
     loader: BatchLoader, dist: PartialState,
 ) -> Progress:  # fmt: skip
     """Restores model, optimizer and random state; returns the progress.
 
-    Raises UserError if the checkpoint is of a finished run, of other data or another architecture.
+    Raises UserError if the checkpoint is of other data or another architecture.
     """
     # What must be the same as before.
     path = checkpoint.path
     state = checkpoint.state
     if state["version"] != VERSION:
         raise UserError(f"{path} was written by another version of this project: start another run")
-    if state["data"] != data_info:
-        raise UserError(f"{path} was trained on {state['data']}, but the data is {data_info}")
+    before = state["data"]
+    if "fingerprint" not in before:
+        distributed.print0(f"note: {path} does not say which images it was trained on")
+        before = before | {"fingerprint": data_info["fingerprint"]}
+    if before != data_info:
+        advice = f"to train on other data from its weights, start a new run with --init_from {path}"
+        raise UserError(f"{path} was trained on {before}, but the data is {data_info}: {advice}")
     saved = getattr(train_step.model, "upgrade_architecture", dict)(state["architecture"])
     for key, value in train_step.model.architecture.items():
         if saved.get(key, value) != value and key not in MUTABLE_ON_RESUME:
@@ -131,9 +144,6 @@ def restore(
     position = fields.pop("position") * previous_batch // loader.batch_size
     fields["epoch_step"] = min(position, len(loader))
     progress = Progress(train_step.config, len(loader), dist, **fields)
-    if progress.is_finished and checkpoints.is_finished(name, progress.step):
-        advice = "raise --epochs, --max_steps or --minutes to continue it"
-        raise UserError(f"{path} is of a finished run: {advice}")
 
     train_step.load_state_dict(state)
     if train_step.rank > 0:  # only rank 0's random state is stored: a seed that was not used yet
@@ -214,4 +224,7 @@ def estimate(model: TrainableModel, num_images: int, config: Any, memory_gib: fl
     length = f"{steps:,.0f} steps, {steps / steps_per_epoch:.1f} epochs, about {duration}"
     peak = torch.cuda.max_memory_allocated() / 2**30 if is_cuda else memory_gib
     memory = f"memory {peak:.1f} GiB ({'measured' if is_cuda else 'estimated'})"
-    return f"{describe(step)}\n{memory}\n{length} ({seconds:.3f} s per step, measured)"
+    number = max_checkpoints(config, steps / steps_per_epoch)
+    size = checkpoint_bytes(step)
+    disk = f"disk {format_bytes(number * size)} at most ({number} x {format_bytes(size)})"
+    return f"{describe(step)}\n{memory}\n{disk}\n{length} ({seconds:.3f} s per step, measured)"

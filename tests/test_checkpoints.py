@@ -176,3 +176,32 @@ def test_load_training_refuses_parts_of_other_types(tmp_path, changes, message):
     checkpoints.save(tmp_path / "last.pt", state | changes)
     with pytest.raises(UserError, match=message):
         checkpoints.load_training(tmp_path / "last.pt")
+
+
+def test_remove_leftovers_spares_those_of_live_processes(tmp_path):
+    live, dead = f".a.png.{os.getppid()}.tmp", ".a.png.999999999.tmp"
+    own = f".b.png.{os.getpid()}.tmp"  # an earlier process had our number
+    for name in (live, dead, own, "a.tmp", ".lock"):
+        (tmp_path / name).touch()
+    checkpoints.remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {live, "a.tmp", ".lock"}
+
+
+def test_resolve_checkpoint_takes_the_file_of_a_run_with_most_steps(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    steps = {"last.pt": 5, "best.pt": 5, "final.pt": 4, "step_0000007.pt": 7}
+    for name, step in steps.items():
+        checkpoints.save(Path("checkpoints/a", name), {"progress": {"step": step}})
+    assert checkpoints.resolve_checkpoint("a").name == "step_0000007.pt"
+    Path("checkpoints/a/step_0000007.pt").unlink()
+    assert checkpoints.resolve_checkpoint("a").name == "last.pt"
+
+
+def test_run_name_of_a_file_must_be_a_folder_below_the_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("../mine", "/mine", ""):
+        checkpoint = checkpoints.TrainingCheckpoint(
+            Path("checkpoints/ddpm_final.pt"), {"run": name}
+        )
+        with pytest.raises(UserError, match="which is no name of a run"):
+            checkpoints.run_name_of(checkpoint)

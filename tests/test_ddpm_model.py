@@ -265,8 +265,12 @@ def test_load_model_reads_checkpoints_of_upstreams_trainer(tmp_path, unet, proce
     )  # fmt: skip
     trainer.train()
     trainer.save(1)
-    model = DDPMModel(image_size=16).load_model(tmp_path / "model-1.pt")
-    assert model.architecture["objective"] == process["objective"]
+    path = tmp_path / "model-1.pt"
+    with pytest.raises(UserError, match="does not store its image size: --image_size"):
+        DDPMModel().load_model(path)
+    model = DDPMModel(image_size=16).load_model(path)
+    assert model.architecture == DDPMModel().load_model(path, image_size=16).architecture
+    assert (model.image_size, model.architecture["objective"]) == (16, process["objective"])
 
     torch.manual_seed(3)
     expected = trainer.ema.ema_model.eval().sample(2)

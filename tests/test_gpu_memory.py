@@ -1,5 +1,6 @@
 """GPU memory: caps, and one policy for running out of it."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -72,12 +73,26 @@ def test_oom_batcher_halves_for_good_and_covers_every_image_once():
     assert len(warned) == 2
 
 
-def test_oom_batcher_gives_up_at_one_image():
-    def work(part: slice) -> None:
-        raise torch.OutOfMemoryError
+def raise_cuda_error(part: slice) -> None:
+    raise torch.OutOfMemoryError
 
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        raise_cuda_error,
+        lambda part: torch.empty(2**58),  # a RuntimeError of the CPU's allocator
+        lambda part: np.empty(2**58),  # a MemoryError
+    ],
+)
+def test_oom_batcher_gives_up_at_one_image(work):
     with pytest.warns(FallbackWarning), pytest.raises(UserError, match="not even one image fits"):
         list(OomBatcher(2).map(2, work))
+
+
+def test_oom_batcher_raises_other_errors():
+    with pytest.raises(RuntimeError, match="size"):
+        list(OomBatcher(2).map(2, lambda part: torch.zeros(2) @ torch.zeros(3)))
 
 
 @pytest.mark.gpu

@@ -14,11 +14,12 @@ import torch
 
 from config import Config, resolve
 from ddpm_model import DDPMModel
-from engine import plots, progress, run
+from engine import plots, progress, run, run_names
 from engine.dataloader import Batch, BatchLoader, ImageDataset
 from engine.errors import FallbackWarning, UserError
 from engine.progress import Progress
-from engine.run import MetricsLog, Run, new_run_name
+from engine.run import MetricsLog, Run
+from engine.run_names import new_run_name
 from engine.trackers import Tracker
 from engine.train_step import TrainStep, get_rng_state, set_rng_state
 from engine.trainer import should_snapshot_guide
@@ -78,7 +79,7 @@ def make_run(name: str) -> Run:
 
 
 def test_new_run_name_is_unused_even_if_two_runs_start_in_the_same_second(hold_lock, monkeypatch):
-    monkeypatch.setattr(run, "datetime", SimpleNamespace(now=lambda: datetime(2026, 1, 1)))
+    monkeypatch.setattr(run_names, "datetime", SimpleNamespace(now=lambda: datetime(2026, 1, 1)))
     unnamed = SimpleNamespace(RUN_NAME="", DATASET="shapes", IMAGE_SIZE=8)
     assert new_run_name(unnamed) == "shapes-8px-20260101-000000"
     assert new_run_name(unnamed) == "shapes-8px-20260101-000000-2"
@@ -197,6 +198,7 @@ def test_run_saves_as_best_the_lowest_validation_loss(made_run, monkeypatch):
     losses, best, saves = [0.5, 0.6, 0.4, 0.4, 0.45], [], []
     for loss in losses:
         monkeypatch.setattr(made_run.step, "validate", lambda _, loss=loss: loss)
+        made_run.progress.step += 1
         made_run.after_epoch()
         best.append(made_run.progress.best)
         saves.append(len(made_run.files))
@@ -214,6 +216,36 @@ def test_run_keeps_every_few_epochs_when_they_are_complete(made_run, monkeypatch
         made_run.progress.epoch_step = epoch_step
         made_run.after_epoch()
     assert made_run.files == ["epoch_0003.pt", "epoch_0006.pt"]
+
+
+def test_run_keeps_checkpoints_at_the_ends_of_equal_parts_but_the_last(made_run, clock):
+    made_run.config.CHECKPOINT_EVERY = None
+    made_run.config.KEEP = 3
+    for step in range(1, 101):
+        clock.now += 1
+        made_run.progress.step = step
+        made_run.after_step(SCALAR, SCALAR, 1e-3)
+    assert made_run.files == [f"step_{step:07d}.pt" for step in (25, 50, 75)]
+
+
+def test_run_warns_of_a_disk_that_is_too_small(made_run, monkeypatch):
+    made_run.config.CHECKPOINT_EVERY = None
+    made_run.config.KEEP = 3
+    size = run.checkpoint_bytes(made_run.step)
+    usage = SimpleNamespace(free=6 * size)
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda _: usage)
+    made_run.warn_of_small_disk()  # 3 and last, best and one being written
+    usage.free -= 1
+    with pytest.warns(FallbackWarning, match=r"has room for .* MB of .* MB .* \(lower --keep"):
+        made_run.warn_of_small_disk()
+
+
+def test_checkpoint_bytes_is_the_size_of_a_file(tmp_path):
+    step = make_step()
+    expected = run.checkpoint_bytes(step)
+    step.ema.snapshot_guide()
+    torch.save(step.state_dict(), tmp_path / "last.pt")
+    assert 0.7 < expected / (tmp_path / "last.pt").stat().st_size < 1  # names add most
 
 
 def test_run_samples_grids_at_the_ends_of_equal_parts_but_the_last(made_run, clock):
@@ -235,12 +267,13 @@ def test_run_logs_the_speed_since_the_last_line(made_run, clock):
     assert [row["images_per_second"] for row in rows] == [10, 20]
 
 
-def test_run_continues_without_a_grid_that_does_not_fit(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, ValueError, IndexError])
+def test_run_continues_without_a_grid_that_fails(error, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = make_run("mine")
 
     def fail(*_, **__):
-        raise torch.OutOfMemoryError
+        raise error("no grid")
 
     monkeypatch.setattr(made.step.ema, "sample", fail)
     with pytest.warns(FallbackWarning, match=r"step.png failed \(.*\); continuing"):

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from config import Config, resolve
 from ddpm_model import DDPMModel
-from engine import checkpoints, plots, progress, run
+from engine import checkpoints, plots, progress, run, run_names
 from engine.checkpoints import TrainingCheckpoint
 from engine.dataloader import BatchLoader, ImageDataset
 from engine.errors import FallbackWarning, RenamedWarning, UserError
@@ -40,6 +41,7 @@ from tests.helpers import (
     FakeTime,
     checkpoint_weights,
     max_checkpoint_difference,
+    max_weight_difference,
     random_images,
     run_script_error,
     run_script_ok,
@@ -143,12 +145,13 @@ def test_train_on_gray_and_rgba_images_samples_the_like(channels, mode, tmp_path
     assert {event.step for event in events.Images("samples")} == {1, 2}
 
 
-def test_train_keeps_every_tenth_epoch(tmp_path):
+def test_train_keeps_every_tenth_epoch_if_asked_to(tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(40):
         Image.new("RGB", (8, 8), (6 * i, 255 - 6 * i, 128)).save(tmp_path / "images" / f"{i}.png")
     flags = ["--dataset", "folder", "--data_dir", "images", *TINY_FLAGS[2:], "--run_name", "kept"]
-    run_script_ok(tmp_path, "train.py", *flags, "--epochs", "20", "--ema_decay", "0.9")
+    flags += ["--epochs", "20", "--ema_decay", "0.9", "--checkpoint_every", "10"]
+    run_script_ok(tmp_path, "train.py", *flags)
     names = {path.name for path in (tmp_path / "checkpoints/kept").glob("epoch*")}
     assert names == {"epoch_0010.pt", "epoch_0020.pt"}
     # Epochs are so short that later not each of them is validated.
@@ -201,6 +204,7 @@ def test_dry_run_prints_an_estimate_and_leaves_nothing(trained):
     assert re.search(r"^DIM +8 +flag$", output, re.MULTILINE)
     assert re.search(r"^LR_SCHEDULE +cosine +script$", output, re.MULTILINE)
     assert "0.1 M parameters" in output and "memory" in output
+    assert re.search(r"^disk (\d\.\d) MB at most \(3 x 1\.6 MB\)$", output, re.MULTILINE)
     assert "2,496 steps, 2.0 epochs" in output
     assert not (trained / "checkpoints/dry").exists() and not (trained / "samples/dry").exists()
 
@@ -281,7 +285,7 @@ def restore_stub(state: dict, architecture: dict, upgrade=dict) -> tuple[Progres
         load_state_dict=lambda state: None,
     )  # fmt: skip
     checkpoint = TrainingCheckpoint(Path("last.pt"), state)
-    return restore(checkpoint, "ended", {}, step, loader, dist=None), loader
+    return restore(checkpoint, {"fingerprint": ""}, step, loader, dist=None), loader
 
 
 def test_restore_at_the_end_of_an_epoch_continues_with_the_next():
@@ -320,12 +324,15 @@ def test_train_resumes_a_copy_of_a_run_as_a_separate_run(trained, tmp_path):
     folder = tmp_path / "checkpoints"
     shutil.copytree(folder / "whole", folder / "copy")
     (folder / "copy" / ".last.pt.4711.tmp").write_text("of a process killed while saving")
+    (tmp_path / "samples" / "copy").mkdir()
+    (tmp_path / "samples" / "copy" / ".loss.png.4711.tmp").write_text("likewise")
     run_script_ok(tmp_path, "train.py", "--resume", "copy", "--max_steps", "42")
     steps = {
         name: checkpoints.load(folder / name / "final.pt")["progress"]["step"]
         for name in ("whole", "copy")
     }
     assert steps == {"whole": 40, "copy": 42}
+    assert not list((tmp_path / "samples" / "copy").glob(".*"))
     files = {path.name for path in (folder / "copy").iterdir()} - {".lock"}
     assert files == {"last.pt", "best.pt", "final.pt"}
     shutil.copy(folder / "whole" / "last.pt", tmp_path / "elsewhere.pt")
@@ -369,6 +376,105 @@ def test_train_resumes_with_the_remaining_minutes(trained_by_api, tmp_path, monk
     assert len(rates) == 1 and 0 < rates[0] < 0.01 * 0.03  # the schedule is at its end
 
 
+@pytest.fixture
+def resumable(trained_by_api, tmp_path, monkeypatch) -> Callable[..., Path]:
+    """A working folder with the run `whole`; resumable(file, ...) resumes it by the API."""
+    shutil.copytree(trained_by_api, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+
+    def resume(file: str = "last.pt", seed: int = 0, **changes) -> Path:
+        config = configure(**({"MAX_STEPS": 4} | changes))
+        images = random_images(80, 8, seed=seed)
+        return train(DDPMModel.from_config(config), images, config, Path("checkpoints/whole", file))
+
+    return resume
+
+
+def test_train_resumes_with_the_same_images_only(resumable, capsys):
+    with pytest.raises(UserError, match="start a new run with --init_from checkpoints/whole/last"):
+        resumable(MAX_STEPS=5, seed=1)
+    last = Path("checkpoints/whole/last.pt")
+    state = checkpoints.load(last)
+    del state["data"]["fingerprint"]  # as earlier versions wrote it
+    checkpoints.save(last, state)
+    resumable(MAX_STEPS=5)
+    assert "last.pt does not say which images it was trained on" in capsys.readouterr().out
+
+
+def test_train_continues_an_older_checkpoint_as_another_run(resumable, capsys):
+    older = checkpoints.load(Path("checkpoints/whole/best.pt"))
+    resumable(MAX_STEPS=8)
+    checkpoints.save(Path("checkpoints/whole/older.pt"), older)
+    files = [*Path("checkpoints/whole").glob("*.pt"), Path("samples/whole/metrics.jsonl")]
+    before = {file: file.read_bytes() for file in files}
+    for name in ("whole-from-4", "whole-from-4-2"):
+        assert resumable("older.pt", MAX_STEPS=8) == Path("checkpoints", name, "final.pt")
+        line = (
+            f"run whole is at step 8 already: continuing checkpoints/whole/older.pt as run {name}"
+        )
+        assert line in capsys.readouterr().out
+    assert {file: file.read_bytes() for file in files} == before
+    difference = max_checkpoint_difference(
+        Path("checkpoints/whole/final.pt"), Path("checkpoints/whole-from-4/final.pt")
+    )
+    assert difference == 0
+
+
+def test_train_publishes_what_a_killed_process_did_not(resumable, capsys):
+    with pytest.raises(UserError, match="is of a finished run: raise --epochs"):
+        resumable()
+    final, grid = Path("checkpoints/ddpm_final.pt"), Path("samples/whole/final.png")
+    for file in (final, grid):
+        file.unlink()
+    resumable()
+    assert "done: 64 images" in capsys.readouterr().out
+    assert final.read_bytes() == Path("checkpoints/whole/final.pt").read_bytes() and grid.exists()
+    # Nor is validation repeated, or logged twice.
+    assert logged_steps(Path(), "whole", "validation_loss") == [4]
+    grid_time = Path("checkpoints/whole/final.pt").stat().st_mtime - 1
+    os.utime(grid, (grid_time, grid_time))  # of an earlier, shorter run
+    resumable()
+
+
+@pytest.mark.parametrize("reference", ["newest", "whole", "checkpoints/whole"])
+def test_resolve_checkpoint_finds_what_a_run_saved_before_its_first_last(resumable, reference):
+    folder = Path("checkpoints/whole")
+    for file in ("last.pt", "final.pt"):
+        (folder / file).unlink()
+    assert run_names.resume_hint("whole") == "resume with --resume whole"
+    assert checkpoints.resolve_checkpoint(reference) == folder / "best.pt"
+    (folder / "last.pt").write_text("damaged")
+    assert checkpoints.resolve_checkpoint(reference) == folder / "best.pt"
+
+
+def test_validation_is_logged_once_if_a_killed_process_has(resumable):
+    # Killed after the validation of an epoch whose last step is last.pt's.
+    last = Path("checkpoints/whole/last.pt")
+    state = checkpoints.load(last)
+    state["progress"] |= {"epoch": 0, "position": 4}
+    checkpoints.save(last, state)
+    Path("checkpoints/whole/final.pt").unlink()
+    resumable(MAX_STEPS=8)
+    assert logged_steps(Path(), "whole", "validation_loss") == [4, 8]
+
+
+def test_train_rebuilds_damaged_metrics(resumable):
+    metrics = Path("samples/whole/metrics.jsonl")
+    metrics.write_bytes(metrics.read_bytes() + b'3\n{"step": "4"}\n[]\n\xff{"step": 4, "loss"')
+    resumable(MAX_STEPS=5)
+    rows = read_rows(Path(), "whole")
+    assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
+    assert rows[-1]["step"] == 5
+
+
+@pytest.mark.parametrize("change", [{"optimizer": {}}, {"rng": {"torch": 3}}, {"model": {"a": 1}}])
+def test_train_refuses_damaged_parts(resumable, change):
+    last = Path("checkpoints/whole/last.pt")
+    checkpoints.save(last, checkpoints.load(last) | change)
+    with pytest.raises(UserError, match=r"last\.pt is damaged \(.*\): use another checkpoint"):
+        resumable(MAX_STEPS=5)
+
+
 def test_train_takes_a_checkpoint_that_was_read_already(trained_by_api, tmp_path, monkeypatch):
     shutil.copytree(trained_by_api, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
@@ -378,6 +484,37 @@ def test_train_takes_a_checkpoint_that_was_read_already(trained_by_api, tmp_path
     config = configure(MAX_STEPS=6)
     final = train(DDPMModel.from_config(config), data, config, checkpoint)
     assert torch.load(final, weights_only=True)["progress"]["step"] == 6
+
+
+# --- starting from the weights of another run
+
+
+def test_init_from_starts_a_new_run_from_ema_weights(trained_by_api, tmp_path, monkeypatch):
+    shutil.copytree(trained_by_api, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    Path("images").mkdir()
+    for i in range(20):
+        Image.new("RGB", (16, 16), (9 * i, 255 - 9 * i, 128)).save(f"images/{i}.png")
+
+    def start(*flags: str) -> None:
+        data = ["--dataset", "folder", "--data_dir", "images", "--batch_size", "4"]
+        monkeypatch.setattr(sys, "argv", ["train.py", *data, "--max_steps", "1", *flags])
+        importlib.import_module("train").main()
+
+    source = DDPMModel().load_model("checkpoints/whole/final.pt")
+    source.save_model("source.safetensors")
+    for name, reference in (("run", "whole"), ("file", "source.safetensors")):
+        size = ["--image_size", "16", "--learning_rate", "1e-8", "--guide_fraction", "0"]
+        start("--init_from", reference, "--run_name", name, *size)
+        tuned = DDPMModel().load_model(f"checkpoints/{name}/final.pt")
+        assert tuned.image_size == 16
+        assert max_weight_difference(tuned.unet, source.unet) < 1e-6
+    with pytest.raises(UserError, match="trained with dim 8, which cannot become 16"):
+        start("--init_from", "whole", "--dim", "16")
+    with pytest.raises(UserError, match="--init_from is for a new run and --resume continues one"):
+        start("--init_from", "whole", "--resume", "whole")
+    with pytest.raises(UserError, match="--init_from nothing: no such checkpoint"):
+        start("--init_from", "nothing")
 
 
 # --- what stops a run

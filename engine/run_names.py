@@ -1,0 +1,71 @@
+"""What runs are called: new ones, those that resume, and those that branch off."""
+
+import contextlib
+import itertools
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from engine import checkpoints
+from engine.checkpoints import TrainingCheckpoint
+from engine.datasets import file_label
+from engine.errors import UserError
+
+SAMPLES_DIR = Path("samples")
+
+
+def new_run_name(config: Any) -> str:
+    """Returns RUN_NAME, or a new name of data set, size and date.
+
+    Raises UserError if RUN_NAME is taken or names no folder below the checkpoints'.
+    """
+    name = config.RUN_NAME
+    if not name:
+        base = f"{file_label(config.DATASET)}-{config.IMAGE_SIZE}px-{datetime.now():%Y%m%d-%H%M%S}"
+        return create_run_folder(base)
+    if not checkpoints.is_run_name(name):
+        raise UserError(
+            f"--run_name is {name}, but must name a folder below {checkpoints.CHECKPOINT_DIR}/"
+        )
+    # A run that ended before it saved anything may start again.
+    if checkpoints.run_exists(name) or (SAMPLES_DIR / name / "final.png").exists():
+        advice = f"resume it (--resume {name}) or choose another --run_name"
+        raise UserError(f"there is a run {name} already: {advice}")
+    return name
+
+
+def create_run_folder(base: str) -> str:
+    """Creates the folder of a new run, which is called `base` or, if that is taken, `base-2`..."""
+    for suffix in itertools.chain([""], (f"-{number}" for number in itertools.count(2))):
+        with contextlib.suppress(FileExistsError):  # of a run that started in the same second
+            (checkpoints.CHECKPOINT_DIR / (base + suffix)).mkdir(parents=True)
+            return base + suffix
+
+
+def resumed_run_name(checkpoint: TrainingCheckpoint) -> str:
+    """Returns the run that resumes from a checkpoint: a new one if its own is further already."""
+    name = checkpoints.run_name_of(checkpoint)
+    step = checkpoint.state["progress"]["step"]
+    folder = checkpoints.CHECKPOINT_DIR / name
+    reached = max(checkpoints.step_of(folder / file) for file in ("last.pt", "final.pt"))
+    if reached <= step:
+        return name
+    branch = create_run_folder(f"{name}-from-{step}")
+    print(f"run {name} is at step {reached} already: continuing {checkpoint.path} as run {branch}")
+    return branch
+
+
+def is_published(name: str, step: int) -> bool:
+    """Whether a run has saved a final.pt of this step or a later one, and sampled with it."""
+    final = checkpoints.CHECKPOINT_DIR / name / "final.pt"
+    grid = SAMPLES_DIR / name / "final.png"  # the last file that a run writes
+    is_complete = final.exists() and grid.exists()
+    is_complete = is_complete and grid.stat().st_mtime_ns >= final.stat().st_mtime_ns
+    return is_complete and checkpoints.step_of(final) >= step
+
+
+def resume_hint(name: str) -> str:
+    """Returns what to do after a run has ended too early."""
+    if checkpoints.run_exists(name):
+        return f"resume with --resume {name}"
+    return f"run {name} has saved nothing yet, start it again"
