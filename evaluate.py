@@ -269,12 +269,7 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
         reference["class accuracy"] = by_class.real_accuracy
     validation = validation_images(model) if config else None
     evaluations: list[Evaluation] = []
-    report = {
-        "reference": reference, "networks": [network.name for network in networks],
-        "device": device_name(device),
-        "versions": jobs.package_versions((*jobs.PACKAGES, *metrics.PACKAGES)),
-        "evaluations": evaluations,
-    }  # fmt: skip
+    report = describe_run(reference, networks, device) | {"evaluations": evaluations}
 
     # Sample and score; the report is saved after each.
     losses: dict[str, tuple[list[int], list[float]]] = {}
@@ -284,39 +279,78 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
         if not settings.images:
             if i > 0:  # the first is loaded already
                 model.load_model(path, settings.image_size or None)
-            if image_shape(model) != shape:
-                difference = f"{image_shape(model)}, but those of {paths[0]} {shape}"
-                raise UserError(f"images of {path} are {difference}. Evaluate it alone")
+                check_shape(model, path, shape, paths[0])
             images, row = sample_images(model, path, settings, counts)
             if validation is not None:
                 losses[row["name"]] = metrics.loss_by_timestep(model, validation)
-        features = {n: metrics.extract_features(n, images, device) for n in networks}
-        row |= {"num_samples": len(images), "scores": compute_scores(features, references)}
-        if by_class is not None:
-            labels = sampled_labels(settings, counts)
-            accuracy, row["classes"] = by_class.score(features[networks[-1]], labels)
-            row["scores"] |= {} if accuracy is None else {"class accuracy": accuracy}
+        labels = None if by_class is None else sampled_labels(settings, counts)
+        row |= score_images(images, references, by_class, labels, device)
         row["seconds"] = round(time.perf_counter() - row_start, 2)
         evaluations.append(row)
         report["seconds"] = round(time.perf_counter() - start, 2)
         label = result_label(evaluations[0], len(paths) - 1, reference)
         checkpoints.write_text(output_dir / f"{label}.json", json.dumps(report, indent=2) + "\n")
+
+    # Tables and figures.
     print(format_table(evaluations))
     if by_class is not None:
-        for row in evaluations:
-            print(format_classes(row["name"], networks[-1].title, row["classes"]))
-        print(f"class accuracy of held-out real images: {by_class.real_accuracy}")
-
-    # Figures.
+        print_classes(evaluations, networks[-1].title, by_class)
+    stem = output_dir / label
     if images.shape[1:] == real.shape[1:]:
-        kind = "image" if settings.images else "seed"
-        samples = images[:NEAREST_SAMPLES]
-        names = [f"{kind} {settings.seed + i}" for i in range(len(samples))]
-        figure = plot_nearest_neighbors(samples, names, real, references, device)
-        plots.save_image(figure, output_dir / f"{label}-nearest.png")
-    save_curves(evaluations, losses, [network.title for network in networks], output_dir / label)
+        save_nearest(settings, images, real, references, stem)
+    save_curves(evaluations, losses, [network.title for network in networks], stem)
     about = f"{len(real)} real images of {reference['dataset']} ({reference['data_dir']})"
-    print(f"{about}; results: {output_dir / label}*")
+    print(f"{about}; results: {stem}*")
+
+
+def describe_run(
+    reference: dict[str, Any], networks: list[nn.Module], device: torch.device
+) -> dict[str, Any]:
+    """Returns what a report says of its reference, its feature networks and the machine."""
+    return {
+        "reference": reference, "networks": [network.name for network in networks],
+        "device": device_name(device),
+        "versions": jobs.package_versions((*jobs.PACKAGES, *metrics.PACKAGES)),
+    }  # fmt: skip
+
+
+def score_images(
+    images: np.ndarray, references: References, by_class: ClassMetrics | None,
+    labels: np.ndarray | None, device: torch.device,
+) -> Evaluation:  # fmt: skip
+    """Returns the number of images, uint8 (N, C, H, W), and their scores, of classes too."""
+    features = {n: metrics.extract_features(n, images, device) for n in references}
+    row: Evaluation = {"num_samples": len(images), "scores": compute_scores(features, references)}
+    if by_class is not None:
+        accuracy, row["classes"] = by_class.score(features[[*references][-1]], labels)
+        row["scores"] |= {} if accuracy is None else {"class accuracy": accuracy}
+    return row
+
+
+def check_shape(model: DDPMModel, path: Path, shape: tuple[int, ...], first: Path) -> None:
+    """Raises UserError if the images of a model do not have the shape of the first one's."""
+    if image_shape(model) != shape:
+        difference = f"{image_shape(model)}, but those of {first} {shape}"
+        raise UserError(f"images of {path} are {difference}. Evaluate it alone")
+
+
+def print_classes(evaluations: list[Evaluation], title: str, by_class: ClassMetrics) -> None:
+    """Prints the scores of each class, and the accuracy that the classifier has on real images."""
+    for row in evaluations:
+        print(format_classes(row["name"], title, row["classes"]))
+    print(f"class accuracy of held-out real images: {by_class.real_accuracy}")
+
+
+def save_nearest(
+    settings: EvaluationSettings, images: np.ndarray, real: np.ndarray, references: References,
+    stem: Path,
+) -> None:  # fmt: skip
+    """Writes the figure of the first images and the real ones nearest to them."""
+    kind = "image" if settings.images else "seed"
+    samples = images[:NEAREST_SAMPLES]
+    names = [f"{kind} {settings.seed + i}" for i in range(len(samples))]
+    figure = plot_nearest_neighbors(samples, names, real, references, default_device())
+    plots.save_image(figure, stem.with_name(f"{stem.name}-nearest.png"))
 
 
 def save_curves(
