@@ -486,6 +486,40 @@ def test_train_takes_a_checkpoint_that_was_read_already(trained_by_api, tmp_path
     assert torch.load(final, weights_only=True)["progress"]["step"] == 6
 
 
+def test_train_continues_an_unconditional_run_with_classes(trained_by_api, tmp_path, monkeypatch):
+    shutil.copytree(trained_by_api, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    grids = []
+    save = plots.save_image
+    monkeypatch.setattr(
+        plots, "save_image", lambda image, *a: grids.append(image) or save(image, *a)
+    )
+    labels = np.arange(80) % 2
+    data = ImageDataset(random_images(80, 8), labels, ("a", "b"))
+    config = configure(MAX_STEPS=8, CLASS_CONDITIONAL=True)
+    model = DDPMModel.from_config(config, data.classes)
+    final = train(model, data, config, Path("checkpoints/whole/last.pt"))
+    trained = DDPMModel().load_model(final)
+    assert trained.architecture["classes"] == {"a": 40, "b": 40}
+    assert trained.unet.class_embedding.weight.abs().min() > 0
+    assert grids[-1].width == grids[-1].height  # 4 images: a row of 2 for each class
+    before, after = (
+        checkpoint_weights(f / "checkpoints/whole/final.pt") for f in (trained_by_api, tmp_path)
+    )
+    new = after.keys() - before.keys()
+    assert {name.split(".")[-2] for name in new} == {"class_embedding"} and len(new) == 3
+
+    # The other way, or with other labels, it does not.
+    config.MAX_STEPS = 12
+    for changed, message in (
+        (ImageDataset(data.images), "Resume with --class_conditional"),
+        (ImageDataset(data.images, labels * 0, ("a", "b")), "but the data has 2 .80 a, 0 b.: start another run"),
+    ):
+        model = DDPMModel.from_config(config, changed.classes)
+        with pytest.raises(UserError, match=message):
+            train(model, changed, config, final)
+
+
 # --- starting from the weights of another run
 
 
