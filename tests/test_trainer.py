@@ -513,7 +513,10 @@ def test_train_continues_an_unconditional_run_with_classes(trained_by_api, tmp_p
     config.MAX_STEPS = 12
     for changed, message in (
         (ImageDataset(data.images), "Resume with --class_conditional"),
-        (ImageDataset(data.images, labels * 0, ("a", "b")), "but the data has 2 .80 a, 0 b.: start another run"),
+        (
+            ImageDataset(data.images, labels * 0, ("a", "b")),
+            "but the data has 2 .80 a, 0 b.: start",
+        ),
     ):
         model = DDPMModel.from_config(config, changed.classes)
         with pytest.raises(UserError, match=message):
