@@ -1,7 +1,7 @@
 """Measures how close a model's images are to real ones.
 
     python evaluate.py                                             the newest checkpoint
-    python evaluate.py --checkpoint checkpoints/my_run/step_*.pt  several, and a curve over time
+    python evaluate.py --checkpoint checkpoints/my_run/step_*.pt   several, and a curve over time
     python evaluate.py --images my_images --dataset folder --data_dir data/cifar10/train
 
 Reports FID, KID, precision and recall if the Inception weights are available, and FD-Lite0 (a
