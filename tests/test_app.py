@@ -77,7 +77,7 @@ def test_turns_are_taken_in_order():
         for name in range(3):
             threads.append(threading.Thread(target=take, args=(name,)))
             threads[-1].start()
-            while len(turns.waiting) < name + 2:
+            while len(turns.waiting) + len(order) < name + 2:
                 time.sleep(0.001)
         assert order == []
     for thread in threads:
