@@ -30,6 +30,7 @@ from engine.dataloader import BatchLoader, ImageDataset
 from engine.errors import FallbackWarning, RenamedWarning, UserError
 from engine.progress import Progress
 from engine.run import VERSION
+from engine.shapes import SHAPE_KINDS
 from engine.train_step import TrainStep
 from engine.trainer import abort_if_diverged, format_duration, restore, train
 from tests.forked_script import ForkedScript
@@ -731,8 +732,9 @@ def test_inference_uses_the_newest_checkpoint(trained):
     results = trained / "inference_results"
     folder = results / "samples-ddpm_final-unipc-4-seeds-0-4"
     assert "ddpm_final.pt" in output and str(folder.relative_to(trained)) in output
-    names = {"grid.png", "contact_sheet.png", "summary.json", *(f"{i:06d}.png" for i in range(5))}
+    names = {"grid.png", "contact_sheet.png", "summary.json", *SHAPE_KINDS}
     assert {path.name for path in folder.iterdir()} == names
+    assert {path.name for path in (folder / "star").iterdir()} == {f"{i:06d}.png" for i in range(5)}
     best = ["--checkpoint", "checkpoints/whole/best.pt"]
     run_script_ok(trained, "inference.py", "--seeds", "3", *best)
     ends = ["--image1", "data:3", "--image2", "5", "--num_steps", "2"]
@@ -741,9 +743,9 @@ def test_inference_uses_the_newest_checkpoint(trained):
     assert json.loads(summary.read_text())["image1"] == "data:3"
     vary = ["--mode", "vary", "--image", "data:20480"]
     assert "data:20480" in run_script_error(trained, "inference.py", *vary)
-    alone = Image.open(results / "samples-whole-best-unipc-4-seeds-3" / "000003.png")
+    alone = Image.open(results / "samples-whole-best-unipc-4-seeds-3" / "star/000003.png")
     assert alone.size == (8, 8)
-    grouped = Image.open(folder / "000003.png")
+    grouped = Image.open(folder / "star/000003.png")
     assert np.abs(np.asarray(alone, int) - np.asarray(grouped, int)).max() <= 1
 
 
