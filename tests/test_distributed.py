@@ -88,7 +88,8 @@ def train_alone(max_steps: int, resume: str = "", run_name: str = "") -> None:
     flags = FLAGS | {"MAX_STEPS": max_steps, "RUN_NAME": run_name}
     config = resolve("shapes", detect_tier(), flags=flags)
     path = Path("checkpoints") / resume / "last.pt" if resume else None
-    train(DDPMModel.from_config(config), load_dataset("shapes", 8, Path("data")), config, path)
+    data = load_dataset("shapes", 8, Path("data"), use_labels=config.CLASS_CONDITIONAL)
+    train(DDPMModel.from_config(config, data.classes), data, config, path)
 
 
 def difference_of_runs(a: str, b: str) -> float:
