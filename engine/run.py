@@ -135,7 +135,7 @@ class Run:
         self.config = step.config
         self.progress = progress
 
-        # The folder: locked by this process, without what a killed one left.
+        # The folders: locked by this process, without leftovers of a killed one.
         self.folder = checkpoints.CHECKPOINT_DIR / name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.folder / ".lock")
@@ -145,8 +145,8 @@ class Run:
             raise UserError(f"run {name} is being trained by another process") from None
         samples = SAMPLES_DIR / name
         samples.mkdir(parents=True, exist_ok=True)
-        for leftover in (*self.folder.glob(".*.tmp"), *samples.glob(".*.tmp")):
-            leftover.unlink()
+        for folder in (self.folder, samples):
+            checkpoints.remove_leftovers(folder)
         self.warn_of_small_disk()
 
         tracker = Tracker(self.config.LOG_WITH, name, samples, self.config.as_dict(), progress.step)

@@ -19,11 +19,17 @@ from engine.errors import UserError
 from engine.labels import check_classes_on_resume
 from engine.progress import Progress, StopSignal, format_duration
 from engine.run import VERSION, NullRun, Run, checkpoint_bytes, format_bytes, max_checkpoints
-from engine.run_names import is_published, new_run_name, resume_hint, resumed_run_name
+from engine.run_names import (
+    SAMPLES_DIR,
+    is_published,
+    new_run_name,
+    resume_hint,
+    resumed_run_name,
+)
 from engine.train_step import TrainableModel, TrainStep, learning_rate, seed_everything
 
 MAX_NONFINITE_STEPS = 20  # in a row
-# Entries of the architecture; check_classes_on_resume has its own rule.
+# Entries of the architecture; classes have check_classes_on_resume.
 MUTABLE_ON_RESUME = {"sampling_timesteps", "guidance", "guidance_mode", "dropout", "classes"}
 
 
@@ -61,7 +67,7 @@ def train(
     checkpoint = checkpoints.load_training(resume) if isinstance(resume, Path) else resume
     data_info = {
         "dataset": config.DATASET, "images": len(data), "shape": [*data.images.shape[1:]],
-        "fingerprint": ImageDataset(data.images).fingerprint(),  # labels have a rule of their own
+        "fingerprint": ImageDataset(data.images).fingerprint(),  # labels have a separate rule
     }  # fmt: skip
     if checkpoint:
         with checkpoints.refuse_damaged(checkpoint.path):
@@ -72,6 +78,7 @@ def train(
         progress = Progress(config, len(loader), dist)
     name = distributed.broadcast_object(name)
     if progress.is_finished and is_published(name, progress.step):
+        checkpoints.remove_leftovers(SAMPLES_DIR / name)  # of a process killed while it plotted
         advice = "raise --epochs, --max_steps or --minutes to continue it"
         raise UserError(f"{checkpoint.path} is of a finished run: {advice}")
     distributed.print0(f"run {name}: {len(loader.train_indices)} images, {describe(train_step)}")
@@ -91,7 +98,7 @@ def train(
                 if should_snapshot_guide(train_step, progress):
                     train_step.ema.snapshot_guide()
 
-                # Metrics, sample grid, last.pt: whatever is due.
+                # Metrics, sample grid, last.pt: each if due.
                 if progress.is_log_step:
                     abort_if_diverged(train_step, progress.step, name)
                 run.after_step(loss, grad_norm, lr)
@@ -103,7 +110,7 @@ def train(
                     run.on_interrupt()
                     distributed.broadcast_object(None)  # waits for rank 0: the first exit ends all
                     raise SystemExit(128 + stop.number)
-            # Validation, best.pt, the epoch's checkpoint: whatever is due, also after part of one.
+            # Validation, best.pt, the epoch's checkpoint: if due, also after part of an epoch.
             progress.end_epoch()
             run.after_epoch()
         run.on_finish()

@@ -1,5 +1,6 @@
 """Runs of the real scripts: interrupted, resumed, out of disk space, given bad input."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -419,6 +420,17 @@ def test_train_continues_an_older_checkpoint_as_another_run(resumable, capsys):
         Path("checkpoints/whole/final.pt"), Path("checkpoints/whole-from-4/final.pt")
     )
     assert difference == 0
+
+
+def test_train_removes_leftovers_of_a_finished_run(resumable):
+    dead = Path("samples/whole/.loss.png.999999999.tmp")
+    live = Path(f"samples/whole/.loss.png.{os.getppid()}.tmp")
+    for changes in ({}, {"MAX_STEPS": 5}):
+        dead.touch()
+        live.touch()
+        with contextlib.suppress(UserError):
+            resumable(**changes)
+        assert live.exists() and not dead.exists()
 
 
 def test_train_publishes_what_a_killed_process_did_not(resumable, capsys):
