@@ -4,14 +4,14 @@
 const COLOR = '#f59e0b';
 
 // Buttons with data-index; onPick(index) is called when one is clicked.
-function pictureGrid(element, onPick) {
+function imageGrid(element, onPick) {
   element.addEventListener('click', event => {
     const button = event.target.closest('button[data-index]');
     if (button) onPick(Number(button.dataset.index));
   });
 }
 
-// Images of which one is shown; data-loop plays them to and fro without end. Returns what starts it.
+// Shows one of its images at a time; data-loop plays them back and forth. Returns a play function.
 function film(element) {
   let timer = null;
   let direction = 1;

@@ -3,7 +3,7 @@
     pip install -r requirements-app.txt
     python app.py                                    the newest checkpoint, http://127.0.0.1:7860
     python app.py --checkpoint weights/cifar10.safetensors
-    python app.py --host 0.0.0.0                     for the whole network; --share: for the world
+    python app.py --host 0.0.0.0                     for the local network; --share: for everyone
 
 The page takes only numbers, names that it offers, and images; it stores nothing.
 """
@@ -41,7 +41,7 @@ NUM_FRAMES = 12  # of an interpolation
 INTERPOLATION_STEPS = 60
 PREVIEW_SECONDS = 0.2
 POLL_SECONDS = 3
-PICK = "pictureGrid(element, index => trigger('pick', {area: '%s', index}))"
+PICK = "imageGrid(element, index => trigger('pick', {area: '%s', index}))"
 PAINT = "watch('value', brush(element, mask => trigger('paint', {mask})))"
 PLAY = "watch('value', film(element))"
 MARGIN = "@media (max-width: 600px) { .app { padding: 12px !important; } }"  # around all app.css
@@ -53,9 +53,9 @@ class AppSettings(Settings):
     """Which model the page shows, and to whom."""
 
     checkpoint = Setting(None, "a .pt or .safetensors file", type_=str, auto="always the newest")
-    host = Setting("127.0.0.1", "address to listen on; 0.0.0.0: every one of this machine")
+    host = Setting("127.0.0.1", "address to listen on; 0.0.0.0: all of this machine's")
     port = Setting(7860, "port to listen on", min=1, max=65535)
-    share = Setting(False, "also through a public link of gradio.live, for 72 hours")
+    share = Setting(False, "also make a public gradio.live link, valid for 72 hours")
 
 
 class SharedModel(page.SharingMixin, DDPMModel):
@@ -77,7 +77,7 @@ class Page:
 
     @contextmanager
     def errors_shown(self) -> Iterator[None]:
-        """Shows an error to the visitor who made it, and to nobody else."""
+        """Shows an error to the visitor who caused it, and to nobody else."""
         try:
             yield
         except page.SupersededError:
@@ -88,13 +88,13 @@ class Page:
             gr.Warning("out of GPU memory: ask for fewer images")
 
     def plan(self, request: Request, *controls: Any) -> Plan:
-        """Returns what the controls ask for; raises UserError for what the page does not offer."""
+        """Returns what the controls ask for; UserError if the page does not offer it."""
         return Plan.of_controls(self.keeper.refresh(), request, InferenceSettings, *controls)
 
     # Samples.
 
-    def draw(self, session: Session, *controls: Any) -> Iterator[tuple[str, str]]:
-        """Samples images, and shows on the way which x_0 the model sees in the noise."""
+    def sample(self, session: Session, *controls: Any) -> Iterator[tuple[str, str]]:
+        """Samples images, showing the predicted x_0 while it runs."""
         with self.errors_shown():
             request = session.start("samples")
             plan = self.plan(request, *controls)
@@ -103,31 +103,31 @@ class Page:
                 if t >= 0 and time.monotonic() - shown > PREVIEW_SECONDS:
                     shown = time.monotonic()
                     images = [(page.image_uri(image), "") for image in unnormalize(x_0)]
-                    yield page.picture_grid(images), page.note(f"timestep {t}")
+                    yield page.image_grid(images), page.note(f"timestep {t}")
             request.check()
-            session.pictures["samples"] = plan.pictures(unnormalize(x_0))
+            session.images["samples"] = plan.attach_settings(unnormalize(x_0))
             seconds = time.monotonic() - start
             yield self.grid(session, "samples"), page.note(f"sampled in {seconds:.1f} s")
 
     def grid(self, session: Session, area: str) -> str:
-        """Returns the pictures of an area, the chosen ones framed."""
-        pictures = [(p.data_uri, p.label) for p in session.pictures.get(area, [])]
-        return page.picture_grid(pictures, [p.data_uri for p in session.chosen])
+        """Returns the images of an area, the chosen ones framed."""
+        images = [(p.data_uri, p.label) for p in session.images.get(area, [])]
+        return page.image_grid(images, [p.data_uri for p in session.chosen])
 
     def choose(self, session: Session, event: gr.EventData) -> tuple[str, str, str]:
-        """Makes a picture that was clicked the newest of the chosen ones."""
-        pictures = session.pictures.get(str(event.area), [])
-        if type(event.index) is int and 0 <= event.index < len(pictures):
-            session.choose(pictures[event.index])
+        """Makes the clicked image the newest of the chosen ones."""
+        images = session.images.get(str(event.area), [])
+        if type(event.index) is int and 0 <= event.index < len(images):
+            session.choose(images[event.index])
         return self.show_chosen(session)
 
     def show_chosen(self, session: Session) -> tuple[str, str, str]:
-        """Returns the samples, the chosen pictures and the canvas to paint on."""
+        """Returns the samples, the chosen images and the canvas to paint on."""
         canvas = page.canvas(session.chosen[0], session.mask) if session.chosen else ""
-        return self.grid(session, "samples"), page.chosen_pictures(session.chosen), canvas
+        return self.grid(session, "samples"), page.chosen_images(session.chosen), canvas
 
     def take_upload(self, session: Session, path: str) -> dict[Any, Any]:
-        """Chooses an uploaded image; a PNG of ours also sets the controls as they were."""
+        """Chooses an uploaded image; a PNG of ours also restores the controls."""
         with self.errors_shown():
             model = self.keeper.refresh().model
             values = page.take_upload(session, Path(path), model, InferenceSettings)
@@ -141,57 +141,57 @@ class Page:
         with self.errors_shown():
             session.mask = page.parse_mask(event.mask, self.keeper.refresh().model.image_size)
 
-    # Panels: what is made of the chosen pictures.
+    # Panels: what is made from the chosen images.
 
     def open_panel(self, session: Session, event: gr.SelectData, *controls: Any) -> dict[Any, str]:
-        """Draws the panel whose tab was clicked."""
+        """Renders the panel whose tab was clicked."""
         session.panel = event.value
         return self.show_panel(session, *controls)
 
     def show_panel(self, session: Session, strength: float, *controls: Any) -> dict[Any, str]:
-        """Draws the panel that is open."""
+        """Renders the open panel."""
         panel = session.panel if session.panel in self.panels else "Vary"
-        output, draw = self.panels[panel]
+        output, render = self.panels[panel]
         if not session.chosen:
-            return {output: page.note("Choose a picture first.")}
+            return {output: page.note("Choose an image first.")}
         with self.errors_shown():
             request = session.start("panel")
-            result = draw(session, request, strength, *controls)
+            result = render(session, request, strength, *controls)
             request.check()
             return {output: result}
         return gr.skip()
 
     def vary(self, session: Session, request: Request, strength: float, *controls: Any) -> str:
-        """Variations of the newest chosen picture."""
+        """Variations of the newest chosen image."""
         plan = self.plan(request, *controls)
         options = {"strength": strength}
-        session.pictures["vary"] = plan.run("vary", NUM_VARIATIONS, session.chosen[0], options)
+        session.images["vary"] = plan.run("vary", NUM_VARIATIONS, session.chosen[0], options)
         return self.grid(session, "vary")
 
     def inpaint(self, session: Session, request: Request, _: float, *controls: Any) -> str:
-        """The newest chosen picture, filled in where it was painted on."""
+        """The newest chosen image, filled in where it was painted over."""
         if session.mask is None or not session.mask.any():
-            return page.note("Paint over what is to be filled in.")
+            return page.note("Paint over the part to fill in.")
         plan = self.plan(request, *controls)
         options = {"mask": session.mask}
-        session.pictures["inpaint"] = plan.run("inpaint", NUM_INPAINTED, session.chosen[0], options)
+        session.images["inpaint"] = plan.run("inpaint", NUM_INPAINTED, session.chosen[0], options)
         return self.grid(session, "inpaint")
 
     def interpolate(self, session: Session, request: Request, *_: Any) -> str:
-        """The way from one chosen picture to the other."""
+        """Frames between the two chosen images."""
         if len(session.chosen) < 2:
-            return page.note("Choose a second picture.")
-        end, start = (picture.image for picture in session.chosen)
+            return page.note("Choose a second image.")
+        end, start = (chosen.image for chosen in session.chosen)
         model = self.keeper.refresh().model.serve(request)
         images = model.interpolate(start, end, NUM_FRAMES, steps=INTERPOLATION_STEPS)
         captions = (f"{i / (NUM_FRAMES - 1):.2f}" for i in range(NUM_FRAMES))
         return page.film(list(zip(map(page.image_uri, images), captions, strict=True)), loop=True)
 
     def show_trajectory(self, session: Session, request: Request, *_: Any) -> str:
-        """How the newest chosen picture came from noise: x_t, and the x_0 predicted from it."""
+        """The trajectory of the newest chosen image: x_t and the predicted x_0."""
         settings = session.chosen[0].settings
         if settings.get("mode") != "samples" or settings["sha256"] != self.keeper.refresh().sha256:
-            return page.note("Choose one of the samples: they come from noise.")
+            return page.note("Choose one of the samples: only they start from noise.")
         classes = [settings["classes"]] if settings["classes"] else []
         controls = (settings[name] for name in ("sampler", "steps", "guidance"))
         plan = self.plan(request, str(settings["seeds"][0]), classes, *controls)
@@ -200,10 +200,10 @@ class Page:
             for t, x_t, x_0 in plan.trajectory()
         ])  # fmt: skip
 
-    # Model and runs, looked at every POLL_SECONDS.
+    # Model and runs, checked every POLL_SECONDS.
 
     def poll(self, session: Session) -> dict[Any, Any]:
-        """Shows the model, again whenever its checkpoint is exchanged."""
+        """Shows the model, again whenever its checkpoint is replaced."""
         served = self.keeper.refresh()
         if self.keeper.problem != session.problem:
             session.problem = self.keeper.problem
@@ -212,7 +212,7 @@ class Page:
         if served.version == session.model_version:
             return gr.skip()
         if session.model_version:
-            gr.Info("The checkpoint has changed: from now on the new model is used.")
+            gr.Info("The checkpoint has changed: the new model is used from now on.")
         session.model_version = served.version
 
         # What this model has.
@@ -229,7 +229,7 @@ class Page:
         }
 
     def follow(self, session: Session, name: str | None) -> dict[Any, Any]:
-        """Shows a run, the newest unless one is chosen; curve and grids only if they changed."""
+        """Shows a run, by default the newest; curve and grids only if they changed."""
         runs = run.find_runs()
         if not runs:
             return {self.run_figures: page.note("No run yet: start one with train_optimized.py.")}
@@ -260,7 +260,7 @@ class Page:
         return blocks
 
     def build_samples(self) -> None:
-        """Lays out the tab to sample in."""
+        """Lays out the sampling tab."""
         with gr.Row():
             with gr.Column(scale=3, min_width=340):
                 self.samples = gr.HTML(js_on_load=PICK % "samples")
@@ -276,8 +276,8 @@ class Page:
                     "steps": gr.Slider(1, MAX_STEPS, step=1, label="Steps"),
                     "guidance": gr.Slider(1, 5, step=0.1, label="Guidance"),
                 }
-                self.chosen = gr.HTML(page.chosen_pictures([]))
-                self.upload = gr.UploadButton("Upload a picture", file_types=["image"])
+                self.chosen = gr.HTML(page.chosen_images([]))
+                self.upload = gr.UploadButton("Upload an image", file_types=["image"])
         with gr.Tabs(elem_classes="panel") as self.tabs:
             with gr.Tab("Vary", id="Vary"):
                 self.controls["strength"] = gr.Slider(0.05, 1, 0.5, step=0.05, label="Strength")
@@ -299,7 +299,7 @@ class Page:
         }
 
     def build_run(self) -> None:
-        """Lays out the tab to follow a run in."""
+        """Lays out the tab that follows a run."""
         self.run = gr.Dropdown([], label="Run")
         self.run_figures = gr.HTML()
         with gr.Row():
@@ -316,30 +316,30 @@ class Page:
         self.chosen_outputs = [self.samples, self.chosen, self.canvas]
         panels = [output for output, _ in self.panels.values()]
         quiet = {"api_visibility": "private", "show_progress": "hidden", "trigger_mode": "multiple"}
-        draw = {"fn": self.draw, "inputs": [session, *sampling]}
-        draw |= quiet | {"outputs": [self.samples, self.status]}
+        sample = {"fn": self.sample, "inputs": [session, *sampling]}
+        sample |= quiet | {"outputs": [self.samples, self.status]}
         panel = {"fn": self.show_panel, "inputs": [session, strength, *sampling], "outputs": panels}
         panel |= quiet | {"show_progress": "minimal"}
 
-        # Every change is drawn.
+        # Every change samples again.
         on_change = [controls[name].input for name in ("classes", "sampler", "steps", "guidance")]
-        gr.on([*on_change, controls["seeds"].submit], **draw).then(**panel)
+        gr.on([*on_change, controls["seeds"].submit], **sample).then(**panel)
         new_seeds = self.dice.click(page.new_seeds, controls["seeds"], controls["seeds"], **quiet)
-        new_seeds.then(**draw).then(**panel)
+        new_seeds.then(**sample).then(**panel)
         strength.input(**panel)
 
-        # Chosen pictures and panels.
+        # Chosen images and panels.
         for grid in (self.samples, self.varied, self.inpainted):
             grid.pick(self.choose, session, self.chosen_outputs, **quiet).then(**panel)
         self.canvas.paint(self.take_mask, session, None, **quiet).then(**panel)
         self.tabs.select(self.open_panel, panel["inputs"], panels, **quiet)
         taken = [*controls.values(), *self.chosen_outputs, self.tabs]
         uploaded = self.upload.upload(self.take_upload, [session, self.upload], taken, **quiet)
-        uploaded.then(**draw).then(**panel)
+        uploaded.then(**sample).then(**panel)
 
-        # The model, at once and from time to time; a run while its tab is open.
+        # The model, now and every POLL_SECONDS; a run while its tab is open.
         poll = {"fn": self.poll, "inputs": session, "outputs": [self.header, *sampling[1:]]} | quiet
-        blocks.load(**poll).then(**draw)
+        blocks.load(**poll).then(**sample)
         gr.Timer(POLL_SECONDS).tick(**poll)
         shown = [self.run, self.run_figures, self.run_curve, self.run_grids]
         follow = {"fn": self.follow, "inputs": [session, self.run], "outputs": shown} | quiet

@@ -94,7 +94,7 @@ class SharingMixin:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model and where it is from. version: counts the models of a page."""
+    """A model and where it came from. version: counts the models of a page."""
 
     model: nn.Module
     path: Path
@@ -136,11 +136,11 @@ class ModelKeeper:
             return self.served
 
 
-# Pictures.
+# Images.
 
 
 @dataclass
-class Picture:
+class PageImage:
     """An image (C, H, W), in multiples of 1/255 as its PNG has it, and how it was made."""
 
     image: Tensor
@@ -170,7 +170,7 @@ class Plan:
     ) -> "Plan":  # fmt: skip
         """Checks what the controls ask for. declared: the settings of inference.py.
 
-        Raises UserError for what the page does not offer, whoever asks for it.
+        Raises UserError for what the page does not offer.
         """
         model = served.model.serve(request)
         if not 1 <= steps <= MAX_STEPS or len(seeds) > MAX_TEXT:
@@ -188,7 +188,7 @@ class Plan:
         return cls(model, numbers, labels or None, options, jobs.complete_settings(settings))
 
     def trajectory(self) -> Iterator[State]:
-        """Yields t, x_t and the predicted x_0, from noise to image, as DDPMModel.sample does it."""
+        """Yields t, x_t and the predicted x_0, from noise to image, like DDPMModel.sample."""
         if self.labels is None and self.model.class_names:
             self.labels = labels_of_seeds(self.seeds, self.model.class_counts).tolist()
         options = dict(self.options)
@@ -196,8 +196,8 @@ class Plan:
         x, randn = self.model.noise(self.seeds)
         return self.model.trajectory(x, timesteps, sampler, randn, labels=self.labels, **options)
 
-    def run(self, mode: str, count: int, source: Picture, options: dict) -> list[Picture]:
-        """Calls the model's method `mode`, which starts from a picture, for `count` seeds."""
+    def run(self, mode: str, count: int, source: PageImage, options: dict) -> list[PageImage]:
+        """Calls the model's method `mode`, which starts from an image, for `count` seeds."""
         self.seeds = self.seeds[:count]
         self.labels = self.labels and self.labels[:count]
         arguments = self.options | {"labels": self.labels} | options
@@ -206,10 +206,10 @@ class Plan:
         if "mask" in options:
             options = {"mask": image_uri(options["mask"][None].float())}
         self.settings |= {"mode": mode, "image": source.data_uri} | options
-        return self.pictures(images)
+        return self.attach_settings(images)
 
-    def pictures(self, images: Tensor) -> list[Picture]:
-        """Returns images (B, C, H, W), one of each seed, with the settings that reproduce each."""
+    def attach_settings(self, images: Tensor) -> list[PageImage]:
+        """Returns images (B, C, H, W), one per seed, with settings to reproduce each."""
         made = []
         for i, (image, seed) in enumerate(zip(images, self.seeds, strict=True)):
             settings = self.settings | {"seeds": [seed]}
@@ -217,16 +217,16 @@ class Plan:
             if self.labels:
                 settings["classes"] = self.model.class_names[self.labels[i]]
                 label += f", {settings['classes']}"
-            made.append(Picture(image, label, settings))
+            made.append(PageImage(image, label, settings))
         return made
 
 
 @dataclass
 class Session:
-    """What one visitor sees: pictures by area, those that were chosen, requests that run."""
+    """What one visitor sees: images by area, the chosen ones, running requests."""
 
-    pictures: dict[str, list[Picture]] = field(default_factory=dict)
-    chosen: list[Picture] = field(default_factory=list)  # the newest first, at most two
+    images: dict[str, list[PageImage]] = field(default_factory=dict)
+    chosen: list[PageImage] = field(default_factory=list)  # the newest first, at most two
     mask: Tensor | None = None  # (H, W), not 0 where the newest is to be inpainted
     panel: str = "Vary"
     requests: dict[str, Request] = field(default_factory=dict)
@@ -241,9 +241,9 @@ class Session:
         self.requests[area] = Request()
         return self.requests[area]
 
-    def choose(self, picture: Picture) -> None:
-        """Makes a picture the newest of the two that are chosen."""
-        self.chosen = [picture, *self.chosen[:1]]
+    def choose(self, image: PageImage) -> None:
+        """Makes an image the newest of the two that are chosen."""
+        self.chosen = [image, *self.chosen[:1]]
         self.mask = None
 
 
@@ -252,7 +252,7 @@ def take_upload(
 ) -> dict[str, Any]:
     """Chooses an uploaded image, and returns values of the controls by name.
 
-    A PNG of ours brings back all that it was made from and with. declared: the settings of
+    A PNG of ours restores everything it was made from and with. declared: the settings of
     inference.py. Raises UserError for what is not an image.
     """
     try:
@@ -262,17 +262,17 @@ def take_upload(
     except UserError as error:
         raise UserError(str(error).replace(str(path), "the upload")) from error
     if not settings:
-        session.choose(Picture(image, "upload", {}))
+        session.choose(PageImage(image, "upload", {}))
         return {}
     if settings["sampler"] not in SAMPLERS:
         raise UserError("the upload was made with a sampler that this page does not offer")
 
-    # What variations and inpainted images were made from is in their settings; never a path.
+    # The sources of variations and inpainted images are in their settings; never a path.
     mode = settings["mode"]
     files = {n: settings[n] for n in ("mask", "image") if jobs.is_embedded(settings[n])}
     if "image" in files:
         image = jobs.read_image(jobs.open_input(files["image"]), model.image_size, model.channels)
-    session.choose(Picture(image, "upload", settings if mode == "samples" else {}))
+    session.choose(PageImage(image, "upload", settings if mode == "samples" else {}))
     if mode == "inpaint" and len(files) == 2:
         session.mask = jobs.read_mask(*map(jobs.open_input, files.values()), model.image_size)
     session.panel = {"vary": "Vary", "inpaint": "Inpaint"}.get(mode, session.panel)
@@ -285,7 +285,7 @@ def take_upload(
 
 
 def new_seeds(seeds: str) -> str:
-    """Returns as many consecutive seeds as there were, from a random one on."""
+    """Returns the same number of consecutive seeds, from a random one on."""
     try:
         count = len(jobs.parse_seeds(seeds[:MAX_TEXT], MAX_IMAGES))
     except UserError:
@@ -306,7 +306,7 @@ def image_uri(image: Tensor) -> str:
 
 
 def parse_mask(text: Any, size: int) -> Tensor:
-    """Returns a mask (size, size) from its pixels in rows, 1 where to inpaint and 0 elsewhere."""
+    """Parses a mask's pixels in rows, `1` where to inpaint: bool (size, size)."""
     if not isinstance(text, str) or len(text) != size**2 or set(text) - {"0", "1"}:
         raise UserError(f"the mask is not {size}x{size} pixels. Paint it again")
     return torch.tensor([pixel == "1" for pixel in text]).reshape(size, size)
@@ -315,24 +315,24 @@ def parse_mask(text: Any, size: int) -> Tensor:
 # HTML that app.js wires; images are data URIs, so that no file is ever served.
 
 
-def picture_grid(pictures: Sequence[tuple[str, str]], chosen: Sequence[str] = ()) -> str:
-    """Returns (data URI, label) of pictures as a grid of buttons; `chosen` URIs are framed.
+def image_grid(images: Sequence[tuple[str, str]], chosen: Sequence[str] = ()) -> str:
+    """Returns images as a grid of buttons; those in `chosen` are framed.
 
-    Pictures without a label cannot be clicked.
+    images: (data URI, label) of each; without a label it cannot be clicked. chosen: data URIs.
     """
-    columns = 4 if len(pictures) <= 16 else 6
+    columns = 4 if len(images) <= 16 else 6
     buttons = (
         f'<button data-index="{i}" aria-pressed="{str(uri in chosen).lower()}" title="{label}"'
         f'{"" if label else " disabled"}><img src="{uri}" alt="{label}"></button>'
-        for i, (uri, label) in enumerate((uri, html.escape(label)) for uri, label in pictures)
+        for i, (uri, label) in enumerate((uri, html.escape(label)) for uri, label in images)
     )
-    return f'<div class="pictures" style="--columns: {columns}">{"".join(buttons)}</div>'
+    return f'<div class="images" style="--columns: {columns}">{"".join(buttons)}</div>'
 
 
 def film(frames: Sequence[tuple[str, str]], loop: bool = False, autoplay: bool = True) -> str:
     """Returns (data URI, caption) of frames as a film with a play button and a slider.
 
-    loop: whether it goes to and fro without end. Without autoplay it shows its last frame.
+    loop: whether it plays back and forth forever. Without autoplay it shows its last frame.
     """
     if not frames:
         return note("Nothing to see yet.")
@@ -349,24 +349,24 @@ def film(frames: Sequence[tuple[str, str]], loop: bool = False, autoplay: bool =
     )
 
 
-def chosen_pictures(pictures: Sequence[Picture]) -> str:
-    """Returns the chosen pictures, the newest first, each with a link that downloads it."""
-    if not pictures:
-        return note("Click a picture to choose it, or upload one.")
+def chosen_images(images: Sequence[PageImage]) -> str:
+    """Returns the chosen images, newest first, each with a download link."""
+    if not images:
+        return note("Click an image to choose it, or upload one.")
     figures = (
         f'<figure><img src="{uri}" alt="{label}"><figcaption>{label} · '
         f'<a href="{uri}" download="ddpm {label}.png">PNG</a></figcaption></figure>'
-        for uri, label in ((p.data_uri, html.escape(p.label)) for p in pictures)
+        for uri, label in ((p.data_uri, html.escape(p.label)) for p in images)
     )
     return f'<div class="chosen">{"".join(figures)}</div>'
 
 
-def canvas(picture: Picture, mask: Tensor | None) -> str:
-    """Returns a picture under a canvas of its size to paint a mask on; app.js shows the mask."""
-    size = picture.image.shape[-1]
+def canvas(source: PageImage, mask: Tensor | None) -> str:
+    """Returns an image under a canvas to paint a mask on; app.js shows the mask."""
+    size = source.image.shape[-1]
     pixels = "" if mask is None else "".join(map(str, mask.flatten().int().tolist()))
     return (
-        f'<div class="paint"><div><img src="{picture.data_uri}" alt="">'
+        f'<div class="paint"><div><img src="{source.data_uri}" alt="">'
         f'<canvas width="{size}" height="{size}" data-mask="{pixels}"></canvas></div>'
         "<button>Clear</button></div>"
     )

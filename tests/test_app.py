@@ -1,4 +1,4 @@
-"""app.py: turns, exchanged checkpoints, what the page takes and gives back; the page itself."""
+"""app.py: turns, replaced checkpoints, what the page takes and returns; the page itself."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ import app
 import inference
 from engine import page, plots, run
 from engine.errors import UserError
-from engine.page import ModelKeeper, Picture, Plan, Request, ServedModel, Session, Turns
+from engine.page import ModelKeeper, PageImage, Plan, Request, ServedModel, Session, Turns
 from inference import InferenceSettings
 
 SMALL = {"image_size": 8, "dim": 8, "dim_mults": (1, 2), "timesteps": 40, "sampling_timesteps": 4}
@@ -56,9 +56,9 @@ def samples_of(plan: Plan) -> torch.Tensor:
     return (x / 2 + 0.5).clamp(0, 1)
 
 
-def save_png(picture: Picture, path: str) -> Path:
-    """Writes a picture as the browser's download does."""
-    png = page.jobs.open_input(picture.data_uri).getvalue()
+def save_png(image: PageImage, path: str) -> Path:
+    """Writes an image as the browser's download does."""
+    png = page.jobs.open_input(image.data_uri).getvalue()
     Path(path).write_bytes(png)
     return Path(path)
 
@@ -85,7 +85,7 @@ def test_turns_are_taken_in_order():
     assert order == [0, 1, 2]
 
 
-def test_superseded_request_ends_and_others_go_on(served):
+def test_superseded_request_ends_and_others_continue(served):
     session = Session()
     first = plan_of(served, session.start("samples"))
     states = first.trajectory()
@@ -110,7 +110,7 @@ def test_request_ends_when_its_time_is_over(served, monkeypatch):
 # The checkpoint.
 
 
-def test_keeper_loads_an_exchanged_checkpoint_and_keeps_the_model_if_it_cannot(served):
+def test_keeper_loads_a_replaced_checkpoint_and_keeps_the_model_if_it_cannot(served):
     keeper = ModelKeeper(lambda: served.path, app.load_model)
     before = keeper.refresh()
     assert keeper.refresh() is before
@@ -168,31 +168,30 @@ def test_mask_is_read_in_rows():
 # PNGs.
 
 
-def test_png_of_a_sample_brings_its_settings_back(served):
+def test_png_of_a_sample_restores_its_settings(served):
     plan = plan_of(served)
-    _, picture = plan.pictures(samples_of(plan))
+    _, sample = plan.attach_settings(samples_of(plan))
     session = Session()
-    controls = page.take_upload(
-        session, save_png(picture, "a.png"), served.model, InferenceSettings
-    )
+    path = save_png(sample, "a.png")
+    controls = page.take_upload(session, path, served.model, InferenceSettings)
     assert controls == {
         "seeds": "7", "classes": [], "sampler": "ddim", "steps": 4, "guidance": 1.5,
         "strength": 0.5,
     }  # fmt: skip
-    assert torch.equal(session.chosen[0].image, picture.image)
+    assert torch.equal(session.chosen[0].image, sample.image)
     del controls["strength"]
     assert session.chosen[0].settings["sha256"] == served.sha256
     again = plan_of(served, **controls)
-    assert torch.equal(again.pictures(samples_of(again))[0].image, picture.image)
+    assert torch.equal(again.attach_settings(samples_of(again))[0].image, sample.image)
 
 
 @pytest.mark.parametrize("mode", ["vary", "inpaint"])
-def test_png_of_a_derived_image_brings_its_source_back(served, mode, monkeypatch):
-    source = Picture(torch.rand(3, 8, 8), "upload", {})
+def test_png_of_a_derived_image_restores_its_source(served, mode, monkeypatch):
+    source = PageImage(torch.rand(3, 8, 8), "upload", {})
     mask = torch.arange(64).reshape(8, 8) % 3 == 0
     options = {"strength": 0.8} if mode == "vary" else {"mask": mask}
-    picture = plan_of(served).run(mode, 1, source, options)[0]
-    path = save_png(picture, "a.png")
+    derived = plan_of(served).run(mode, 1, source, options)[0]
+    path = save_png(derived, "a.png")
     session = Session()
     controls = page.take_upload(session, path, served.model, InferenceSettings)
     assert torch.equal(session.chosen[0].image, source.image)
@@ -204,9 +203,9 @@ def test_png_of_a_derived_image_brings_its_source_back(served, mode, monkeypatch
         options = {"strength": controls["strength"]}
     del controls["strength"]
     again = plan_of(served, **controls).run(mode, 1, session.chosen[0], options)[0]
-    assert torch.equal(again.image, picture.image)
+    assert torch.equal(again.image, derived.image)
 
-    # inference.py makes the same image of it.
+    # inference.py makes the same image from it.
     monkeypatch.setattr("sys.argv", ["inference.py", "--from_png", str(path)])
     with pytest.raises(SystemExit) as exit_:
         run_script(inference.main)
@@ -215,23 +214,23 @@ def test_png_of_a_derived_image_brings_its_source_back(served, mode, monkeypatch
     assert Image.open(made).tobytes() == Image.open(path).tobytes()
 
 
-def test_png_of_a_class_brings_the_class_back(tmp_path, monkeypatch):
+def test_png_of_a_class_restores_the_class(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = save_model("checkpoints/ddpm_final.pt", classes={"cat": 3, "dog <b>": 5})
     served = ModelKeeper(lambda: path, app.load_model).refresh()
     plan = plan_of(served, seeds="0-2", classes=["dog <b>", "cat"])
-    pictures = plan.pictures(samples_of(plan))
-    assert [p.label for p in pictures] == ["seed 0, dog <b>", "seed 1, cat", "seed 2, dog <b>"]
-    assert "<b>" not in page.chosen_pictures(pictures[:1])
-    upload = save_png(pictures[2], "a.png")
+    images = plan.attach_settings(samples_of(plan))
+    assert [p.label for p in images] == ["seed 0, dog <b>", "seed 1, cat", "seed 2, dog <b>"]
+    assert "<b>" not in page.chosen_images(images[:1])
+    upload = save_png(images[2], "a.png")
     controls = page.take_upload(Session(), upload, served.model, InferenceSettings)
     assert controls["classes"] == ["dog <b>"] and controls["seeds"] == "2"
 
-    # Without a class chosen, each seed has its own, as DDPMModel.sample draws it.
+    # Without a class chosen, each seed has the one that DDPMModel.sample gives it.
     plan = plan_of(served, seeds="0-2")
     images = served.model.sample(3, seed=[0, 1, 2], sampler="ddim", guidance=1.5)
     torch.testing.assert_close(samples_of(plan), images)
-    assert all(p.settings["classes"] for p in plan.pictures(images))
+    assert all(p.settings["classes"] for p in plan.attach_settings(images))
 
 
 def test_upload_of_another_image_is_cropped_and_changes_no_control(served):
@@ -243,13 +242,14 @@ def test_upload_of_another_image_is_cropped_and_changes_no_control(served):
 
 def test_upload_never_names_a_file_of_the_server(served):
     plan = plan_of(served)
-    picture = plan.run("vary", 1, Picture(torch.rand(3, 8, 8), "upload", {}), {"strength": 0.5})[0]
+    source = PageImage(torch.rand(3, 8, 8), "upload", {})
+    varied = plan.run("vary", 1, source, {"strength": 0.5})[0]
     Image.new("L", (8, 8), 255).save("secret.png")
-    stored = picture.settings | {"mode": "inpaint", "image": "secret.png", "mask": "secret.png"}
-    path = save_png(Picture(picture.image, "upload", stored), "a.png")
+    stored = varied.settings | {"mode": "inpaint", "image": "secret.png", "mask": "secret.png"}
+    path = save_png(PageImage(varied.image, "upload", stored), "a.png")
     session = Session()
     page.take_upload(session, path, served.model, InferenceSettings)
-    assert session.mask is None and torch.equal(session.chosen[0].image, picture.image)
+    assert session.mask is None and torch.equal(session.chosen[0].image, varied.image)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_upload_never_names_a_file_of_the_server(served):
 )
 def test_upload_with_other_settings_is_refused(served, change, message):
     settings = plan_of(served).settings | change
-    path = save_png(Picture(torch.rand(3, 8, 8), "upload", settings), "a.png")
+    path = save_png(PageImage(torch.rand(3, 8, 8), "upload", settings), "a.png")
     with pytest.raises(UserError, match=message):
         page.take_upload(Session(), path, served.model, InferenceSettings)
 
@@ -378,7 +378,7 @@ def test_page_serves_no_file_of_the_server(url):
         urllib.request.urlopen(f"{url}/gradio_api/file={path}")
 
 
-def test_page_ignores_pictures_and_masks_that_are_not_there(url):
+def test_page_ignores_images_and_masks_that_are_not_there(url):
     assert '"success":true' in call(url, "pick", [None], {"area": "samples", "index": 7})
     assert '"success":true' in call(url, "paint", [None], {"mask": "1"})
 
@@ -394,7 +394,7 @@ def test_page_in_a_browser(url, served):
     chromium = shutil.which("chromium")
     if not chromium:
         pytest.skip("needs chromium")
-    ready = ".pictures button:not([disabled])"
+    ready = ".images button:not([disabled])"
     with sync_api.sync_playwright() as playwright:
         flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
         browser = playwright.chromium.launch(executable_path=chromium, args=flags)
@@ -406,7 +406,7 @@ def test_page_in_a_browser(url, served):
             visitor.wait_for_selector(ready)
         one, other = visitors
 
-        # A wrong value is one visitor's; a right one is drawn.
+        # An invalid value is one visitor's; a valid one is sampled.
         seeds = one.get_by_label("Seeds")
         seeds.fill("x")
         seeds.press("Enter")
@@ -417,13 +417,13 @@ def test_page_in_a_browser(url, served):
         one.wait_for_function(f"document.querySelectorAll('{ready}').length == 2")
 
         # A click chooses, varies and offers a PNG with its settings.
-        one.click(".pictures button[data-index='1']")
-        one.wait_for_selector(".panel .pictures button")
+        one.click(".images button[data-index='1']")
+        one.wait_for_selector(".panel .images button")
         with one.expect_download() as download:
             one.click(".chosen a")
         assert json.loads(plots.read_png_metadata(download.value.path()))["seeds"] == [7]
 
-        # An exchanged checkpoint is noticed by all.
+        # Everyone is told of a replaced checkpoint.
         save_model(str(served.path), seed=1)
         for visitor in visitors:
             visitor.wait_for_selector("text=The checkpoint has changed")
