@@ -339,9 +339,8 @@ def result_key(config: Config) -> str:
     preset = resolve(config.DATASET, detect_tier())
     if all(getattr(config, name) == getattr(preset, name) for name in NETWORK):
         return config.DATASET
-    mults = ",".join(map(str, config.DIM_MULTS))
-    network = f"{config.IMAGE_SIZE}px-dim{config.DIM}-{mults}-full{config.FULL_ATTENTION_MAX_SIZE}"
-    return f"{config.DATASET}-{network}"
+    mults, full = ",".join(map(str, config.DIM_MULTS)), config.FULL_ATTENTION_MAX_SIZE
+    return f"{config.DATASET}-{config.IMAGE_SIZE}px-dim{config.DIM}-{mults}-full{full}"
 
 
 def main() -> None:
