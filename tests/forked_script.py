@@ -14,9 +14,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 FORKSERVER = multiprocessing.get_context("forkserver")
+# Not this module: torch-fidelity installs a package `tests`, too.
 FORKSERVER.set_forkserver_preload([
     "torch", "torchvision", "denoising_diffusion_pytorch", "torch.utils.tensorboard",
-    "matplotlib.pyplot", __name__,
+    "matplotlib.pyplot",
 ])  # fmt: skip
 
 
