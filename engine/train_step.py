@@ -327,7 +327,8 @@ class TrainStep:
         The random state is rank 0's; the other ranks leave theirs alone.
         """
         named = zip(self.param_names, self.param_views, strict=True)
-        added = sum(padded_numel(p.numel()) for name, p in named if name not in state["model"])
+        new = [p for name, p in named if "class_embedding" in name and name not in state["model"]]
+        added = sum(padded_numel(p.numel()) for p in new)
         for name, (optimizer, _) in self.optimizers.items():
             saved = state["optimizer"][name]
             for key, value in optimizer.state_dict().items():

@@ -343,8 +343,9 @@ def test_missing_gradio_is_one_line(monkeypatch, capsys):
 
 
 @pytest.fixture
-def url(served):
+def url(served, monkeypatch):
     """The address of a page on a free port."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # set at the start
     pytest.importorskip("gradio")
     app.import_gradio()
     with socket.socket() as free:

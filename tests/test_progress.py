@@ -159,7 +159,7 @@ def test_stop_signal_waits_for_the_error_message_of_a_lost_rank():
     stop = StopSignal(ALONE, str)
     try:
         with pytest.raises(RankLostError), stop:
-            raise RankLostError(RuntimeError("connection reset"))
+            raise RankLostError("connection reset")
         assert signal.getsignal(signal.SIGTERM) == stop._handle
     finally:
         stop.__exit__(None)

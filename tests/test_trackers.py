@@ -4,6 +4,7 @@ import errno
 import importlib.util
 import sqlite3
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,7 @@ def log_with(name: str, folder: Path, steps: list[int], resumed_at: int = 0) -> 
 
 def test_tensorboard_has_metrics_and_grids_and_drops_what_was_logged_after_the_resumed_step(folder):
     log_with("tensorboard", folder, [10, 20, 30, 99])
+    time.sleep(1.1)  # TensorBoard orders sessions by the second
     log_with("tensorboard", folder, [40], resumed_at=30)
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     loss = {event.step: event.value for event in events.Scalars("loss")}
