@@ -246,8 +246,9 @@ def measure_memory(config: Config, device: torch.device) -> Row:
         warnings.simplefilter("ignore", FallbackWarning)  # at each halving of the micro-batch
         micro, _ = probe_micro_batch(DDPMModel.from_config, config, limit)
     config.split_batch(micro)
-    batch = micro * config.GRADIENT_ACCUMULATION
-    row = time_steps(partial(our_step, config, device), batch, device)
+    row = time_steps(
+        partial(our_step, config, device), micro * config.GRADIENT_ACCUMULATION, device
+    )
     return row | {"micro_batch": micro, "peak_gib": torch.cuda.max_memory_reserved() / 2**30}
 
 
@@ -284,6 +285,7 @@ def make_jobs(
 
     fast = FAST if is_gpu else "bf16"
     first, last = batches[0], batches[-1]
+    # Each section plans what to measure, in which mode and batch.
     if section == "training":
         ends = dict.fromkeys((first, last))
         plan = [("library's Trainer", "fp32", n, UpstreamDiffusion) for n in ends]
@@ -300,12 +302,11 @@ def make_jobs(
         plan = [(fast, large, each) for each in ([default] if quick else [default, *SAMPLERS])]
         if is_gpu and not quick:
             plan += [(mode, small, default) for mode in (FAST, "fp32, CUDA graph", "bf16", "fp32")]
-        upstream = job("library", "fp32", small, measure_upstream_sampling)
         ours = [
             job("ours", mode, batch, measure_sampling, sampler=sampler, steps=steps)
             for mode, batch, (sampler, steps) in plan
         ]
-        return [upstream, *ours]
+        return [job("library", "fp32", small, measure_upstream_sampling), *ours]
     if section == "curves":
         steps = (500 if is_gpu else 100) // (5 if quick else 1)
         plan = (("fp32", 0), (fast, 0), ("fp32", 1), ("fp32", 2))

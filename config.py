@@ -110,7 +110,7 @@ class DDPMConfig(Settings):
     LOG_WITH = Setting("tensorboard", "experiment tracker for metrics and sample grids",
         choices=TRACKERS)
     KEEP = Setting(
-        5, "checkpoints kept over the run, besides last, best and final", min=0, max=1000)
+        5, "checkpoints kept over the run, in addition to last, best and final", min=0, max=1000)
     CHECKPOINT_EVERY = Setting(
         None, "epochs between kept checkpoints instead of --keep; 0 keeps none", min=0, type_=int,
         auto="by --keep")
@@ -354,9 +354,11 @@ def subclass_overrides(subclass: type[DDPMConfig]) -> dict[str, Any]:
 
 def size_advice(config: DDPMConfig) -> str:
     """Returns which sizes fit the levels of DIM_MULTS, and which fewer levels fit the size."""
-    size, mults = config.IMAGE_SIZE, config.DIM_MULTS
+    size = config.IMAGE_SIZE
+    mults = config.DIM_MULTS
     factor = 2 ** (len(mults) - 1)
-    below, above = size // factor * factor, -(-size // factor) * factor
+    below = size // factor * factor
+    above = -(-size // factor) * factor
     sizes = " or ".join(str(each) for each in (below, above) if 4 <= each <= 1024)
     levels = next(n for n in range(len(mults), 0, -1) if size % 2 ** (n - 1) == 0)
     return f"use --image_size {sizes}, or --dim_mults {','.join(map(str, mults[:levels]))}"

@@ -104,7 +104,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
     ) -> None:  # fmt: skip
         """Creates network and process of an architecture, with new weights and no guide.
 
-        unet_kwargs: dim, dim_mults, dropout, attention and whatever else upstream's Unet takes.
+        unet_kwargs: dim, dim_mults, dropout, attention and other arguments of upstream's Unet.
         """
         self.image_size = image_size
         self.channels = channels
@@ -277,6 +277,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         label; `cfg`, classifier-free guidance, this network without a label; `both`, the guide
         without a label. None means the model's own.
         """
+        # The network to move away from, if any.
         mode = guidance_mode or self.guidance_mode
         if mode not in GUIDANCE_MODES:
             raise UserError(
@@ -287,6 +288,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         other = self.unet if mode == "cfg" else self.guide
         if mode == "cfg" and labels is None:  # the difference is zero
             other = None
+
+        # Both networks as functions of x and t.
         network = partial(self._run_network, self.unet)
         guide = partial(self._run_network, other) if other is not None else None
         weight = self.guidance if guidance is None else guidance
@@ -322,7 +325,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
             architecture, state = checkpoints.load_safetensors(path)
         else:
             file = checkpoints.load(path)
-            architecture, state = file.get("architecture"), file.get("ema") or file.get("model")
+            architecture = file.get("architecture")
+            state = file.get("ema") or file.get("model")
         training_info = {name: file.get(name, {}) for name in self.training_info}
 
         # Rebuild the model.

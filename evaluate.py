@@ -87,7 +87,7 @@ def sample_images(
     """Returns samples, uint8 (N, C, H, W), and how they were made; every rank must call this.
 
     counts: on rank 0, the reference's images without a label and of each class, in whose
-    proportions classes are drawn; None: in those of the training images.
+    proportions classes are sampled; None: in those of the training images.
     """
     # Rank 0 may evaluate the previous samples for longer than a collective operation waits.
     distributed.rank0_first(f"sample {path}", lambda: None)
@@ -170,6 +170,7 @@ def load_real_images(
     shape: (C, H, W) of the evaluated images; folders are read with their channels and size.
     class_names: of the model; there are labels if the data has the same classes.
     """
+    # The data set that was asked for, else the one that the run trained on.
     dataset, data_dir = settings.dataset, settings.data_dir
     if not dataset and config:
         dataset, data_dir = config["DATASET"], config["DATA_DIR"]
@@ -178,6 +179,7 @@ def load_real_images(
     size = settings.image_size or shape[2]
     channels = shape[0] if dataset == "folder" else 3
     options = replace(ReadOptions.from_config(config), channels=channels)
+    # With labels, if it has the model's classes.
     data = None
     if class_names:
         try:

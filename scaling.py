@@ -138,6 +138,7 @@ def summarize(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measures with each number of processes and writes the results after each."""
+    # Settings; a worker measures and ends.
     parser = Parser(__doc__)
     ScalingSettings.add_flags(parser)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -146,6 +147,7 @@ def main() -> None:
     if options.worker:
         return run_rank(settings, options.worker)
 
+    # Numbers of processes.
     gpus = torch.cuda.device_count()
     counts = settings.PROCESSES or [n for n in (1, 2, 4, 8) if n <= (gpus or 2)]
     for count in counts:
@@ -154,6 +156,7 @@ def main() -> None:
         if gpus and count > gpus:
             raise UserError(f"--processes asks for {count}, but there are {gpus} GPUs")
 
+    # Measurements, written after each.
     report: dict[str, Any] = benchmarking.describe_run() | {"rows": []}
     path = benchmarking.results_path("scaling", report["device"])
     problems = []

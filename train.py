@@ -99,6 +99,7 @@ def parse_command_line(
     description: str | None, script: Mapping[str, Any], argv: Sequence[str] | None = None
 ) -> TrainingRequest:
     """Parses a training script's command line. script: the values it sets by default."""
+    # Flags of this script, and one for each setting.
     parser = Parser(description)
     parser.add_argument("--config", metavar="FILE.py:CLASS", help="a subclass of DDPMConfig")
     parser.add_argument(
@@ -114,6 +115,8 @@ def parse_command_line(
         help="start a new run from the EMA weights of a run, .pt or .safetensors, on any data",
     )  # fmt: skip
     DDPMConfig.add_flags(parser, script)
+
+    # Flags that exclude each other; files that they name.
     options = parser.parse_args(argv)
     flags = DDPMConfig.given(options)
     for name, is_given in (("run_name", "RUN_NAME" in flags), ("init_from", options.init_from)):
@@ -179,9 +182,9 @@ def network_settings(architecture: Mapping[str, Any], image_size: int) -> dict[s
 
 
 def init_weights(model: DDPMModel, source: DDPMModel, path: Path) -> None:
-    """Copies the network of another model; raises UserError if it is not built alike.
+    """Copies the network of another model; raises UserError if it is another kind.
 
-    Of other classes the embeddings start anew.
+    For other classes, the embeddings are initialized again.
     """
     for key, value in source.architecture.items():
         if key not in MUTABLE_ON_INIT and model.architecture.get(key, value) != value:

@@ -18,13 +18,16 @@ ClassRow = dict[str, Any]
 
 def fit_classifier(features: np.ndarray, labels: np.ndarray, num_classes: int) -> Classifier:
     """Fits a logistic regression to features (N, D) and labels (N,) by L-BFGS."""
+    # Features with mean 0 and std 1.
     mean = features.mean(axis=0)
     std = features.std(axis=0) + 1e-6
 
     def standardize(rows: np.ndarray) -> Tensor:
         return torch.from_numpy((rows - mean) / std)
 
-    x, y = standardize(features), torch.from_numpy(labels)
+    # A linear layer, zero at first.
+    x = standardize(features)
+    y = torch.from_numpy(labels)
     linear = nn.Linear(x.shape[1], num_classes)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
@@ -32,6 +35,7 @@ def fit_classifier(features: np.ndarray, labels: np.ndarray, num_classes: int) -
         linear.parameters(), max_iter=100, line_search_fn="strong_wolfe"
     )  # fmt: skip
 
+    # L-BFGS evaluates the loss several times in its one step.
     def loss() -> Tensor:
         optimizer.zero_grad()
         penalty = 0.5 * WEIGHT_DECAY * linear.weight.square().sum()

@@ -111,6 +111,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
 
 def _run(main: Callable[[], None]) -> str | int | None:
     """Runs a script's main, reports its failure and returns the exit code."""
+    # Errors in the order of how much is known about them.
     try:
         distributed.check_launcher()
         main()

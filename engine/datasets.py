@@ -140,7 +140,7 @@ def file_label(dataset: str) -> str:
 
 
 def placeholder(dataset: str, image_size: int, use_labels: bool = False) -> ImageDataset | None:
-    """Returns as many black images as a data set has, with its classes; loads none.
+    """Returns a stand-in for a data set: black images in its number, and its classes.
 
     None for a folder, and for a data set of the Hub that does not say its count or classes.
     """
@@ -165,6 +165,7 @@ def images_from_loader(loader: Iterable) -> np.ndarray:
     A batch is or begins with a tensor or array (B, C, H, W), uint8 or floating point in [0, 1]; all
     (C, H, W) are the same. Raises UserError for anything else.
     """
+    # Each batch: its images, checked, as uint8.
     chunks = []
     for batch in loader:
         images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch

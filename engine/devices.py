@@ -6,7 +6,7 @@ import torch
 
 from engine import distributed
 
-TRIED = ("cpu", "cuda")
+TESTED = ("cpu", "cuda")
 
 
 def default_device() -> torch.device:
@@ -15,16 +15,16 @@ def default_device() -> torch.device:
     Initializes the process group if a launcher started several ranks.
     """
     device = distributed.init().device
-    if device.type not in TRIED:
-        note_untried(device)
+    if device.type not in TESTED:
+        note_untested(device)
     return device
 
 
 @functools.cache
-def note_untried(device: torch.device) -> None:
+def note_untested(device: torch.device) -> None:
     """Prints once that nothing here was ever run on such a device."""
     advice = "set ACCELERATE_TORCH_DEVICE=cpu to run on the CPU instead"
-    distributed.print0(f"note: this project is untried on {device_name(device)}; {advice}")
+    distributed.print0(f"note: this project is untested on {device_name(device)}; {advice}")
 
 
 def device_name(device: torch.device) -> str:

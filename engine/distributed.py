@@ -42,7 +42,8 @@ def check_launcher() -> None:
     for name, text in values.items():
         if not text.isdecimal() or int(text) < numbers[name]:
             raise UserError(f"{name} is {text!r}, but must be at least {numbers[name]}. {advice}")
-    rank, world_size = launched_rank(), launched_world_size()
+    rank = launched_rank()
+    world_size = launched_world_size()
     if "LOCAL_RANK" not in values and (rank, world_size) == (0, 1):
         return  # no launcher
     if missing := [name for name in (*numbers, "MASTER_ADDR") if not os.environ.get(name)]:

@@ -49,7 +49,7 @@ class GenerationMixin:
         """Generates images, (batch_size, C, H, W).
 
         sampler, steps, spacing: see sampling_plan. seed: image i is a function of seed + i or of
-        the i-th seed, whatever the batch. labels: by default a function of the seed, classes in the
+        the i-th seed, at any batch size. labels: by default a function of the seed, classes in the
         proportions of the training images. return_all_timesteps: every x_t, from noise to image,
         (batch_size, intervals + 1, C, H, W).
         """
@@ -77,18 +77,24 @@ class GenerationMixin:
         """
         if num_steps < 2:
             raise UserError(f"num_steps is {num_steps}, but must be at least 2: both images")
+
+        # Both images to noise.
         pair = torch.stack([self.prepare_image(image1), self.prepare_image(image2)])
         function, timesteps = self.sampling_plan(sampler, min(steps, self.num_timesteps), "uniform")
         with eval_mode(self):
             ends = self.prepare_labels(labels, 2)
             denoiser = self.denoiser(clip=False, guidance=1, labels=ends)
             codes = samplers.ddim_encode(denoiser, pair * 2 - 1, timesteps)
+
+        # Points in between, of the noise and of the class.
         position = torch.linspace(0, 1, num_steps, device=self.device)
         x = samplers.slerp(*codes, position)
         if labels is not None:
             classes = torch.arange(len(self.class_names), device=self.device)
             first, last = (ends[:, None] == classes).float()
             labels = torch.lerp(first, last, position[:, None])
+
+        # All points to images.
         randn = SeededNoise(range(num_steps))
         options |= {"clip": False, "guidance": 1, "labels": labels}
         states = self.trajectory(x, timesteps, function, randn, **options)

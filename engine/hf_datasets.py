@@ -32,6 +32,7 @@ def hf_source(dataset: str, channels: int, use_labels: bool) -> Source:
     split `train` is streamed, or its only one; columns that are not named are found. Nothing of it
     is executed. Raises UserError if it cannot be read, or if a column is not clear.
     """
+    # The table, its columns and its classes.
     name, image_column, label_column = parse(dataset)
     location, fingerprint, count, table = open_table(name)
     image_column = find_image_column(table.features, image_column, name)
@@ -45,6 +46,7 @@ def hf_source(dataset: str, channels: int, use_labels: bool) -> Source:
     rows = encoded(table.select_columns(columns), image_column)
     values: list[Any] = []  # of the label column, as far as it was streamed
 
+    # How the cache reads it: rows in blocks, images of a block, some sizes.
     def stream() -> Iterator[list[tuple[int, Any]]]:
         values.clear()
         iterator = enumerate(rows)
@@ -94,6 +96,7 @@ def open_table(name: str) -> tuple[str, str, int, Any]:
         raise UserError(f"--dataset hf:{name} needs a package: pip install datasets")
     import datasets
 
+    # The split `train`, or the only one, of a format that executes no code.
     try:
         builder = datasets.load_dataset_builder(name)
         files = builder.config.data_files
@@ -110,6 +113,7 @@ def open_table(name: str) -> tuple[str, str, int, Any]:
     if format_ not in FORMATS:
         raise UserError(f"--dataset hf:{name} has {format_} files, but must have {FORMATS}")
 
+    # What identifies it.
     found = builder.info.splits or {}
     count = found[split].num_examples if split in found else 0
     location = str(Path(name).resolve()) if Path(name).exists() else f"{PREFIX}{name}"

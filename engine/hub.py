@@ -152,7 +152,8 @@ def recipe(
     """Returns what a model is and how it was trained, as Markdown."""
     text = ""
     if progress:
-        images, minutes = progress["images"], progress["seconds"] / 60
+        images = progress["images"]
+        minutes = progress["seconds"] / 60
         text = f"{progress['step']:,} steps on {images:,} images in {minutes:.1f} minutes.\n\n"
     settings = "\n".join(f"{name:24} {value}" for name, value in (config or architecture).items())
     return f"{text}```\n{settings}\n```"

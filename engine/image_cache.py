@@ -67,6 +67,7 @@ def load_cached(
     workers: decoding threads. Raises UserError if too many images cannot be read.
     """
 
+    # The cache's files are named by source, size and how images are read.
     def paths(variant: str) -> tuple[str, Path, Path]:
         texts = (source.location + variant, source.fingerprint)
         encoded = (text.encode("utf-8", "surrogateescape") for text in texts)
@@ -76,6 +77,8 @@ def load_cached(
         return prefix, path, path.with_suffix(".labels.npz")
 
     prefix, path, labels_path = paths(source.variant)
+
+    # Open it; one process builds it if it is missing.
     data = _open(source, size, path, labels_path)
     if data is None:
         cache_dir.mkdir(parents=True, exist_ok=True)

@@ -88,6 +88,7 @@ def walk(folder: Path) -> list[str]:
     visited: set[str] = set()
     pending = deque([(root, "")])  # real paths and names; links come last
     while pending:
+        # A folder, once, without outputs of this project.
         real, prefix = pending.popleft()
         if real in visited or (real != root and f"{root}{os.sep}".startswith(f"{real}{os.sep}")):
             continue
@@ -102,6 +103,8 @@ def walk(folder: Path) -> list[str]:
                 raise
             failed.append(f"{prefix}: {error.strerror}")
             continue
+
+        # Its folders, images and links to images.
         for entry in entries:
             name = prefix + entry.name
             target = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
@@ -113,9 +116,12 @@ def walk(folder: Path) -> list[str]:
                 file_links.append((target, name))
             elif entry.is_file():
                 names[target] = name
+
+    # Links count if their image has no path without one.
     for target, name in sorted(file_links):
         names.setdefault(target, name)
 
+    # Notices.
     if left_out:
         print0(f"{folder}: {', '.join(left_out)} written by this project, left out")
     if failed:

@@ -114,6 +114,7 @@ def image_source(
 ) -> Source:  # fmt: skip
     """Returns the source of the images open_image(item). options: None for single RGB images."""
 
+    # How the cache reads it: choices for all images, images of a block, some sizes.
     @functools.cache
     def survey() -> tuple[int, Range | None]:
         return examine(items, open_image, options) if options else (3, None)

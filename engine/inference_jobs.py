@@ -91,17 +91,22 @@ class InferenceJob:
 
         label: the class if it is a seed's; by default, the one that this seed has.
         """
+        # A seed.
         source = self.settings[name]
         if source.isdecimal():
             labels = None if label is None else [label]
             seeds = parse_seeds(source)
             images = self.run_batched(self.model.sample, seeds, labels=labels)
             return images[0], f"seed {source}"
+
+        # A file, or a PNG as a data URI.
         data = re.fullmatch(r"data:(\d{1,18})", source)
         if not data:
             file = open_input(source)
             title = file.name if isinstance(file, Path) else "original"
             return read_image(file, self.model.image_size, self.model.channels), title
+
+        # data:N, a training image.
         config = self.model.training_info["config"]
         if not config:
             raise UserError(f"--{name} {source}: the checkpoint does not name its training images")

@@ -18,14 +18,14 @@ def labels_from_folders(paths: Sequence[str], location: str) -> tuple[np.ndarray
     """Returns the labels (N,) and class names of images in class folders.
 
     paths: relative to `location`, with slashes; the first folder is the class. Without any folder
-    there are no classes. Raises UserError for images beside the folders.
+    there are no classes. Raises UserError for images outside of them.
     """
-    beside = [path for path in paths if "/" not in path]
-    if len(beside) == len(paths):
+    outside = [path for path in paths if "/" not in path]
+    if len(outside) == len(paths):
         return np.full(len(paths), NO_LABEL), ()
-    if beside:
+    if outside:
         raise UserError(
-            f"{location} has images beside its class folders ({len(beside)}, e.g. {beside[0]}), "
+            f"{location} has images outside its class folders ({len(outside)}, e.g. {outside[0]}), "
             "whose class is unknown. Move them into a folder, or drop --class_conditional"
         )
     classes = [path.partition("/")[0] for path in paths]
@@ -60,9 +60,10 @@ def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
         name = part.strip()
         label = label_of(name)
         found = [] if label is None else [label]
-        # A hyphen may be of a name, or of a range.
+        # A hyphen may be part of a name, or make a range.
         for i in [i for i, letter in enumerate(name) if letter == "-" and not found]:
-            first, last = label_of(name[:i]), label_of(name[i + 1 :])
+            first = label_of(name[:i])
+            last = label_of(name[i + 1 :])
             if first is not None and last is not None:
                 found = list(range(first, last + 1))
         if not found:

@@ -37,12 +37,14 @@ def find_micro_batch(
     images: those to train on, which take memory, too, if they are held on the GPU. The result is
     stored in `cache_file` by card, memory and configuration. UserError if not even one image fits.
     """
+    # What the result depends on.
     effective = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
     available = available_gib(images)
     card = f"{torch.cuda.get_device_name()}, {available:g} GiB, torch {torch.__version__}"
     settings = " ".join(f"{name}={getattr(config, name)}" for name in CACHE_KEY_SETTINGS)
     key = f"{card}: batch={effective} {settings} guide={config.GUIDE_FRACTION > 0}"
 
+    # Search unless it is cached.
     known = read_results(cache_file)
     if key not in known:
         task = f"searching the largest micro-batch (up to {effective}) for {available:g} GiB"

@@ -15,7 +15,7 @@ Range = tuple[float, float]  # the values that become black, 0, and white, 255
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 GRAY_MODES = ("1", "L", "LA", "La", "F")  # and I, I;16, ...
 LARGE_IMAGE = 2**26  # pixels; only one image of more is decoded at a time
-Image.MAX_IMAGE_PIXELS = 2**29  # Pillow refuses twice as many, which take 4 GiB as RGB
+Image.MAX_IMAGE_PIXELS = 2**29  # Pillow refuses twice this number, which takes 4 GiB as RGB
 _large_image_lock = threading.Lock()
 
 

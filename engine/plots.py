@@ -60,7 +60,8 @@ def on_white(images: Tensor) -> Tensor:
     """Puts RGBA images (B, 4, H, W) in [0, 1] on white, which makes them RGB; others stay."""
     if images.shape[1] != 4:
         return images
-    color, alpha = images[:, :3], images[:, 3:]
+    color = images[:, :3]
+    alpha = images[:, 3:]
     return color * alpha + 1 - alpha
 
 

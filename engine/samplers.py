@@ -173,7 +173,7 @@ def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
 
 
 class SeededNoise:
-    """Gaussian noise with a CPU generator per image, whatever the device and batch."""
+    """Gaussian noise with a CPU generator per image, the same on any device and in any batch."""
 
     def __init__(self, seeds: Sequence[int]):
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]

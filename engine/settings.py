@@ -164,6 +164,7 @@ def int_tuple(text: str) -> tuple[int, ...]:
 
 def _add_flag(parser: argparse.ArgumentParser, name: str, setting: Setting, default: Any) -> None:
     """Adds the flag of one setting, and its former name as a flag that warns."""
+    # Its help, with choices and default.
     shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
     shown = setting.auto or "none" if shown in ("", None) else shown
     text = f"{setting.help} (default: {shown})"
@@ -173,6 +174,7 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, setting: Setting, defa
         options["type"] = int_tuple if setting.type is tuple else setting.type
         options["metavar"] = setting.type.__name__.upper()
 
+    # The flag, its alias and its former name.
     base = argparse.BooleanOptionalAction if setting.type is bool else argparse._StoreAction
     flags = [f"--{each.lower()}" for each in (name, setting.alias) if each]
     parser.add_argument(*flags, action=base, help=text.replace("%", "%%"), **options)

@@ -36,12 +36,16 @@ def _norm_forward(x_ptr, bias_ptr, gain_ptr, modulation_ptr, residual_ptr, resid
     col_mask = cols < channels
     mask = (rows < pixels)[:, None] & col_mask[None, :]
     offsets = (image * pixels + rows)[:, None] * channels + cols[None, :]
+
+    # Bias and norm.
     x = _load_fp32(x_ptr + offsets, mask)
     if bias_ptr is not None:
         x += _load_fp32(bias_ptr + cols, col_mask)[None, :]
     length = tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)
     gain = _load_fp32(gain_ptr + cols, col_mask) * tl.sqrt(channels.to(tl.float32))
     y = x / length[:, None] * gain[None, :]
+
+    # Modulation, SiLU, residual.
     if modulation_ptr is not None:
         scale_ptr = modulation_ptr + image * modulation_stride + cols
         y = y * (_load_fp32(scale_ptr, col_mask) + 1)[None, :]
@@ -132,6 +136,8 @@ def _norm_reduce(sums_ptr, gain_ptr, modulation_ptr, dgain_ptr, dbias_ptr, dmodu
     col_mask = cols < channels
     sums_stride = images * PROGRAMS * channels
     gain = _load_fp32(gain_ptr + cols, col_mask)
+
+    # Sums over programs, then over images.
     dgain_acc = tl.zeros([COLS], tl.float32)
     dbias_acc = tl.zeros([COLS], tl.float32)
     dresidual_acc = tl.zeros([COLS], tl.float32)

@@ -243,7 +243,10 @@ def test_folder_labels_are_the_first_folders_in_order(load):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["a/0.png", "b/0.png", "0.png"], r"has images beside its class folders \(1, e.g. 0.png\)"),
+        (
+            ["a/0.png", "b/0.png", "0.png"],
+            r"has images outside its class folders \(1, e.g. 0.png\)",
+        ),
         (["a/0.png", "a/1.png"], "has 1 class, but --class_conditional needs 2 to 10,000 classes"),
         (["0.png", "1.png"], "has no labels, but --class_conditional needs"),
         ([f"{i}/0.png" for i in range(4)], "has 4 classes, but --class_conditional needs 2 to 3 "),

@@ -50,10 +50,10 @@ def test_device_name_needs_no_backend_that_is_missing():
     assert devices.device_name(torch.device("mps")) == "MPS"
 
 
-def test_untried_device_is_noted_once(on_mps, capsys):
-    devices.note_untried.cache_clear()
+def test_untested_device_is_noted_once(on_mps, capsys):
+    devices.note_untested.cache_clear()
     assert devices.default_device() == devices.default_device() == on_mps
-    note = "note: this project is untried on MPS; set ACCELERATE_TORCH_DEVICE=cpu"
+    note = "note: this project is untested on MPS; set ACCELERATE_TORCH_DEVICE=cpu"
     assert capsys.readouterr().out.startswith(note)
     devices.default_device()
     assert capsys.readouterr().out == ""
