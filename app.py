@@ -29,7 +29,7 @@ from engine import checkpoints, page, run
 from engine.devices import default_device
 from engine.errors import UserError
 from engine.page import MAX_STEPS, Plan, Request, Session
-from engine.samplers import DEFAULT_SAMPLER, SAMPLERS
+from engine.samplers import DEFAULT_SAMPLER, MAX_CONSISTENCY_STEPS, SAMPLERS
 from engine.settings import Setting, Settings
 from inference import InferenceSettings
 
@@ -215,16 +215,17 @@ class Page:
             gr.Info("The checkpoint has changed: the new model is used from now on.")
         session.model_version = served.version
 
-        # What this model has.
         model = served.model
         classes = list(model.class_names)
         has_guidance = model.guide is not None or bool(classes)
+        sampler = {"choices": list(model.samplers), "value": model.default_sampler}
         steps = min(model.sampling_timesteps, MAX_STEPS)
-        most = min(model.num_timesteps, MAX_STEPS)
+        most = MAX_CONSISTENCY_STEPS if model.is_consistent else MAX_STEPS
         return {
             self.header: page.describe_model(served),
             self.controls["classes"]: gr.update(choices=classes, value=[], visible=bool(classes)),
-            self.controls["steps"]: gr.update(value=steps, maximum=most),
+            self.controls["sampler"]: gr.update(**sampler),
+            self.controls["steps"]: gr.update(value=steps, maximum=min(model.num_timesteps, most)),
             self.controls["guidance"]: gr.update(value=model.guidance, visible=has_guidance),
         }
 

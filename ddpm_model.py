@@ -43,10 +43,11 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
     Images are float tensors (B, C, H, W) in [0, 1]. The arguments are DDPMConfig's settings in
     lower case; full_attn (one per level), attn_heads, attn_dim_head and others, such as
     `self_condition`, go to upstream's Unet. classes: the number of training images by class name;
-    a model with any is class-conditional. guidance, in every method: the weight of guidance, 1
-    disables it, None means the model's own; guidance_mode: one of GUIDANCE_MODES, see `denoiser`.
-    training_info: `config` and `progress` of the run whose checkpoint was loaded. Raises UserError
-    for sizes that exclude each other.
+    a model with any is class-conditional. consistency: tuned by train_consistency.py, to be sampled
+    in a few steps. guidance, in every method: the weight of guidance, 1 disables it, None means the
+    model's own; guidance_mode: one of GUIDANCE_MODES, see `denoiser`. training_info: `config` and
+    `progress` of the run whose checkpoint was loaded. Raises UserError for sizes that exclude each
+    other.
     """
 
     cuda_graph = True  # run the network as a CUDA graph when sampling on a GPU
@@ -65,7 +66,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         attn_heads: int | Sequence[int] = DDPMConfig.ATTENTION_HEADS,
         attn_dim_head: int | Sequence[int] = DDPMConfig.ATTENTION_DIM,
         classes: Mapping[str, int] | None = None,
-        guidance_mode: str = DDPMConfig.GUIDANCE_MODE, **unet_kwargs: Any,
+        guidance_mode: str = DDPMConfig.GUIDANCE_MODE, consistency: bool = False,
+        **unet_kwargs: Any,
     ):  # fmt: skip
         super().__init__()
         self.given_size = image_size
@@ -90,7 +92,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
             "schedule_base_size": schedule_base_size, "guidance": guidance, "dropout": dropout,
             "full_attn": list(full_attn), "attn_heads": per_level(attn_heads, dim_mults),
             "attn_dim_head": per_level(attn_dim_head, dim_mults), "classes": dict(classes or {}),
-            "guidance_mode": guidance_mode, **unet_kwargs,
+            "guidance_mode": guidance_mode, "consistency": consistency, **unet_kwargs,
         }  # fmt: skip
         self.training_info: dict[str, dict[str, Any]] = {"config": {}, "progress": {}}
         self.graph_cache = GraphCache()
@@ -100,7 +102,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         self, image_size: int, channels: int, timesteps: int, sampling_timesteps: int,
         objective: str, beta_schedule: str, loss_weighting: str, min_snr_gamma: float,
         schedule_base_size: int, guidance: float, classes: Mapping[str, int], guidance_mode: str,
-        **unet_kwargs: Any,
+        consistency: bool, **unet_kwargs: Any,
     ) -> None:  # fmt: skip
         """Creates network and process of an architecture, with new weights and no guide.
 
@@ -111,6 +113,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         self.num_timesteps = timesteps
         self.sampling_timesteps = sampling_timesteps
         self.guidance = guidance
+        self.is_consistent = consistency
         check_class_names(classes)
         self.class_names = tuple(classes)
         self.class_counts = tuple(classes.values())
@@ -127,6 +130,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
 
         # Shift the noise schedule, and with it everything that refers to a noise level.
         shift = 2 * math.log(schedule_base_size / image_size) if schedule_base_size else 0.0
+        self.log_snr_shift = shift
         if shift:
             shift_log_snr(self.diffusion, shift, min_snr_gamma)
         self.guidance_interval = tuple(sigma * math.exp(-shift / 2) for sigma in GUIDANCE_INTERVAL)
@@ -163,7 +167,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         """Returns an architecture read from a file of any version in today's names."""
         former_defaults = {
             "loss_weighting": "min_snr", "guidance": 1.0, "classes": {},
-            "guidance_mode": "autoguidance",
+            "guidance_mode": "autoguidance", "consistency": False,
             "schedule_base_size": architecture.get("schedule_size", 0),
             "full_attn": [False] * (len(architecture["dim_mults"]) - 1) + [True],
         }  # fmt: skip
@@ -295,7 +299,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         weight = self.guidance if guidance is None else guidance
         return ModelDenoiser(
             self.diffusion, network, clip, guide, weight, self.guidance_interval, labels,
-            guide_labels=mode == "autoguidance",
+            guide_labels=mode == "autoguidance", consistency=self.is_consistent,
         )  # fmt: skip
 
     def save_model(self, path: str | Path, half: bool = False) -> None:

@@ -35,7 +35,7 @@ from engine.errors import FallbackWarning, UserError
 from engine.image_source import ReadOptions
 from engine.labels import NO_LABEL, labels_of_seeds
 from engine.metrics import Scores
-from engine.sampling_settings import SamplingSettings
+from engine.sampling_settings import SamplingSettings, choose_sampling
 from engine.settings import Setting
 from inference import batch_generate
 
@@ -92,9 +92,8 @@ def sample_images(
     # Rank 0 may evaluate the previous samples for longer than a collective operation waits.
     distributed.rank0_first(f"sample {path}", lambda: None)
     start = time.perf_counter()
-    sampler = jobs.load_sampler(settings.sampler)
-    default_steps = model.num_timesteps if sampler == "ddpm" else model.sampling_timesteps
-    steps = settings.steps or default_steps
+    name, steps = choose_sampling(model, settings.as_dict()).values()
+    sampler = jobs.load_sampler(name)
     plan = model.sampling_plan(sampler, steps, settings.spacing)
     batch_size = settings.batch_size or jobs.auto_batch_size(model, settings.use_amp)
     arguments = (settings.num_samples, batch_size, settings.seed, sampler, steps)
@@ -110,7 +109,7 @@ def sample_images(
     progress = model.training_info["progress"]
     return plots.to_bytes(images).transpose(0, 3, 1, 2), {
         "name": checkpoints.display_name(path), "checkpoint": str(path),
-        "sha256": jobs.sha256(path), "sampler": settings.sampler, "steps": steps,
+        "sha256": jobs.sha256(path), "sampler": name, "steps": steps,
         "spacing": settings.spacing, "guidance": weight,
         "guidance_mode": settings.guidance_mode or model.guidance_mode, "nfe": nfe,
         "seeds": f"{settings.seed}-{settings.seed + settings.num_samples - 1}",

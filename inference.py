@@ -35,8 +35,8 @@ from engine.devices import default_device
 from engine.errors import RenamedWarning, UserError
 from engine.gpu_memory import OomBatcher
 from engine.labels import parse_classes
-from engine.samplers import SAMPLERS, batched
-from engine.sampling_settings import SamplingSettings
+from engine.samplers import batched
+from engine.sampling_settings import SamplingSettings, choose_sampling
 from engine.settings import Setting
 
 CHUNK_IMAGES = 256  # images that mode batch samples and saves at a time
@@ -90,8 +90,7 @@ def generate_samples(job: jobs.InferenceJob) -> str:
         job.save_grid("grid.png", rows.flatten(0, 1), seeds[:10], titles, columns=rows.shape[1])
     else:
         job.save_grid("grid.png", images[:100], seeds[:100])
-    sheet = plots.grid(images, columns, smallest=1, padding=1)
-    job.save(sheet, "contact_sheet.png")
+    job.save(plots.grid(images, columns, smallest=1, padding=1), "contact_sheet.png")
     return f"{len(images)} images, grid.png, contact_sheet.png"
 
 
@@ -211,15 +210,15 @@ def generate_batch(job: jobs.InferenceJob) -> str:
 def compare_samplers(job: jobs.InferenceJob) -> str:
     """Every sampler at several step counts from the same seeds, with the seconds each took."""
     seeds = job.settings["seeds"][:4]
-    samplers = [*SAMPLERS, *([job.sampler] if callable(job.sampler) else [])]
-    counts = [steps for steps in COMPARED_STEPS if steps <= job.model.num_timesteps]
+    samplers = [*job.model.samplers, *([job.sampler] if callable(job.sampler) else [])]
+    counts = (1, 2, 4, 8) if job.model.is_consistent else COMPARED_STEPS
+    counts = [steps for steps in counts if steps <= job.model.num_timesteps]
     kwargs = {name: job.settings[name] for name in ("spacing", "guidance", "guidance_mode")}
-    kwargs["labels"] = job.labels_of(seeds)
     tiles, seconds = [], {}
     job.model.sample(len(seeds), steps=1, seed=seeds)  # warm-up
     for sampler in samplers:
         for steps in counts:
-            kwargs |= {"sampler": sampler, "steps": steps}
+            kwargs |= {"sampler": sampler, "steps": steps, "labels": job.labels_of(seeds)}
             start = time.perf_counter()
             images = job.model.sample(len(seeds), seed=seeds, **kwargs).float().cpu()
             name = f"{getattr(sampler, '__name__', sampler)} {steps}"
@@ -329,14 +328,13 @@ def settings_from_command_line(
 
 
 def load_model(settings: dict[str, Any], device: torch.device) -> DDPMModel:
-    """Loads the checkpoint; sets batch size and steps that are 0 to what suits the model."""
+    """Loads the checkpoint; sets sampler, steps and batch size to what suits it."""
     path, size = settings["checkpoint"], settings["image_size"]
     model = DDPMModel().to(device).load_model(path, size or None)
     if size not in (0, model.image_size):
         raise UserError(f"{path} is for images of {model.image_size} px: drop --image_size {size}")
     model.to(memory_format=torch.channels_last)
-    steps = model.num_timesteps if settings["sampler"] == "ddpm" else model.sampling_timesteps
-    settings["steps"] = settings["steps"] or steps
+    settings |= choose_sampling(model, settings)
     if not settings["batch_size"]:
         settings["batch_size"] = jobs.auto_batch_size(model, settings["use_amp"])
     if settings["compile_model"]:
@@ -350,13 +348,13 @@ def load_model(settings: dict[str, Any], device: torch.device) -> DDPMModel:
 def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None = None) -> None:
     """Runs an inference script. The ranks share mode batch; rank 0 alone runs the others."""
     settings, output_dir = settings_from_command_line(description, defaults or {})
-    sampler = jobs.load_sampler(settings["sampler"])
     with distributed.session(lambda: "start the same command again") as dist:
         # Model and sampler, validated before any image is made; rank 0 says which is the newest.
         settings = distributed.broadcast_object(settings)
         path = settings["checkpoint"]
         guidance = settings["guidance"], settings["guidance_mode"]
         model = load_model(settings, default_device())
+        sampler = jobs.load_sampler(settings["sampler"])
         plan = model.sampling_plan(sampler, settings["steps"], settings["spacing"])
         nfe = f"{settings['steps']} steps, {model.count_nfe(*plan, *guidance)} NFE per image"
         if settings["classes"] is not None:
@@ -368,10 +366,14 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
         distributed.print0(f"{path}: {what}")
         is_unguided = model.count_nfe(*plan, *guidance) == model.count_nfe(*plan, 1)
         if is_unguided and guidance[0] not in (None, 1):
-            note = f"this model has no guide, so --guidance {guidance[0]:g} changes nothing"
-            distributed.print0(f"note: {note}")
+            weight = f"--guidance {guidance[0]:g}"
+            distributed.print0(f"note: this model has no guide, so {weight} changes nothing")
         if settings["eta"] and sampler != "ddim":
             distributed.print0(f"note: --eta is for ddim; {settings['sampler']} ignores it")
+        modes = list(MODES) if settings["mode"] == "all" else [settings["mode"]]
+        if model.is_consistent and len(modes) > 1:
+            modes.remove("interpolate")
+            distributed.print0("note: a consistency-tuned model cannot interpolate: left out")
         if dist.num_processes > 1 and settings["mode"] not in ("batch", "all"):
             distributed.print0("note: rank 0 works alone; the ranks share --mode batch only")
 
@@ -379,7 +381,7 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
         ends = dict.fromkeys((settings["seeds"][0], settings["seeds"][-1]))
         label = jobs.sampling_label(settings["sampler"], settings["steps"], settings["spacing"])
         name = f"{checkpoints.display_name(Path(path))}-{label}-seeds-{'-'.join(map(str, ends))}"
-        for mode in MODES if settings["mode"] == "all" else [settings["mode"]]:
+        for mode in modes:
             if mode != "batch" and not dist.is_main_process:
                 continue
             start = time.perf_counter()

@@ -32,15 +32,21 @@ from engine.trainer import estimate, train
 # What may differ between a model and the one that it starts from: all that is no weight.
 MUTABLE_ON_INIT = {
     "image_size", "sampling_timesteps", "loss_weighting", "min_snr_gamma", "schedule_base_size",
-    "guidance", "guidance_mode", "dropout", "classes",
+    "guidance", "guidance_mode", "dropout", "classes", "consistency",
 }  # fmt: skip
 DEFAULTS = {"USE_AMP": False, "COMPILE_MODEL": False, "LR_SCHEDULE": "constant"}
 
 
-def main(description: str | None = __doc__, defaults: Mapping[str, Any] = DEFAULTS) -> None:
-    """Runs a training script, which differs from the others in its defaults only."""
+def main(
+    description: str | None = __doc__, defaults: Mapping[str, Any] = DEFAULTS,
+    model_class: type[DDPMModel] = DDPMModel, tuning: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Runs a training script, which differs from the others in its defaults only.
+
+    tuning: of a script that tunes a trained model, what is not as when that was trained.
+    """
     # Configuration: flags, checkpoint, data set and GPU.
-    request = parse_command_line(description, defaults)
+    request = parse_command_line(description, defaults, tuning=tuning)
     checkpoint = checkpoints.load_training(request.resume) if request.resume else None
     source = DDPMModel().load_model(request.init_from) if request.init_from else None
     config = configure(request, checkpoint, source)
@@ -59,7 +65,7 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] = DEFAUL
         ))  # fmt: skip
     if not config.CHANNELS:
         config.override({"CHANNELS": data.images.shape[1]}, "data")
-    make_model = partial(DDPMModel.from_config, classes=data.classes)
+    make_model = partial(model_class.from_config, classes=data.classes)
 
     with distributed.session(lambda: "start it again") as dist:
         model = make_model(config)
@@ -86,6 +92,7 @@ class TrainingRequest:
     resume: Path | None  # the checkpoint
     dry_run: bool
     init_from: Path | None = None  # the checkpoint whose EMA weights a new run starts from
+    tuning: Mapping[str, Any] | None = None  # on top of the settings of that checkpoint's run
 
     def value(self, name: str, checkpoint: Mapping[str, Any] | None) -> Any:
         """Returns the value of a setting that no preset or tier sets. checkpoint: its config."""
@@ -96,9 +103,13 @@ class TrainingRequest:
 
 
 def parse_command_line(
-    description: str | None, script: Mapping[str, Any], argv: Sequence[str] | None = None
-) -> TrainingRequest:
-    """Parses a training script's command line. script: the values it sets by default."""
+    description: str | None, script: Mapping[str, Any], argv: Sequence[str] | None = None,
+    tuning: Mapping[str, Any] | None = None,
+) -> TrainingRequest:  # fmt: skip
+    """Parses a training script's command line. script: the values it sets by default.
+
+    tuning: those of a script that tunes what --checkpoint, by default the newest, names.
+    """
     # Flags of this script, and one for each setting.
     parser = Parser(description)
     parser.add_argument("--config", metavar="FILE.py:CLASS", help="a subclass of DDPMConfig")
@@ -110,24 +121,27 @@ def parse_command_line(
         "--resume", nargs="?", const="newest", metavar="CHECKPOINT",
         help="resume a run: a checkpoint, a run's folder or name; without a value, the newest run",
     )  # fmt: skip
+    source = "init_from" if tuning is None else "checkpoint"
     parser.add_argument(
-        "--init_from", metavar="CHECKPOINT",
+        f"--{source}", dest="init_from", metavar="CHECKPOINT",
         help="start a new run from the EMA weights of a run, .pt or .safetensors, on any data",
     )  # fmt: skip
-    DDPMConfig.add_flags(parser, script)
+    DDPMConfig.add_flags(parser, script if tuning is None else tuning)
 
     # Flags that exclude each other; files that they name.
     options = parser.parse_args(argv)
     flags = DDPMConfig.given(options)
-    for name, is_given in (("run_name", "RUN_NAME" in flags), ("init_from", options.init_from)):
+    for name, is_given in (("run_name", "RUN_NAME" in flags), (source, options.init_from)):
         if options.resume is not None and is_given:
             raise UserError(f"--{name} is for a new run and --resume continues one: choose one")
     subclass = load_subclass(options.config) if options.config else None
     resume = None if options.resume is None else checkpoints.resolve_checkpoint(options.resume)
     init_from = options.init_from
     if init_from is not None:
-        init_from = checkpoints.resolve_checkpoint(init_from, "--init_from")
-    return TrainingRequest(script, subclass, flags, resume, options.dry_run, init_from)
+        init_from = checkpoints.resolve_checkpoint(init_from, f"--{source}")
+    elif tuning is not None and resume is None:
+        init_from = distributed.from_rank0("checkpoint", checkpoints.newest)
+    return TrainingRequest(script, subclass, flags, resume, options.dry_run, init_from, tuning)
 
 
 def load_subclass(reference: str) -> type[DDPMConfig]:
@@ -148,14 +162,21 @@ def configure(
 ) -> Config:
     """Resolves the configuration on this machine; caps its GPU memory and chooses a data set.
 
-    source: the model of --init_from, whose network and noise schedule the new run has.
+    source: the model of --init_from, whose network and noise schedule the new run has; in tuning
+    it has the other settings of that model's run, too.
     """
     resumed = checkpoint.config if checkpoint else None
+    if source and request.tuning is not None:
+        resumed = source.training_info["config"] or None
     if max_memory := request.value("MAX_MEMORY_GIB", resumed):
         cap_memory(max_memory)
     tier = detect_tier()
 
     dataset = request.value("DATASET", resumed)
+    if dataset == "auto" and request.tuning is not None:  # on other data it would be ruined
+        if request.init_from.parent != checkpoints.PRETRAINED_DIR:
+            raise UserError(f"{request.init_from} does not name its training images. Add --dataset")
+        dataset = "cifar10"
     if dataset == "auto":
         where = Path(request.value("DATA_DIR", resumed)), tier.name != "CPU", not request.dry_run
         dataset = distributed.from_rank0("dataset", lambda: choose_default_dataset(*where))
@@ -163,6 +184,7 @@ def configure(
     if source:
         size = {"IMAGE_SIZE": source.image_size}
         required = network_settings(source.architecture, request.value("IMAGE_SIZE", size))
+        required |= request.tuning or {}
     layers = request.script, request.subclass, request.flags, resumed, required
     return resolve(dataset, tier, *layers)
 

@@ -7,7 +7,7 @@ import torch
 from denoising_diffusion_pytorch import GaussianDiffusion
 from torch import Tensor
 
-from engine.noise_schedule import sigma_of
+from engine.noise_schedule import SIGMA_MAX, sigma_of
 
 GUIDANCE_MODES = ("autoguidance", "cfg", "both")
 Network = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
@@ -29,7 +29,7 @@ class ModelDenoiser:
         self, process: GaussianDiffusion, network: Network, clip: bool,
         guide: Network | None = None, guidance: float = 1.0,
         interval: tuple[float, float] = (0.0, math.inf), labels: Tensor | None = None,
-        guide_labels: bool = True,
+        guide_labels: bool = True, consistency: bool = False,
     ):  # fmt: skip
         self.process = process
         self.network = network
@@ -43,6 +43,10 @@ class ModelDenoiser:
         self.last_usable_t = len(self.alpha_bar) - 1
         if process.objective == "pred_noise":  # does not determine x_0 where alpha_bar is 0
             self.last_usable_t = max(t for t, a in enumerate(self.alpha_bar) if a > 0)
+        if consistency:  # tuned up to SIGMA_MAX
+            self.last_usable_t = max(
+                t for t, a in enumerate(self.alpha_bar) if t == 0 or sigma_of(a) <= SIGMA_MAX
+            )
         self.previous: Tensor | None = None
 
     def __call__(self, x: Tensor, t: int) -> Tensor:

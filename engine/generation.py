@@ -16,7 +16,14 @@ from engine.denoiser import ModelDenoiser, NFECounter
 from engine.errors import UserError
 from engine.labels import NO_LABEL, UNCONDITIONAL, labels_of_seeds
 from engine.noise_schedule import diffuse
-from engine.samplers import DEFAULT_SPACING, SAMPLERS, SPACINGS, SeededNoise
+from engine.samplers import (
+    CONSISTENCY_SAMPLERS,
+    DEFAULT_SPACING,
+    MAX_CONSISTENCY_STEPS,
+    SAMPLERS,
+    SPACINGS,
+    SeededNoise,
+)
 
 SamplerChoice = str | Callable | None  # a name, a sampler function, or the default
 Seeds = int | Sequence[int] | None  # the first of consecutive seeds, one per image, or random
@@ -35,10 +42,21 @@ class GenerationMixin:
     channels: int
     num_timesteps: int
     sampling_timesteps: int
+    is_consistent = False  # tuned: x_0 is where the probability flow ends
     device: torch.device
     denoiser: Callable[..., ModelDenoiser]
     class_names: tuple[str, ...]
     class_counts: tuple[int, ...]
+
+    @property
+    def samplers(self) -> dict[str, Callable]:
+        """The samplers that suit the model, by name."""
+        return CONSISTENCY_SAMPLERS if self.is_consistent else SAMPLERS
+
+    @property
+    def default_sampler(self) -> str:
+        """The name of the sampler that is used where none is named."""
+        return "consistency" if self.is_consistent else samplers.DEFAULT_SAMPLER
 
     def sample(
         self, batch_size: int = 16, return_all_timesteps: bool = False,
@@ -75,6 +93,11 @@ class GenerationMixin:
         decoded. Guidance is disabled: it would move the endpoints away from the inputs. labels: of
         both images, between which the class goes, too.
         """
+        if self.is_consistent:
+            reason = (
+                "a consistency-tuned model cannot interpolate (it has no flow to encode images)"
+            )
+            raise UserError(f"{reason}. Use the model that it was tuned from")
         if num_steps < 2:
             raise UserError(f"num_steps is {num_steps}, but must be at least 2: both images")
 
@@ -183,10 +206,16 @@ class GenerationMixin:
             raise UserError(f"steps is {steps}, but this model has {bounds}")
         if spacing not in SPACINGS:
             raise UserError(f"unknown spacing {spacing}; choose from {', '.join(SPACINGS)}")
-        sampler = samplers.DEFAULT_SAMPLER if sampler is None else sampler
-        sampler = SAMPLERS.get(sampler, sampler)
+        sampler = self.default_sampler if sampler is None else sampler
+        sampler = self.samplers.get(sampler, sampler)
         if isinstance(sampler, str):
-            raise UserError(f"unknown sampler {sampler}; choose from {', '.join(SAMPLERS)}")
+            known = sampler in {**SAMPLERS, **CONSISTENCY_SAMPLERS}
+            reason = (
+                f"this model has no sampler {sampler}" if known else f"unknown sampler {sampler}"
+            )
+            raise UserError(f"{reason}; choose from {', '.join(self.samplers)}")
+        if sampler is samplers.consistency and steps > MAX_CONSISTENCY_STEPS:
+            raise UserError(f"steps is {steps}, but must be at most {MAX_CONSISTENCY_STEPS}")
         alpha_bar = self.denoiser().alpha_bar
         return sampler, samplers.choose_timesteps(sampler, alpha_bar, steps, spacing)
 

@@ -14,6 +14,7 @@ BETA_SCHEDULES = ("cosine", "linear", "sigmoid")
 P_MEAN = -1.2
 P_STD = 1.2
 SIGMA_DATA = 0.5
+SIGMA_MAX = 80.0  # above it an image is noise alone
 
 
 def sigma_of(alpha_bar: float) -> float:
@@ -72,6 +73,16 @@ def shift_log_snr(process: GaussianDiffusion, shift: float, min_snr_gamma: float
         getattr(process, name).copy_(values)
 
 
+def timestep_density(process: GaussianDiffusion, mean: float, std: float) -> Tensor:
+    """Returns the density of timesteps whose log(sigma) ~ N(mean, std^2), (T,); sums to 1."""
+    alpha_bar = process.alphas_cumprod.double()
+    log_sigma = ((1 - alpha_bar) / alpha_bar.clamp(min=1e-12)).log() / 2
+    # A normal density in log(sigma), times how much of log(sigma) each timestep covers.
+    density = torch.exp(-((log_sigma - mean) ** 2) / (2 * std**2))
+    density = density * torch.gradient(log_sigma)[0].abs()
+    return density / density.sum()
+
+
 def edm_weighting(process: GaussianDiffusion, mean: float = P_MEAN) -> tuple[Tensor, Tensor]:
     """Returns EDM's density of the training timesteps and its loss weights, both (T,).
 
@@ -81,13 +92,7 @@ def edm_weighting(process: GaussianDiffusion, mean: float = P_MEAN) -> tuple[Ten
     """
     alpha_bar = process.alphas_cumprod.double()
     sigma_squared = (1 - alpha_bar) / alpha_bar.clamp(min=1e-12)
-    log_sigma = sigma_squared.log() / 2
-
-    # A normal density in log(sigma), times how much of log(sigma) each timestep covers.
-    density = torch.exp(-((log_sigma - mean) ** 2) / (2 * P_STD**2))
-    density = density * torch.gradient(log_sigma)[0].abs()
-    density = density / density.sum()
-
+    density = timestep_density(process, mean, P_STD)
     weight = (sigma_squared + SIGMA_DATA**2) / (sigma_squared * SIGMA_DATA**2)
     if process.objective == "pred_v":
         weight = weight * sigma_squared / (1 + sigma_squared)

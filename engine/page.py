@@ -23,7 +23,6 @@ from engine.devices import device_name
 from engine.errors import UserError
 from engine.generation import State
 from engine.labels import labels_of_seeds, parse_classes
-from engine.samplers import SAMPLERS
 from engine.settings import Settings
 
 MAX_IMAGES = 36  # of a request
@@ -175,7 +174,7 @@ class Plan:
         model = served.model.serve(request)
         if not 1 <= steps <= MAX_STEPS or len(seeds) > MAX_TEXT:
             raise UserError(f"at most {MAX_STEPS} steps and {MAX_IMAGES} images are possible")
-        if sampler not in SAMPLERS or not set(classes) <= set(model.class_names):
+        if sampler not in model.samplers or not set(classes) <= set(model.class_names):
             raise UserError("this model has no such sampler or class. Reload the page")
         options = {"sampler": sampler, "steps": int(steps), "guidance": float(guidance)}
         options = declared.check(options, "the page")
@@ -264,7 +263,7 @@ def take_upload(
     if not settings:
         session.choose(PageImage(image, "upload", {}))
         return {}
-    if settings["sampler"] not in SAMPLERS:
+    if settings["sampler"] not in model.samplers:
         raise UserError("the upload was made with a sampler that this page does not offer")
 
     # The sources of variations and inpainted images are in their settings; never a path.

@@ -8,7 +8,8 @@ import textwrap
 import time
 import warnings
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -272,12 +273,23 @@ class Run:
             seeds = seeds[:columns] * rows
             labels = [row for row in range(rows) for _ in range(columns)]
 
-        def sample(part: slice) -> Tensor:
+        # One number of steps above the other, in whole rows.
+        grid_steps = getattr(self.step.ema, "grid_steps", ())
+        if grid_steps and not labels:
+            columns = math.isqrt(len(seeds))
+            seeds = seeds[: len(seeds) // columns * columns]
+
+        def sample(steps: int | None, part: slice) -> Tensor:
             options = {"labels": labels[part]} if labels else {}
+            options |= {"steps": steps} if steps else {}
             return self.step.ema.sample(len(seeds[part]), seed=seeds[part], **options).cpu()
 
         try:
-            images = torch.cat(self.step.map_eval_batches(len(seeds), sample))
+            batches = (
+                self.step.map_eval_batches(len(seeds), partial(sample, steps))
+                for steps in grid_steps or (None,)
+            )
+            images = torch.cat(list(chain.from_iterable(batches)))
         except Exception as error:
             reason = textwrap.shorten(str(error) or repr(error), 200)
             warnings.warn(f"{file} failed ({reason}); continuing without it", FallbackWarning, 2)

@@ -6,6 +6,7 @@ are in [-1, 1]. x is x_T; randn(x) returns further noise of its shape. a_t is al
 cumulative product of 1 - beta, a Python float so that the host never waits for the GPU; it may be 0
 at T - 1. All but ddpm solve one ODE, the probability flow of Song et al. (arXiv:2011.13456), and
 converge to one image as steps increase: ddim with order 1, dpmpp_2m and heun with 2, unipc with 3.
+A consistency-tuned model predicts its end at once.
 """
 
 import math
@@ -20,12 +21,11 @@ import torch
 from torch import Tensor
 
 from engine.errors import RenamedWarning
-from engine.noise_schedule import half_log_snr, sigma_of
+from engine.noise_schedule import SIGMA_MAX, half_log_snr, sigma_of
 
 Randn = Callable[[Tensor], Tensor]
 Timesteps = Sequence[int]
 SamplerOutput = Iterator[tuple[Tensor, Tensor]]  # (x_s, x_0) of each interval
-SIGMA_MAX = 80.0  # of Karras et al. (arXiv:2206.00364); above it an image is noise alone
 MAX_HEUN_RATIO = 30  # of the last two sigmas; at 43 images have specks, at 490 they are noise
 
 
@@ -151,6 +151,17 @@ def heun(denoiser: Denoiser, x: Tensor, timesteps: Timesteps, randn: Randn) -> S
         yield x, x_0
 
 
+def consistency(denoiser: Denoiser, x: Tensor, timesteps: Timesteps, randn: Randn) -> SamplerOutput:
+    """Multistep consistency sampling: algorithm 1 of Song et al. (arXiv:2303.01469).
+
+    For a denoiser whose x_0 is where the probability flow ends: noise is added to it again.
+    """
+    for t, s, _, a_s in intervals(denoiser, timesteps):
+        x_0 = denoiser(x, t)
+        x = math.sqrt(a_s) * x_0 + math.sqrt(1 - a_s) * randn(x) if s >= 0 else x_0
+        yield x, x_0
+
+
 def ddim_encode(denoiser: Denoiser, x: Tensor, timesteps: Timesteps) -> Tensor:
     """Runs ddim backwards, from image x to its x_T; exact in the limit of many steps."""
     for _, s, a_t, a_s in reversed(list(intervals(denoiser, timesteps))):
@@ -222,6 +233,8 @@ def evenly_spaced_in(transform: Callable, alpha_bar: Sequence[float], steps: int
 
 SAMPLERS = {sampler.__name__: sampler for sampler in (ddpm, ddim, dpmpp_2m, heun, unipc)}
 DEFAULT_SAMPLER = "unipc"
+CONSISTENCY_SAMPLERS = {"consistency": consistency}  # of consistency-tuned models
+MAX_CONSISTENCY_STEPS = 8
 # (alpha_bar, steps) to steps + 1 timesteps that decrease from T - 1 to -1; steps in [1, T]
 SPACINGS: dict[str, Callable[[Sequence[float], int], list[int]]] = {
     "uniform": uniform,
@@ -239,9 +252,12 @@ def choose_timesteps(
 
     The corrector of heun multiplies the error of its second prediction, which is near 1 at the
     lowest sigma, by half of the sigma it comes from. Where that is far above the lowest, images
-    would be noise, so the lowest is left out: the clean image follows directly.
+    would be noise, so the lowest is left out: the clean image follows directly. Consistency leaves
+    it out, too: an evaluation there would change nothing.
     """
     count = num_intervals(sampler, steps)
+    if sampler is consistency:
+        return [*SPACINGS[spacing](alpha_bar, count + 1)[:-2], -1]
     timesteps = SPACINGS[spacing](alpha_bar, count)
     if sampler is heun and count > 1:
         high, low = (min(sigma_of(alpha_bar[t]), SIGMA_MAX) for t in timesteps[-3:-1])

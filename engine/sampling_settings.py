@@ -2,18 +2,31 @@
 
 import argparse
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from engine.denoiser import GUIDANCE_MODES
 from engine.errors import RenamedWarning
-from engine.samplers import DEFAULT_SAMPLER, DEFAULT_SPACING, SAMPLERS, SPACINGS
+from engine.generation import GenerationMixin
+from engine.samplers import CONSISTENCY_SAMPLERS, DEFAULT_SPACING, SAMPLERS, SPACINGS
 from engine.settings import Setting, Settings
+
+
+def choose_sampling(model: GenerationMixin, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings sampler and steps; for `auto` and 0 the model's own."""
+    sampler = settings["sampler"]
+    sampler = model.default_sampler if sampler == "auto" else sampler
+    own = model.num_timesteps if sampler == "ddpm" else model.sampling_timesteps
+    return {"sampler": sampler, "steps": settings["steps"] or own}
 
 
 class SamplingSettings(Settings):
     """How images are sampled."""
 
-    sampler = Setting(DEFAULT_SAMPLER, f"{', '.join(SAMPLERS)}, or file.py:function")
+    sampler = Setting(
+        "auto", f"{', '.join((*SAMPLERS, *CONSISTENCY_SAMPLERS))}, or file.py:function; auto: "
+        "the model's own"
+    )  # fmt: skip
     steps = Setting(0, "sampler steps; 0: the model's own number, for ddpm all timesteps", min=0)
     guidance = Setting(
         None, "weight of guidance; 1 disables it", 0, 10, type_=float, auto="the model's own"

@@ -29,7 +29,9 @@ class TrainableModel(Protocol):
     """What training uses of a model, in addition to what every nn.Module has.
 
     An optional static method `upgrade_architecture` converts the architecture of an older
-    checkpoint to the current format.
+    checkpoint to the current format. An optional method `set_fraction` is told before each step how
+    much of the run is done, 0 to 1. An optional attribute `grid_steps` says with which numbers of
+    sampler steps each sample grid is drawn.
     """
 
     image_size: int  # pixels

@@ -93,6 +93,8 @@ def train(
                     config.LEARNING_RATE, config.LR_SCHEDULE, progress.step, config.WARMUP_STEPS,
                     progress.fraction,
                 )  # fmt: skip
+                if hasattr(train_step.model, "set_fraction"):
+                    train_step.model.set_fraction(progress.fraction)
                 loss, grad_norm = train_step(batch, progress.step, lr)
                 progress.advance(effective_batch)
                 if should_snapshot_guide(train_step, progress):

@@ -66,7 +66,7 @@ def test_from_config_passes_every_setting():
         "loss_weighting": "min_snr", "min_snr_gamma": 4.0, "schedule_base_size": 32,
         "guidance": 1.7, "dropout": 0.3, "full_attn": [False, True, True],
         "attn_heads": [1, 2, 3], "attn_dim_head": [8, 16, 24], "classes": {"a": 2, "b": 3},
-        "guidance_mode": "both",
+        "guidance_mode": "both", "consistency": False,
     }  # fmt: skip
     assert model.unet.checkpointing
     same = DDPMModel.from_config(config, {"a": 2, "b": 3})

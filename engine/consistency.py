@@ -1,0 +1,87 @@
+"""Consistency tuning: x_0 at two noise levels becomes the same, so that one step is enough.
+
+Easy Consistency Tuning, Geng et al. (arXiv:2406.14548), of a network that predicts v. There is no
+teacher: the target is what the network itself predicts for the same image with the same noise at a
+lower noise level, down to the clean image, where x_0 is its input.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from denoising_diffusion_pytorch import GaussianDiffusion
+from torch import Tensor, nn
+
+from engine.noise_schedule import SIGMA_MAX, timestep_density
+
+# log(sigma) ~ N(P_MEAN, P_STD^2): wider than EDM's, as samples start from noise alone.
+P_MEAN = -1.1
+P_STD = 2.0
+HUBER = 5.4e-4  # c of the pseudo-Huber distance (arXiv:2310.14189)
+HALVINGS = 3, 8  # of the gap between the noise levels, at the start of a run and at its end
+
+
+class ConsistencyLoss(nn.Module):
+    """The distance between x_0 at neighboring timesteps of a process.
+
+    shift: of the process's log-SNR, which the distribution of the timesteps follows. fraction: how
+    much of the run is done, by which the neighbors come closer; a copy that is told nothing is at
+    the end.
+    """
+
+    def __init__(self, process: GaussianDiffusion, shift: float = 0.0):
+        super().__init__()
+        # At index -1 is the clean image.
+        alpha_bar = F.pad(process.alphas_cumprod.double(), (0, 1), value=1.0)
+        sigma = ((1 - alpha_bar) / alpha_bar).sqrt()
+        density = timestep_density(process, P_MEAN - shift / 2, P_STD)
+        density = density * (sigma[:-1] <= SIGMA_MAX)
+        buffers = {
+            "alpha_bar": alpha_bar, "sigma": sigma, "fraction": torch.ones(()),
+            "timestep_cdf": (density / density.sum()).cumsum(0),
+        }  # fmt: skip
+        for name, values in buffers.items():
+            self.register_buffer(name, values.float(), persistent=False)
+
+    def forward(
+        self, network: Callable[[Tensor, Tensor], Tensor], x_0: Tensor, t: Tensor, noise: Tensor
+    ) -> Tensor:
+        """Returns the mean distance, a scalar.
+
+        network: x_t and t to v. x_0, noise: (B, C, H, W), x_0 in [-1, 1]. t: timesteps (B,).
+        """
+        s = self.earlier_timesteps(t)
+        prediction = self.predict_x_0(network, self.diffuse(x_0, t, noise), t)
+        # Second, or autocast would use again the weights that it cast without gradient.
+        with torch.no_grad():
+            target = self.predict_x_0(network, self.diffuse(x_0, s, noise), s)
+        mse = (prediction - target).square().mean(dim=(1, 2, 3))
+        huber = (mse + HUBER**2).sqrt() - HUBER
+        return (huber / (self.sigma[t] - self.sigma[s])).mean()
+
+    def earlier_timesteps(self, t: Tensor) -> Tensor:
+        """Returns the timesteps (B,), from -1 to t - 1, whose x_0 is the target at t (B,).
+
+        sigma_s = sigma_t (1 - n / 2^k), n = 1 + 8 sigmoid(-sigma_t), ECT's mapping, where k grows
+        with the fraction of the run; k below 3 is as diffusion training, which is done.
+        """
+        sigma = self.sigma[t]
+        first, last = HALVINGS
+        halvings = first + (last - first) * self.fraction
+        gap = (1 + 8 * torch.sigmoid(-sigma)) * torch.exp2(-halvings)
+        target = sigma * (1 - gap).clamp(min=0)
+        below = torch.searchsorted(self.sigma[:-1], target, right=True) - 1
+        return torch.minimum(below, t - 1)
+
+    def diffuse(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Returns x_t, (B, C, H, W); x_0 at t = -1."""
+        alpha_bar = self.alpha_bar[t][:, None, None, None]
+        return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
+
+    def predict_x_0(
+        self, network: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor
+    ) -> Tensor:
+        """Predicts x_0 from x_t (B, C, H, W); at t = -1, the clean image, returns x itself."""
+        alpha_bar = self.alpha_bar[t][:, None, None, None]
+        v = network(x, t.clamp(min=0)).float()
+        return alpha_bar.sqrt() * x - (1 - alpha_bar).sqrt() * v

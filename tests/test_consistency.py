@@ -1,0 +1,299 @@
+"""Consistency tuning: its loss, what it converges to, and models that were tuned."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+from PIL import Image
+from torch import Tensor, nn
+
+import inference
+import train as train_script
+from config import resolve
+from ddpm_model import DDPMModel
+from engine import checkpoints, plots
+from engine.consistency import ConsistencyLoss
+from engine.errors import UserError
+from engine.samplers import alpha_bar_at, choose_timesteps, consistency
+from engine.trainer import train
+from tests.helpers import CPU_TIER, max_checkpoint_difference, random_images
+from tests.test_samplers import Mixture
+from train_consistency import TUNING, ConsistencyModel
+
+SMALL = {"image_size": 8, "dim": 8, "dim_mults": (1, 2), "timesteps": 40, "sampling_timesteps": 2}
+
+
+def make_process(timesteps: int = 1000) -> GaussianDiffusion:
+    unet = Unet(8, dim_mults=(1,))
+    return GaussianDiffusion(unet, image_size=8, timesteps=timesteps, objective="pred_v")
+
+
+def tuned_model(**changes) -> ConsistencyModel:
+    torch.manual_seed(0)
+    return ConsistencyModel(**SMALL | changes).eval()
+
+
+def test_clean_image_is_its_own_x_0_exactly():
+    model = tuned_model()
+    x = torch.randn(4, 3, 8, 8)
+    clean = torch.full((4,), -1)
+    assert torch.equal(model.loss.predict_x_0(model.unet, x, clean), x)
+    assert torch.equal(model.loss.diffuse(x, clean, torch.randn_like(x)), x)
+    # At other timesteps, what the samplers' denoiser predicts.
+    for t in (0, 17, 35):
+        expected = model.denoiser(clip=False)(x, t)
+        x_0 = model.loss.predict_x_0(model.unet, x, torch.full((4,), t))
+        torch.testing.assert_close(x_0, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
+def test_loss_is_ects(fraction):
+    model = tuned_model(timesteps=1000, classes={"cat": 1, "dog": 1})
+    model.set_fraction(fraction)
+    images, noise = torch.rand(6, 3, 8, 8), torch.randn(6, 3, 8, 8)
+    t = torch.tensor([0, 1, 60, 300, 700, 990])
+    labels = torch.tensor([0, 1, -1, 0, 1, 0])
+    loss = model(images, t, noise, labels)
+
+    # One image after the other, in sigma, with numbers.
+    alpha_bar = model.diffusion.alphas_cumprod.double().tolist()
+    sigmas = [math.sqrt((1 - a) / a) for a in alpha_bar]
+    total = 0.0
+    for i, step in enumerate(t.tolist()):
+        sigma = sigmas[step]
+        shrink = 2 ** (3 + 5 * fraction)
+        lower = sigma - sigma * (1 + 8 / (1 + math.exp(sigma))) / shrink
+        s = max((k for k in range(step) if sigmas[k] <= lower), default=-1)
+        x_0 = []
+        for k in (step, s):
+            a = alpha_bar[k] if k >= 0 else 1.0
+            x = math.sqrt(a) * (2 * images[i] - 1) + math.sqrt(1 - a) * noise[i]
+            v = model.unet(x[None], torch.tensor([max(k, 0)]), None, labels[i : i + 1])[0]
+            x_0.append(math.sqrt(a) * x - math.sqrt(1 - a) * v)
+        mse = ((x_0[0] - x_0[1]) ** 2).mean().item()
+        distance = math.sqrt(mse + 0.00054**2) - 0.00054
+        total += distance / (sigma - (sigmas[s] if s >= 0 else 0.0)) / len(t)
+    assert loss.item() == pytest.approx(total, rel=1e-3)
+
+
+def test_loss_has_no_gradient_through_the_target_and_one_in_mixed_precision():
+    model = tuned_model(timesteps=1000)
+    inputs = torch.rand(8, 3, 8, 8), torch.arange(8) * 120 + 60, torch.randn(8, 3, 8, 8)
+    gradients = []
+    for use_amp in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=use_amp):
+            model(*inputs).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.unet.parameters()]))
+    assert F.cosine_similarity(*gradients, dim=0) > 0.9
+    weights = [torch.ones((), requires_grad=True) for _ in range(2)]
+    weight = iter(weights)  # one at the noisier timesteps, the other at the target's
+    model.loss(lambda x, t: next(weight) * x, *inputs).backward()
+    assert weights[0].grad != 0 and weights[1].grad is None
+
+
+def test_timesteps_are_distributed_up_to_sigma_max():
+    model = tuned_model(timesteps=1000)
+    t = model.timesteps_from_uniform(torch.rand(100_000))
+    log_sigma = model.loss.sigma[t].log()
+    assert model.loss.sigma[t].max() <= 80 < model.loss.sigma[t.max() + 1]
+    assert log_sigma.mean().item() == pytest.approx(-1.1, abs=0.1)
+    assert log_sigma.std().item() == pytest.approx(1.9, abs=0.1)
+
+
+class TinyNetwork(nn.Module):
+    """v of pixels (B, 1, 1, 1), from x and the noise level."""
+
+    def __init__(self, sigma: Tensor):
+        super().__init__()
+        self.log_sigma = sigma[:-1].log()
+        layers = nn.Linear(8, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1)
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        c = self.log_sigma[t][:, None] / 4
+        waves = [f(c * k) for k in (3, 6) for f in (torch.sin, torch.cos)]
+        level = [c, c * c, torch.sigmoid(4 * c)]
+        return self.layers(torch.cat([x.flatten(1), *level, *waves], 1))[:, :, None, None]
+
+
+def test_tuning_approaches_the_exact_flow_of_a_mixture():
+    torch.manual_seed(0)
+    process = make_process()
+    loss = ConsistencyLoss(process)
+    last = int((loss.sigma[:-1] <= 80).sum()) - 1
+    mixture = Mixture(process.alphas_cumprod[: last + 1].tolist())
+    network = TinyNetwork(loss.sigma)
+    optimizer = torch.optim.Adam(network.parameters())
+    points = torch.linspace(-2.2, 2.2, 64)[:, None, None, None]
+    exact = mixture.flow(points.double().flatten()).float()
+
+    def error() -> float:
+        with torch.no_grad():
+            x_0 = loss.predict_x_0(network, points, torch.full((64,), last)).flatten()
+        return (x_0 - exact).square().mean().sqrt().item()
+
+    def update(step: int, steps: int, lr: float, tuning: bool) -> None:
+        component = torch.rand(256, 1, 1, 1) < 0.5
+        x_0 = torch.where(
+            component, -0.3 + 0.3 * torch.randn(256, 1, 1, 1), 0.4 + 0.2 * torch.randn(256, 1, 1, 1)
+        )
+        noise = torch.randn_like(x_0)
+        t = torch.searchsorted(loss.timestep_cdf, (torch.arange(256) + torch.rand(256)) / 256)
+        t = t.clamp(max=last)
+        if tuning:
+            loss.fraction.fill_(step / steps)
+            value = loss(network, x_0, t, noise)
+        else:
+            v = process.predict_v(x_0, t, noise)
+            value = (network(loss.diffuse(x_0, t, noise), t) - v).square().mean()
+        optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+
+    for step in range(300):
+        update(step, 300, 4e-3, tuning=False)
+    errors = [error()]  # of diffusion training: the mean image, whatever the noise
+    for step in range(800):
+        update(step, 800, 6e-3, tuning=True)
+        if step in (399, 799):
+            errors.append(error())
+    assert errors[0] > 0.4
+    assert errors[1] < 0.7 * errors[0] and errors[2] < 0.15, errors
+
+
+def test_sampler_goes_back_to_lower_noise_levels():
+    class Exact:
+        """Knows where each point of a flow ends: at 0.5."""
+
+        def __init__(self):
+            self.alpha_bar = make_process().alphas_cumprod.tolist()
+            self.seen: list[tuple[int, Tensor]] = []
+
+        def __call__(self, x: Tensor, t: int) -> Tensor:
+            self.seen.append((t, x))
+            return torch.full_like(x, 0.5)
+
+    denoiser = Exact()
+    timesteps = choose_timesteps(consistency, denoiser.alpha_bar, 3, "logsnr")
+    torch.manual_seed(0)
+    outputs = list(consistency(denoiser, torch.randn(1, 1, 64, 64), timesteps, torch.randn_like))
+    assert len(outputs) == 3 and torch.equal(outputs[-1][0], torch.full((1, 1, 64, 64), 0.5))
+    assert [t for t, _ in denoiser.seen] == timesteps[:-1] and timesteps[-2] > 0
+    for t, x in denoiser.seen[1:]:
+        a = alpha_bar_at(denoiser, t)
+        assert x.mean().item() == pytest.approx(0.5 * math.sqrt(a), abs=0.05)
+        assert x.std().item() == pytest.approx(math.sqrt(1 - a), rel=0.05)
+
+
+def configure(**changes):
+    flags = {
+        "IMAGE_SIZE": 8, "DIM": 8, "DIM_MULTS": (1, 2), "BATCH_SIZE": 16, "GRID_IMAGES": 4,
+        "WARMUP_STEPS": 2, "KEEP": 0, "MAX_STEPS": 6, "NUM_SAMPLE_GRIDS": 1, "NUM_WORKERS": 0,
+    }  # fmt: skip
+    tuning = {name: value for name, value in TUNING.items() if name != "MINUTES"}
+    return resolve("folder", CPU_TIER, flags=flags | tuning | changes)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory) -> Path:
+    """A folder with a finished run `tuned` of 6 steps."""
+    folder = tmp_path_factory.mktemp("tuned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        config = configure(RUN_NAME="tuned")
+        train(ConsistencyModel.from_config(config), random_images(80, 8), config)
+    return folder
+
+
+def test_tuning_resumes_bit_for_bit(tuned, monkeypatch):
+    monkeypatch.chdir(tuned)
+
+    class Interrupted(ConsistencyModel):
+        def set_fraction(self, fraction: float) -> None:
+            super().set_fraction(fraction)
+            if fraction == 0.5:
+                raise KeyboardInterrupt
+
+    config = configure(RUN_NAME="half", MAX_STEPS=6, SAVE_EVERY_MINUTES=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        train(Interrupted.from_config(config), random_images(80, 8), config)
+    path = Path("checkpoints/half/last.pt")
+    assert checkpoints.load(path)["progress"]["step"] == 3
+    train(ConsistencyModel.from_config(config), random_images(80, 8), config, path)
+    assert max_checkpoint_difference(path, Path("checkpoints/tuned/final.pt")) == 0
+    with pytest.raises(UserError, match="consistency True, which cannot become False"):
+        train(DDPMModel.from_config(config), random_images(80, 8), config, path)
+
+
+def configure_script(*flags: str):
+    request = train_script.parse_command_line("", {}, flags, TUNING)
+    source = DDPMModel().load_model(request.init_from)
+    return train_script.configure(request, None, source)
+
+
+def test_script_tunes_with_the_settings_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = configure(RUN_NAME="mine", DIM=16, DATA_DIR="photos", LR_SCHEDULE="constant", DROPOUT=0.3)
+    train(DDPMModel.from_config(run), random_images(80, 8), run)
+    config = configure_script()  # the newest
+    same = ("DATASET", "DATA_DIR", "DIM", "DIM_MULTS", "BATCH_SIZE", "WARMUP_STEPS", "USE_AMP")
+    assert all(getattr(config, name) == getattr(run, name) for name in same)
+    assert {name: getattr(config, name) for name in TUNING} == TUNING
+    assert (config.EPOCHS, config.MAX_STEPS) == (0, 0)
+    config = configure_script("--checkpoint", "mine", "--max_steps", "9", "--batch_size", "4")
+    assert (config.MINUTES, config.MAX_STEPS, config.BATCH_SIZE) == (0, 9, 4)
+
+
+def test_script_knows_the_images_of_the_pretrained_model_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoints, "PRETRAINED_DIR", tmp_path / "weights")
+    DDPMModel(**SMALL).save_model("weights/cifar10.safetensors")
+    config = configure_script()
+    assert (config.DATASET, config.IMAGE_SIZE, config.DIM) == ("cifar10", 8, 8)
+    DDPMModel(**SMALL).save_model("other.safetensors")
+    with pytest.raises(UserError, match="does not name its training images"):
+        configure_script("--checkpoint", "other.safetensors")
+    assert configure_script("--checkpoint", "other.safetensors", "--dataset", "shapes").DIM == 8
+
+
+def test_grids_have_one_evaluation_above_two(tuned):
+    grid = np.asarray(Image.open(tuned / "samples/tuned/final.png"))
+    model = DDPMModel().load_model(tuned / "checkpoints/tuned/final.pt")
+    images = [model.sample(4, seed=range(4), steps=steps) for steps in (1, 2)]
+    assert np.array_equal(grid, plots.grid(torch.cat(images), 2))
+
+
+def test_tuned_model_is_known_from_its_file(tuned, monkeypatch, capsys):
+    monkeypatch.chdir(tuned)
+    flags = ["--seeds", "0-1", "--batch_size", "2"]
+    for steps in ([], ["--steps", "1"]):
+        monkeypatch.setattr("sys.argv", ["inference.py", *flags, *steps])
+        inference.main()
+    printed = capsys.readouterr().out
+    assert "consistency, 2 steps, 2 NFE" in printed and "consistency, 1 steps, 1 NFE" in printed
+    assert len(list(Path("inference_results").glob("samples-*-consistency-[12]-*"))) == 2
+    monkeypatch.setattr("sys.argv", ["inference.py", *flags, "--mode", "all", "--image", "0"])
+    inference.main()
+    printed = capsys.readouterr().out
+    assert "cannot interpolate: left out" in printed and "inpaint:" in printed
+
+
+def test_models_refuse_samplers_that_do_not_suit_them():
+    model, plain = tuned_model(), DDPMModel(**SMALL)
+    with pytest.raises(UserError, match="this model has no sampler unipc; choose from consistency"):
+        model.sample(1, sampler="unipc")
+    with pytest.raises(UserError, match="this model has no sampler consistency"):
+        plain.sample(1, sampler="consistency")
+    with pytest.raises(UserError, match="steps is 9, but must be at most 8"):
+        model.sample(1, steps=9)
+    with pytest.raises(UserError, match="cannot interpolate"):
+        model.interpolate(torch.rand(3, 8, 8), torch.rand(3, 8, 8))
+    with pytest.raises(UserError, match="needs a model of objective pred_v"):
+        tuned_model(objective="pred_noise")
