@@ -246,9 +246,8 @@ def measure_memory(config: Config, device: torch.device) -> Row:
         warnings.simplefilter("ignore", FallbackWarning)  # at each halving of the micro-batch
         micro, _ = probe_micro_batch(DDPMModel.from_config, config, limit)
     config.split_batch(micro)
-    row = time_steps(
-        partial(our_step, config, device), micro * config.GRADIENT_ACCUMULATION, device
-    )
+    batch = micro * config.GRADIENT_ACCUMULATION
+    row = time_steps(partial(our_step, config, device), batch, device)
     return row | {"micro_batch": micro, "peak_gib": torch.cuda.max_memory_reserved() / 2**30}
 
 
@@ -321,8 +320,8 @@ def memory_jobs(preset: str, flags: dict[str, Any]) -> list[BenchmarkJob]:
     for cap in CAPS:
         cap_flags = flags | {"MAX_MEMORY_GIB": cap}
         config = resolve(preset, tier_for_memory(cap), train_optimized.DEFAULTS, flags=cap_flags)
-        row = {"image_size": config.IMAGE_SIZE, "cap_gib": cap, "dim": config.DIM}
-        row |= {"batch": config.BATCH_SIZE * config.GRADIENT_ACCUMULATION}
+        batch = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
+        row = {"image_size": config.IMAGE_SIZE, "cap_gib": cap, "dim": config.DIM, "batch": batch}
         jobs.append(BenchmarkJob(row, partial(measure_memory, config)))
     return jobs
 

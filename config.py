@@ -353,7 +353,7 @@ def subclass_overrides(subclass: type[DDPMConfig]) -> dict[str, Any]:
 
 
 def size_advice(config: DDPMConfig) -> str:
-    """Returns which sizes fit the levels of DIM_MULTS, and which fewer levels fit the size."""
+    """Returns sizes that fit DIM_MULTS, and the levels that fit the size."""
     size = config.IMAGE_SIZE
     mults = config.DIM_MULTS
     factor = 2 ** (len(mults) - 1)

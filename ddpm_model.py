@@ -351,7 +351,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
 
 
 def check_types(architecture: dict[str, Any], info: dict[str, dict[str, Any]], path: Path) -> None:
-    """Raises UserError if settings that were read from a file have other types than ours."""
+    """Raises UserError if settings read from a file have other types than ours."""
     for values in (architecture, {k.lower(): v for k, v in info["config"].items()}):
         for name, setting in DDPMConfig.settings().items():
             if name.lower() in values:

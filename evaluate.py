@@ -119,7 +119,7 @@ def sample_images(
 
 
 def sampled_labels(settings: EvaluationSettings, counts: list[int]) -> np.ndarray:
-    """Returns the label of each sample; counts: real images without a label and of each class."""
+    """Returns each sample's label. counts: real images without one and of each class."""
     seeds = range(settings.seed, settings.seed + settings.num_samples)
     return labels_of_seeds(seeds, counts) + NO_LABEL
 
@@ -319,7 +319,7 @@ def score_images(
     images: np.ndarray, references: References, by_class: ClassMetrics | None,
     labels: np.ndarray | None, device: torch.device,
 ) -> Evaluation:  # fmt: skip
-    """Returns the number of images, uint8 (N, C, H, W), and their scores, of classes too."""
+    """Returns the number of images, uint8 (N, C, H, W), and their scores."""
     features = {n: metrics.extract_features(n, images, device) for n in references}
     row: Evaluation = {"num_samples": len(images), "scores": compute_scores(features, references)}
     if by_class is not None:
@@ -329,14 +329,14 @@ def score_images(
 
 
 def check_shape(model: DDPMModel, path: Path, shape: tuple[int, ...], first: Path) -> None:
-    """Raises UserError if the images of a model do not have the shape of the first one's."""
+    """Raises UserError if a model's images have another shape than the first one's."""
     if image_shape(model) != shape:
         difference = f"{image_shape(model)}, but those of {first} {shape}"
         raise UserError(f"images of {path} are {difference}. Evaluate it alone")
 
 
 def print_classes(evaluations: list[Evaluation], title: str, by_class: ClassMetrics) -> None:
-    """Prints the scores of each class, and the accuracy that the classifier has on real images."""
+    """Prints the scores of each class, and the classifier's accuracy on real images."""
     for row in evaluations:
         print(format_classes(row["name"], title, row["classes"]))
     print(f"class accuracy of held-out real images: {by_class.real_accuracy}")

@@ -74,7 +74,7 @@ def batch_generate(
 
 
 def generate_samples(job: jobs.InferenceJob) -> str:
-    """Single images, a grid with their seeds or a row for each class, and a contact sheet."""
+    """Single images, a grid (with classes, a row for each) and a contact sheet."""
     seeds = job.settings["seeds"]
     names = job.model.class_names
     classes = job.classes or range(len(names))
@@ -128,7 +128,7 @@ def show_trajectory(job: jobs.InferenceJob) -> str:
 
 
 def interpolate(job: jobs.InferenceJob) -> str:
-    """Images between two given ones, and between two classes if asked for: a strip and a GIF."""
+    """Images between two given ones, and maybe two classes: a strip and a GIF."""
     ends = (job.classes[0], job.classes[-1]) if job.classes else None
     image1, label1 = job.load_input_image("image1", ends and ends[0])
     image2, label2 = job.load_input_image("image2", ends and ends[1])

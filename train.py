@@ -95,7 +95,7 @@ class TrainingRequest:
     tuning: Mapping[str, Any] | None = None  # on top of the settings of that checkpoint's run
 
     def value(self, name: str, checkpoint: Mapping[str, Any] | None) -> Any:
-        """Returns the value of a setting that no preset or tier sets. checkpoint: its config."""
+        """Returns a setting that no preset or tier sets. checkpoint: its configuration."""
         base = DDPMConfig.current_names(checkpoint) if checkpoint else self.script
         overrides = subclass_overrides(self.subclass) if self.subclass else {}
         values = {**DDPMConfig.values(), **base, **overrides, **self.flags}
@@ -190,7 +190,7 @@ def configure(
 
 
 def network_settings(architecture: Mapping[str, Any], image_size: int) -> dict[str, Any]:
-    """Returns the settings that make the network of an architecture, for images of some size."""
+    """Returns the settings that build the network of an architecture, at some size."""
     sizes = [image_size // 2**level for level in range(len(architecture["dim_mults"]))]
     full = [size for size, is_full in zip(sizes, architecture["full_attn"], strict=True) if is_full]
     return {

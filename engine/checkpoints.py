@@ -65,7 +65,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes temporary files that killed processes left below a folder; not of live ones."""
+    """Deletes temporary files below a folder, except those of live processes."""
     for file in folder.rglob(".*.tmp"):
         pid = file.name.split(".")[-2]
         if pid == str(os.getpid()) or not (pid.isdigit() and psutil.pid_exists(int(pid))):
@@ -84,7 +84,7 @@ def check_writable(folder: Path) -> None:
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes a checkpoint; a crash or a full disk leaves the old file, never half of a new one."""
+    """Writes a checkpoint atomically: a crash or a full disk leaves the old file."""
 
     try:
         write_atomically(path, lambda file: torch.save(state, file))
@@ -178,7 +178,7 @@ def save_safetensors(path: Path, architecture: dict[str, Any], state: dict[str, 
 
 
 def load_safetensors(path: Path) -> Weights:
-    """Reads what save_safetensors wrote; raises UserError if it is damaged or of another kind."""
+    """Reads what save_safetensors wrote; UserError if it is damaged or another kind."""
     _check_file(path)
     with refuse_damaged(path, "is damaged, or not a .safetensors file of this project"):
         with safetensors.safe_open(path, framework="pt") as file:

@@ -81,7 +81,7 @@ _show_warning = warnings.showwarning
 
 
 def fail(message: str, exit_code: int) -> int:
-    """Prints one line on stderr, on the first rank of a machine to fail; returns the exit code."""
+    """Prints one line on stderr, once per machine; returns the exit code."""
     if distributed.is_first_failure():
         print(f"error: {message}", file=sys.stderr, flush=True)
     return exit_code
@@ -140,7 +140,7 @@ def _run(main: Callable[[], None]) -> str | int | None:
 
 
 def _has_lost_its_reader() -> bool:
-    """Whether nobody reads stdout any more; if so, what is still in its buffer is dropped."""
+    """Whether stdout has no reader any more; if so, its buffer is dropped."""
     try:
         print(flush=True)
     except BrokenPipeError:

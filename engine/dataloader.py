@@ -48,7 +48,7 @@ class ImageDataset:
         return ImageDataset(self.images[index], labels, self.class_names)
 
     def fingerprint(self) -> str:
-        """Returns a hash of shape, images and labels, the same on every machine: 16 hex digits."""
+        """Returns a hash of shape, images and labels, 16 hex digits."""
         every = -(-self.images.nbytes // FINGERPRINT_BYTES) or 1
         digest = hashlib.blake2b(repr(self.images.shape).encode(), digest_size=8)
         for image in self.images[::every]:
@@ -110,7 +110,7 @@ def copy_to_device(images: np.ndarray, device: torch.device) -> Tensor:
 
 
 def read_ahead(read: Callable[[T], S], items: Iterable[T], threads: int) -> Iterator[S]:
-    """Yields read(item) of all items in order, at most two ahead per thread; 0: none ahead.
+    """Yields read(item) of all items in order, at most two ahead per thread.
 
     Threads are enough: numpy and Pillow release the GIL, and nothing is copied between processes.
     """

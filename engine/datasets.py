@@ -135,7 +135,7 @@ def load_dataset(
 
 
 def file_label(dataset: str) -> str:
-    """Returns a data set's name as part of a file name: `hf:user/name` is `hf-user-name`."""
+    """Returns a data set's name for file names: `hf:user/name` is `hf-user-name`."""
     return re.sub(r"[^\w.-]+", "-", dataset)[:60]
 
 
@@ -191,7 +191,7 @@ def images_from_loader(loader: Iterable) -> np.ndarray:
 def open_source(
     dataset: str, data_dir: Path, use_labels: bool = False, options: ReadOptions = DEFAULT_OPTIONS
 ) -> Source:
-    """Returns the source of a data set, with its labels if asked; downloads what is missing."""
+    """Returns the source of a data set, downloaded if missing; labels if asked."""
     if dataset.startswith(hf_datasets.PREFIX):
         return hf_datasets.hf_source(dataset, options.channels or 3, use_labels)
     archive = ARCHIVES.get(dataset)
@@ -214,7 +214,7 @@ def open_source(
 
 
 def archive_labels(archive: Archive, folder: Path) -> np.ndarray:
-    """Returns the labels of an archive's images, int64; NO_LABEL for files without any."""
+    """Returns labels of an archive's images, int64; NO_LABEL for files without any."""
     if not archive.label_file:
         records = [np.fromfile(folder / name, np.uint8) for name in archive.contents]
         return np.concatenate([r[:: archive.record_bytes] for r in records]).astype(np.int64)

@@ -28,7 +28,7 @@ def note_untested(device: torch.device) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """Returns the name of a GPU where the backend knows one, else its type, such as `CPU`."""
+    """Returns the name of a GPU if the backend knows one, else its type, as `CPU`."""
     if device.type in ("cuda", "xpu"):
         return torch.get_device_module(device).get_device_name(device)
     return device.type.upper()

@@ -35,7 +35,7 @@ def launched_world_size() -> int:
 
 
 def check_launcher() -> None:
-    """Raises UserError if only some of a launcher's variables are set, or set to nonsense."""
+    """Raises UserError if a launcher's variables are incomplete or invalid."""
     advice = "Start with torchrun or accelerate launch, or unset the launcher's variables"
     numbers = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": 1}  # with the lowest
     values = {name: os.environ[name] for name in numbers if name in os.environ}

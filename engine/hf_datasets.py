@@ -26,7 +26,7 @@ HOW_TO_NAME = "Name it: --dataset hf:NAME,IMAGE_COLUMN or hf:NAME,IMAGE_COLUMN,L
 
 
 def hf_source(dataset: str, channels: int, use_labels: bool) -> Source:
-    """Returns the source of `hf:NAME[,IMAGE_COLUMN[,LABEL_COLUMN]]`, with labels if asked.
+    """Returns the source of `hf:NAME[,IMAGE_COLUMN[,LABEL_COLUMN]]`.
 
     NAME: user/name of the Hub, or a local folder of parquet, arrow, image or WebDataset files. Its
     split `train` is streamed, or its only one; columns that are not named are found. Nothing of it
@@ -81,7 +81,7 @@ def hf_source(dataset: str, channels: int, use_labels: bool) -> Source:
 
 
 def parse(dataset: str) -> tuple[str, str, str]:
-    """Returns name, image column and label column of `hf:...`, columns empty if not named."""
+    """Returns name and image and label column of `hf:...`, empty if not named."""
     reference = dataset.removeprefix(PREFIX)
     parts = [reference] if Path(reference).exists() else reference.split(",")
     if not parts[0] or len(parts) > 3:
@@ -91,7 +91,7 @@ def parse(dataset: str) -> tuple[str, str, str]:
 
 
 def open_table(name: str) -> tuple[str, str, int, Any]:
-    """Opens a data set: its location, fingerprint, number of rows if known or 0, and stream."""
+    """Opens a data set: location, fingerprint, number of rows (0: unknown), stream."""
     if not importlib.util.find_spec("datasets"):
         raise UserError(f"--dataset hf:{name} needs a package: pip install datasets")
     import datasets
@@ -122,7 +122,7 @@ def open_table(name: str) -> tuple[str, str, int, Any]:
 
 
 def find_image_column(features: dict[str, Any], name: str, dataset: str) -> str:
-    """Returns the column of the images: the named, the only one, or the one named like images."""
+    """Returns the column of the images: the given one, the only one, or by its name."""
     import datasets
 
     def holds_images(feature: Any) -> bool:
@@ -142,7 +142,7 @@ def find_image_column(features: dict[str, Any], name: str, dataset: str) -> str:
 
 
 def find_label_column(features: dict[str, Any], name: str, dataset: str) -> str:
-    """Returns the column of the labels: the named, the only one, or the one named like labels."""
+    """Returns the column of the labels: the given one, the only one, or by its name."""
 
     def holds_labels(feature: Any) -> bool:
         return str(getattr(feature, "dtype", "")).rstrip("0123456789") in LABEL_TYPES
@@ -169,7 +169,7 @@ def described(features: dict[str, Any]) -> str:
 
 
 def encoded(table: Any, column: str) -> Iterable[dict[str, Any]]:
-    """Returns a stream's rows with encoded images: bytes, or {"bytes": ..., "path": ...}."""
+    """Returns a stream's rows with encoded images: bytes, or a dict of bytes or path."""
     import datasets
 
     if isinstance(table.features[column], datasets.Image):

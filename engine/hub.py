@@ -160,7 +160,7 @@ def recipe(
 
 
 def find_pretrained(name: str) -> Path:
-    """Returns the weights of an included model, of a folder, or of a repository of the Hub."""
+    """Returns the weights of an included model, a folder or a repository of the Hub."""
     included = checkpoints.PRETRAINED_DIR / f"{name}.safetensors"
     if included.is_file():
         return included

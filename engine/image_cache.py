@@ -100,7 +100,7 @@ def load_cached(
 
 
 def _remove_others(cache_dir: Path, prefix: str, path: Path) -> None:
-    """Removes earlier versions of a cached source, and temporary files of killed builds."""
+    """Removes earlier versions of a cached source, and files of killed builds."""
     for file in cache_dir.glob(f"*{prefix}_*"):
         if not file.name.startswith(path.stem):
             with suppress(OSError):  # on Windows, a file in use

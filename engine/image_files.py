@@ -55,7 +55,7 @@ def find_images(location: Path) -> ImageFiles:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a relative path has an extension that Pillow opens, and no part is hidden."""
+    """Whether a relative path has an extension of Pillow's, and no hidden part."""
     path = PurePosixPath(name)
     is_hidden = any(part.startswith(".") for part in path.parts)
     return not is_hidden and Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN
@@ -73,7 +73,7 @@ def files_of_folder(folder: Path) -> ImageFiles:
 
 
 def walk(folder: Path) -> list[str]:
-    """Returns the paths of all images below a folder, relative to it, sorted; no hidden ones.
+    """Returns the relative paths of all images below a folder, sorted; no hidden ones.
 
     A file or folder that several paths reach has one, preferably without a link. Links are
     followed, but not to folders that contain this one. This project's outputs in the current folder
@@ -138,7 +138,7 @@ def files_of_zip(path: Path) -> ImageFiles:
 
 
 def files_of_tar(path: Path) -> ImageFiles:
-    """Returns the images in a .tar; a compressed one is decompressed once one is opened."""
+    """Returns the images in a .tar; if compressed, it is decompressed at first use."""
     with tarfile.open(path) as archive:
         members = {m.name: m for m in archive if m.isreg() and is_image_name(m.name)}
     lock = threading.Lock()

@@ -86,7 +86,7 @@ def array_source(path: Path, options: ReadOptions) -> Source:
 
 
 def load_array(path: Path) -> np.ndarray:
-    """Returns the first array of images in an .npz or .npy: (N, H, W, C), C is 1, 3 or 4."""
+    """Returns the first array of images in an .npz or .npy, (N, H, W, 1, 3 or 4)."""
     try:
         file = np.load(path, allow_pickle=False, mmap_mode="r")
         arrays = [file[name] for name in file.files] if path.suffix.lower() == ".npz" else [file]
@@ -112,7 +112,10 @@ def image_source(
     path: Path, fingerprint: str, items: Sequence, open_image: Callable[[Any], Image.Image],
     options: ReadOptions | None,
 ) -> Source:  # fmt: skip
-    """Returns the source of the images open_image(item). options: None for single RGB images."""
+    """Returns the source of the images open_image(item).
+
+    options: None for single RGB images.
+    """
 
     # How the cache reads it: choices for all images, images of a block, some sizes.
     @functools.cache
@@ -165,7 +168,7 @@ class Survey:
     cropped: float = 0.0  # sum of the fractions that squares cut off
 
     def add(self, image: Image.Image, is_sample: bool) -> None:
-        """Adds an open image. is_sample: whether to decode one with alpha or color of 16 bits."""
+        """Adds an open image. is_sample: whether to decode alpha or color of 16 bits."""
         has_alpha = image.has_transparency_data
         self.cropped += 1 - min(image.size) / max(image.size)
         self.kinds["RGBA" if has_alpha else "gray" if pixels.is_gray(image) else "RGB"] += 1
@@ -193,7 +196,7 @@ class Survey:
             self.highest = max(self.highest, float(values.max()))
 
     def channels(self) -> int:
-        """Returns the option; else 4 if all are transparent, 1 if all are gray, 3 otherwise."""
+        """Returns the option; by default 4 if all have alpha, 1 if all are gray, else 3."""
         if self.options.channels or len(self.kinds) != 1:
             return self.options.channels or 3
         if "gray" in self.kinds:
@@ -208,7 +211,7 @@ class Survey:
         return pixels.find_range(self.lowest, self.highest) if is_known else None
 
     def print(self) -> None:
-        """Prints a line for each choice that was made; UserError for colors that are too dark."""
+        """Prints a line for each choice; UserError for colors that are too dark."""
         if self.kinds:
             channels = self.channels()
             found = ", ".join(f"{number} {kind}" for kind, number in sorted(self.kinds.items()))
@@ -234,7 +237,7 @@ class Survey:
 def examine(
     items: Sequence, open_image: Callable[[Any], Image.Image], options: ReadOptions
 ) -> tuple[int, Range | None]:
-    """Reads every header; returns the channels and the range of values, and prints them."""
+    """Reads every header; returns and prints the channels and the range of values."""
     survey = Survey(options)
     every = -(-len(items) // MAX_SIZES_CHECKED)
     bar = tqdm(items, "reading headers", unit=" images", delay=5, leave=False)

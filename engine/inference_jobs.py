@@ -68,7 +68,7 @@ class InferenceJob:
         return {"sampler": self.sampler} | {name: self.settings[name] for name in names}
 
     def labels_of(self, seeds: Sequence[int]) -> list[int] | None:
-        """Returns the class of each seed, of those asked for; None if the model has no classes."""
+        """Returns the class of each seed; None if the model has no classes."""
         if not self.model.class_names:
             return None
         counts = np.array(self.model.class_counts)
@@ -78,7 +78,7 @@ class InferenceJob:
         return labels_of_seeds(seeds, counts).tolist()
 
     def labels_if_asked(self, seeds: Sequence[int]) -> list[int] | None:
-        """Returns labels_of with --classes, else None: the classes of an image are unknown."""
+        """Returns labels_of with --classes, else None: an image's class is unknown."""
         return self.labels_of(seeds) if self.classes else None
 
     def run_batched(self, function: Callable, seeds: Sequence[int], **kwargs: Any) -> Tensor:
@@ -119,11 +119,11 @@ class InferenceJob:
         return torch.from_numpy(images[index].copy()) / 255, source
 
     def save(self, image: Image.Image, name: str, **changes: Any) -> None:
-        """Writes a PNG with its settings: the job's with the changes that reproduce it alone."""
+        """Writes a PNG with the settings that reproduce it: the job's with changes."""
         plots.save_image(image, self.folder / name, json.dumps(self.settings | changes))
 
     def image_paths(self, seeds: Sequence[int], labels: Sequence[int] | None) -> list[str]:
-        """Returns the names of single images: <seed>.png, or <class>/<seed>.png with labels."""
+        """Returns names of single images: <seed>.png, with labels <class>/<seed>.png."""
         names = [f"{seed:06d}.png" for seed in seeds]
         if labels is None:
             return names
@@ -134,7 +134,7 @@ class InferenceJob:
         self, images: Tensor, seeds: Sequence[int], folder: str = ".",
         labels: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
-        """Writes each image to <folder>/<seed>.png, or <folder>/<class>/<seed>.png with labels."""
+        """Writes each image to <folder>/<seed>.png, with labels <folder>/<class>/..."""
         mode = self.settings["mode"].replace("batch", "samples")  # which makes single images
         for i, (seed, path) in enumerate(zip(seeds, self.image_paths(seeds, labels), strict=True)):
             changes = {"mode": mode, "seeds": [seed]}
@@ -306,7 +306,7 @@ def is_embedded(source: str | None) -> bool:
 
 
 def open_input(source: str) -> Path | io.BytesIO:
-    """Returns what a setting names: a file's path, or the PNG that it contains as a data URI."""
+    """Returns what a setting names: a file's path, or the PNG of its data URI."""
     if not is_embedded(source):
         return Path(source)
     try:
@@ -316,7 +316,7 @@ def open_input(source: str) -> Path | io.BytesIO:
 
 
 def read_image(file: Path | io.BytesIO, size: int, channels: int) -> Tensor:
-    """Reads an image, converted to what a model takes with a notice: (C, size, size) in [0, 1]."""
+    """Reads an image as a model takes it, with a notice: (C, size, size) in [0, 1]."""
     name = _name_of(file)
     if channels not in MODES:
         raise UserError(f"no image file has {channels} channels. Name a seed instead of {name}")
@@ -328,7 +328,7 @@ def read_image(file: Path | io.BytesIO, size: int, channels: int) -> Tensor:
 
 
 def read_mask(path: Path | io.BytesIO, image: Path | io.BytesIO, size: int) -> Tensor:
-    """Reads a mask as large as the image, white where new content goes: bool (size, size)."""
+    """Reads a mask of the image's size, white where to inpaint: bool (size, size)."""
     mask, _ = _open_image(path, "a mask", lambda file: file.convert("RGB"))
     # The image may also be a seed or data:INDEX.
     expected = (size, size)

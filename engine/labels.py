@@ -75,7 +75,7 @@ def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
 
 
 def check_class_names(classes: Mapping[str, int]) -> None:
-    """Raises UserError for names, maybe read from a file, that could not be those of folders."""
+    """Raises UserError for class names that could not be names of folders."""
     for name, count in classes.items():
         if name in ("", ".", "..") or set(name) & set("/\\\0") or not isinstance(count, int):
             raise UserError(f"{name!r} is not a class: names are those of folders, with counts")
@@ -84,7 +84,7 @@ def check_class_names(classes: Mapping[str, int]) -> None:
 def check_classes_on_resume(
     path: Path, saved: Mapping[str, int], classes: Mapping[str, int]
 ) -> None:
-    """Raises UserError if a run would continue with other classes, or fewer images of one.
+    """Raises UserError if a run would continue with other or smaller classes.
 
     saved, classes: images by class name. An unconditional run may continue as a conditional one.
     """
@@ -101,7 +101,7 @@ def check_classes_on_resume(
 
 
 def labels_of_seeds(seeds: Iterable[int], counts: Sequence[int]) -> np.ndarray:
-    """Returns a label for each seed, int64 (N,), in the proportions of the classes' counts.
+    """Returns a label for each seed, int64 (N,), in proportion to the counts.
 
     Consecutive seeds spread evenly: a seed's place in [0, 1) is the fractional part of its product
     with the golden ratio.

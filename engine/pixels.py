@@ -25,7 +25,7 @@ def is_gray(image: Image.Image) -> bool:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether a Pillow image is gray with more than 8 bits a value: integers or floats."""
+    """Whether a Pillow image is gray with more than 8 bits: integers or floats."""
     return image.mode == "F" or image.mode.startswith("I")
 
 
@@ -44,7 +44,7 @@ def parse_range(text: str) -> Range | None:
 
 
 def find_range(lowest: float, highest: float) -> Range:
-    """Returns what to take for black and white. lowest, highest: the values of all images.
+    """Returns the values of black and white. lowest, highest: of all images.
 
     That is 0 and the largest number of that many bits, such as 4095; but the values themselves
     if some are negative, or if they fill less than a quarter of that.
@@ -66,7 +66,7 @@ def scale(values: np.ndarray, value_range: Range) -> np.ndarray:
 
 
 def convert(image: Image.Image, channels: int, value_range: Range | None = None) -> Image.Image:
-    """Converts any Pillow image to gray, RGB or RGBA; without alpha, transparency turns white.
+    """Converts a Pillow image to gray, RGB or RGBA; without alpha it is put on white.
 
     channels: 1, 3 or 4. value_range: of images with more than 8 bits; None: found from this one.
     Raises ValueError for values that are not finite and for what Pillow cannot convert.
@@ -111,7 +111,7 @@ def read_pixels(
     image: Image.Image, size: int, channels: int, value_range: Range | None = None,
     all_frames: bool = False,
 ) -> np.ndarray:  # fmt: skip
-    """Decodes the center squares of an open image's frames: uint8 (frames, C, size, size)."""
+    """Decodes center squares of an image's frames: uint8 (frames, C, size, size)."""
     with _large_image_lock if math.prod(image.size) > LARGE_IMAGE else nullcontext():
         image.draft(None, (2 * size, 2 * size))  # decodes a JPEG at low resolution
         frames = (ImageOps.exif_transpose(f) for f in iterate_frames(image, all_frames))

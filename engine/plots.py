@@ -35,7 +35,7 @@ def to_bytes(images: Tensor) -> np.ndarray:
 
 
 def to_image(image: Tensor) -> Image.Image:
-    """A tensor (C, H, W) in [0, 1] as a Pillow image: gray, RGB or RGBA with 1, 3 or 4 channels.
+    """A tensor (1, 3 or 4, H, W) in [0, 1] as a Pillow image: gray, RGB or RGBA.
 
     Raises UserError for another number of channels.
     """
@@ -57,7 +57,7 @@ def grid(
 
 
 def on_white(images: Tensor) -> Tensor:
-    """Puts RGBA images (B, 4, H, W) in [0, 1] on white, which makes them RGB; others stay."""
+    """Puts RGBA images (B, 4, H, W) in [0, 1] on white, as RGB; others stay."""
     if images.shape[1] != 4:
         return images
     color = images[:, :3]

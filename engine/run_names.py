@@ -35,7 +35,7 @@ def new_run_name(config: Any) -> str:
 
 
 def create_run_folder(base: str) -> str:
-    """Creates the folder of a new run, which is called `base` or, if that is taken, `base-2`..."""
+    """Creates a new run's folder, called `base` or, if that is taken, `base-2`..."""
     for suffix in itertools.chain([""], (f"-{number}" for number in itertools.count(2))):
         with contextlib.suppress(FileExistsError):  # of a run that started in the same second
             (checkpoints.CHECKPOINT_DIR / (base + suffix)).mkdir(parents=True)
@@ -43,7 +43,7 @@ def create_run_folder(base: str) -> str:
 
 
 def resumed_run_name(checkpoint: TrainingCheckpoint) -> str:
-    """Returns the run that resumes from a checkpoint: a new one if its own is further already."""
+    """Returns the run that resumes from a checkpoint: a new one if its own is ahead."""
     name = checkpoints.run_name_of(checkpoint)
     step = checkpoint.state["progress"]["step"]
     folder = checkpoints.CHECKPOINT_DIR / name
@@ -56,7 +56,7 @@ def resumed_run_name(checkpoint: TrainingCheckpoint) -> str:
 
 
 def is_published(name: str, step: int) -> bool:
-    """Whether a run has saved a final.pt of this step or a later one, and sampled with it."""
+    """Whether a run has a final.pt of at least this step, and its samples."""
     final = checkpoints.CHECKPOINT_DIR / name / "final.pt"
     grid = SAMPLES_DIR / name / "final.png"  # the last file that a run writes
     is_complete = final.exists() and grid.exists()

@@ -25,7 +25,7 @@ def use_triton(x: Tensor) -> bool:
 
 @functools.cache
 def kernels_work(device: torch.device) -> bool:
-    """Whether all kernels compile and run on a device; warns of the first that does not."""
+    """Whether all kernels compile and run on a device; warns of the first failure."""
     problem = f"importing Triton failed ({MISSING})" if MISSING else ""
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = torch.bfloat16 if has_bf16 else torch.float16
