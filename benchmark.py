@@ -126,13 +126,13 @@ class DiffusersDiffusion(nn.Module):
 
 
 def count_parameters(config: Config) -> int:
-    """Counts the parameters of our network, which are upstream's, without allocating them."""
+    """Counts the parameters of our (and upstream's) network, allocating nothing."""
     with torch.device("meta"):
         return sum(p.numel() for p in UpstreamDiffusion(config).model.parameters())
 
 
 def upstream_step(config: Config, device: torch.device) -> Callable[[], None]:
-    """Returns the step of upstream's Trainer, on images that are on the device already."""
+    """Returns the step of upstream's Trainer, on images already on the device."""
     model = UpstreamDiffusion(config).to(device)
     accelerator = Accelerator(mixed_precision="no")
     ema = EMA(model, beta=0.995, update_every=10).to(device)
@@ -154,7 +154,7 @@ def upstream_step(config: Config, device: torch.device) -> Callable[[], None]:
 
 
 def diffusers_step(config: Config, device: torch.device) -> Callable[[], None]:
-    """Returns the like with diffusers: fused Adam, no loss.item(), the EMA updated every step."""
+    """Returns diffusers' step: fused Adam, no loss.item(), the EMA updated every time."""
     model = DiffusersDiffusion(config).to(device)
     parameters = list(model.parameters())
     ema_parameters = [p.detach().clone() for p in parameters]
@@ -226,7 +226,7 @@ def measure_upstream_sampling(config: Config, device: torch.device) -> Row:
 
 
 def measure_data_path(config: Config, device: torch.device, on_gpu: bool) -> Row:
-    """Times our step on images that are on the GPU, or that threads read from a memory map."""
+    """Times our step on images on the GPU, or read by threads from a memory map."""
     dataloader.MAX_GPU_FRACTION = 1.0 if on_gpu else 0.0
     shape = (300 * config.BATCH_SIZE, 3, config.IMAGE_SIZE, config.IMAGE_SIZE)
     with tempfile.NamedTemporaryFile() as file:
@@ -239,7 +239,7 @@ def measure_data_path(config: Config, device: torch.device, on_gpu: bool) -> Row
 
 
 def measure_memory(config: Config, device: torch.device) -> Row:
-    """Finds the micro-batch with which a preset fits under its cap, and times that step."""
+    """Finds the micro-batch that fits a preset under its cap, and times that step."""
     cap_memory(config.MAX_MEMORY_GIB)
     limit = (1 - HEADROOM) * config.MAX_MEMORY_GIB
     with warnings.catch_warnings():
@@ -254,7 +254,7 @@ def measure_memory(config: Config, device: torch.device) -> Row:
 def learning_curve(
     config: Config, device: torch.device, steps: int, seed: int, rank: int = 0, world_size: int = 1
 ) -> Row:
-    """Trains on the built-in shapes; returns the losses and the validation loss at the end."""
+    """Trains on the built-in shapes; returns the losses and the final validation loss."""
     config.override({"SEED": seed, "HORIZONTAL_FLIP": False}, "benchmark")
     data = load_dataset("shapes", config.IMAGE_SIZE, Path("data"), progress=False)
     batch_size = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION * world_size
@@ -272,7 +272,7 @@ def learning_curve(
 def make_jobs(
     section: str, config: Config, batches: Sequence[int], quick: bool, is_gpu: bool
 ) -> list[BenchmarkJob]:
-    """Returns the jobs of a section, the most important first in case the run is cut off."""
+    """Returns the jobs of a section, the most important first."""
 
     def job(what: str, mode: str, batch: int, measure: Callable, **options: Any) -> BenchmarkJob:
         variant = copy.deepcopy(config)
@@ -335,7 +335,7 @@ def add_speedup(row: Row, rows: list[Row]) -> None:
 
 
 def result_key(config: Config) -> str:
-    """Returns the key of results: the preset, with its network unless that is the preset's."""
+    """Returns the key of results: the preset, and the network if it is another."""
     preset = resolve(config.DATASET, detect_tier())
     if all(getattr(config, name) == getattr(preset, name) for name in NETWORK):
         return config.DATASET

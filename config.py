@@ -174,7 +174,7 @@ def tier_for_memory(gib: float) -> Tier:
 
 
 def detect_tier() -> Tier:
-    """Returns the tier of this machine's GPU, by the memory this process may use, or the CPU's."""
+    """Returns the tier of the GPU, by the memory this process may use, or the CPU's."""
     if not torch.cuda.is_available():
         return Tier("CPU", 32, 0.0)
     return tier_for_memory(memory_limit() / 2**30)
@@ -308,7 +308,7 @@ def presets_for(
 
 
 def apply_tier(config: Config, tier: Tier, explicit: Mapping[str, Any]) -> None:
-    """Caps the width and splits the batch into micro-batches that are estimated to fit.
+    """Caps the width and splits the batch into micro-batches estimated to fit.
 
     The effective batch stays, and so do explicit values: an explicit accumulation is multiplied
     where the batch must be split, with a warning.

@@ -260,7 +260,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         self, network: nn.Module, x: Tensor, t: Tensor, previous: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Runs a network; as a CUDA graph on a GPU where gradients are off and capture works."""
+        """Runs a network; as a CUDA graph on a GPU if gradients are off and capture works."""
         use_graph = self.cuda_graph and self.supports_cuda_graphs and x.is_cuda
         if use_graph and not torch.is_grad_enabled():
             try:

@@ -109,7 +109,7 @@ def check_training(demo: SimpleNamespace) -> str:
 
 
 def exact_alpha_bar(schedule: str, timesteps: int) -> Tensor:
-    """Returns the cumulative product of 1 - beta by the papers' formulas, float64 (T,)."""
+    """Returns the cumulative product of 1 - beta by the papers, float64 (T,)."""
     t = torch.arange(1, timesteps + 1, dtype=torch.float64) / timesteps
     if schedule == "linear":
         betas = torch.linspace(1e-4, 0.02, timesteps, dtype=torch.float64) * 1000 / timesteps
@@ -241,7 +241,7 @@ CHECKS: dict[str, Callable[[SimpleNamespace], str]] = {
 
 
 def write_html_report(title: str, table: str) -> None:
-    """Writes report.html with its images inside, so that one file can be sent to someone."""
+    """Writes report.html with its images inside, as a single file."""
     page = '<!doctype html>\n<html lang="en"><meta charset="utf-8">'
     page += "<style>body{font:16px sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
     page += "img{max-width:100%}pre{overflow:auto}</style>\n"

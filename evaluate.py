@@ -66,7 +66,7 @@ class EvaluationSettings(SamplingSettings):
 
 
 def load_feature_networks(weights: str | None, device: torch.device) -> list[nn.Module]:
-    """Returns the available feature networks; warns about the others, raises if there is none."""
+    """Returns the available feature networks; warns of others, raises if none is left."""
     networks: list[nn.Module] = []
     for network, args in ((metrics.Inception, (weights,)), (metrics.Lite0, ())):
         try:
@@ -84,7 +84,7 @@ def load_feature_networks(weights: str | None, device: torch.device) -> list[nn.
 def sample_images(
     model: DDPMModel, path: Path, settings: EvaluationSettings, counts: list[int] | None = None
 ) -> tuple[np.ndarray, Evaluation]:
-    """Returns samples, uint8 (N, C, H, W), and how they were made; every rank must call this.
+    """Returns samples, uint8 (N, C, H, W), and their settings. Every rank calls this.
 
     counts: on rank 0, the reference's images without a label and of each class, in whose
     proportions classes are sampled; None: in those of the training images.
@@ -139,7 +139,7 @@ def plot_nearest_neighbors(
     samples: np.ndarray, names: list[str], real: np.ndarray, references: References,
     device: torch.device,
 ) -> Image.Image:  # fmt: skip
-    """Returns samples and, below each, the real image nearest in pixels and in features."""
+    """Returns samples and, below each, the real images nearest in pixels and features."""
     queries = np.concatenate([samples, samples[..., ::-1]])  # training may mirror images
     spaces = [("pixels", queries.reshape(len(queries), -1), real.reshape(len(real), -1), 255)]
     for network, reference in references.items():
@@ -197,7 +197,7 @@ def load_real_images(
 
 
 def validation_images(model: DDPMModel) -> torch.Tensor | None:
-    """Returns the images that a run did not train on; None with a warning if they are not here."""
+    """Returns a run's validation images; None with a warning if they are not here."""
     config = model.training_info["config"]
     try:
         data_dir = Path(config["DATA_DIR"])
@@ -307,7 +307,7 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
 def describe_run(
     reference: dict[str, Any], networks: list[nn.Module], device: torch.device
 ) -> dict[str, Any]:
-    """Returns what a report says of its reference, its feature networks and the machine."""
+    """Returns a report's entries on reference, feature networks and machine."""
     return {
         "reference": reference, "networks": [network.name for network in networks],
         "device": device_name(device),
@@ -358,7 +358,7 @@ def save_curves(
     evaluations: list[Evaluation], losses: dict[str, tuple[list[int], list[float]]],
     titles: list[str], stem: Path,
 ) -> None:  # fmt: skip
-    """Plots losses, by name as timesteps and values, and distances over the time of training."""
+    """Plots losses, by name as timesteps and values, and distances by training time."""
     if losses:
         timesteps, _ = next(iter(losses.values()))
         values = {name: loss for name, (_, loss) in losses.items()}

@@ -48,7 +48,7 @@ def batch_generate(
     sampler: str | Callable | None = None, steps: int | None = None,
     labels: int | Sequence[int] | None = None, **options: Any,
 ) -> Tensor:  # fmt: skip
-    """Samples many images with a progress bar: (total_samples, C, H, W) in [0, 1] on the CPU.
+    """Samples many images with a progress bar: (N, C, H, W) in [0, 1] on the CPU.
 
     Image i has seed + i at any batch size. sampler, labels and others as in DDPMModel.sample.
     In a distributed run every rank must call this: they share the work, and all get all images.
@@ -208,7 +208,7 @@ def generate_batch(job: jobs.InferenceJob) -> str:
 
 
 def compare_samplers(job: jobs.InferenceJob) -> str:
-    """Every sampler at several step counts from the same seeds, with the seconds each took."""
+    """Every sampler at several step counts, from the same seeds, timed."""
     seeds = job.settings["seeds"][:4]
     samplers = [*job.model.samplers, *([job.sampler] if callable(job.sampler) else [])]
     counts = (1, 2, 4, 8) if job.model.is_consistent else COMPARED_STEPS
@@ -296,7 +296,7 @@ class InferenceSettings(SamplingSettings):
 def settings_from_command_line(
     description: str | None, defaults: Mapping
 ) -> tuple[dict[str, Any], Path]:
-    """Returns the settings as plain values, as stored with each image, and the output folder."""
+    """Returns the settings, as stored with each image, and the output folder."""
     parser = Parser(description)
     parser.add_argument("--from_png", type=Path, help="reproduce an image of this script")
     folder = "inference_results"

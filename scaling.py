@@ -51,7 +51,7 @@ class ScalingSettings(Settings):
 
 
 def preset_config(settings: ScalingSettings, preset: str, local_batch: int) -> Config:
-    """Returns a preset as train_optimized.py trains it, with `local_batch` images on each rank."""
+    """Returns a preset of train_optimized.py with `local_batch` images on each rank."""
     is_gpu = torch.cuda.is_available()
     parts = -(-local_batch // settings.LARGE_BATCH) if preset == "stl10" else 1
     flags = {"BATCH_SIZE": local_batch // parts, "GRADIENT_ACCUMULATION": parts}
@@ -87,7 +87,7 @@ def run_measurements(settings: ScalingSettings, dist: PartialState) -> Iterator[
 
 
 def run_rank(settings: ScalingSettings, path: Path) -> None:
-    """Measures as one of the ranks; rank 0 appends each row to a file as a line of JSON."""
+    """Measures as one of the ranks; rank 0 appends each row to a file as JSON."""
     torch.backends.cudnn.benchmark = True
     with session(lambda: "start scaling.py again") as dist:
         for row in run_measurements(settings, dist):
@@ -117,7 +117,7 @@ def launch(count: int, limit: float) -> tuple[list[dict[str, Any]], str]:
 
 
 def summarize(rows: list[dict[str, Any]]) -> str:
-    """Adds efficiencies, puts the same work in order of ranks, and compares validation losses."""
+    """Adds efficiencies, sorts the same work by ranks, compares validation losses."""
 
     def work(row: dict[str, Any]) -> tuple:
         return row["kind"], row.get("preset"), row["kind"] == "weak" and row["batch"]

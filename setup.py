@@ -42,7 +42,7 @@ def read_requirements(path: Path) -> dict[str, str]:
 
 
 def find_package(name: str, versions: str) -> tuple[str, str]:
-    """Returns the installed version of a package and what is wrong with it, each empty if none."""
+    """Returns a package's installed version and what is wrong with it, empty if none."""
 
     def release(version: str) -> list[int]:
         return [int(number) for number in re.findall(r"\d+", version.partition("+")[0])]
@@ -69,7 +69,7 @@ def run(command: list[str]) -> None:
 
 
 def install(requirements_file: Path, torch_index: str | None) -> None:
-    """Installs what is missing with pip, torch and torchvision from `torch_index` if given."""
+    """Installs missing packages with pip; torch and torchvision from `torch_index`."""
     requirements = read_requirements(requirements_file)
     if torch_index:
         # The index is named after its build, and so are its versions: .../cu124 has 2.6.0+cu124.
@@ -86,7 +86,7 @@ def install(requirements_file: Path, torch_index: str | None) -> None:
 
 
 def check_installation(requirements_file: Path) -> int:
-    """Reports packages, GPUs and tier; returns 1 if a package is missing or broken, else 0."""
+    """Reports packages, GPUs and tier; returns 1 if a package is missing or broken."""
     # Packages.
     missing, broken = [], []
     print(ROW.format("Python", f"{platform.python_version()}  {sys.executable}"))

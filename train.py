@@ -160,7 +160,7 @@ def load_subclass(reference: str) -> type[DDPMConfig]:
 def configure(
     request: TrainingRequest, checkpoint: TrainingCheckpoint | None, source: DDPMModel | None = None
 ) -> Config:
-    """Resolves the configuration on this machine; caps its GPU memory and chooses a data set.
+    """Resolves the configuration here; caps GPU memory and chooses a data set.
 
     source: the model of --init_from, whose network and noise schedule the new run has; in tuning
     it has the other settings of that model's run, too.

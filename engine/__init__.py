@@ -17,7 +17,7 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # runs on the CPU wha
 
 
 def exit_if_importing(number: int, frame: FrameType | None) -> None:
-    """Handles SIGINT: exits at once during an import, which may catch KeyboardInterrupt."""
+    """Handles SIGINT: exits during an import, which may catch KeyboardInterrupt."""
     while frame is not None:
         if frame.f_globals.get("__name__") == "importlib._bootstrap":
             os._exit(130)

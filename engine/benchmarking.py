@@ -89,7 +89,7 @@ def run(job: BenchmarkJob) -> dict[str, Any]:
 
 
 def worker_main(job: BenchmarkJob, sender: Connection) -> None:
-    """Runs a job and sends its result. A fallback fails it: something else would be measured."""
+    """Runs a job and sends its result; a fallback, which measures another thing, fails."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which kills this one
     multiprocessing.set_start_method(None, force=True)  # of a job's own processes, as in training
     warnings.simplefilter("error", FallbackWarning)
@@ -107,7 +107,7 @@ def time_steps(
     make_step: Callable[[], Callable[[], Any]], batch: float, device: torch.device,
     round_seconds: float = 0.5,
 ) -> dict[str, Any]:  # fmt: skip
-    """Times a step: images/s (the median of ROUNDS rounds), ms, and peak memory in GiB.
+    """Times a step: images/s (median of ROUNDS rounds), ms, and peak memory in GiB.
 
     batch: images in a step, of all ranks. `first_step`: seconds to make the step and do it once.
     """
@@ -200,7 +200,7 @@ def is_result(result: Any) -> bool:
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
-    """Writes a results file, each list of numbers as one line, and its plot next to it."""
+    """Writes a results file, each list of numbers on one line, and its plot."""
     text = json.dumps(report, indent=1)
     numbers = r"\[\s+([-+.\deE,\s]+?)\s+\]"
     text = re.sub(numbers, lambda match: f"[{' '.join(match[1].split())}]", text)
@@ -209,7 +209,7 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
 
 
 def compare_losses(seeds: list[float], others: dict[str, float]) -> str:
-    """Says whether losses differ from seeds[0] by no more than those of three seeds do."""
+    """Says whether losses differ from seeds[0] no more than those of three seeds do."""
     if len(seeds) < 3 or not others:
         return "validation losses: too few to compare"
     spread = max(seeds) - min(seeds)
@@ -256,7 +256,7 @@ def markdown_section(key: str, result: dict[str, Any]) -> str:
 
 
 def docs_page(folder: Path = RESULTS) -> str:
-    """Returns docs/benchmarks.md: the results of all files in a folder, section by section."""
+    """Returns docs/benchmarks.md: the results of all files in a folder, by section."""
     reports = [read_report(path) for path in sorted(folder.glob("*.json"))]
     parts = [INTRODUCTION]
     for section, title in SECTIONS.items():

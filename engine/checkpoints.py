@@ -48,7 +48,7 @@ class TrainingCheckpoint:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Calls `write` with a temporary file next to `path`, flushes it to disk and renames it."""
+    """Calls `write` with a temporary file next to `path`, flushes and renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -78,7 +78,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises OSError if no file can be made in a folder or, where it is missing, the folder."""
+    """Raises OSError if no file can be written to a folder, which may not exist yet."""
     existing_parent = next(path for path in (folder, *folder.parents) if path.exists())
     tempfile.TemporaryFile(dir=existing_parent).close()
 
@@ -97,7 +97,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Makes `target` another name of the file `source`, or a copy where links do not exist."""
+    """Makes `target` a hard link to the file `source`, or a copy where links fail."""
     # In the folder of `source`, which a run locks and cleans.
     temporary = source.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -168,7 +168,7 @@ def load_training(path: Path) -> TrainingCheckpoint:
 
 
 def save_safetensors(path: Path, architecture: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """Writes architecture, weights and a checksum of the file's other bytes, atomically."""
+    """Writes architecture, weights and a checksum of the other bytes, atomically."""
     architecture_json = json.dumps(architecture)
     metadata = {"format": "pt", "architecture": architecture_json, "sha256": UNSET_SHA256}
     content = safetensors.torch.save(state, metadata)
@@ -203,7 +203,7 @@ def load_safetensors(path: Path) -> Weights:
 
 
 def step_of(path: Path) -> int:
-    """Returns the step of a checkpoint without reading its weights, -1 if it cannot be read."""
+    """Returns a checkpoint's step without reading its weights, -1 if unreadable."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return int(state["progress"]["step"])
@@ -233,7 +233,7 @@ def resolve_checkpoint(reference: str, flag: str = "--resume") -> Path:
 
 
 def newest(notify: bool = True) -> Path:
-    """Returns the newest checkpoint of any run, or the pretrained weights: inference's default.
+    """Returns the newest checkpoint of any run, or the pretrained weights.
 
     notify: whether to print that there is no checkpoint yet.
     """
@@ -289,7 +289,7 @@ def display_name(path: Path) -> str:
 def import_lucidrains_checkpoint(
     file: dict[str, Any], image_size: int | None, path: Path
 ) -> Weights:
-    """Returns architecture and weights (EMA if any) of a checkpoint of lucidrains' Trainer.
+    """Returns architecture and weights (EMA if any) from lucidrains' Trainer.
 
     Width, levels, attention and channels follow from the shapes of the weights, the schedule from
     the betas, and the objective from the loss weights stored next to them. path: for messages.

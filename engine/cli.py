@@ -88,7 +88,7 @@ def fail(message: str, exit_code: int) -> int:
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
-    """Runs a script's main and exits: 0, or one line on stderr and the failure's exit code.
+    """Runs a script's main and exits: 0, or one line on stderr and an exit code.
 
     Characters that stdout cannot encode are escaped. If its reader is gone, as of `| head`, the
     script ends without a word.

@@ -91,7 +91,7 @@ class GraphCache:
         self.graphs.clear()
 
     def __call__(self, network: nn.Module, x: Tensor, t: Tensor, *labels: Tensor) -> Tensor:
-        """Returns network(x, t, None, *labels), all on a GPU, in autocast's precision if on."""
+        """Returns network(x, t, None, *labels), all on a GPU, under autocast if on."""
         inputs = (x, t, *labels)
         precision = (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
         key = (network, network.training, precision, *((x.shape, x.dtype) for x in inputs))

@@ -99,7 +99,7 @@ def fits_on_gpu(images: np.ndarray) -> bool:
 
 
 def copy_to_device(images: np.ndarray, device: torch.device) -> Tensor:
-    """Copies images to the device, chunk by chunk; releases the copied pages of a memory map."""
+    """Copies images to the device in chunks; releases copied pages of a memory map."""
     copied = torch.empty(images.shape, dtype=torch.uint8, device=device)
     for start in range(0, len(images), COPY_CHUNK):
         chunk = np.array(images[start : start + COPY_CHUNK])

@@ -53,7 +53,7 @@ def check_launcher() -> None:
 
 
 def init() -> PartialState:
-    """Initializes the process group, NCCL on GPUs and gloo elsewhere; without a launcher, none.
+    """Initializes the process group, if there is a launcher: NCCL on GPUs, else gloo.
 
     Raises UserError if there are more ranks on this machine than GPUs.
     """
@@ -77,7 +77,7 @@ class RankLostError(UserError):
 
 @contextlib.contextmanager
 def session(resume_hint: Callable[[], str]) -> Iterator[PartialState]:
-    """A block that all ranks run together; adds `resume_hint()` to the error if one dies.
+    """A block that all ranks run; adds `resume_hint()` to the error if one dies.
 
     With several ranks, SIGTERM raises RankLostError here unless the block handles it itself.
     """
@@ -140,7 +140,7 @@ def print0(line: str) -> None:
 
 
 def rank0_first(name: str, function: Callable[[], T]) -> T:
-    """Calls function() on every rank and returns its result; the others wait until rank 0 is done.
+    """Calls function() on rank 0, then on the other ranks; returns its result.
 
     Needs no process group, and waits for any time. name: the same on every rank, used once.
     """
@@ -154,7 +154,7 @@ def rank0_first(name: str, function: Callable[[], T]) -> T:
 
 
 def from_rank0(name: str, function: Callable[[], str]) -> str:
-    """Calls function() on rank 0 only and returns its text on every rank; like rank0_first."""
+    """Calls function() on rank 0 only and returns its text on every rank."""
     if launched_world_size() == 1:
         return function()
     if launched_rank() == 0:

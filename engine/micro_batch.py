@@ -32,7 +32,7 @@ def find_micro_batch(
     make_model: Callable[[Any], nn.Module], config: Any, images: np.ndarray,
     cache_file: Path = CACHE_FILE,
 ) -> int:  # fmt: skip
-    """Returns a micro-batch that fits: the effective batch, or the first of its halves that does.
+    """Returns a micro-batch that fits: the effective batch, halved as often as needed.
 
     images: those to train on, which take memory, too, if they are held on the GPU. The result is
     stored in `cache_file` by card, memory and configuration. UserError if not even one image fits.
@@ -86,7 +86,7 @@ def available_gib(images: np.ndarray) -> float:
 def probe_micro_batch(
     make_model: Callable[[Any], nn.Module], config: Any, limit_gib: float
 ) -> tuple[int, float]:
-    """Finds a micro-batch with which training, validation and sampling fit into limit_gib.
+    """Finds a micro-batch that trains, validates and samples within limit_gib.
 
     Returns the micro-batch, a divisor of the effective batch, and the peak memory in GiB. Raises
     UserError if not even one image fits.
@@ -111,7 +111,7 @@ def probe_micro_batch(
 def rehearse(
     make_model: Callable[[Any], nn.Module], config: Any, effective: int
 ) -> tuple[int, bool]:
-    """Does what a run does to memory, with random images; the step halves its micro-batch.
+    """Uses memory as a run does, with random images; the step halves its micro-batch.
 
     Returns the micro-batch, and whether validation and sampling fit next to it.
     """

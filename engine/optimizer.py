@@ -25,13 +25,13 @@ OLD_STATE_NAMES = {"exp_avg": "mean", "exp_avg_sq": "square"}  # in earlier chec
 
 
 def use_muon(name: str, p: Tensor) -> bool:
-    """Whether Muon updates a parameter: the weights of all layers but those at the ends."""
+    """Whether Muon updates a parameter: weights of all but the first and last layers."""
     is_inner = not any(end in name for end in ("init_conv", "class_embedding", "final_conv"))
     return is_inner and name.endswith("weight") and p.ndim >= 2
 
 
 def flatten(model: nn.Module) -> tuple[Tensor, list[tuple[str, nn.Parameter]]]:
-    """Moves a model's parameters into one vector; each becomes a view of it, strides kept.
+    """Moves a model's parameters into one vector, as views with the same strides.
 
     Returns the vector and the named parameters in its order: Muon's first, equal shapes together,
     and the class embedding last, so that the rest is as in an unconditional model.
@@ -51,12 +51,12 @@ def flatten(model: nn.Module) -> tuple[Tensor, list[tuple[str, nn.Parameter]]]:
 
 
 def padded_numel(count: int) -> int:
-    """Returns the values that a parameter of `count` takes in the vector, with its padding."""
+    """Returns the padded length in the vector of a parameter of `count` values."""
     return -(-count // ALIGNMENT) * ALIGNMENT
 
 
 def views(flat: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
-    """Returns a vector's parts for these parameters, as views with their shapes and strides."""
+    """Returns a vector's parts as views with the parameters' shapes and strides."""
     parts = flat.split([padded_numel(p.numel()) for p in params])
     return [
         part[: p.numel()].as_strided(p.shape, p.stride())
@@ -122,7 +122,7 @@ class Muon:
     def update(
         self, params: Tensor, grad: Tensor, lr: Tensor, grad_scale: Tensor, is_finite: Tensor
     ) -> None:
-        """Steps along the orthogonalized momentum in place; if is_finite is 0, nothing changes."""
+        """Steps along the orthogonalized momentum in place, unless is_finite is 0."""
         momentum = self.nesterov_momentum(grad, grad_scale, is_finite)
         for groups in self.batches.values():
             parts = [transpose_if_tall(group.view_of(momentum)) for group in groups]
@@ -137,7 +137,7 @@ class Muon:
                 target.sub_(update[:, : target.shape[1], : target.shape[2]], alpha=max_dim_sqrt)
 
     def nesterov_momentum(self, grad: Tensor, grad_scale: Tensor, is_finite: Tensor) -> Tensor:
-        """Takes grad * grad_scale into exp_avg; returns Nesterov's look-ahead, bf16 on a GPU."""
+        """Adds grad * grad_scale to exp_avg; returns Nesterov's look-ahead, bf16 on a GPU."""
         if use_triton(grad):
             momentum = torch.empty_like(grad, dtype=torch.bfloat16 if grad.is_cuda else None)
             triton_kernels.momentum(grad, self.exp_avg, momentum, grad_scale, is_finite, MOMENTUM)

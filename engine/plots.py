@@ -49,7 +49,7 @@ def to_image(image: Tensor) -> Image.Image:
 def grid(
     images: Tensor, columns: int | None = None, smallest: int = MIN_TILE, padding: int = 2
 ) -> Image.Image:
-    """Images (B, C, H, W) in [0, 1] as a grid, nearly square unless `columns` is given."""
+    """Images (B, C, H, W) in [0, 1] as a grid, by default nearly square."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     # Of gray, it makes RGB.
     tiled = make_grid(enlarge(images, smallest), columns, padding, pad_value=1.0)
@@ -66,7 +66,7 @@ def on_white(images: Tensor) -> Tensor:
 
 
 def enlarge(images: Tensor, smallest: int = MIN_TILE) -> Tensor:
-    """Enlarges images (..., H, W) by the largest integer factor that `smallest` pixels allow."""
+    """Enlarges images (..., H, W) by an integer factor, to about `smallest` pixels."""
     factor = max(1, smallest // images.shape[-1])
     return images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
 
@@ -75,7 +75,7 @@ def labeled_grid(
     images: Tensor, labels: Sequence[str], columns: int | None = None, title: str = "",
     smallest: int = MIN_TILE,
 ) -> Image.Image:  # fmt: skip
-    """Images (B, C, H, W) in [0, 1] as a grid with a line of text below each and a title."""
+    """Images (B, C, H, W) in [0, 1] as a grid with labels and a title."""
     tiles = [to_image(image) for image in enlarge(images, smallest)]
     columns = columns or math.ceil(math.sqrt(len(tiles)))
     gap = 4
@@ -116,7 +116,7 @@ def save_image(image: Image.Image, path: Path, metadata: str = "") -> None:
 
 
 def read_png_metadata(path: Path) -> str:
-    """Returns the text that save_image stored; raises UserError if this is not an image."""
+    """Returns the text that save_image stored; UserError if this is not an image."""
     try:
         with Image.open(path) as image:
             return image.info.get(PNG_METADATA_KEY, "")
@@ -137,7 +137,7 @@ def save_figure(figure: "Figure", path: Path) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a metrics.jsonl, without lines that were cut short or damaged."""
+    """Returns the rows of a metrics.jsonl, without damaged lines."""
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
@@ -149,7 +149,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def save_loss_curve(metrics: Path, path: Path) -> None:
-    """Plots training loss, its running mean and validation loss against optimizer steps."""
+    """Plots training loss, its running mean and validation loss by optimizer steps."""
     rows = read_metrics(metrics)
     training = np.array([(row["step"], row["loss"]) for row in rows if "loss" in row])
     validation = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]

@@ -63,7 +63,7 @@ class MetricsLog:
             self.scalars(progress, validation_loss=loss)
 
     def grid(self, images: Tensor, step: int, file: str, columns: int | None = None) -> None:
-        """Writes sample images (B, C, H, W) in [0, 1] as a grid and updates the loss curve."""
+        """Writes samples (B, C, H, W) in [0, 1] as a grid and updates the loss curve."""
         with tolerate_write_errors(self.folder):
             plots.save_image(plots.grid(images, columns), self.folder / file)
             plots.save_loss_curve(self.metrics, self.folder / "loss.png")
@@ -104,7 +104,7 @@ def format_bytes(count: float) -> str:
 
 
 def max_checkpoints(config: Any, epochs: float) -> int:
-    """Returns how many checkpoints a run of some epochs has on the disk at the same time."""
+    """Returns how many checkpoints a run of some epochs has on disk at the same time."""
     every = config.CHECKPOINT_EVERY
     kept = config.KEEP if every is None else epochs // every if every else 0
     return int(kept) + 3  # last.pt, which final.pt is a link to, best.pt and one being written
@@ -194,7 +194,7 @@ class Run:
         print(f"interrupted at step {self.progress.step}: {resume_hint(self.name)}")
 
     def on_finish(self) -> None:
-        """Saves and publishes the final checkpoint, samples with it and prints where all is."""
+        """Saves and publishes the final checkpoint, samples from it and prints the paths."""
         self.bar.close()
         if math.isnan(self.validation_loss):  # the last session ended after its last step
             self.validate()
@@ -218,7 +218,7 @@ class Run:
         self.lock.release()
 
     def log_step(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
-        """Logs a step; the bar shows its loss, and the speed since the last that was logged."""
+        """Logs a step; the bar shows its loss, and the speed since the last logged one."""
         progress = self.progress
         now = time.monotonic()
         speed = (progress.images - self.logged_images) / (now - self.log_time)

@@ -41,7 +41,7 @@ class SamplingSettings(Settings):
 
     @classmethod
     def given(cls, options: argparse.Namespace) -> dict[str, Any]:
-        """Returns the valid values of the flags that were given; guidance 0 once meant None."""
+        """Returns valid values of the flags that were given; guidance 0 once meant None."""
         values = super().given(options)
         if values.get("guidance") == 0:
             message = "--guidance 0 is deprecated: leave it out for the model's own weight"

@@ -108,7 +108,7 @@ class Settings:
 
     @classmethod
     def values(cls) -> dict[str, Any]:
-        """Returns the class's value of each setting: its default, or what a subclass overrides."""
+        """Returns each setting's value: its default, or what a subclass overrides."""
         return {name: getattr(cls, name) for name in cls.settings()}
 
     @classmethod
@@ -121,7 +121,7 @@ class Settings:
 
     @classmethod
     def check(cls, values: Mapping[str, Any], source: str) -> dict[str, Any]:
-        """Returns valid values; raises UserError, which names `source`, for an unknown name."""
+        """Returns valid values; UserError, which names `source`, for an unknown name."""
         settings = cls.settings()
         checked = {}
         for name, value in values.items():
@@ -133,7 +133,7 @@ class Settings:
 
     @classmethod
     def add_flags(cls, parser: argparse.ArgumentParser, defaults: Mapping[str, Any] = {}) -> None:
-        """Adds a flag for each setting, in lower case; absent from the result unless given.
+        """Adds a flag for each setting, lower case; absent from the result unless given.
 
         defaults: shown in the help instead of the declared ones.
         """
@@ -148,7 +148,7 @@ class Settings:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Returns `; did you mean X?` for the known name most similar to this one, or nothing."""
+    """Returns `; did you mean X?` for the most similar known name, or nothing."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {match[0]}?" if match else ""
 

@@ -43,7 +43,7 @@ class TrainableModel(Protocol):
     def __call__(
         self, images: Tensor, t: Tensor, noise: Tensor, labels: Tensor | None = None
     ) -> Tensor:
-        """Returns the mean loss, a scalar, of images (B, C, H, W) in [0, 1] at timesteps t (B,).
+        """Returns the mean loss of images (B, C, H, W) in [0, 1] at timesteps t (B,).
 
         noise: (B, C, H, W). labels: int64 (B,), if the data set has them; -1: no label, or one that
         LABEL_DROPOUT dropped. A model whose forward has no parameter `labels` gets none.
@@ -53,14 +53,14 @@ class TrainableModel(Protocol):
         """Maps u (B,), uniform in [0, 1), to timesteps (B,) as training distributes them."""
 
     def snapshot_guide(self) -> None:
-        """Saves a copy of the network as `guide`, by which samples are guided from then on."""
+        """Saves a copy of the network as `guide`, used by sampling from then on."""
 
     def sample(self, batch_size: int, *, seed: Sequence[int]) -> Tensor:
         """Generates images (B, C, H, W) in [0, 1], one for each seed."""
 
 
 def learning_rate(peak: float, schedule: str, step: int, warmup: int, fraction: float) -> float:
-    """Peak times a linear warm-up over `warmup` steps, and times a cosine for schedule `cosine`.
+    """Peak times a linear warm-up over `warmup` steps, and times a cosine if asked.
 
     fraction: how much of the run is done; the cosine falls from 1 to 0 over all of it.
     """
@@ -69,7 +69,7 @@ def learning_rate(peak: float, schedule: str, step: int, warmup: int, fraction: 
 
 
 def ema_decay(limit: float, step: int) -> float:
-    """EMA decay after `step` updates; it starts low so that the initial weights are forgotten."""
+    """EMA decay after `step` updates, low at first to forget the initial weights."""
     return min(limit, (1 + step) / (10 + step))
 
 
@@ -81,7 +81,7 @@ def amp_dtype(device: torch.device) -> torch.dtype:
 
 
 def step_noise(seed: int, step: int, shape: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
-    """Random inputs of a step: u (B,) for timesteps, noise (B, C, H, W), mirror, drop (B,).
+    """Random inputs of a step: u (B,), noise (B, C, H, W), mirror and drop (B,).
 
     A function of (seed, step) for the global batch, so accumulation, ranks and resuming change
     nothing (dropout uses the global generators). u is uniform in [0, 1) but stratified, one value
@@ -162,7 +162,7 @@ class TrainStep:
         return torch.autocast(self.device.type, self.dtype, enabled=self.config.USE_AMP)
 
     def labels_of(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Returns the labels as arguments of the model: none if the model or the data has none."""
+        """Returns the labels as arguments: none if the model or the data has none."""
         return () if batch.labels is None or not self.use_labels else (batch.labels,)
 
     def __call__(self, batch: Batch, step: int, lr: float) -> tuple[Tensor, Tensor]:
@@ -241,7 +241,7 @@ class TrainStep:
 
     @torch.no_grad()
     def update(self, loss: Tensor) -> Tensor:
-        """Updates parameters and EMA by `grad` if it and the loss are finite; returns its norm."""
+        """Updates parameters and EMA if `grad` and loss are finite; returns grad's norm."""
         norm = torch.linalg.vector_norm(self.grad) / self.loss_scale
         is_finite = (torch.isfinite(loss) & torch.isfinite(norm)).float()
         clip = self.config.GRAD_CLIP
@@ -259,7 +259,7 @@ class TrainStep:
         return norm
 
     def run_captured(self, key: int | str, fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Returns fn(*inputs), run as one CUDA graph if configured; a key stands for one fn."""
+        """Returns fn(*inputs), run as a CUDA graph if configured; a key stands for one fn."""
         if self.graphs is not None:
             if key not in self.graphs:
                 self.graphs[key] = CapturedFunction(fn, self.graph_pool)
@@ -304,7 +304,7 @@ class TrainStep:
         return sum(self.map_eval_batches(count, summed_loss)) / count
 
     def map_eval_batches(self, count: int, fn: Callable[[slice], Any]) -> list[Any]:
-        """Returns fn(part) for parts of `count` images that fit into the memory training leaves."""
+        """Returns fn(part) for parts of `count` images that fit next to training."""
         self.eval_batcher.size = min(self.eval_batcher.size, self.micro_batch)
         return list(self.eval_batcher.map(count, fn))
 
@@ -323,11 +323,12 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what state_dict returned; raises UserError if another optimizer wrote it.
+        """Restores what state_dict returned; UserError if another optimizer wrote it.
 
         The state may lack the class embedding: an unconditional run continues as a conditional one.
         The random state is rank 0's; the other ranks leave theirs alone.
         """
+        # Optimizer states, longer by a new class embedding.
         named = zip(self.param_names, self.param_views, strict=True)
         new = [p for name, p in named if "class_embedding" in name and name not in state["model"]]
         added = sum(padded_numel(p.numel()) for p in new)
@@ -340,6 +341,8 @@ class TrainStep:
                 if value.shape != saved_value.shape:
                     raise UserError("the run has another optimizer: resume with its --optimizer")
                 value.copy_(saved_value)
+
+        # Weights, loss scale, counters, random state.
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         if self.use_loss_scaling:

@@ -204,7 +204,7 @@ def describe(step: TrainStep) -> str:
 
 
 def estimate(model: TrainableModel, num_images: int, config: Any, memory_gib: float) -> str:
-    """Measures a few steps on random images; returns memory, steps and time of a run as text.
+    """Measures a few steps on random images; returns a run's memory, steps and time.
 
     memory_gib: an estimate, returned instead of the peak where there is no GPU.
     """

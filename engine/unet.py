@@ -227,7 +227,7 @@ def linear_attention(qkv: Tensor, mem_kv: Tensor) -> Tensor:
 
 
 def split_heads(qkv: Tensor, mem_kv: Tensor) -> Sequence[Tensor]:
-    """q, k, v (B, heads, N, D) of qkv, with mem_kv (2, heads, slots, D) before k and v."""
+    """q, k, v (B, heads, N, D) of qkv; mem_kv (2, heads, slots, D) precedes k and v."""
     _, heads, _, dim = mem_kv.shape
     q, *kv = qkv.unflatten(2, (3, heads, dim)).permute(2, 0, 3, 1, 4)
     memory = mem_kv.to(qkv.dtype)[:, None].expand(-1, len(qkv), -1, -1, -1)
