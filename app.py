@@ -279,7 +279,6 @@ class Page:
                 }
                 self.chosen = gr.HTML(page.chosen_images([]))
                 self.upload = gr.UploadButton("Upload an image", file_types=["image"])
-        # Below: a tab for each use of the chosen images.
         with gr.Tabs(elem_classes="panel") as self.tabs:
             with gr.Tab("Vary", id="Vary"):
                 self.controls["strength"] = gr.Slider(0.05, 1, 0.5, step=0.05, label="Strength")

@@ -53,7 +53,6 @@ def batch_generate(
     Image i has seed + i at any batch size. sampler, labels and others as in DDPMModel.sample.
     In a distributed run every rank must call this: they share the work, and all get all images.
     """
-    # This rank's seeds.
     dist = distributed.init()
     own = slice(dist.process_index, None, dist.num_processes)
     seeds = range(seed, seed + total_samples)[own]
@@ -64,7 +63,6 @@ def batch_generate(
     if seeds:
         batcher = OomBatcher(batch_size)
         images[own] = jobs.run_batched(model.sample, seeds, batcher, "sampling", **options)
-    # Images of the other ranks.
     if dist.num_processes > 1:
         for part in images.split(1024):  # small enough for the GPU; images of other ranks are 0
             on_device = part.to(model.device)
