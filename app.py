@@ -214,7 +214,6 @@ class Page:
         if session.model_version:
             gr.Info("The checkpoint has changed: the new model is used from now on.")
         session.model_version = served.version
-
         model = served.model
         classes = list(model.class_names)
         has_guidance = model.guide is not None or bool(classes)

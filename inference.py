@@ -141,9 +141,8 @@ def interpolate(job: jobs.InferenceJob) -> str:
     tiles = torch.cat([image1[None].cpu(), images, image2[None].cpu()])
     columns = min(len(tiles), job.settings["columns"] + 2)
     job.save_grid("interpolation.png", tiles, job.settings["seeds"], labels, columns=columns)
-    there_and_back = torch.cat([images, images.flip(0)[1:-1]])
-    there_and_back = plots.enlarge(plots.on_white(there_and_back), 128)
-    plots.save_gif(list(map(plots.to_image, there_and_back)), job.folder / "interpolation.gif")
+    frames = plots.enlarge(plots.on_white(torch.cat([images, images.flip(0)[1:-1]])), 128)
+    plots.save_gif(list(map(plots.to_image, frames)), job.folder / "interpolation.gif")
 
     psnr = [round(jobs.psnr(images[i], tiles[i]), 1) for i in (0, -1)]
     name = job.settings["sampler"] if callable(job.sampler) else sampler
@@ -209,8 +208,8 @@ def compare_samplers(job: jobs.InferenceJob) -> str:
     """Every sampler at several step counts, from the same seeds, timed."""
     seeds = job.settings["seeds"][:4]
     samplers = [*job.model.samplers, *([job.sampler] if callable(job.sampler) else [])]
-    counts = (1, 2, 4, 8) if job.model.is_consistent else COMPARED_STEPS
-    counts = [steps for steps in counts if steps <= job.model.num_timesteps]
+    compared = (1, 2, 4, 8) if job.model.is_consistent else COMPARED_STEPS
+    counts = [steps for steps in compared if steps <= job.model.num_timesteps]
     kwargs = {name: job.settings[name] for name in ("spacing", "guidance", "guidance_mode")}
     tiles, seconds = [], {}
     job.model.sample(len(seeds), steps=1, seed=seeds)  # warm-up
@@ -349,8 +348,7 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
     with distributed.session(lambda: "start the same command again") as dist:
         # Model and sampler, validated before any image is made; rank 0 says which is the newest.
         settings = distributed.broadcast_object(settings)
-        path = settings["checkpoint"]
-        guidance = settings["guidance"], settings["guidance_mode"]
+        path, *guidance = (settings[n] for n in ("checkpoint", "guidance", "guidance_mode"))
         model = load_model(settings, default_device())
         sampler = jobs.load_sampler(settings["sampler"])
         plan = model.sampling_plan(sampler, settings["steps"], settings["spacing"])
@@ -364,11 +362,11 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
         distributed.print0(f"{path}: {what}")
         is_unguided = model.count_nfe(*plan, *guidance) == model.count_nfe(*plan, 1)
         if is_unguided and guidance[0] not in (None, 1):
-            weight = f"--guidance {guidance[0]:g}"
-            distributed.print0(f"note: this model has no guide, so {weight} changes nothing")
+            flag = f"--guidance {guidance[0]:g}"
+            distributed.print0(f"note: this model has no guide, so {flag} changes nothing")
         if settings["eta"] and sampler != "ddim":
             distributed.print0(f"note: --eta is for ddim; {settings['sampler']} ignores it")
-        modes = list(MODES) if settings["mode"] == "all" else [settings["mode"]]
+        modes = list(MODES if settings["mode"] == "all" else [settings["mode"]])
         if model.is_consistent and len(modes) > 1:
             modes.remove("interpolate")
             distributed.print0("note: a consistency-tuned model cannot interpolate: left out")
