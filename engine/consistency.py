@@ -17,7 +17,7 @@ from engine.noise_schedule import SIGMA_MAX, timestep_density
 # log(sigma) ~ N(P_MEAN, P_STD^2): wider than EDM's, as samples start from noise alone.
 P_MEAN = -1.1
 P_STD = 2.0
-HUBER = 5.4e-4  # c of the pseudo-Huber distance (arXiv:2310.14189)
+HUBER = 5.4e-4  # c of the pseudo-Huber distance of a value (arXiv:2310.14189)
 HALVINGS = 3, 8  # of the gap between the noise levels, at the start of a run and at its end
 
 
@@ -63,7 +63,7 @@ class ConsistencyLoss(nn.Module):
         """Returns the timesteps (B,), from -1 to t - 1, whose x_0 is the target at t (B,).
 
         sigma_s = sigma_t (1 - n / 2^k), n = 1 + 8 sigmoid(-sigma_t), ECT's mapping, where k grows
-        with the fraction of the run; k below 3 is as diffusion training, which is done.
+        with the fraction of the run.
         """
         sigma = self.sigma[t]
         first, last = HALVINGS

@@ -51,7 +51,7 @@ def test_clean_image_is_its_own_x_0_exactly():
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
-def test_loss_is_ects(fraction):
+def test_loss_is_that_of_a_plain_second_implementation(fraction):
     model = tuned_model(timesteps=1000, classes={"cat": 1, "dog": 1})
     model.set_fraction(fraction)
     images, noise = torch.rand(6, 3, 8, 8), torch.randn(6, 3, 8, 8)
