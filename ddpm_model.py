@@ -330,7 +330,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         else:
             file = checkpoints.load(path)
             architecture = file.get("architecture")
-            state = file.get("ema") or file.get("model")
+            state = file.get("model") if file.get("ema") is None else file["ema"]
         training_info = {name: file.get(name, {}) for name in self.training_info}
 
         # Rebuild the model.

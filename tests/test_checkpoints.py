@@ -151,6 +151,14 @@ def test_pretrained_weights_are_checked(tmp_path, capsys):
         checkpoints.load_safetensors(tmp_path / name)
 
 
+@pytest.mark.parametrize("ema", [torch.ones(2), {}, 3])
+def test_load_model_refuses_other_ema_weights(small_model, ema):
+    architecture, weights = small_model.architecture, small_model.state_dict()
+    torch.save({"architecture": architecture, "model": weights, "ema": ema}, "model.pt")
+    with pytest.raises(UserError, match=r"model\.pt does not fit DDPMModel"):
+        small().load_model("model.pt")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
 def test_load_model_refuses_absurd_weights(small_model, value):
     with torch.no_grad():

@@ -271,6 +271,13 @@ def test_inception_scores_precision_is_of_samples_and_recall_of_real_images():
     assert scores["precision"] == 1 and scores["recall"] < 0.8
 
 
+def test_inception_scores_of_three_images_have_no_precision_and_recall():
+    few, many = (np.random.default_rng(0).normal(size=(n, 4)).astype(np.float32) for n in (3, 9))
+    assert {"KID", "IS"} <= metrics.inception_scores(classifier(4), few, many).keys()
+    assert "precision" not in metrics.inception_scores(classifier(4), few, many)
+    assert "precision" in metrics.inception_scores(classifier(4), many[:4], many)
+
+
 def test_inception_scores_precision_uses_three_neighbors():
     real = np.float32([[0], [1], [3], [6], [10], [15], [21], [28]])
     samples = np.float32([[-5], [-6.5], [31], [40], [60], [80]])
