@@ -1,6 +1,6 @@
 """Gives the scripts inputs that are damaged at random, and checks how each run ends.
 
-    python -m tests.fuzz --count 600 --seed 0
+    python -m tests.fuzz
 
 Each input must end with one line `error: ...` and exit code 2, or be usable (exit code 0); files
 that were there before must be as they were. Prints a row for each kind of input; exit code 1 if
@@ -291,7 +291,7 @@ def fuzz(count: int, seed: int, only: str = "") -> list[str]:
 def main() -> None:
     """Runs the inputs in a temporary folder."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--count", type=int, default=600, help="number of inputs")
+    parser.add_argument("--count", type=int, default=800, help="number of inputs")
     parser.add_argument("--seed", type=int, default=0, help="what all inputs are a function of")
     parser.add_argument("--only", default="", help="kinds of input whose name contains this")
     options = parser.parse_args()
