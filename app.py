@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from ddpm_model import DDPMModel, unnormalize
-from engine import checkpoints, page, run
+from engine import checkpoints, page, run_history
 from engine.devices import default_device
 from engine.errors import UserError
 from engine.page import MAX_STEPS, Plan, Request, Session
@@ -62,7 +62,7 @@ class SharedModel(page.SharingMixin, DDPMModel):
     """A model that several visitors use at once."""
 
 
-def load_model(path: Path) -> SharedModel:
+def load_shared_model(path: Path) -> SharedModel:
     """Loads a checkpoint onto the default device."""
     model = SharedModel(dim=8)  # until the file is read
     model = model.to(default_device()).load_model(path).eval()
@@ -230,19 +230,19 @@ class Page:
 
     def follow(self, session: Session, name: str | None) -> dict[Any, Any]:
         """Shows a run, by default the newest; curve and grids only if they changed."""
-        runs = run.find_runs()
+        runs = run_history.find_runs()
         if not runs:
             return {self.run_figures: page.note("No run yet: start one with train_optimized.py.")}
         name = name if name in runs else runs[0]
-        version = run.run_version(name)
+        version = run_history.run_version(name)
         shown = {
             self.run: gr.update(choices=runs, value=name),
-            self.run_figures: page.figures(run.describe_run(version, time.time())),
+            self.run_figures: page.figures(run_history.summarize_run(version, time.time())),
         }
         if version != session.run_version:
             session.run_version = version
-            shown[self.run_curve] = page.curve(run.plot_run(version))
-            shown[self.run_grids] = page.film(run.run_grids(name), autoplay=False)
+            shown[self.run_curve] = page.curve(run_history.plot_run(version))
+            shown[self.run_grids] = page.film(run_history.run_grids(name), autoplay=False)
         return shown
 
     # Layout.
@@ -367,7 +367,7 @@ def start(settings: AppSettings) -> tuple[Any, str]:
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses more than twice that
     path = settings.checkpoint
     find = partial(Path, path) if path else partial(checkpoints.newest, notify=False)
-    blocks = Page(page.ModelKeeper(find, load_model)).build()
+    blocks = Page(page.ModelKeeper(find, load_shared_model)).build()
     script = (ROOT / "app.js").read_text(encoding="utf-8")
     blocks.queue(max_size=100, default_concurrency_limit=16, api_open=False)
     try:

@@ -371,8 +371,8 @@ def main() -> None:
         os.environ["OMP_NUM_THREADS"] = str(settings.THREADS)  # of the worker processes
 
     # Measure; a section replaces the earlier one of the same network.
-    about = benchmarking.describe_run() | {name.lower(): getattr(config, name) for name in NETWORK}
-    about |= {"parameters": count_parameters(config)}
+    about = benchmarking.describe_origin() | {"parameters": count_parameters(config)}
+    about |= {name.lower(): getattr(config, name) for name in NETWORK}
     path = benchmarking.results_path("benchmark", about["device"])
     for section in sections:
         jobs = make_jobs(section, config, batches, settings.QUICK, is_gpu)

@@ -270,7 +270,7 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
         reference["class accuracy"] = by_class.real_accuracy
     validation = validation_images(model) if config else None
     evaluations: list[Evaluation] = []
-    report = describe_run(reference, networks, device) | {"evaluations": evaluations}
+    report = describe_comparison(reference, networks, device) | {"evaluations": evaluations}
 
     # Sample and score; the report is saved after each.
     losses: dict[str, tuple[list[int], list[float]]] = {}
@@ -304,7 +304,7 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
     print(f"{about}; results: {stem}*")
 
 
-def describe_run(
+def describe_comparison(
     reference: dict[str, Any], networks: list[nn.Module], device: torch.device
 ) -> dict[str, Any]:
     """Returns a report's entries on reference, feature networks and machine."""

@@ -324,7 +324,7 @@ def settings_from_command_line(
     return jobs.complete_settings(settings), options.output_dir
 
 
-def load_model(settings: dict[str, Any], device: torch.device) -> DDPMModel:
+def load_for_sampling(settings: dict[str, Any], device: torch.device) -> DDPMModel:
     """Loads the checkpoint; sets sampler, steps and batch size to what suits it."""
     path, size = settings["checkpoint"], settings["image_size"]
     model = DDPMModel().to(device).load_model(path, size or None)
@@ -349,7 +349,7 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
         # Model and sampler, validated before any image is made; rank 0 says which is the newest.
         settings = distributed.broadcast_object(settings)
         path, *guidance = (settings[n] for n in ("checkpoint", "guidance", "guidance_mode"))
-        model = load_model(settings, default_device())
+        model = load_for_sampling(settings, default_device())
         sampler = jobs.load_sampler(settings["sampler"])
         plan = model.sampling_plan(sampler, settings["steps"], settings["spacing"])
         nfe = f"{settings['steps']} steps, {model.count_nfe(*plan, *guidance)} NFE per image"

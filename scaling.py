@@ -157,7 +157,7 @@ def main() -> None:
             raise UserError(f"--processes asks for {count}, but there are {gpus} GPUs")
 
     # Measurements, written after each.
-    report: dict[str, Any] = benchmarking.describe_run() | {"rows": []}
+    report: dict[str, Any] = benchmarking.describe_origin() | {"rows": []}
     path = benchmarking.results_path("scaling", report["device"])
     problems = []
     for count in counts:

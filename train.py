@@ -208,10 +208,9 @@ def init_weights(model: DDPMModel, source: DDPMModel, path: Path) -> None:
 
     For other classes, the embeddings are initialized again.
     """
-    for key, value in source.architecture.items():
-        if key not in MUTABLE_ON_INIT and model.architecture.get(key, value) != value:
-            change = f"{key} {value}, which cannot become {model.architecture[key]}"
-            raise UserError(f"{path} was trained with {change}: drop the flag that says so")
+    architectures = source.architecture, model.architecture
+    advice = "drop the flag that says so"
+    checkpoints.check_architecture(path, *architectures, MUTABLE_ON_INIT, advice)
     with checkpoints.refuse_damaged(path, "has another network than --init_from can start from"):
         weights = source.unet.state_dict()
         if source.class_names != model.class_names:

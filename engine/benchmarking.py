@@ -163,7 +163,7 @@ def matmul_flops(device: torch.device) -> float:
     return 2 * size**3 * time_steps(lambda: lambda: a @ b, 1, device)["images_per_second"]
 
 
-def describe_run() -> dict[str, Any]:
+def describe_origin() -> dict[str, Any]:
     """Returns what every result says of its origin."""
     is_gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if is_gpu else f"CPU, {os.cpu_count()} cores"

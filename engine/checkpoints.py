@@ -7,9 +7,8 @@ import os
 import pickle
 import shutil
 import tempfile
-import textwrap
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from engine.distributed import print0
-from engine.errors import UserError
+from engine.errors import UserError, short_reason
 from engine.noise_schedule import BETA_SCHEDULES, OBJECTIVES, upstream_betas
 
 CHECKPOINT_DIR = Path("checkpoints")
@@ -85,7 +84,6 @@ def check_writable(folder: Path) -> None:
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Writes a checkpoint atomically: a crash or a full disk leaves the old file."""
-
     try:
         write_atomically(path, lambda file: torch.save(state, file))
     except RuntimeError as error:
@@ -115,6 +113,17 @@ def _check_file(path: Path) -> None:
         raise UserError(f"no checkpoint {path}: train one with `python train_optimized.py`")
 
 
+def check_architecture(
+    path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], mutable: Collection[str],
+    advice: str,
+) -> None:  # fmt: skip
+    """Raises UserError if a checkpoint's architecture is another one, but for `mutable` entries."""
+    for key, value in wanted.items():
+        if saved.get(key, value) != value and key not in mutable:
+            change = f"{key} {saved[key]}, which cannot become {value}"
+            raise UserError(f"{path} was trained with {change}: {advice}")
+
+
 @contextlib.contextmanager
 def refuse_damaged(path: Path, problem: str = "is damaged") -> Iterator[None]:
     """Turns any error of a block that reads a file into a UserError of one line.
@@ -126,7 +135,7 @@ def refuse_damaged(path: Path, problem: str = "is damaged") -> Iterator[None]:
     except (UserError, PermissionError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reason = textwrap.shorten(str(error) or repr(error), 150)
+        reason = short_reason(error, 150)
         raise UserError(f"{path} {problem} ({reason}): use another checkpoint") from error
 
 

@@ -25,8 +25,7 @@ class ConsistencyLoss(nn.Module):
     """The distance between x_0 at neighboring timesteps of a process.
 
     shift: of the process's log-SNR, which the distribution of the timesteps follows. fraction: how
-    much of the run is done, by which the neighbors come closer; a copy that is told nothing is at
-    the end.
+    much of the run is done, by which the neighbors come closer; 1, the end, unless it is set.
     """
 
     def __init__(self, process: GaussianDiffusion, shift: float = 0.0):

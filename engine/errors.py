@@ -1,5 +1,8 @@
 """Errors and warnings shown to the user as one line, without a traceback."""
 
+import textwrap
+import warnings
+
 
 class UserError(Exception):
     """Says in one line what is wrong and what to do; scripts print it and exit with `exit_code`."""
@@ -18,3 +21,19 @@ class FallbackWarning(UserWarning):
 
 class RenamedWarning(UserWarning):
     """An old name of a flag, setting or function was used; it works for one more release."""
+
+
+def short_reason(error: Exception, width: int = 200) -> str:
+    """Returns an error's message in one line of at most `width` characters."""
+    return textwrap.shorten(str(error) or repr(error), width)
+
+
+def type_and_message(error: Exception) -> str:
+    """Returns an error's type and the first line of its message."""
+    return " ".join(f"{type(error).__name__}: {error}".split("\n")[0].split())
+
+
+def warn_fallback(what: str, error: Exception) -> None:
+    """Warns that a script continues without something, and why."""
+    message = f"{what} failed ({short_reason(error)}); continuing without it"
+    warnings.warn(message, FallbackWarning, stacklevel=3)

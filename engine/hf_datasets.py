@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from engine.errors import UserError
-from engine.hub import describe
+from engine.errors import UserError, type_and_message
 from engine.image_cache import BLOCK, Source
 from engine.labels import NO_LABEL, check_classes
 from engine.pixels import read_pixels
@@ -55,7 +54,7 @@ def hf_source(dataset: str, channels: int, use_labels: bool) -> Source:
                 values.extend(row.get(label_column) for _, row in block)
                 yield [(index, row[image_column]) for index, row in block]
         except Exception as error:  # of HTTP, of the file's format
-            reason = f"{location} stops after {len(values)} images ({describe(error)})"
+            reason = f"{location} stops after {len(values)} images ({type_and_message(error)})"
             raise UserError(f"{reason}. Start again") from error
 
     def read(block: Sequence[tuple[int, Any]], size: int) -> list[np.ndarray | str]:
@@ -108,7 +107,7 @@ def open_table(name: str) -> tuple[str, str, int, Any]:
     except Exception as error:  # of HTTP, of the Hub, of the files
         advice = "It must be user/name of the Hugging Face Hub, or a folder"
         raise UserError(
-            f"--dataset hf:{name} cannot be read ({describe(error)}). {advice}"
+            f"--dataset hf:{name} cannot be read ({type_and_message(error)}). {advice}"
         ) from error
     if format_ not in FORMATS:
         raise UserError(f"--dataset hf:{name} has {format_} files, but must have {FORMATS}")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from engine import checkpoints, plots
-from engine.errors import UserError
+from engine.errors import UserError, type_and_message
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -105,7 +105,7 @@ class HubMixin:
                 )
             except Exception as error:  # of HTTP, of the Hub, of the name
                 advice = "Check the name, and log in with `hf auth login`"
-                message = f"{repo_id} cannot be uploaded ({describe(error)}). {advice}"
+                message = f"{repo_id} cannot be uploaded ({type_and_message(error)}). {advice}"
                 raise UserError(message) from error
         return f"{api.endpoint}/{repo_id}"
 
@@ -182,13 +182,9 @@ def download(repo_id: str) -> Path:
         return Path(hf_hub_download(repo_id, WEIGHTS_FILE))
     except Exception as error:  # of HTTP, of the Hub, of the name
         advice = "Check its name; a private model needs `hf auth login`"
-        message = f"no folder {repo_id}, and not on the Hugging Face Hub ({describe(error)})"
+        reason = type_and_message(error)
+        message = f"no folder {repo_id}, and not on the Hugging Face Hub ({reason})"
         raise UserError(f"{message}. {advice}") from error
-
-
-def describe(error: Exception) -> str:
-    """Returns kind and first line of an error."""
-    return " ".join(f"{type(error).__name__}: {error}".split("\n")[0].split())
 
 
 def read_training_info(path: Path) -> dict[str, dict[str, Any]]:

@@ -160,7 +160,7 @@ def fetch_inception(url: str) -> Path:
     return Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)
 
 
-def to_rgb(images: Tensor) -> Tensor:
+def batch_to_rgb(images: Tensor) -> Tensor:
     """Returns images, uint8 (B, C, H, W), as RGB: gray repeated, RGBA on white."""
     if images.shape[1] == 4:
         images = (on_white(images / 255) * 255).round().byte()
@@ -178,7 +178,7 @@ def extract_features(network: nn.Module, images: np.ndarray, device: torch.devic
     features = []
     for start in tqdm(starts, unit="batch", desc=f"features for {network.title}"):
         batch = torch.tensor(images[start : start + batch_size], device=device)
-        features.append(network(to_rgb(batch)).float().cpu().numpy())
+        features.append(network(batch_to_rgb(batch)).float().cpu().numpy())
     return np.concatenate(features)
 
 

@@ -4,14 +4,12 @@ import contextlib
 import json
 import math
 import shutil
-import textwrap
 import time
 import warnings
 from collections.abc import Iterator
-from functools import lru_cache, partial
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,14 +19,12 @@ from tqdm import tqdm
 
 from engine import checkpoints, plots
 from engine.dataloader import BatchLoader
-from engine.errors import FallbackWarning, UserError
-from engine.progress import Progress, format_duration
+from engine.errors import FallbackWarning, UserError, warn_fallback
+from engine.progress import Progress
 from engine.run_names import SAMPLES_DIR, resume_hint
 from engine.trackers import VIEWERS, Tracker
 from engine.train_step import TrainStep
 
-MAX_GRIDS = 24  # that are read again
-MAX_SILENCE = 60.0  # seconds without a logged step after which a run may have stopped
 VERSION = 2  # of the layout of a checkpoint
 ALWAYS_VALIDATE_EPOCHS = 5
 VALIDATION_TIME_FRACTION = 0.02  # of the time, after those epochs
@@ -291,8 +287,7 @@ class Run:
             )
             images = torch.cat(list(chain.from_iterable(batches)))
         except Exception as error:
-            reason = textwrap.shorten(str(error) or repr(error), 200)
-            warnings.warn(f"{file} failed ({reason}); continuing without it", FallbackWarning, 2)
+            warn_fallback(file, error)
         else:
             self.log.grid(images, self.progress.step, file, columns)
 
@@ -311,81 +306,3 @@ class Run:
                 raise
             reason = f"writing {self.folder / file} failed ({error.strerror})"
             warnings.warn(f"{reason}; continuing without it", FallbackWarning, stacklevel=2)
-
-
-# Runs as they are read again, while they train or later.
-
-
-def find_runs() -> list[str]:
-    """Returns the names of the runs that have logged anything, the newest first."""
-    files = sorted(SAMPLES_DIR.rglob("metrics.jsonl"), key=lambda file: -file.stat().st_mtime)
-    return [file.parent.relative_to(SAMPLES_DIR).as_posix() for file in files]
-
-
-def run_version(name: str) -> tuple[Any, ...]:
-    """Returns a run's name and what changes with its files."""
-    folder = SAMPLES_DIR / name
-    files = [folder / "metrics.jsonl", *sorted(folder.glob("*.png"))]
-    return name, *((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
-
-
-@lru_cache(maxsize=8)
-def read_run(version: tuple[Any, ...]) -> list[dict[str, Any]]:
-    """Returns the metrics of a run. version: its run_version."""
-    return plots.read_metrics(SAMPLES_DIR / version[0] / "metrics.jsonl")
-
-
-@lru_cache(maxsize=8)
-def plot_run(version: tuple[Any, ...]) -> str:
-    """Returns the loss curve of a run as a data URI. version: its run_version."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "loss.png"
-        plots.save_loss_curve(SAMPLES_DIR / version[0] / "metrics.jsonl", path)
-        return plots.png_data_uri(path.read_bytes())
-
-
-def run_grids(name: str) -> list[tuple[str, str]]:
-    """Returns (data URI, caption) of a run's sample grids in order, MAX_GRIDS at most."""
-    folder = SAMPLES_DIR / name
-    steps = sorted(folder.glob("step_*.png"), reverse=True)
-    paths = [*folder.glob("final.png"), *steps]
-    every = -(-len(paths) // MAX_GRIDS) or 1
-    shown = paths[::every][::-1]  # with the newest
-    return [(plots.png_data_uri(path.read_bytes()), caption_of(path)) for path in shown]
-
-
-def caption_of(grid: Path) -> str:
-    """Returns `step 1200` for step_0001200.png, else the name."""
-    name, _, step = grid.stem.partition("_")
-    return f"{name} {int(step):,}" if step.isdecimal() else grid.stem
-
-
-def describe_run(version: tuple[Any, ...], now: float) -> dict[str, str]:
-    """Returns the figures of a run by name, formatted. now: seconds since the epoch."""
-    folder = SAMPLES_DIR / version[0]
-    rows = read_run(version)
-    steps = [row for row in rows if "loss" in row]
-    validations = [row["validation_loss"] for row in rows if "validation_loss" in row]
-    if not steps:
-        return {"state": "starting"}
-    last = steps[-1]
-    speeds = [row["images_per_second"] for row in steps[-10:]]
-
-    # Runs of earlier versions have no fraction.
-    fraction = last.get("fraction")
-    left = format_duration(last["seconds"] * (1 / fraction - 1)) if fraction else "-"
-    silence = now - (folder / "metrics.jsonl").stat().st_mtime
-    state = "training" if silence < MAX_SILENCE else f"silent for {format_duration(silence)}"
-    if (folder / "final.png").exists() and (fraction or 1) >= 1:
-        state, left = "finished", "-"
-    return {
-        "state": state,
-        "time left": left,
-        "trained for": format_duration(last["seconds"]),
-        "speed": f"{sum(speeds) / len(speeds):,.0f} images/s",
-        "step": f"{last['step']:,}",
-        "epoch": f"{last['epoch']:,}",
-        "images": f"{last['images']:,}",
-        "loss": f"{last['loss']:.4f}",
-        "validation loss": f"{validations[-1]:.4f}" if validations else "-",
-    }

@@ -50,9 +50,10 @@ class Tracker:
         try:
             self.tracker = create_tracker(name, run_name, folder, config, step)
         except Exception as error:  # each tracker raises its own
-            reason = [*str(error).splitlines(), type(error).__name__][0]
             advice = ADVICE.get(name, "Choose another tracker, or none")
-            raise UserError(f"--log_with {name} cannot start ({reason}). {advice}") from error
+            raise UserError(
+                f"--log_with {name} cannot start ({first_line(error)}). {advice}"
+            ) from error
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Logs values at a step."""
@@ -84,9 +85,14 @@ class Tracker:
         try:
             log()
         except Exception as error:  # a full disk, a lost connection: each tracker raises its own
-            reason = [*str(error).splitlines(), type(error).__name__][0]
-            message = f"logging to {self.name} failed ({reason}); continuing without it"
+            what = f"logging to {self.name} failed ({first_line(error)})"
+            message = f"{what}; continuing without it"
             warnings.warn(message, FallbackWarning, stacklevel=3)
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message, or its type if it has none."""
+    return [*str(error).splitlines(), type(error).__name__][0]
 
 
 def create_tracker(

@@ -4,8 +4,6 @@ import copy
 import inspect
 import math
 import random
-import textwrap
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from engine import distributed
 from engine.cuda_graphs import CapturedFunction, GraphCaptureError
 from engine.dataloader import Batch
-from engine.errors import FallbackWarning, UserError
+from engine.errors import UserError, warn_fallback
 from engine.gpu_memory import OomBatcher, is_out_of_memory
 from engine.labels import NO_LABEL
 from engine.optimizer import OLD_STATE_NAMES, Adam, Muon, flatten, padded_numel, use_muon, views
@@ -29,9 +27,9 @@ class TrainableModel(Protocol):
     """What training uses of a model, in addition to what every nn.Module has.
 
     An optional static method `upgrade_architecture` converts the architecture of an older
-    checkpoint to the current format. An optional method `set_fraction` is told before each step how
-    much of the run is done, 0 to 1. An optional attribute `grid_steps` says with which numbers of
-    sampler steps each sample grid is drawn.
+    checkpoint to the current format. An optional method `set_fraction` is called before each step
+    with how much of the run is done, 0 to 1. An optional attribute `grid_steps` has the numbers of
+    sampler steps with which each sample grid is sampled.
     """
 
     image_size: int  # pixels
@@ -160,6 +158,11 @@ class TrainStep:
     def autocast(self) -> torch.autocast:
         """Mixed precision as configured."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.config.USE_AMP)
+
+    def set_fraction(self, fraction: float) -> None:
+        """Passes on how much of the run is done, 0 to 1, to a model that wants to know."""
+        if hasattr(self.model, "set_fraction"):
+            self.model.set_fraction(fraction)
 
     def labels_of(self, batch: Batch) -> tuple[Tensor, ...]:
         """Returns the labels as arguments: none if the model or the data has none."""
@@ -373,9 +376,3 @@ def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
     random.setstate(state["python"])
     if device.type in state:
         torch.get_device_module(device).set_rng_state(state[device.type])
-
-
-def warn_fallback(what: str, error: Exception) -> None:
-    """Warns that training continues without something, and why."""
-    reason = textwrap.shorten(str(error) or repr(error), 200)
-    warnings.warn(f"{what} failed ({reason}); continuing without it", FallbackWarning, stacklevel=3)

@@ -48,20 +48,8 @@ def train(
     """
     # Setup: ranks, batches, model with its optimizer.
     dist = distributed.init()
-    device = default_device()
-    rank = dist.process_index
-    world_size = dist.num_processes
-    torch.backends.cudnn.benchmark = True
-    seed_everything(config.SEED + rank)
     data = data if isinstance(data, ImageDataset) else ImageDataset(data)
-    shape = (model.channels, model.image_size, model.image_size)
-    if data.images.shape[1:] != shape:
-        raise UserError(f"the images are {data.images.shape[1:]}, but the model's must be {shape}")
-    effective_batch = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
-    loader = BatchLoader(
-        data, effective_batch, config.SEED, device, config.NUM_WORKERS, rank, world_size
-    )
-    train_step = TrainStep(model.to(device).train(), config, rank, world_size)
+    loader, train_step = set_up(model, data, config, dist)
 
     # A new run, or one that continues from a checkpoint.
     checkpoint = checkpoints.load_training(resume) if isinstance(resume, Path) else resume
@@ -69,19 +57,7 @@ def train(
         "dataset": config.DATASET, "images": len(data), "shape": [*data.images.shape[1:]],
         "fingerprint": ImageDataset(data.images).fingerprint(),  # labels have a separate rule
     }  # fmt: skip
-    if checkpoint:
-        with checkpoints.refuse_damaged(checkpoint.path):
-            progress = restore(checkpoint, data_info, train_step, loader, dist)
-        name = resumed_run_name(checkpoint) if dist.is_main_process else ""
-    else:
-        name = new_run_name(config) if dist.is_main_process else ""
-        progress = Progress(config, len(loader), dist)
-    name = distributed.broadcast_object(name)
-    if progress.is_finished and is_published(name, progress.step):
-        checkpoints.remove_leftovers(SAMPLES_DIR / name)  # of a process killed while it plotted
-        advice = "raise --epochs, --max_steps or --minutes to continue it"
-        raise UserError(f"{checkpoint.path} is of a finished run: {advice}")
-    distributed.print0(f"run {name}: {len(loader.train_indices)} images, {describe(train_step)}")
+    name, progress = start_or_resume(checkpoint, data_info, train_step, loader, dist)
     run = (Run if dist.is_main_process else NullRun)(name, data_info, train_step, loader, progress)
     hint = partial(resume_hint, name)
 
@@ -93,10 +69,9 @@ def train(
                     config.LEARNING_RATE, config.LR_SCHEDULE, progress.step, config.WARMUP_STEPS,
                     progress.fraction,
                 )  # fmt: skip
-                if hasattr(train_step.model, "set_fraction"):
-                    train_step.model.set_fraction(progress.fraction)
+                train_step.set_fraction(progress.fraction)
                 loss, grad_norm = train_step(batch, progress.step, lr)
-                progress.advance(effective_batch)
+                progress.advance(loader.batch_size)
                 if should_snapshot_guide(train_step, progress):
                     train_step.ema.snapshot_guide()
 
@@ -117,6 +92,53 @@ def train(
             run.after_epoch()
         run.on_finish()
     return checkpoints.CHECKPOINT_DIR / name / "final.pt"
+
+
+def set_up(
+    model: TrainableModel, data: ImageDataset, config: Any, dist: PartialState
+) -> tuple[BatchLoader, TrainStep]:
+    """Returns this rank's batches, and the model with its optimizer on this rank's device.
+
+    Raises UserError if the images do not fit the model or are fewer than a batch.
+    """
+    rank = dist.process_index
+    world_size = dist.num_processes
+    device = default_device()
+    torch.backends.cudnn.benchmark = True
+    seed_everything(config.SEED + rank)
+    shape = (model.channels, model.image_size, model.image_size)
+    if data.images.shape[1:] != shape:
+        raise UserError(f"the images are {data.images.shape[1:]}, but the model's must be {shape}")
+    effective_batch = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
+    loader = BatchLoader(
+        data, effective_batch, config.SEED, device, config.NUM_WORKERS, rank, world_size
+    )
+    return loader, TrainStep(model.to(device).train(), config, rank, world_size)
+
+
+def start_or_resume(
+    checkpoint: TrainingCheckpoint | None, data_info: dict[str, Any], train_step: TrainStep,
+    loader: BatchLoader, dist: PartialState,
+) -> tuple[str, Progress]:  # fmt: skip
+    """Returns and prints a new run's name, or a resumed one's; also returns its progress.
+
+    Raises UserError if that run is finished, or as restore does.
+    """
+    if checkpoint:
+        with checkpoints.refuse_damaged(checkpoint.path):
+            progress = restore(checkpoint, data_info, train_step, loader, dist)
+        name = resumed_run_name(checkpoint) if dist.is_main_process else ""
+    else:
+        name = new_run_name(train_step.config) if dist.is_main_process else ""
+        progress = Progress(train_step.config, len(loader), dist)
+    name = distributed.broadcast_object(name)
+    if progress.is_finished and is_published(name, progress.step):
+        checkpoints.remove_leftovers(SAMPLES_DIR / name)  # of a process killed while it plotted
+        advice = "raise --epochs, --max_steps or --minutes to continue it"
+        raise UserError(f"{checkpoint.path} is of a finished run: {advice}")
+    count = len(loader.train_indices)
+    distributed.print0(f"run {name}: {count} images, {describe_step(train_step)}")
+    return name, progress
 
 
 def restore(
@@ -140,11 +162,9 @@ def restore(
         advice = f"to train on other data from its weights, start a new run with --init_from {path}"
         raise UserError(f"{path} was trained on {before}, but the data is {data_info}: {advice}")
     saved = getattr(train_step.model, "upgrade_architecture", dict)(state["architecture"])
-    for key, value in train_step.model.architecture.items():
-        if saved.get(key, value) != value and key not in MUTABLE_ON_RESUME:
-            change = f"{key} {saved[key]}, which cannot become {value}"
-            raise UserError(f"{path} was trained with {change}: start another run")
-    classes = train_step.model.architecture.get("classes", {})
+    wanted = train_step.model.architecture
+    checkpoints.check_architecture(path, saved, wanted, MUTABLE_ON_RESUME, "start another run")
+    classes = wanted.get("classes", {})
     check_classes_on_resume(path, saved.get("classes", {}), classes)
 
     # Progress; with another batch size an epoch continues after the same number of images.
@@ -183,7 +203,7 @@ def should_snapshot_guide(train_step: TrainStep, progress: Progress) -> bool:
     return train_step.ema.guide is None and is_due and progress.step >= 2 * config.WARMUP_STEPS
 
 
-def describe(step: TrainStep) -> str:
+def describe_step(step: TrainStep) -> str:
     """Returns size, batch, precision and device of a training step in one line."""
     config = step.config
     accumulation = config.GRADIENT_ACCUMULATION
@@ -236,4 +256,4 @@ def estimate(model: TrainableModel, num_images: int, config: Any, memory_gib: fl
     number = max_checkpoints(config, steps / steps_per_epoch)
     size = checkpoint_bytes(step)
     disk = f"disk {format_bytes(number * size)} at most ({number} x {format_bytes(size)})"
-    return f"{describe(step)}\n{memory}\n{disk}\n{length} ({seconds:.3f} s per step, measured)"
+    return f"{describe_step(step)}\n{memory}\n{disk}\n{length} ({seconds:.3f} s per step, measured)"

@@ -1,13 +1,12 @@
 """Whether Triton kernels are used: all must compile and run on this GPU."""
 
 import functools
-import textwrap
 import warnings
 
 import torch
 from torch import Tensor
 
-from engine.errors import FallbackWarning
+from engine.errors import FallbackWarning, short_reason
 
 try:
     from engine import triton_attention, triton_kernels
@@ -34,8 +33,7 @@ def kernels_work(device: torch.device) -> bool:
             with torch.enable_grad():
                 probe(device, dtype)
         except Exception as error:  # Triton and the compilers that it starts each raise their own
-            reason = textwrap.shorten(str(error) or repr(error), 300)
-            problem = f"the Triton kernel {name} failed ({reason})"
+            problem = f"the Triton kernel {name} failed ({short_reason(error, 300)})"
             break
     if problem:
         message = f"{problem}; continuing without Triton kernels, slower"

@@ -18,7 +18,7 @@ from PIL import Image
 
 import app
 import inference
-from engine import page, plots, run
+from engine import page, plots
 from engine.errors import UserError
 from engine.page import ModelKeeper, PageImage, Plan, Request, ServedModel, Session, Turns
 from inference import InferenceSettings
@@ -43,7 +43,7 @@ def served(tmp_path, monkeypatch) -> ServedModel:
     """A model in a new working folder."""
     monkeypatch.chdir(tmp_path)
     path = save_model("checkpoints/ddpm_final.pt")
-    return ModelKeeper(lambda: path, app.load_model).refresh()
+    return ModelKeeper(lambda: path, app.load_shared_model).refresh()
 
 
 def plan_of(served: ServedModel, request: Request | None = None, **controls) -> Plan:
@@ -111,7 +111,7 @@ def test_request_ends_when_its_time_is_over(served, monkeypatch):
 
 
 def test_keeper_loads_a_replaced_checkpoint_and_keeps_the_model_if_it_cannot(served):
-    keeper = ModelKeeper(lambda: served.path, app.load_model)
+    keeper = ModelKeeper(lambda: served.path, app.load_shared_model)
     before = keeper.refresh()
     assert keeper.refresh() is before
     save_model(str(served.path), seed=1)
@@ -129,7 +129,7 @@ def test_keeper_loads_a_replaced_checkpoint_and_keeps_the_model_if_it_cannot(ser
 
 def test_keeper_refuses_to_start_without_a_checkpoint(tmp_path):
     with pytest.raises(UserError, match="no checkpoint"):
-        ModelKeeper(lambda: tmp_path / "none.pt", app.load_model)
+        ModelKeeper(lambda: tmp_path / "none.pt", app.load_shared_model)
 
 
 # What may be asked for.
@@ -217,7 +217,7 @@ def test_png_of_a_derived_image_restores_its_source(served, mode, monkeypatch):
 def test_png_of_a_class_restores_the_class(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = save_model("checkpoints/ddpm_final.pt", classes={"cat": 3, "dog <b>": 5})
-    served = ModelKeeper(lambda: path, app.load_model).refresh()
+    served = ModelKeeper(lambda: path, app.load_shared_model).refresh()
     plan = plan_of(served, seeds="0-2", classes=["dog <b>", "cat"])
     images = plan.attach_settings(samples_of(plan))
     assert [p.label for p in images] == ["seed 0, dog <b>", "seed 1, cat", "seed 2, dog <b>"]
@@ -275,59 +275,6 @@ def test_upload_of_no_image_is_refused_without_the_servers_path(served):
     with pytest.raises(UserError, match="cannot be read as an image") as error:
         page.take_upload(Session(), path, served.model, InferenceSettings)
     assert "folder" not in str(error.value)
-
-
-# Runs.
-
-
-def write_run(name: str, fractions: list[float | None], final: bool = False) -> None:
-    """Writes what a run logs every 10 steps and 60 seconds."""
-    folder = run.SAMPLES_DIR / name
-    folder.mkdir(parents=True)
-    rows = [
-        {"step": 10 * i, "epoch": i, "images": 640 * i, "seconds": 60.0 * i, "loss": 1 / i}
-        | {"images_per_second": 10.0 * i}
-        | ({} if fraction is None else {"fraction": fraction})
-        for i, fraction in enumerate(fractions, 1)
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for row in rows:
-        grid = Image.new("RGB", (4, 4))
-        grid.save(folder / f"step_{row['step']:07d}.png")
-    if final:
-        grid.save(folder / "final.png")
-
-
-def test_describe_run_predicts_the_time_left(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_run("cifar10/a", [0.1, 0.2, 0.3])
-    assert run.find_runs() == ["cifar10/a"]
-    version = run.run_version("cifar10/a")
-    figures = run.describe_run(version, time.time())
-    assert figures["state"] == "training"
-    assert figures["time left"] == "7.0 minutes"  # 3 minutes were 30 %
-    assert figures["speed"] == "20 images/s" and figures["loss"] == "0.3333"
-    later = run.describe_run(version, time.time() + 600)
-    assert later["state"] == "silent for 10.0 minutes"
-    assert [caption for _, caption in run.run_grids("cifar10/a")] == [
-        "step 10", "step 20", "step 30",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("fractions", "state"), [([0.5, 1.0], "finished"), ([None], "finished"), ([0.6], "training")]
-)
-def test_describe_run_knows_a_finished_run(tmp_path, monkeypatch, fractions, state):
-    monkeypatch.chdir(tmp_path)
-    write_run("a", fractions, final=True)
-    assert run.describe_run(run.run_version("a"), time.time())["state"] == state
-
-
-def test_run_grids_are_limited_and_end_with_the_newest(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_run("a", [0.01] * 60, final=True)
-    captions = [caption for _, caption in run.run_grids("a")]
-    assert len(captions) <= run.MAX_GRIDS and captions[-1] == "final"
 
 
 # gradio.

@@ -28,7 +28,7 @@ def on_mps(monkeypatch) -> torch.device:
 
 
 @pytest.mark.parametrize(
-    ("script", "function"), [(inference, "load_model"), (evaluate, "evaluate")]
+    ("script", "function"), [(inference, "load_for_sampling"), (evaluate, "evaluate")]
 )
 def test_scripts_run_on_the_device_of_training(on_mps, tmp_path, monkeypatch, script, function):
     monkeypatch.chdir(tmp_path)

@@ -208,6 +208,13 @@ def test_run_saves_as_best_the_lowest_validation_loss(made_run, monkeypatch):
     assert [row["validation_loss"] for row in rows] == losses
 
 
+def take_100_steps(made_run: Run, clock: FakeTime) -> None:
+    for step in range(1, 101):
+        clock.now += 1
+        made_run.progress.step = step
+        made_run.after_step(SCALAR, SCALAR, 1e-3)
+
+
 def test_run_keeps_every_few_epochs_when_they_are_complete(made_run, monkeypatch):
     monkeypatch.setattr(made_run, "validate", lambda: None)
     made_run.config.CHECKPOINT_EVERY = 3
@@ -221,10 +228,7 @@ def test_run_keeps_every_few_epochs_when_they_are_complete(made_run, monkeypatch
 def test_run_keeps_checkpoints_at_the_ends_of_equal_parts_but_the_last(made_run, clock):
     made_run.config.CHECKPOINT_EVERY = None
     made_run.config.KEEP = 3
-    for step in range(1, 101):
-        clock.now += 1
-        made_run.progress.step = step
-        made_run.after_step(SCALAR, SCALAR, 1e-3)
+    take_100_steps(made_run, clock)
     assert made_run.files == [f"step_{step:07d}.pt" for step in (25, 50, 75)]
 
 
@@ -250,10 +254,7 @@ def test_checkpoint_bytes_is_the_size_of_a_file(tmp_path):
 
 def test_run_samples_grids_at_the_ends_of_equal_parts_but_the_last(made_run, clock):
     made_run.config.NUM_SAMPLE_GRIDS = 4
-    for step in range(1, 101):
-        clock.now += 1
-        made_run.progress.step = step
-        made_run.after_step(SCALAR, SCALAR, 1e-3)
+    take_100_steps(made_run, clock)
     assert made_run.files == [f"step_{step:07d}.png" for step in (25, 50, 75)]
 
 

@@ -1,0 +1,60 @@
+"""What is shown of a run while it trains, and later."""
+
+import json
+import time
+
+import pytest
+from PIL import Image
+
+from engine import run_history
+from engine.run_names import SAMPLES_DIR
+
+
+def write_run(name: str, fractions: list[float | None], final: bool = False) -> None:
+    """Writes what a run logs every 10 steps and 60 seconds."""
+    folder = SAMPLES_DIR / name
+    folder.mkdir(parents=True)
+    rows = [
+        {"step": 10 * i, "epoch": i, "images": 640 * i, "seconds": 60.0 * i, "loss": 1 / i}
+        | {"images_per_second": 10.0 * i}
+        | ({} if fraction is None else {"fraction": fraction})
+        for i, fraction in enumerate(fractions, 1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for row in rows:
+        grid = Image.new("RGB", (4, 4))
+        grid.save(folder / f"step_{row['step']:07d}.png")
+    if final:
+        grid.save(folder / "final.png")
+
+
+def test_summarize_run_predicts_the_time_left(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run("cifar10/a", [0.1, 0.2, 0.3])
+    assert run_history.find_runs() == ["cifar10/a"]
+    version = run_history.run_version("cifar10/a")
+    figures = run_history.summarize_run(version, time.time())
+    assert figures["state"] == "training"
+    assert figures["time left"] == "7.0 minutes"  # 3 minutes were 30 %
+    assert figures["speed"] == "20 images/s" and figures["loss"] == "0.3333"
+    later = run_history.summarize_run(version, time.time() + 600)
+    assert later["state"] == "silent for 10.0 minutes"
+    assert [caption for _, caption in run_history.run_grids("cifar10/a")] == [
+        "step 10", "step 20", "step 30",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fractions", "state"), [([0.5, 1.0], "finished"), ([None], "finished"), ([0.6], "training")]
+)
+def test_summarize_run_knows_a_finished_run(tmp_path, monkeypatch, fractions, state):
+    monkeypatch.chdir(tmp_path)
+    write_run("a", fractions, final=True)
+    assert run_history.summarize_run(run_history.run_version("a"), time.time())["state"] == state
+
+
+def test_run_grids_are_limited_and_end_with_the_newest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run("a", [0.01] * 60, final=True)
+    captions = [caption for _, caption in run_history.run_grids("a")]
+    assert len(captions) <= run_history.MAX_GRIDS and captions[-1] == "final"
