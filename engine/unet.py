@@ -14,6 +14,8 @@ from denoising_diffusion_pytorch import Unet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from engine import cpu_norm
+from engine.cpu_norm import use_cpu_norm
 from engine.errors import UserError
 from engine.triton_support import triton_attention, triton_kernels, use_triton
 
@@ -186,14 +188,13 @@ def resnet_block(
     """Upstream's ResnetBlock; mask, if any, replaces its dropout."""
     block1 = module.block1
     block2 = module.block2
-    h = conv(x, block1.proj, weights, with_bias=False)
-    h = norm_act(h, block1.proj.bias, block1.norm.g, modulation, activate=True)
+    h = norm_act(*conv_and_bias(x, block1.proj, weights), block1.norm.g, modulation, activate=True)
     h = block1.dropout(h) if mask is None else h * mask
-    h = conv(h, block2.proj, weights, with_bias=False)
-    skip_bias = getattr(module.res_conv, "bias", None)  # Identity has none
-    if skip_bias is not None:
-        x = conv(x, module.res_conv, weights, with_bias=False)
-    return norm_act(h, block2.proj.bias, block2.norm.g, None, x, skip_bias, activate=True)
+    h, bias = conv_and_bias(h, block2.proj, weights)
+    skip_bias = None
+    if isinstance(module.res_conv, nn.Conv2d):
+        x, skip_bias = conv_and_bias(x, module.res_conv, weights)
+    return norm_act(h, bias, block2.norm.g, None, x, skip_bias, activate=True)
 
 
 def attention_block(x: Tensor, module: nn.Module, weights: Weights) -> Tensor:
@@ -210,7 +211,7 @@ def attention_block(x: Tensor, module: nn.Module, weights: Weights) -> Tensor:
     if not is_linear:
         return conv(y, module.to_out, weights) + x
     to_out, out_norm = module.to_out
-    return norm_act(conv(y, to_out, weights, with_bias=False), to_out.bias, out_norm.g, residual=x)
+    return norm_act(*conv_and_bias(y, to_out, weights), out_norm.g, residual=x)
 
 
 def linear_attention(qkv: Tensor, mem_kv: Tensor) -> Tensor:
@@ -221,9 +222,13 @@ def linear_attention(qkv: Tensor, mem_kv: Tensor) -> Tensor:
     """
     if use_triton(qkv) and triton_attention.supports_linear_attention(mem_kv):
         return triton_attention.LinearAttentionFunction.apply(qkv, mem_kv)
-    q, k, v = split_heads(qkv, mem_kv.mT)
-    context = k.softmax(dim=2).mT @ v
-    return ((q.softmax(dim=3) * q.shape[3] ** -0.5) @ context).transpose(1, 2).flatten(2)
+    # Pixels last: a softmax over the last axis is slow if that is short, as D is.
+    _, heads, dim, _ = mem_kv.shape
+    q, *kv = qkv.mT.contiguous().unflatten(1, (3, heads, dim)).unbind(1)
+    memory = mem_kv.to(qkv.dtype)[:, None].expand(-1, len(qkv), -1, -1, -1)
+    k, v = (torch.cat(pair, dim=3) for pair in zip(memory, kv, strict=True))
+    context = v @ k.softmax(dim=3).mT * dim**-0.5
+    return (context @ q.softmax(dim=2)).flatten(1, 2).mT
 
 
 def split_heads(qkv: Tensor, mem_kv: Tensor) -> Sequence[Tensor]:
@@ -241,8 +246,17 @@ def conv(x: Tensor, module: nn.Conv2d, weights: Weights, with_bias: bool = True)
     if module.kernel_size == (1, 1):
         bias = None if bias is None else bias.to(x.dtype)
         return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    if use_cpu_norm(x):
+        return F.conv2d(x, weight, bias, padding=module.padding)
     x = F.conv2d(x, weight, padding=module.padding)
     return x if bias is None else add_bias(x, bias)
+
+
+def conv_and_bias(x: Tensor, module: nn.Conv2d, weights: Weights) -> tuple[Tensor, Tensor | None]:
+    """A convolution, and its bias if norm_act has to add it; on a CPU the convolution does."""
+    if use_cpu_norm(x):
+        return conv(x, module, weights), None
+    return conv(x, module, weights, with_bias=False), module.bias
 
 
 def downsample(x: Tensor, module: nn.Module, weights: Weights) -> Tensor:
@@ -290,6 +304,8 @@ def norm_act(
     if use_triton(x):
         inputs = x, bias, gain, modulation, residual, residual_bias
         return triton_kernels.NormFunction.apply(*inputs, activate)
+    if bias is residual_bias is None and use_cpu_norm(x):
+        return cpu_norm.NormFunction.apply(x, gain, modulation, residual, activate)
     y = x.float() if bias is None else x + bias.float().view(1, -1, 1, 1)
     # Not F.normalize: Triton 3.6 cannot compile Inductor's gradient of it in fp16.
     y = y * y.square().sum(dim=1, keepdim=True).clamp(min=1e-24).rsqrt()
