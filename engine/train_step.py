@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import distributed
+from engine.batch_threads import BatchThreads, use_batch_threads
 from engine.cuda_graphs import CapturedFunction, GraphCaptureError
 from engine.dataloader import Batch
 from engine.errors import UserError, warn_fallback
@@ -44,7 +45,9 @@ class TrainableModel(Protocol):
         """Returns the mean loss of images (B, C, H, W) in [0, 1] at timesteps t (B,).
 
         noise: (B, C, H, W). labels: int64 (B,), if the data set has them; -1: no label, or one that
-        LABEL_DROPOUT dropped. A model whose forward has no parameter `labels` gets none.
+        LABEL_DROPOUT dropped. A model whose forward has no parameter `labels` gets none. On a CPU,
+        two threads call it at the same time with half of a batch each; if it takes random numbers,
+        one does.
         """
 
     def timesteps_from_uniform(self, u: Tensor) -> Tensor:
@@ -141,6 +144,8 @@ class TrainStep:
         use_graphs = config.CUDA_GRAPH and is_cuda and model.supports_cuda_graphs
         self.graphs: dict[int | str, CapturedFunction] | None = {} if use_graphs else None
         self.graph_pool = torch.cuda.graph_pool_handle() if use_graphs else None
+        use_threads = use_batch_threads(self.device) and not config.COMPILE_MODEL
+        self.threads = BatchThreads() if use_threads else None
 
         # Scalars stay on the device: reading one makes the host wait.
         zeros = [torch.zeros((), device=self.device) for _ in range(5)]
@@ -224,23 +229,38 @@ class TrainStep:
             loss += self.run_captured(len(part[0]), backward, *part)
         return loss
 
-    def backward(
-        self, local_batch: int, images: Tensor, t: Tensor, noise: Tensor, mirror: Tensor, *labels
-    ) -> Tensor:
+    def backward(self, local_batch: int, *inputs: Tensor) -> Tensor:
         """Adds a micro-batch's gradient to `grad`; returns its part of the mean loss."""
-        self.model.zero_grad()  # gradients left by a failed capture
+        differentiate = partial(self.differentiate, local_batch)
+        parts = (
+            self.threads.map(differentiate, inputs) if self.threads else [differentiate(*inputs)]
+        )
+        write = torch._foreach_copy_ if len(inputs[0]) == local_batch else torch._foreach_add_
+        for _, grads in parts:
+            write(self.grad_views, grads)
+            write = torch._foreach_add_
+        self.model.zero_grad()
+        return sum(loss for loss, _ in parts)
+
+    def differentiate(
+        self, local_batch: int, images: Tensor, t: Tensor, noise: Tensor, mirror: Tensor, *labels
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Returns some images' part of the mean loss, and its gradient by parameter."""
         x = images.float() / 255
         if self.config.HORIZONTAL_FLIP:
             x = torch.where(mirror[:, None, None, None], x.flip(-1), x)
         with self.autocast():
             loss = self.network(x, t, noise, *labels) * (len(x) / (local_batch * self.world_size))
-        (loss * self.loss_scale).backward()
+        scaled_loss = loss * self.loss_scale
+        params = self.param_views
         # Unused parameters get zeros, or the gradient of an earlier step would stay.
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.param_views]
-        write = torch._foreach_copy_ if len(x) == local_batch else torch._foreach_add_
-        write(self.grad_views, grads)
-        self.model.zero_grad()
-        return loss.detach()
+        if self.threads:  # which must not add to the same p.grad
+            return loss.detach(), torch.autograd.grad(
+                scaled_loss, params, allow_unused=True, materialize_grads=True
+            )
+        self.model.zero_grad()  # gradients left by a failed capture
+        scaled_loss.backward()
+        return loss.detach(), [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
 
     @torch.no_grad()
     def update(self, loss: Tensor) -> Tensor:
