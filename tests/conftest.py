@@ -2,8 +2,9 @@
 
 import os
 
-# Two workers of two threads each would wait for each other on two cores.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Two workers of two threads each would wait for each other on two cores; and of one thread, a model
+# is called once for a batch.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
