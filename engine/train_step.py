@@ -235,12 +235,14 @@ class TrainStep:
         parts = (
             self.threads.map(differentiate, inputs) if self.threads else [differentiate(*inputs)]
         )
+        (loss, grads), *others = parts
         write = torch._foreach_copy_ if len(inputs[0]) == local_batch else torch._foreach_add_
-        for _, grads in parts:
-            write(self.grad_views, grads)
-            write = torch._foreach_add_
+        write(self.grad_views, grads)
+        for other_loss, other_grads in others:
+            loss = loss + other_loss
+            torch._foreach_add_(self.grad_views, other_grads)
         self.model.zero_grad()
-        return sum(loss for loss, _ in parts)
+        return loss
 
     def differentiate(
         self, local_batch: int, images: Tensor, t: Tensor, noise: Tensor, mirror: Tensor, *labels
