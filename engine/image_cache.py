@@ -90,17 +90,18 @@ def load_cached(
                 _build(source, size, path, labels_path, workers, progress)
                 if source.chosen_variant:  # a run is resumed and evaluated with what was chosen
                     prefix_2, *paths_2 = paths(source.chosen_variant())
-                    for old, new in zip((path, labels_path), paths_2, strict=True):
-                        if old.exists():
-                            link_or_copy(old, new)
-                    _remove_others(cache_dir, prefix_2, paths_2[0])
+                    with _lock(cache_dir / f"{prefix_2}.lock"):
+                        for old, new in zip((path, labels_path), paths_2, strict=True):
+                            if old.exists():
+                                link_or_copy(old, new)
+                        _remove_others(cache_dir, prefix_2, paths_2[0])
             _remove_others(cache_dir, prefix, path)
         data = _open(source, size, path, labels_path)
     return data
 
 
 def _remove_others(cache_dir: Path, prefix: str, path: Path) -> None:
-    """Removes earlier versions of a cached source, and files of killed builds."""
+    """Removes earlier versions of a cached source, and files of killed builds; under its lock."""
     for file in cache_dir.glob(f"*{prefix}_*"):
         if not file.name.startswith(path.stem):
             with suppress(OSError):  # on Windows, a file in use

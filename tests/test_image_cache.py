@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 
 import numpy as np
 import pytest
@@ -66,6 +66,26 @@ def test_cache_file_keeps_its_name_and_format(load):
     expected = io.BytesIO()
     np.save(expected, np.array(data.images))
     assert path.read_bytes() == expected.getvalue()
+
+
+def test_cache_under_the_name_of_what_was_chosen_waits_for_its_builder(load):
+    """One process builds what another, which reads any channels, turns out to have built."""
+    is_building, may_finish = threading.Event(), threading.Event()
+
+    def wait(block: range) -> None:
+        is_building.set()
+        may_finish.wait(20)
+
+    with ThreadPoolExecutor(2) as pool:
+        named = pool.submit(load, gray_source(3, variant="one", on_read=wait))
+        assert is_building.wait(20)
+        any_source = gray_source(3, variant="any", chosen_variant=lambda: "one")
+        chosen = pool.submit(load, any_source)
+        with pytest.raises(TimeoutError):
+            chosen.result(timeout=0.5)
+        may_finish.set()
+        assert values(named.result(20)) == values(chosen.result(20)) == [0, 1, 2]
+    assert len(load.files()) == 2
 
 
 def test_cache_is_used_until_the_source_changes(tmp_path):
