@@ -218,6 +218,15 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         }
         return super().load_state_dict(embeddings | dict(state_dict), *args, **kwargs)
 
+    def start_from(self, source: "DDPMModel") -> None:
+        """Copies the network of another model; for other classes, their embeddings are new."""
+        weights = source.unet.state_dict()
+        if source.class_names != self.class_names:
+            name = "class_embedding.weight"
+            weights.pop(name, None)
+            weights |= {k: v for k, v in self.unet.state_dict().items() if k == name}
+        self.unet.load_state_dict(weights)
+
     def _apply(self, *args: Any, **kwargs: Any) -> "DDPMModel":
         """Moves or converts the weights; captured graphs would still read the old ones."""
         self.graph_cache.clear()
@@ -297,6 +306,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         network = partial(self._run_network, self.unet)
         guide = partial(self._run_network, other) if other is not None else None
         weight = self.guidance if guidance is None else guidance
+        if self.is_consistent:  # it has learned where the guided flow ends
+            weight = 1.0
         return ModelDenoiser(
             self.diffusion, network, clip, guide, weight, self.guidance_interval, labels,
             guide_labels=mode == "autoguidance", consistency=self.is_consistent,
@@ -341,6 +352,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
             check_types(architecture, training_info, path)
             self.architecture = self.upgrade_architecture(architecture)
             self._build(**self.architecture)
+            # Without the teacher of consistency tuning, which sampling does not need.
+            state = {k: v for k, v in state.items() if not k.startswith("teacher.")}
             self.load_state_dict(state)
         for name, weight in self.named_parameters():
             if not weight.abs().max() <= MAX_WEIGHT:  # NaN, too

@@ -184,7 +184,9 @@ def configure(
     if source:
         size = {"IMAGE_SIZE": source.image_size}
         required = network_settings(source.architecture, request.value("IMAGE_SIZE", size))
-        required |= request.tuning or {}
+        if request.tuning is not None:
+            required |= {"GUIDANCE": source.guidance, "GUIDANCE_MODE": source.guidance_mode}
+            required |= request.tuning
     layers = request.script, request.subclass, request.flags, resumed, required
     return resolve(dataset, tier, *layers)
 
@@ -204,20 +206,12 @@ def network_settings(architecture: Mapping[str, Any], image_size: int) -> dict[s
 
 
 def init_weights(model: DDPMModel, source: DDPMModel, path: Path) -> None:
-    """Copies the network of another model; raises UserError if it is another kind.
-
-    For other classes, the embeddings are initialized again.
-    """
+    """Copies the network of another model; raises UserError if it is another kind."""
     architectures = source.architecture, model.architecture
     advice = "drop the flag that says so"
     checkpoints.check_architecture(path, *architectures, MUTABLE_ON_INIT, advice)
     with checkpoints.refuse_damaged(path, "has another network than --init_from can start from"):
-        weights = source.unet.state_dict()
-        if source.class_names != model.class_names:
-            name = "class_embedding.weight"
-            weights.pop(name, None)
-            weights |= {k: v for k, v in model.unet.state_dict().items() if k == name}
-        model.unet.load_state_dict(weights)
+        model.start_from(source)
     distributed.print0(f"starting from the EMA weights of {path}")
 
 

@@ -8,6 +8,8 @@ Data, classes, precision and whatever else are those of the run that trained the
 sample grid in samples/<run>/, one evaluation above two, and a model in checkpoints/ddpm_final.pt.
 """
 
+import copy
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -18,34 +20,63 @@ from torch import Tensor
 import train
 import train_optimized
 from ddpm_model import DDPMModel, call_network
-from engine.consistency import ConsistencyLoss
+from engine import distributed
+from engine.consistency import ConsistencyLoss, Teacher
 from engine.errors import UserError
 
 # What is not as in the run that trained the model. Without dropout, as it would differ between the
 # two predictions that the loss compares.
 TUNING = {
     "MINUTES": 10.0, "LEARNING_RATE": 5e-4, "LR_SCHEDULE": "cosine", "DROPOUT": 0.0,
-    "GUIDE_FRACTION": 0.0, "GUIDANCE": 1.0, "SAMPLING_TIMESTEPS": 2, "RUN_NAME": "",
+    "GUIDE_FRACTION": 0.0, "SAMPLING_TIMESTEPS": 2, "RUN_NAME": "",
 }  # fmt: skip
 
 
 class ConsistencyModel(DDPMModel):
     """A model that is trained by the consistency loss; sampled as any DDPMModel.
 
-    Raises UserError for networks that do not predict v, whose x_0 is not exact without noise.
+    guidance, guidance_mode: how its teacher is guided; guidance 1: there is no teacher. Raises
+    UserError for networks that do not predict v, whose x_0 is not exact without noise.
     """
 
     grid_steps = (1, 2)  # of the sample grids
+    teacher: Teacher | None
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs | {"consistency": True})
 
     def _build(self, **architecture: Any) -> None:
         super()._build(**architecture)
+        self.teacher = None
         if self.diffusion.objective != "pred_v" or self.unet.self_condition:
             raise UserError("consistency tuning needs a model of objective pred_v: use another")
         self.loss = ConsistencyLoss(self.diffusion, self.log_snr_shift)
         self.timestep_cdf.copy_(self.loss.timestep_cdf)
+
+    def start_from(self, source: DDPMModel) -> None:
+        """Copies the network of a model, which becomes the teacher if it can be guided."""
+        super().start_from(source)
+        guide = copy.deepcopy(source.guide)
+        if self.guidance != 1 and (guide or self.guidance_mode == "cfg"):
+            self.teacher = Teacher(copy.deepcopy(source.unet), guide)
+            kind = f"the guided model (weight {self.guidance:g})"
+        else:
+            kind = "no teacher"
+        distributed.print0(f"consistency tuning with {kind}")
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Loads the weights, those of the teacher too if there was one."""
+        weights = {
+            name.removeprefix("teacher."): value
+            for name, value in state_dict.items()
+            if name.startswith("teacher.")
+        }
+        self.teacher = None
+        if weights:
+            has_guide = any(name.startswith("guide.") for name in weights)
+            guide = copy.deepcopy(self.unet) if has_guide else None
+            self.teacher = Teacher(copy.deepcopy(self.unet), guide)
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def set_fraction(self, fraction: float) -> None:
         """Sets how much of the run is done, 0 to 1."""
@@ -55,8 +86,19 @@ class ConsistencyModel(DDPMModel):
         self, images: Tensor, t: Tensor, noise: Tensor, labels: Tensor | None = None
     ) -> Tensor:
         """Returns the consistency loss, a scalar; arguments as DDPMModel's."""
-        network = partial(call_network, self.unet, previous=None, labels=labels)
-        return self.loss(network, images * 2 - 1, t, noise)
+        options = {"previous": None, "labels": labels}
+        network = partial(call_network, self.unet, **options)
+        teacher = None
+        if self.teacher:
+            other = self.teacher.unet if self.guidance_mode == "cfg" else self.teacher.guide
+            guide_labels = labels if self.guidance_mode == "autoguidance" else None
+            teacher = partial(
+                self.loss.predict_guided,
+                partial(call_network, self.teacher.unet, **options),
+                partial(call_network, other, previous=None, labels=guide_labels),
+                guidance=self.guidance, interval=self.guidance_interval,
+            )  # fmt: skip
+        return self.loss(network, images * 2 - 1, t, noise, teacher)
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """Consistency tuning: x_0 at two noise levels becomes the same, so that one step is enough.
 
-Easy Consistency Tuning, Geng et al. (arXiv:2406.14548), of a network that predicts v. There is no
-teacher: the target is what the network itself predicts for the same image with the same noise at a
-lower noise level, down to the clean image, where x_0 is its input.
+Easy Consistency Tuning, Geng et al. (arXiv:2406.14548), of a network that predicts v: the target is
+what the network itself predicts at a lower noise level, down to the clean image, where x_0 is its
+input. The lower level is reached by a step of a teacher, the guided model before it was tuned, as
+in consistency distillation, Song et al. (arXiv:2303.01469); without one, by less of the noise.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from denoising_diffusion_pytorch import GaussianDiffusion
 from torch import Tensor, nn
 
 from engine.noise_schedule import SIGMA_MAX, timestep_density
+
+Network = Callable[[Tensor, Tensor], Tensor]  # x_t (B, C, H, W) and t (B,) to v (B, C, H, W)
 
 # log(sigma) ~ N(P_MEAN, P_STD^2): wider than EDM's, as samples start from noise alone.
 P_MEAN = -1.1
@@ -43,16 +46,22 @@ class ConsistencyLoss(nn.Module):
             self.register_buffer(name, values.float(), persistent=False)
 
     def forward(
-        self, network: Callable[[Tensor, Tensor], Tensor], x_0: Tensor, t: Tensor, noise: Tensor
-    ) -> Tensor:
+        self, network: Network, x_0: Tensor, t: Tensor, noise: Tensor,
+        teacher: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         """Returns the mean distance, a scalar.
 
-        network: x_t and t to v. x_0, noise: (B, C, H, W), x_0 in [-1, 1]. t: timesteps (B,).
+        x_0, noise: (B, C, H, W), x_0 in [-1, 1]. t: timesteps (B,). teacher: x_t and t to x_0.
         """
         s = self.earlier_timesteps(t)
-        prediction = self.predict_x_0(network, self.diffuse(x_0, t, noise), t)
+        x_t = self.diffuse(x_0, t, noise)
+        prediction = self.predict_x_0(network, x_t, t)
         # Second, or autocast would use again the weights that it cast without gradient.
         with torch.no_grad():
+            if teacher:  # a step of DDIM
+                x_0 = teacher(x_t, t)
+                alpha_bar = self.alpha_bar[t][:, None, None, None]
+                noise = (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
             target = self.predict_x_0(network, self.diffuse(x_0, s, noise), s)
         mse = (prediction - target).square().mean(dim=(1, 2, 3))
         huber = (mse + HUBER**2).sqrt() - HUBER
@@ -77,10 +86,33 @@ class ConsistencyLoss(nn.Module):
         alpha_bar = self.alpha_bar[t][:, None, None, None]
         return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
 
-    def predict_x_0(
-        self, network: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor
-    ) -> Tensor:
+    def predict_x_0(self, network: Network, x: Tensor, t: Tensor) -> Tensor:
         """Predicts x_0 from x_t (B, C, H, W); at t = -1, the clean image, returns x itself."""
         alpha_bar = self.alpha_bar[t][:, None, None, None]
         v = network(x, t.clamp(min=0)).float()
         return alpha_bar.sqrt() * x - (1 - alpha_bar).sqrt() * v
+
+    def predict_guided(
+        self, network: Network, guide: Network, x: Tensor, t: Tensor, guidance: float,
+        interval: tuple[float, float],
+    ) -> Tensor:  # fmt: skip
+        """Predicts x_0 in [-1, 1] from x_t, guided as engine.denoiser does."""
+        x_0 = self.predict_x_0(network, x, t)
+        x_0_guide = self.predict_x_0(guide, x, t)
+        lowest, highest = interval
+        is_guided = (self.sigma[t] >= lowest) & (self.sigma[t] <= highest)
+        weight = torch.where(is_guided, guidance, 1.0)[:, None, None, None]
+        return torch.lerp(x_0_guide, x_0, weight).clamp(-1, 1)
+
+
+class Teacher(nn.Module):
+    """The frozen networks of the model that is tuned: its own and, if it has one, its guide."""
+
+    def __init__(self, unet: nn.Module, guide: nn.Module | None):
+        super().__init__()
+        self.unet = unet
+        self.guide = guide
+        self.requires_grad_(False).eval()
+
+    def __deepcopy__(self, memo: dict) -> "Teacher":
+        return self  # it never changes: the EMA of the model shares it, in memory and in files

@@ -31,7 +31,7 @@ def use_muon(name: str, p: Tensor) -> bool:
 
 
 def flatten(model: nn.Module) -> tuple[Tensor, list[tuple[str, nn.Parameter]]]:
-    """Moves a model's parameters into one vector, as views with the same strides.
+    """Moves a model's trainable parameters into one vector, as views with the same strides.
 
     Returns the vector and the named parameters in its order: Muon's first, equal shapes together,
     and the class embedding last, so that the rest is as in an unconditional model.
@@ -41,7 +41,8 @@ def flatten(model: nn.Module) -> tuple[Tensor, list[tuple[str, nn.Parameter]]]:
         name, p = item
         return not use_muon(name, p), "class_embedding" in name, *p.shape
 
-    named = sorted(model.named_parameters(), key=order)
+    trainable = [item for item in model.named_parameters() if item[1].requires_grad]
+    named = sorted(trainable, key=order)
     params = [p for _, p in named]
     flat = torch.zeros(sum(padded_numel(p.numel()) for p in params), device=params[0].device)
     for p, view in zip(params, views(flat, params), strict=True):

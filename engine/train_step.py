@@ -118,9 +118,10 @@ class TrainStep:
 
         # Parameters, EMA and gradient: one flat vector each.
         model.to(memory_format=torch.channels_last)  # as engine.unet computes
-        self.ema = copy.deepcopy(model).requires_grad_(False).eval()
+        self.ema = copy.deepcopy(model).eval()
         self.params, named = flatten(model)
         self.ema_params, _ = flatten(self.ema)
+        self.ema.requires_grad_(False)
         if world_size > 1:
             distributed.broadcast(self.params)
             self.ema_params.copy_(self.params)

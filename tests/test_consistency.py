@@ -50,9 +50,27 @@ def test_clean_image_is_its_own_x_0_exactly():
         torch.testing.assert_close(x_0, expected, atol=1e-5, rtol=1e-5)
 
 
+def guided_source(**changes) -> DDPMModel:
+    """A model whose guide differs from its network."""
+    torch.manual_seed(1)
+    source = DDPMModel(**SMALL | {"guidance": 2.0} | changes).eval()
+    source.snapshot_guide()
+    for p in source.guide.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    return source
+
+
+@pytest.mark.parametrize("mode", ["none", "autoguidance", "cfg", "both"])
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
-def test_loss_is_that_of_a_plain_second_implementation(fraction):
-    model = tuned_model(timesteps=1000, classes={"cat": 1, "dog": 1})
+def test_loss_is_that_of_a_plain_second_implementation(fraction, mode):
+    options = {"timesteps": 1000, "classes": {"cat": 1, "dog": 1}}
+    options |= {"guidance": 1.0} if mode == "none" else {"guidance": 2.0, "guidance_mode": mode}
+    source = guided_source(**options)
+    source.unet.class_embedding.weight.data.normal_()
+    model = tuned_model(**options)
+    model.start_from(source)
+    assert (model.teacher is None) == (mode == "none")
+    model.unet.final_conv.bias.data += 0.3  # tuned a little, unlike the teacher
     model.set_fraction(fraction)
     images, noise = torch.rand(6, 3, 8, 8), torch.randn(6, 3, 8, 8)
     t = torch.tensor([0, 1, 60, 300, 700, 990])
@@ -68,10 +86,16 @@ def test_loss_is_that_of_a_plain_second_implementation(fraction):
         shrink = 2 ** (3 + 5 * fraction)
         lower = sigma - sigma * (1 + 8 / (1 + math.exp(sigma))) / shrink
         s = max((k for k in range(step) if sigmas[k] <= lower), default=-1)
+        clean, added = 2 * images[i] - 1, noise[i]
         x_0 = []
         for k in (step, s):
+            if k == s and mode != "none":  # what the guided model predicts, by its samplers' code
+                a = alpha_bar[step]
+                x = math.sqrt(a) * clean + math.sqrt(1 - a) * added
+                clean = source.denoiser(labels=labels[i : i + 1])(x[None], step)[0]
+                added = (x - math.sqrt(a) * clean) / math.sqrt(1 - a)
             a = alpha_bar[k] if k >= 0 else 1.0
-            x = math.sqrt(a) * (2 * images[i] - 1) + math.sqrt(1 - a) * noise[i]
+            x = math.sqrt(a) * clean + math.sqrt(1 - a) * added
             v = model.unet(x[None], torch.tensor([max(k, 0)]), None, labels[i : i + 1])[0]
             x_0.append(math.sqrt(a) * x - math.sqrt(1 - a) * v)
         mse = ((x_0[0] - x_0[1]) ** 2).mean().item()
@@ -208,8 +232,15 @@ def tuned(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         config = configure(RUN_NAME="tuned")
-        train(ConsistencyModel.from_config(config), random_images(80, 8), config)
+        train(guided_model(config), random_images(80, 8), config)
     return folder
+
+
+def guided_model(config) -> ConsistencyModel:
+    """A model with a teacher, as train_consistency.py starts with."""
+    model = ConsistencyModel.from_config(config)
+    model.start_from(guided_source(timesteps=config.TIMESTEPS))
+    return model
 
 
 def test_tuning_resumes_bit_for_bit(tuned, monkeypatch):
@@ -222,8 +253,10 @@ def test_tuning_resumes_bit_for_bit(tuned, monkeypatch):
                 raise KeyboardInterrupt
 
     config = configure(RUN_NAME="half", MAX_STEPS=6, SAVE_EVERY_MINUTES=0.0)
+    interrupted = Interrupted.from_config(config)
+    interrupted.start_from(guided_source(timesteps=config.TIMESTEPS))
     with pytest.raises(KeyboardInterrupt):
-        train(Interrupted.from_config(config), random_images(80, 8), config)
+        train(interrupted, random_images(80, 8), config)
     path = Path("checkpoints/half/last.pt")
     assert checkpoints.load(path)["progress"]["step"] == 3
     train(ConsistencyModel.from_config(config), random_images(80, 8), config, path)
@@ -257,10 +290,25 @@ def test_script_knows_the_images_of_the_pretrained_model_alone(tmp_path, monkeyp
     DDPMModel(**SMALL).save_model("weights/cifar10.safetensors")
     config = configure_script()
     assert (config.DATASET, config.IMAGE_SIZE, config.DIM) == ("cifar10", 8, 8)
-    DDPMModel(**SMALL).save_model("other.safetensors")
+    DDPMModel(**SMALL, guidance=2.25).save_model("other.safetensors")
     with pytest.raises(UserError, match="does not name its training images"):
         configure_script("--checkpoint", "other.safetensors")
-    assert configure_script("--checkpoint", "other.safetensors", "--dataset", "shapes").DIM == 8
+    config = configure_script("--checkpoint", "other.safetensors", "--dataset", "shapes")
+    assert (config.DIM, config.GUIDANCE) == (8, 2.25)  # the teacher is guided as samples are
+
+
+def test_tuned_model_is_not_guided_again_and_its_file_holds_the_teacher_once(tuned):
+    path = tuned / "checkpoints/tuned/final.pt"
+    state = checkpoints.load(path)
+    for name in ("model", "ema"):
+        assert any(key.startswith("teacher.guide.") for key in state[name])
+    storages = [state[n]["teacher.unet.final_conv.weight"].data_ptr() for n in ("model", "ema")]
+    assert storages[0] == storages[1]
+    model = DDPMModel().load_model(path)
+    assert model.guide is None and not any("teacher" in key for key in model.state_dict())
+    classes = {"cat": 1, "dog": 1}
+    model = tuned_model(classes=classes, guidance=2.0, guidance_mode="cfg")
+    assert model.count_nfe(*model.sampling_plan()) == 2
 
 
 def test_grids_have_one_evaluation_above_two(tuned):
