@@ -28,7 +28,7 @@ from ddpm_model import DDPMModel
 from engine import checkpoints, distributed, metrics, plots
 from engine import inference_jobs as jobs
 from engine.class_metrics import ClassMetrics, format_classes
-from engine.dataloader import ImageDataset, train_val_split
+from engine.dataloader import Batch, ImageDataset, as_batch, train_val_split
 from engine.datasets import DATASETS, load_dataset
 from engine.devices import default_device, device_name
 from engine.errors import FallbackWarning, UserError
@@ -196,21 +196,22 @@ def load_real_images(
     }  # fmt: skip
 
 
-def validation_images(model: DDPMModel) -> torch.Tensor | None:
-    """Returns a run's validation images; None with a warning if they are not here."""
+def validation_batch(model: DDPMModel) -> Batch | None:
+    """Returns a run's validation images and their labels; None with a warning if not here."""
     config = model.training_info["config"]
     try:
-        data_dir = Path(config["DATA_DIR"])
         options = ReadOptions.from_config(config)
-        size = config["IMAGE_SIZE"]
-        images = load_dataset(config["DATASET"], size, data_dir, options=options).images
-        if images.shape[1:] != image_shape(model):
-            raise UserError(f"they are {images.shape[1:]}, but the model's {image_shape(model)}")
+        arguments = config["DATASET"], config["IMAGE_SIZE"], Path(config["DATA_DIR"])
+        data = load_dataset(*arguments, options=options, use_labels=bool(model.class_names))
+        found = data.images.shape[1:], data.class_names
+        wanted = image_shape(model), model.class_names
+        if found != wanted:
+            raise UserError(f"shape and classes are {found}, but the model's {wanted}")
     except (UserError, KeyError) as error:
         reason = f"loading the validation split failed ({error})"
         warnings.warn(f"{reason}; continuing without its loss", FallbackWarning, 2)
         return None
-    return torch.from_numpy(images[train_val_split(len(images))[1]])
+    return as_batch(data[train_val_split(len(data))[1]])
 
 
 def image_shape(model: DDPMModel) -> tuple[int, ...]:
@@ -268,7 +269,7 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
         counts = np.bincount(data.labels - NO_LABEL, minlength=len(class_names) + 1).tolist()
         by_class = ClassMetrics(references[networks[-1]], data.labels, class_names)
         reference["class accuracy"] = by_class.real_accuracy
-    validation = validation_images(model) if config else None
+    validation = validation_batch(model) if config else None
     evaluations: list[Evaluation] = []
     report = describe_comparison(reference, networks, device) | {"evaluations": evaluations}
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine.checkpoints import write_atomically
+from engine.dataloader import Batch
 from engine.datasets import CONNECT_SECONDS, socket_timeout
 from engine.errors import FallbackWarning, UserError
 from engine.inference_jobs import sha256
@@ -293,13 +294,15 @@ def nearest_neighbors(queries: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray
 
 @torch.no_grad()
 def loss_by_timestep(
-    model: nn.Module, images: Tensor, points: int = 25
+    model: nn.Module, batch: Batch, points: int = 25
 ) -> tuple[list[int], list[float]]:
     """Returns evenly spaced timesteps and the unweighted loss at each, by fixed noise.
 
-    images: uint8 (V, C, H, W), not trained on, of which LOSS_CURVE_IMAGES are used.
+    batch: images that were not trained on, of which LOSS_CURVE_IMAGES are used.
     """
-    images = images[:: math.ceil(len(images) / LOSS_CURVE_IMAGES)].to(model.device).float() / 255
+    batch = batch[:: math.ceil(len(batch.images) / LOSS_CURVE_IMAGES)].to(model.device)
+    images = batch.images.float() / 255
+    labels = () if batch.labels is None else (batch.labels,)
     points = min(points, model.num_timesteps)
     timesteps = torch.linspace(0, model.num_timesteps - 1, points).round().long().tolist()
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(model.device)
@@ -307,5 +310,5 @@ def loss_by_timestep(
     model.eval()
     for t in tqdm(timesteps, unit="timestep", desc="loss by timestep"):
         t_batch = torch.full((len(images),), t, device=model.device)
-        losses.append(model.mse_per_image(images, t_batch, noise).mean().item())
+        losses.append(model.mse_per_image(images, t_batch, noise, *labels).mean().item())
     return timesteps, losses

@@ -75,23 +75,25 @@ def labeled_grid(
     images: Tensor, labels: Sequence[str], columns: int | None = None, title: str = "",
     smallest: int = MIN_TILE,
 ) -> Image.Image:  # fmt: skip
-    """Images (B, C, H, W) in [0, 1] as a grid with labels and a title."""
+    """Images (B, C, H, W) in [0, 1] as a grid with labels, as wide as these, and a title."""
+    font = ImageFont.load_default(11)
     tiles = [to_image(image) for image in enlarge(images, smallest)]
     columns = columns or math.ceil(math.sqrt(len(tiles)))
     gap = 4
     title_height = 22 if title else 0
-    column_width = tiles[0].width + gap
+    content_width = max(tiles[0].width, *(math.ceil(font.getlength(label)) for label in labels))
+    column_width = content_width + gap
     row_height = tiles[0].height + 14 + gap
     height = title_height + math.ceil(len(tiles) / columns) * row_height + gap
     sheet = Image.new("RGB", (columns * column_width + gap, height), "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(11)
     draw.text((gap, gap), title, "black", font)
     for i, (tile, label) in enumerate(zip(tiles, labels, strict=True)):
         x = gap + i % columns * column_width
         y = gap + title_height + i // columns * row_height
-        sheet.paste(tile, (x, y), tile if tile.mode == "RGBA" else None)
-        draw.text((x + tile.width // 2, y + tile.height), label, "black", font, anchor="ma")
+        tile_x = x + (content_width - tile.width) // 2
+        sheet.paste(tile, (tile_x, y), tile if tile.mode == "RGBA" else None)
+        draw.text((x + content_width // 2, y + tile.height), label, "black", font, anchor="ma")
     return sheet
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 import evaluate
 from ddpm_model import DDPMModel
 from engine import checkpoints, metrics, plots
-from engine.dataloader import ImageDataset
+from engine.dataloader import Batch, ImageDataset
 from engine.datasets import load_dataset
 from engine.errors import FallbackWarning, UserError
 from engine.inference_jobs import sha256
@@ -183,9 +183,9 @@ def test_main_accepts_the_former_flag_of_the_seed(folder, monkeypatch, capsys):
 # What is compared with what, on mean colors.
 
 
-def bias_and_count(model: DDPMModel, images: torch.Tensor) -> tuple[list[int], list[float]]:
+def bias_and_count(model: DDPMModel, batch: Batch) -> tuple[list[int], list[float]]:
     """Stands in for the loss by timestep: tells which model and how many images it is given."""
-    return [0, 59], [1 + model.unet.final_conv.bias.mean().item(), float(len(images))]
+    return [0, 59], [1 + model.unet.final_conv.bias.mean().item(), float(len(batch.images))]
 
 
 @pytest.fixture
@@ -249,22 +249,27 @@ def test_evaluate_warns_without_the_validation_split(evaluate_colors, capsys):
 
 def test_validation_images_are_exactly_the_validation_split(monkeypatch):
     numbers = np.arange(200, dtype=np.uint8)[:, None, None, None]
-    data = ImageDataset(np.broadcast_to(numbers, (200, 3, 4, 4)))
+    images = np.broadcast_to(numbers, (200, 3, 4, 4))
+    labels = np.arange(200) % 2
     loaded = []
 
-    def load(*arguments, options):
-        loaded.append((*arguments, options.channels))
-        return data
+    def load(*arguments, options, use_labels):
+        loaded.append((*arguments, options.channels, use_labels))
+        return ImageDataset(images, labels, ("cat", "dog")) if use_labels else ImageDataset(images)
 
     monkeypatch.setattr(evaluate, "load_dataset", load)
     config = {"DATASET": "folder", "IMAGE_SIZE": 4, "DATA_DIR": "dir", "CHANNELS": 1}
-    model = SimpleNamespace(training_info={"config": config}, channels=3, image_size=4)
-    images = evaluate.validation_images(model)
-    assert images[:, 0, 0, 0].tolist() == list(range(0, 200, 20))
-    assert loaded == [("folder", 4, Path("dir"), 1)]
-    model.channels = 1
-    with pytest.warns(FallbackWarning, match=r"they are \(3, 4, 4\), but the model's \(1, 4, 4\)"):
-        assert evaluate.validation_images(model) is None
+    info = {"config": config}
+    model = SimpleNamespace(training_info=info, channels=3, image_size=4, class_names=())
+    batch = evaluate.validation_batch(model)
+    assert batch.images[:, 0, 0, 0].tolist() == list(range(0, 200, 20)) and batch.labels is None
+    assert loaded == [("folder", 4, Path("dir"), 1, False)]
+    model.class_names = ("cat", "dog")
+    assert evaluate.validation_batch(model).labels.tolist() == [0] * 10  # every 20th has label 0
+    for name, value in (("class_names", ("dog", "cat")), ("channels", 1)):
+        setattr(model, name, value)
+        with pytest.warns(FallbackWarning, match=r"shape and classes are \(\(3, 4, 4\), \('cat',"):
+            assert evaluate.validation_batch(model) is None
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ddpm_model import DDPMModel
 from engine import metrics
+from engine.dataloader import Batch
 from engine.datasets import load_dataset
 from engine.errors import FallbackWarning, UserError
 from engine.shapes import draw_shapes
@@ -325,13 +326,16 @@ def test_nearest_neighbors_finds_the_copy_and_measures_the_others(monkeypatch):
 
 def test_loss_by_timestep_is_the_training_loss_without_its_weight():
     torch.manual_seed(0)
-    model = DDPMModel(image_size=16, dim=8, dim_mults=(1, 2), timesteps=60)
+    classes = {"cat": 2, "dog": 3}
+    model = DDPMModel(image_size=16, dim=8, dim_mults=(1, 2), timesteps=60, classes=classes)
+    model.unet.class_embedding.weight.data.normal_()
     images = torch.from_numpy(draw_shapes(np.arange(5), 16, 0))
-    timesteps, losses = metrics.loss_by_timestep(model, images, points=3)
+    labels = torch.tensor([0, 1, 1, -1, 0])
+    timesteps, losses = metrics.loss_by_timestep(model, Batch(images, labels), points=3)
     assert timesteps == [0, 30, 59]
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     for t, loss in zip(timesteps, losses, strict=True):
-        weighted = model(images / 255, torch.full((5,), t), noise).item()
+        weighted = model(images / 255, torch.full((5,), t), noise, labels).item()
         assert loss == pytest.approx(weighted / model.diffusion.loss_weight[t].item(), rel=1e-4)
 
 
@@ -348,7 +352,7 @@ class TellingLoss(torch.nn.Module):
 def test_loss_by_timestep_takes_images_evenly_with_the_same_noise(monkeypatch):
     monkeypatch.setattr(metrics, "LOSS_CURVE_IMAGES", 3)
     images = (torch.arange(7) * 20).byte().reshape(7, 1, 1, 1).expand(7, 3, 4, 4)
-    timesteps, losses = metrics.loss_by_timestep(TellingLoss().train(), images, points=3)
+    timesteps, losses = metrics.loss_by_timestep(TellingLoss().train(), Batch(images), points=3)
     noise = torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(0)).mean().item()
     mean = np.mean([0, 60, 120]) / 255
     assert timesteps == [0, 5, 10]
