@@ -133,8 +133,10 @@ DATASET_PRESETS: dict[str, dict[str, Any]] = {
 }
 # From 64 px on (docs/experiments.md): noise is shifted, as it hides less of a larger image (simple
 # diffusion), and full attention is limited, as its work grows with the fourth power of the side.
+# Steps are slow and few, so an eighth of a run would be too early for the guide.
 HIGH_RES_SETTINGS: dict[str, Any] = {
-    "SCHEDULE_BASE_SIZE": 32, "FULL_ATTENTION_MAX_SIZE": 24, "DROPOUT": 0.1, "GUIDANCE": 1.5,
+    "SCHEDULE_BASE_SIZE": 32, "FULL_ATTENTION_MAX_SIZE": 24, "DROPOUT": 0.1, "GUIDANCE": 3.0,
+    "GUIDE_FRACTION": 0.5,
 }  # fmt: skip
 # By the smallest image size that each is for, px.
 SIZE_PRESETS: dict[int, dict[str, Any]] = {
