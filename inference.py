@@ -375,7 +375,8 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
 
         # Modes.
         ends = dict.fromkeys((settings["seeds"][0], settings["seeds"][-1]))
-        label = jobs.sampling_label(settings["sampler"], settings["steps"], settings["spacing"])
+        how = (settings[name] for name in ("sampler", "steps", "spacing", "classes"))
+        label = jobs.sampling_label(*how)
         name = f"{checkpoints.display_name(Path(path))}-{label}-seeds-{'-'.join(map(str, ends))}"
         for mode in modes:
             if mode != "batch" and not dist.is_main_process:

@@ -48,13 +48,11 @@ class ImageDataset:
         return ImageDataset(self.images[index], labels, self.class_names)
 
     def fingerprint(self) -> str:
-        """Returns a hash of shape, images and labels, 16 hex digits."""
+        """Returns a hash of shape and images, 16 hex digits."""
         every = -(-self.images.nbytes // FINGERPRINT_BYTES) or 1
         digest = hashlib.blake2b(repr(self.images.shape).encode(), digest_size=8)
         for image in self.images[::every]:
             digest.update(np.ascontiguousarray(image))
-        if self.labels is not None:
-            digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()
 
 

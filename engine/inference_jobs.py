@@ -269,10 +269,11 @@ def read_png_settings(path: Path, declared: type[Settings]) -> dict[str, Any]:
     return declared.check(values, str(path)) | {"seeds": seeds, "sha256": digest}
 
 
-def sampling_label(sampler: str, steps: int, spacing: str) -> str:
-    """Returns how images were sampled for names of result files, e.g. unipc-14."""
+def sampling_label(sampler: str, steps: int, spacing: str, classes: str | None = None) -> str:
+    """Returns how images were sampled for names of result files, e.g. unipc-14-cat-dog."""
     name = f"{sampler.replace('.py:', '-').replace('/', '-')}-{steps}"
-    return name if spacing == DEFAULT_SPACING else f"{name}-{spacing}"
+    name = name if spacing == DEFAULT_SPACING else f"{name}-{spacing}"
+    return "-".join([name, *re.findall(r"\w+", classes or "")])[:80]
 
 
 def parse_seeds(text: str, limit: int = MAX_SEEDS) -> list[int]:

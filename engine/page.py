@@ -77,7 +77,7 @@ class SharingMixin:
     """Lets several visitors use a DDPMModel at once: network evaluations take turns."""
 
     turns = Turns()  # of all models, which share the device
-    request = Request()
+    request: Request | None = None  # without one, work has no time limit
 
     def serve(self, request: Request) -> nn.Module:
         """Returns a view of this model whose work ends with a request."""
@@ -87,7 +87,8 @@ class SharingMixin:
 
     def _run_network(self, *args: Any, **kwargs: Any) -> Tensor:
         with self.turns.turn():
-            self.request.check()
+            if self.request:
+                self.request.check()
             return super()._run_network(*args, **kwargs)
 
 

@@ -55,7 +55,7 @@ def train(
     checkpoint = checkpoints.load_training(resume) if isinstance(resume, Path) else resume
     data_info = {
         "dataset": config.DATASET, "images": len(data), "shape": [*data.images.shape[1:]],
-        "fingerprint": ImageDataset(data.images).fingerprint(),  # labels have a separate rule
+        "fingerprint": data.fingerprint(),
     }  # fmt: skip
     name, progress = start_or_resume(checkpoint, data_info, train_step, loader, dist)
     run = (Run if dist.is_main_process else NullRun)(name, data_info, train_step, loader, progress)
