@@ -120,7 +120,7 @@ class TrainStep:
         model.to(memory_format=torch.channels_last)  # as engine.unet computes
         self.ema = copy.deepcopy(model).eval()
         self.params, named = flatten(model)
-        self.ema_params, _ = flatten(self.ema)
+        self.ema_params = flatten(self.ema)[0]
         self.ema.requires_grad_(False)
         if world_size > 1:
             distributed.broadcast(self.params)
@@ -233,9 +233,8 @@ class TrainStep:
     def backward(self, local_batch: int, *inputs: Tensor) -> Tensor:
         """Adds a micro-batch's gradient to `grad`; returns its part of the mean loss."""
         differentiate = partial(self.differentiate, local_batch)
-        parts = (
-            self.threads.map(differentiate, inputs) if self.threads else [differentiate(*inputs)]
-        )
+        threads = self.threads
+        parts = threads.map(differentiate, inputs) if threads else [differentiate(*inputs)]
         (loss, grads), *others = parts
         write = torch._foreach_copy_ if len(inputs[0]) == local_batch else torch._foreach_add_
         write(self.grad_views, grads)
