@@ -43,7 +43,8 @@ FIGURES = {
     "interpolation.png": "Between two training images",
 }
 ARCHITECTURE = {"image_size": 16, "dim": 16, "dim_mults": (1, 2, 2)}
-NUM_IMAGES, BATCH_SIZE = 4800, 32
+NUM_IMAGES = 4800
+BATCH_SIZE = 32
 MIN_PSNR = 35  # of interpolation's ends, dB
 
 
@@ -269,11 +270,14 @@ def main() -> None:
     for number, (name, function) in enumerate(CHECKS.items(), 1):
         start = time.perf_counter()
         try:
-            status, detail = "passed", function(demo)
+            status = "passed"
+            detail = function(demo)
         except UserError as error:
-            status, detail = "failed", str(error)
+            status = "failed"
+            detail = str(error)
         except Exception as error:
-            status, detail = "failed", f"{type(error).__name__}: {error}"
+            status = "failed"
+            detail = f"{type(error).__name__}: {error}"
             traceback.print_exc()
         seconds = time.perf_counter() - start
         failed += [name] if status == "failed" else []

@@ -88,7 +88,8 @@ def install(requirements_file: Path, torch_index: str | None) -> None:
 def check_installation(requirements_file: Path) -> int:
     """Reports packages, GPUs and tier; returns 1 if a package is missing or broken."""
     # Packages.
-    missing, broken = [], []
+    missing = []
+    broken = []
     print(ROW.format("Python", f"{platform.python_version()}  {sys.executable}"))
     for name, versions in read_requirements(requirements_file).items():
         version, problem = find_package(name, versions)

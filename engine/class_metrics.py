@@ -84,7 +84,8 @@ class ClassMetrics:
         is_right = self.classify(features) == labels
         rows: list[ClassRow] = []
         for label, name in enumerate(self.class_names):
-            samples, real = labels == label, self.labels == label
+            samples = labels == label
+            real = self.labels == label
             row: ClassRow = {
                 "class": name, "samples": int(samples.sum()),
                 "accuracy": rounded_mean(is_right[samples]),

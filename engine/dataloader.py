@@ -20,7 +20,8 @@ COPY_CHUNK = 4096  # images copied to the GPU at a time
 MAX_VALIDATION_IMAGES = 512  # or a few more, so that they are evenly spaced
 VALIDATION_FRACTION = 0.05
 FINGERPRINT_BYTES = 2**28  # hashed of the images; of a larger data set every n-th image is
-S, T = TypeVar("S"), TypeVar("T")
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)

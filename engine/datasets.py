@@ -147,9 +147,11 @@ def placeholder(dataset: str, image_size: int, use_labels: bool = False) -> Imag
     count = 0
     class_names: tuple[str, ...] = ()
     if archive := ARCHIVES.get(dataset):
-        count, class_names = sum(archive.contents.values()), archive.class_names
+        count = sum(archive.contents.values())
+        class_names = archive.class_names
     elif dataset == "shapes":
-        count, class_names = SHAPES_COUNT, SHAPE_KINDS
+        count = SHAPES_COUNT
+        class_names = SHAPE_KINDS
     elif dataset.startswith(hf_datasets.PREFIX) and not use_labels:
         count = hf_datasets.hf_source(dataset, 3, False).count
     images = np.broadcast_to(np.uint8(0), (count, 3, image_size, image_size))
@@ -206,9 +208,11 @@ def open_source(
     if dataset == "folder":
         labels, names = labels_from_folders(source.names, source.location)
     elif dataset == "shapes":
-        labels, names = kind_of(np.arange(SHAPES_COUNT)).astype(np.int64), SHAPE_KINDS
+        labels = kind_of(np.arange(SHAPES_COUNT)).astype(np.int64)
+        names = SHAPE_KINDS
     elif archive.class_names:
-        labels, names = archive_labels(archive, data_dir), archive.class_names
+        labels = archive_labels(archive, data_dir)
+        names = archive.class_names
     check_classes(names, source.location)
     return replace(source, labels=labels, class_names=names)
 

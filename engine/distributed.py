@@ -20,7 +20,8 @@ from torch import Tensor
 from engine.errors import UserError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # covers a sample grid that rank 0 samples on a CPU
-SUM, MAX = torch.distributed.ReduceOp.SUM, torch.distributed.ReduceOp.MAX
+SUM = torch.distributed.ReduceOp.SUM
+MAX = torch.distributed.ReduceOp.MAX
 T = TypeVar("T")
 
 

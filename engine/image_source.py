@@ -71,7 +71,8 @@ def array_source(path: Path, options: ReadOptions) -> Source:
     if images.dtype != np.uint8:
         value_range = pixels.parse_range(options.value_range)
         if not value_range:
-            lowest, highest = float(images.min()), float(images.max())
+            lowest = float(images.min())
+            highest = float(images.max())
             if not math.isfinite(highest - lowest):
                 raise UserError(f"{path} has values that are not finite. Remove those images")
             value_range = pixels.find_range(lowest, highest)

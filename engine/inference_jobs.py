@@ -182,7 +182,8 @@ def run_batched(
 
 def complete_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns settings, of any version, with the defaults that depend on seeds."""
-    first, last = str(settings["seeds"][0]), str(settings["seeds"][-1])
+    first = str(settings["seeds"][0])
+    last = str(settings["seeds"][-1])
     complete = {name: value for name, value in settings.items() if name != "channels_last"}
     for name, default in (("image", first), ("image1", first), ("image2", last)):
         complete[name] = settings.get(name) or default
@@ -237,7 +238,8 @@ def settings_from_png(
         raise UserError(f"{path} was made with the sampler {name!r}. Drop --sampler {sampler}")
 
     # A checkpoint that was renamed is found by its content.
-    name, digest = settings["checkpoint"], settings["sha256"]
+    name = settings["checkpoint"]
+    digest = settings["sha256"]
     found = [file for kind in ("*.pt", "*.safetensors") for file in CHECKPOINT_DIR.rglob(kind)]
     for file in (Path(name or ""), *found):
         if file.is_file() and sha256(file) == digest:

@@ -52,7 +52,8 @@ def find_micro_batch(
         micro, peak_gib = probe_micro_batch(make_model, config, (1 - HEADROOM) * available)
         known[key] = {"micro_batch": micro, "peak_gib": round(peak_gib, 3)}
         write_text(cache_file, json.dumps(known, indent=1) + "\n")
-    micro, peak_gib = known[key]["micro_batch"], known[key]["peak_gib"]
+    micro = known[key]["micro_batch"]
+    peak_gib = known[key]["peak_gib"]
     memory = f"peak {peak_gib:.1f} of {available:g} GiB"
     print(f"micro-batch {micro} of {effective}, {memory} (cached in {cache_file})", flush=True)
     return micro
@@ -63,7 +64,8 @@ def read_results(cache_file: Path) -> dict[str, dict[str, Any]]:
     try:
         results = json.loads(cache_file.read_text())
         for entry in results.values():
-            micro, peak = entry["micro_batch"], entry["peak_gib"]
+            micro = entry["micro_batch"]
+            peak = entry["peak_gib"]
             if type(micro) is not int or micro < 1 or type(peak) not in (int, float):
                 raise ValueError("a value of another type")
     except FileNotFoundError:

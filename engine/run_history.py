@@ -74,7 +74,8 @@ def summarize_run(version: tuple[Any, ...], now: float) -> dict[str, str]:
     silence = now - (folder / "metrics.jsonl").stat().st_mtime
     state = "training" if silence < MAX_SILENCE else f"silent for {format_duration(silence)}"
     if (folder / "final.png").exists() and (fraction or 1) >= 1:
-        state, left = "finished", "-"
+        state = "finished"
+        left = "-"
     return {
         "state": state,
         "time left": left,
