@@ -374,16 +374,17 @@ def save_curves(
 def main() -> None:
     """Evaluates on rank 0; the other ranks sample their part."""
     parser = Parser(__doc__)
-    parser.add_argument("--checkpoint", nargs="+", metavar="FILE", help="(default: the newest)")
+    parser.add_argument("--checkpoint", nargs="+", metavar="FILE|RUN", help="(default: the newest)")
     EvaluationSettings.add_flags(parser)
     options = parser.parse_args()
     settings = EvaluationSettings(**EvaluationSettings.given(options))
     if settings.images and options.checkpoint:
         raise UserError("--images and --checkpoint exclude each other: choose one")
     with distributed.session(lambda: "start the same command again") as dist:
-        # The newest checkpoint of rank 0, on all ranks.
-        files = options.checkpoint or [settings.images or checkpoints.newest()]
-        paths = [Path(file) for file in distributed.broadcast_object(files)]
+        # What rank 0 finds, on all ranks.
+        names = options.checkpoint or [None]
+        files = [settings.images] if settings.images else map(checkpoints.named_or_newest, names)
+        paths = [Path(file) for file in distributed.broadcast_object([*files])]
         device = default_device()
         settings.num_samples = settings.num_samples or (10_000 if device.type == "cpu" else 50_000)
         if dist.is_main_process:

@@ -269,7 +269,7 @@ class InferenceSettings(SamplingSettings):
     """What is made, and from what; stored with every image."""
 
     mode = Setting("samples", "what to make", choices=(*MODES, "all"))
-    checkpoint = Setting(None, "a .pt or .safetensors file", type_=str, auto="the newest")
+    checkpoint = Setting(None, "a .pt or .safetensors file, or a run", type_=str, auto="the newest")
     image_size = Setting(0, "side of the images of lucidrains' checkpoints, pixels", 0, 1024)
     seeds = Setting("", "seeds like 0-63 or 3,7", auto="the first --num_samples")
     classes = Setting(
@@ -318,7 +318,7 @@ def settings_from_command_line(
     settings = InferenceSettings(**{**defaults, **given}).as_dict()
     count = settings.pop("num_samples")
     settings["seeds"] = jobs.parse_seeds(settings["seeds"] or f"0-{count - 1}")
-    path = Path(settings["checkpoint"] or checkpoints.newest())
+    path = checkpoints.named_or_newest(settings["checkpoint"])
     settings["checkpoint"] = str(path)
     settings["sha256"] = jobs.sha256(path) if path.is_file() else ""
     return jobs.complete_settings(settings), options.output_dir

@@ -241,6 +241,14 @@ def resolve_checkpoint(reference: str, flag: str = "--resume") -> Path:
     raise UserError(f"{flag} {reference}: no such checkpoint, and no run with one")
 
 
+def named_or_newest(name: str | None) -> Path:
+    """Returns a file's path, or a run's checkpoint with most steps; without a name, the newest."""
+    if not name:
+        return newest()
+    is_run = any((CHECKPOINT_DIR / name).glob("[!.]*.pt"))
+    return resolve_checkpoint(name) if is_run and not Path(name).exists() else Path(name)
+
+
 def newest(notify: bool = True) -> Path:
     """Returns the newest checkpoint of any run, or the pretrained weights.
 

@@ -78,6 +78,16 @@ def test_newest_is_the_file_written_last_under_its_shortest_path(two_runs):
     assert checkpoints.newest() == Path("checkpoints/ddpm_final.pt")
 
 
+def test_checkpoint_is_named_by_its_file_or_its_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, step in (("a/best.pt", 3), ("a/final.pt", 9), ("b/last.pt", 20)):
+        checkpoints.save(Path("checkpoints", name), {"progress": {"step": step}})
+    assert checkpoints.named_or_newest("a") == Path("checkpoints/a/final.pt")
+    assert checkpoints.named_or_newest("checkpoints/a/best.pt") == Path("checkpoints/a/best.pt")
+    assert checkpoints.named_or_newest("nowhere") == Path("nowhere")
+    assert checkpoints.named_or_newest(None) == checkpoints.newest()
+
+
 def test_newest_falls_back_to_the_pretrained_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert checkpoints.newest() == checkpoints.PRETRAINED_DIR / "cifar10.safetensors"
