@@ -66,8 +66,9 @@ class DDPMConfig(Settings):
         "without a label (classifier-free guidance), or the guide without a label",
         choices=GUIDANCE_MODES)
     GUIDE_FRACTION = Setting(
-        0.125, "fraction of training at which the EMA weights are saved as the guide, not before "
-        "twice the warm-up; 0 disables", min=0, max=1, old_name="GUIDE_AT")
+        0.125, "fraction of training at which the EMA weights are saved as the guide, not before 5 "
+        "times the warm-up (in a short run, half of it); 0 disables", min=0, max=1,
+        old_name="GUIDE_AT")
     OBJECTIVE = Setting("pred_v", "what the network predicts",
         choices=("pred_v", "pred_noise", "pred_x0"))
     BETA_SCHEDULE = Setting("cosine", "noise schedule", choices=("cosine", "linear", "sigmoid"))

@@ -29,6 +29,7 @@ from engine.run_names import (
 from engine.train_step import TrainableModel, TrainStep, learning_rate, seed_everything
 
 MAX_NONFINITE_STEPS = 20  # in a row
+MIN_GUIDE_WARMUPS = 5
 # Entries of the architecture; classes have check_classes_on_resume.
 MUTABLE_ON_RESUME = {"sampling_timesteps", "guidance", "guidance_mode", "dropout", "classes"}
 
@@ -195,12 +196,16 @@ def abort_if_diverged(train_step: TrainStep, step: int, name: str) -> None:
 def should_snapshot_guide(train_step: TrainStep, progress: Progress) -> bool:
     """Whether the EMA weights are now to be saved as the guide.
 
-    At the earliest after twice the warm-up: guided by a network that knows nothing, samples are
-    worse than without a guide.
+    Guided by a network that knows little, samples are worse than without a guide. So it is not
+    saved before MIN_GUIDE_WARMUPS times the warm-up, or in shorter runs before half of the run and
+    twice the warm-up.
     """
     config = train_step.config
     is_due = 0 < config.GUIDE_FRACTION <= progress.fraction
-    return train_step.ema.guide is None and is_due and progress.step >= 2 * config.WARMUP_STEPS
+    warmups = 2 if progress.fraction >= 0.5 else MIN_GUIDE_WARMUPS
+    return (
+        train_step.ema.guide is None and is_due and progress.step >= warmups * config.WARMUP_STEPS
+    )
 
 
 def describe_step(step: TrainStep) -> str:

@@ -282,16 +282,17 @@ def test_run_continues_without_a_grid_that_fails(error, tmp_path, monkeypatch):
     made.close()
 
 
-def test_should_snapshot_guide_waits_for_its_fraction_and_for_twice_the_warm_up():
+def test_should_snapshot_guide_waits_for_its_fraction_and_the_warm_up():
     def is_due(step: int, fraction: float, guide_fraction: float = 0.125, guide=None) -> bool:
         config = SimpleNamespace(GUIDE_FRACTION=guide_fraction, WARMUP_STEPS=10)
         made = SimpleNamespace(config=config, ema=SimpleNamespace(guide=guide))
         return should_snapshot_guide(made, SimpleNamespace(step=step, fraction=fraction))
 
-    assert not is_due(15, 0.5)
+    assert is_due(50, 0.125)
+    assert not is_due(49, 0.49)
+    assert is_due(20, 0.5)
     assert not is_due(19, 1.0)
-    assert is_due(20, 0.125)
-    assert not is_due(20, 0.125, guide="exists")
+    assert not is_due(50, 0.125, guide="exists")
     assert not is_due(1000, 0.124)
     assert not is_due(1000, 1.0, guide_fraction=0)
 
