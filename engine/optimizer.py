@@ -107,13 +107,12 @@ class Muon:
     A convolution is a matrix with a row for each output channel. Learning rates mean what they
     mean to Adam. shapes: of the parameters in the vector, equal ones together. pad_to_common_size:
     orthogonalize different sizes in one batch; a GPU needs as long for many small products as for
-    a few large ones. Otherwise, in fp32 alone, only products of rows are in one batch.
+    a few large ones.
     """
 
     def __init__(self, params: Tensor, shapes: Sequence[torch.Size], pad_to_common_size: bool):
         self.exp_avg = torch.zeros_like(params)
-        self.orthogonalize = padded_newton_schulz if pad_to_common_size else gram_newton_schulz
-        self.batches: dict[tuple[int, ...], list[MatrixGroup]] = {}
+        self.batches: dict[tuple[int, int], list[MatrixGroup]] = {}
         end = 0
         sizes = [(shape[0], shape[1:].numel()) for shape in shapes]
         for (rows, columns), equal in itertools.groupby(sizes):
@@ -121,11 +120,11 @@ class Muon:
             start = end
             end += count * padded_numel(rows * columns)
             short, long = sorted((rows, columns))
-            size = (short,)
             if pad_to_common_size:
-                size = 2 ** math.ceil(math.log2(short)), max(long, MIN_PADDED_WIDTH)
+                short = 2 ** math.ceil(math.log2(short))
+                long = max(long, MIN_PADDED_WIDTH)
             group = MatrixGroup(start, end, count, rows, columns)
-            self.batches.setdefault(size, []).append(group)
+            self.batches.setdefault((short, long), []).append(group)
 
     def update(
         self, params: Tensor, grad: Tensor, lr: Tensor, grad_scale: Tensor, is_finite: Tensor
@@ -134,7 +133,11 @@ class Muon:
         momentum = self.nesterov_momentum(grad, grad_scale, is_finite)
         for groups in self.batches.values():
             parts = [transpose_if_tall(group.view_of(momentum)) for group in groups]
-            updates = self.orthogonalize(parts, UPDATE_RMS * lr * is_finite)
+            short, long = (max(part.shape[i] for part in parts) for i in (1, 2))
+            # Zero padding is invariant under Newton-Schulz.
+            x = torch.cat([F.pad(p, (0, long - p.shape[2], 0, short - p.shape[1])) for p in parts])
+            x = newton_schulz(x, UPDATE_RMS * lr * is_finite)
+            updates = x.split([group.count for group in groups])
             for group, update in zip(groups, updates, strict=True):
                 target = transpose_if_tall(group.view_of(params))
                 max_dim_sqrt = max(group.rows, group.columns) ** 0.5
@@ -173,33 +176,6 @@ class MatrixGroup:
 def transpose_if_tall(x: Tensor) -> Tensor:
     """Returns matrices (K, M, N) with M at most N: as they are, or transposed."""
     return x.mT if x.shape[1] > x.shape[2] else x
-
-
-def padded_newton_schulz(parts: Sequence[Tensor], scale: Tensor) -> Sequence[Tensor]:
-    """Returns newton_schulz of matrices (K, M, N) of different sizes, done in one batch."""
-    short, long = (max(part.shape[i] for part in parts) for i in (1, 2))
-    # Zero padding is invariant under Newton-Schulz.
-    x = torch.cat([F.pad(p, (0, long - p.shape[2], 0, short - p.shape[1])) for p in parts])
-    return newton_schulz(x, scale).split([len(part) for part in parts])
-
-
-def gram_newton_schulz(parts: Sequence[Tensor], scale: Tensor) -> Sequence[Tensor]:
-    """Returns newton_schulz of matrices (K, M, N) of equal M, in fp32.
-
-    A step multiplies x by a polynomial in x x^T. All five are multiplied first: they are M x M, and
-    so is x x^T, which commutes with them and is not computed from x again.
-    """
-    square = torch.cat([x @ x.mT for x in parts])
-    inv_norm = 1 / (square.diagonal(dim1=1, dim2=2).sum(1).sqrt()[:, None, None] + 1e-7)
-    square = square * inv_norm**2
-    polynomial = newton_schulz_polynomial(square)
-    product = polynomial * (inv_norm * scale)
-    for _ in range(4):
-        square = polynomial @ square @ polynomial
-        polynomial = newton_schulz_polynomial(square)
-        product = polynomial @ product
-    products = product.split([len(x) for x in parts])
-    return [product @ x for product, x in zip(products, parts, strict=True)]
 
 
 def newton_schulz(x: Tensor, scale: Tensor) -> Tensor:
