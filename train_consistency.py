@@ -66,14 +66,9 @@ class ConsistencyModel(DDPMModel):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Loads the weights, those of the teacher too if there was one."""
-        weights = {
-            name.removeprefix("teacher."): value
-            for name, value in state_dict.items()
-            if name.startswith("teacher.")
-        }
         self.teacher = None
-        if weights:
-            has_guide = any(name.startswith("guide.") for name in weights)
+        if any(name.startswith("teacher.") for name in state_dict):
+            has_guide = any(name.startswith("teacher.guide.") for name in state_dict)
             guide = copy.deepcopy(self.unet) if has_guide else None
             self.teacher = Teacher(copy.deepcopy(self.unet), guide)
         return super().load_state_dict(state_dict, *args, **kwargs)
@@ -86,19 +81,19 @@ class ConsistencyModel(DDPMModel):
         self, images: Tensor, t: Tensor, noise: Tensor, labels: Tensor | None = None
     ) -> Tensor:
         """Returns the consistency loss, a scalar; arguments as DDPMModel's."""
-        options = {"previous": None, "labels": labels}
-        network = partial(call_network, self.unet, **options)
-        teacher = None
-        if self.teacher:
-            other = self.teacher.unet if self.guidance_mode == "cfg" else self.teacher.guide
-            guide_labels = labels if self.guidance_mode == "autoguidance" else None
-            teacher = partial(
-                self.loss.predict_guided,
-                partial(call_network, self.teacher.unet, **options),
-                partial(call_network, other, previous=None, labels=guide_labels),
-                guidance=self.guidance, interval=self.guidance_interval,
-            )  # fmt: skip
+        network = partial(call_network, self.unet, previous=None, labels=labels)
+        teacher = partial(self.predict_by_teacher, labels) if self.teacher else None
         return self.loss(network, images * 2 - 1, t, noise, teacher)
+
+    def predict_by_teacher(self, labels: Tensor | None, x: Tensor, t: Tensor) -> Tensor:
+        """Predicts x_0 in [-1, 1] from x_t (B, C, H, W) as the guided model before tuning."""
+        guide = self.teacher.unet if self.guidance_mode == "cfg" else self.teacher.guide
+        guide_labels = labels if self.guidance_mode == "autoguidance" else None
+        networks = (
+            partial(call_network, self.teacher.unet, previous=None, labels=labels),
+            partial(call_network, guide, previous=None, labels=guide_labels),
+        )
+        return self.loss.predict_guided(*networks, x, t, self.guidance, self.guidance_interval)
 
 
 def main() -> None:

@@ -59,9 +59,9 @@ class ConsistencyLoss(nn.Module):
         # Second, or autocast would use again the weights that it cast without gradient.
         with torch.no_grad():
             if teacher:  # a step of DDIM
+                signal_scale, noise_scale = self.scales(t)
                 x_0 = teacher(x_t, t)
-                alpha_bar = self.alpha_bar[t][:, None, None, None]
-                noise = (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
+                noise = (x_t - signal_scale * x_0) / noise_scale
             target = self.predict_x_0(network, self.diffuse(x_0, s, noise), s)
         mse = (prediction - target).square().mean(dim=(1, 2, 3))
         huber = (mse + HUBER**2).sqrt() - HUBER
@@ -83,20 +83,28 @@ class ConsistencyLoss(nn.Module):
 
     def diffuse(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Returns x_t, (B, C, H, W); x_0 at t = -1."""
-        alpha_bar = self.alpha_bar[t][:, None, None, None]
-        return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
+        signal_scale, noise_scale = self.scales(t)
+        return signal_scale * x_0 + noise_scale * noise
 
     def predict_x_0(self, network: Network, x: Tensor, t: Tensor) -> Tensor:
         """Predicts x_0 from x_t (B, C, H, W); at t = -1, the clean image, returns x itself."""
-        alpha_bar = self.alpha_bar[t][:, None, None, None]
+        signal_scale, noise_scale = self.scales(t)
         v = network(x, t.clamp(min=0)).float()
-        return alpha_bar.sqrt() * x - (1 - alpha_bar).sqrt() * v
+        return signal_scale * x - noise_scale * v
+
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the factors of x_0 and of the noise in x_t, each (B, 1, 1, 1)."""
+        alpha_bar = self.alpha_bar[t][:, None, None, None]
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def predict_guided(
         self, network: Network, guide: Network, x: Tensor, t: Tensor, guidance: float,
         interval: tuple[float, float],
     ) -> Tensor:  # fmt: skip
-        """Predicts x_0 in [-1, 1] from x_t, guided as engine.denoiser does."""
+        """Predicts x_0 in [-1, 1] from x_t, guided as by ModelDenoiser, which takes a single t.
+
+        The guide runs outside its interval too: a CUDA graph cannot branch.
+        """
         x_0 = self.predict_x_0(network, x, t)
         x_0_guide = self.predict_x_0(guide, x, t)
         lowest, highest = interval

@@ -13,7 +13,7 @@ def use_cpu_norm(x: Tensor) -> bool:
     return is_plain and not torch.compiler.is_compiling()
 
 
-class NormFunction(torch.autograd.Function):
+class CpuNormFunction(torch.autograd.Function):
     """engine.unet.norm_act without biases."""
 
     @staticmethod

@@ -273,9 +273,9 @@ def read_png_settings(path: Path, declared: type[Settings]) -> dict[str, Any]:
 
 def sampling_label(sampler: str, steps: int, spacing: str, classes: str | None = None) -> str:
     """Returns how images were sampled for names of result files, e.g. unipc-14-cat-dog."""
-    name = f"{sampler.replace('.py:', '-').replace('/', '-')}-{steps}"
-    name = name if spacing == DEFAULT_SPACING else f"{name}-{spacing}"
-    return "-".join([name, *re.findall(r"\w+", classes or "")])[:80]
+    parts = [sampler.replace(".py:", "-").replace("/", "-"), str(steps)]
+    parts += [spacing] if spacing != DEFAULT_SPACING else []
+    return "-".join([*parts, *re.findall(r"\w+", classes or "")])[:80]
 
 
 def parse_seeds(text: str, limit: int = MAX_SEEDS) -> list[int]:

@@ -75,7 +75,7 @@ def labeled_grid(
     images: Tensor, labels: Sequence[str], columns: int | None = None, title: str = "",
     smallest: int = MIN_TILE,
 ) -> Image.Image:  # fmt: skip
-    """Images (B, C, H, W) in [0, 1] as a grid with labels, as wide as these, and a title."""
+    """Images (B, C, H, W) in [0, 1] as a grid with a title, and below each image its label."""
     font = ImageFont.load_default(11)
     tiles = [to_image(image) for image in enlarge(images, smallest)]
     columns = columns or math.ceil(math.sqrt(len(tiles)))

@@ -29,7 +29,7 @@ from engine.run_names import (
 from engine.train_step import TrainableModel, TrainStep, learning_rate, seed_everything
 
 MAX_NONFINITE_STEPS = 20  # in a row
-MIN_GUIDE_WARMUPS = 5
+MIN_GUIDE_WARMUPS = 5  # steps before the guide is saved, in warm-ups
 # Entries of the architecture; classes have check_classes_on_resume.
 MUTABLE_ON_RESUME = {"sampling_timesteps", "guidance", "guidance_mode", "dropout", "classes"}
 
@@ -203,9 +203,8 @@ def should_snapshot_guide(train_step: TrainStep, progress: Progress) -> bool:
     config = train_step.config
     is_due = 0 < config.GUIDE_FRACTION <= progress.fraction
     warmups = 2 if progress.fraction >= 0.5 else MIN_GUIDE_WARMUPS
-    return (
-        train_step.ema.guide is None and is_due and progress.step >= warmups * config.WARMUP_STEPS
-    )
+    is_trained = progress.step >= warmups * config.WARMUP_STEPS
+    return train_step.ema.guide is None and is_due and is_trained
 
 
 def describe_step(step: TrainStep) -> str:

@@ -14,8 +14,7 @@ from denoising_diffusion_pytorch import Unet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from engine import cpu_norm
-from engine.cpu_norm import use_cpu_norm
+from engine.cpu_norm import CpuNormFunction, use_cpu_norm
 from engine.errors import UserError
 from engine.triton_support import triton_attention, triton_kernels, use_triton
 
@@ -246,7 +245,7 @@ def conv(x: Tensor, module: nn.Conv2d, weights: Weights, with_bias: bool = True)
     if module.kernel_size == (1, 1):
         bias = None if bias is None else bias.to(x.dtype)
         return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    if use_cpu_norm(x):
+    if use_cpu_norm(x):  # adding the bias costs nothing here, and norm_act a pass
         return F.conv2d(x, weight, bias, padding=module.padding)
     x = F.conv2d(x, weight, padding=module.padding)
     return x if bias is None else add_bias(x, bias)
@@ -305,7 +304,7 @@ def norm_act(
         inputs = x, bias, gain, modulation, residual, residual_bias
         return triton_kernels.NormFunction.apply(*inputs, activate)
     if bias is residual_bias is None and use_cpu_norm(x):
-        return cpu_norm.NormFunction.apply(x, gain, modulation, residual, activate)
+        return CpuNormFunction.apply(x, gain, modulation, residual, activate)
     y = x.float() if bias is None else x + bias.float().view(1, -1, 1, 1)
     # Not F.normalize: Triton 3.6 cannot compile Inductor's gradient of it in fp16.
     y = y * y.square().sum(dim=1, keepdim=True).clamp(min=1e-24).rsqrt()

@@ -66,7 +66,7 @@ def test_cpu_norm_has_the_gradients_of_the_formula(is_modulated, activate, monke
         monkeypatch.setattr(unet, "use_cpu_norm", lambda x, use=use_cpu_norm: use)
         args = (modulation, None) if is_modulated else (None, residual)
         y = unet.norm_act(x, None, gain, *args, activate=activate)
-        assert (type(y.grad_fn).__name__ == "NormFunctionBackward") == use_cpu_norm
+        assert (type(y.grad_fn).__name__ == "CpuNormFunctionBackward") == use_cpu_norm
         found.append([y, *torch.autograd.grad(y, inputs, dy)])
     for a, b in zip(*found, strict=True):
         assert relative_error(a, b) < 1e-5
