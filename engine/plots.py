@@ -187,16 +187,22 @@ def save_loss_by_timestep(timesteps: Sequence[int], losses: Curves, path: Path) 
 def _save_plot(lines: Sequence[Line], x_label: str, y_label: str, path: Path) -> None:
     """Plots lines on a log axis whose ticks are plain numbers, not powers of ten."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
     for x, y, style in lines:
         axes.plot(x, y, **style)
     axes.set(xlabel=x_label, ylabel=y_label, yscale="log")
-    axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-    axes.grid(alpha=0.3, which="both")
+    # Within a factor of ten, 1, 2 and 5 times a power of ten are too few: equal distances.
+    low, high = axes.get_ylim()
+    locator = LogLocator(subs=(1, 2, 5) if high / low < 1e4 else (1,))
+    if high / low < 10:
+        locator = MaxNLocator(8, steps=(1, 2, 5, 10))
+    axes.yaxis.set_major_locator(locator)
+    axes.yaxis.set_major_formatter("{x:.10g}")
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
     if lines:
         axes.legend()
     save_figure(figure, path)

@@ -1,6 +1,7 @@
 """engine/plots.py: grids, GIFs, PNG metadata and curves."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -136,3 +137,23 @@ def test_fd_over_time_is_sorted_by_time(lines_of):
 def test_loss_by_timestep_has_a_line_for_each_model(lines_of):
     lines = lines_of(plots.save_loss_by_timestep, [0, 9], {"a": [4.0, 2.0], "b": [3.0, 1.0]})
     assert lines == {"a": [(0, 4), (9, 2)], "b": [(0, 3), (9, 1)]}
+
+
+@pytest.mark.parametrize("bounds", [(0.0117, 0.0125), (0.15, 0.25), (0.09, 1.2), (3, 60), (2, 2)])
+def test_ticks_of_the_losses_are_distinct_numbers_in_plain_digits(bounds, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    plots.save_loss_by_timestep([0, 9], {"a": bounds}, tmp_path / "unused.png")
+    figures[0].draw_without_rendering()
+    (axes,) = figures[0].axes
+    low, high = axes.get_ylim()
+    ticks = [
+        (label.get_text(), label.get_position()[1], label.get_window_extent())
+        for minor in (False, True)
+        for label in axes.get_yticklabels(minor=minor)
+        if label.get_text() and low <= label.get_position()[1] <= high
+    ]
+    texts, positions, boxes = zip(*sorted(ticks, key=lambda tick: tick[1]), strict=True)
+    assert len(set(texts)) == len(texts) >= 3 and "e" not in "".join(texts)
+    assert [float(text) for text in texts] == pytest.approx(positions, rel=1e-9)
+    assert all(below.y1 < above.y0 for below, above in pairwise(boxes))
