@@ -244,7 +244,7 @@ def measure_memory(config: Config, device: torch.device) -> Row:
     limit = (1 - HEADROOM) * config.MAX_MEMORY_GIB
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FallbackWarning)  # at each halving of the micro-batch
-        micro, _ = probe_micro_batch(DDPMModel.from_config, config, limit)
+        micro, _ = probe_micro_batch(DDPMModel.from_config(config), config, limit)
     config.split_batch(micro)
     batch = micro * config.GRADIENT_ACCUMULATION
     row = time_steps(partial(our_step, config, device), batch, device)

@@ -10,7 +10,6 @@ Ends with a sample grid in samples/<run>/ and a model in checkpoints/ddpm_final.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,18 +64,21 @@ def main(
         ))  # fmt: skip
     if not config.CHANNELS:
         config.override({"CHANNELS": data.images.shape[1]}, "data")
-    make_model = partial(model_class.from_config, classes=data.classes)
 
     with distributed.session(lambda: "start it again") as dist:
-        model = make_model(config)
+        model = model_class.from_config(config, classes=data.classes)
         if source:
             init_weights(model, source, request.init_from)
+        elif checkpoint and tuning is not None:
+            with checkpoints.refuse_damaged(checkpoint.path):
+                model.add_teacher(checkpoint.state["model"])  # its memory and time are measured
         if config.AUTO_MICRO_BATCH and dist.device.type == "cuda" and dist.num_processes == 1:
-            config.split_batch(find_micro_batch(make_model, config, data.images))
+            config.split_batch(find_micro_batch(model, config, data.images))
         if not request.dry_run:
             train(model, data, config, checkpoint)
         elif dist.is_main_process:
-            count = sum(p.numel() for p in model.parameters())
+            # A frozen parameter takes 4 bytes of the 20 of the others.
+            count = sum(p.numel() // (1 if p.requires_grad else 5) for p in model.parameters())
             shape = config.DIM, config.IMAGE_SIZE, config.BATCH_SIZE
             memory = estimate_memory_gib(*shape, count, config.USE_AMP)
             print(f"{config.table()}\n\n{estimate(model, len(data), config, memory)}")

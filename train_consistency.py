@@ -40,14 +40,13 @@ class ConsistencyModel(DDPMModel):
     """
 
     grid_steps = (1, 2)  # of the sample grids
-    teacher: Teacher | None
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs | {"consistency": True})
 
     def _build(self, **architecture: Any) -> None:
         super()._build(**architecture)
-        self.teacher = None
+        self.teacher = Teacher()
         if self.diffusion.objective != "pred_v" or self.unet.self_condition:
             raise UserError("consistency tuning needs a model of objective pred_v: use another")
         self.loss = ConsistencyLoss(self.diffusion, self.log_snr_shift)
@@ -58,7 +57,7 @@ class ConsistencyModel(DDPMModel):
         super().start_from(source)
         guide = copy.deepcopy(source.guide)
         if self.guidance != 1 and (guide or self.guidance_mode == "cfg"):
-            self.teacher = Teacher(copy.deepcopy(source.unet), guide)
+            self.teacher.set_networks(copy.deepcopy(source.unet), guide)
             kind = f"the guided model (weight {self.guidance:g})"
         else:
             kind = "no teacher"
@@ -66,12 +65,15 @@ class ConsistencyModel(DDPMModel):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Loads the weights, those of the teacher too if there was one."""
-        self.teacher = None
-        if any(name.startswith("teacher.") for name in state_dict):
-            has_guide = any(name.startswith("teacher.guide.") for name in state_dict)
-            guide = copy.deepcopy(self.unet) if has_guide else None
-            self.teacher = Teacher(copy.deepcopy(self.unet), guide)
+        self.add_teacher(state_dict)
         return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def add_teacher(self, state_dict: Mapping[str, Any]) -> None:
+        """Gives the teacher the networks that it has in a state_dict, their weights not yet."""
+        parts = {".".join(name.split(".")[:2]) for name in state_dict}
+        unet = copy.deepcopy(self.unet) if "teacher.unet" in parts else None
+        guide = copy.deepcopy(self.unet) if "teacher.guide" in parts else None
+        self.teacher.set_networks(unet, guide)
 
     def set_fraction(self, fraction: float) -> None:
         """Sets how much of the run is done, 0 to 1."""
@@ -82,7 +84,7 @@ class ConsistencyModel(DDPMModel):
     ) -> Tensor:
         """Returns the consistency loss, a scalar; arguments as DDPMModel's."""
         network = partial(call_network, self.unet, previous=None, labels=labels)
-        teacher = partial(self.predict_by_teacher, labels) if self.teacher else None
+        teacher = partial(self.predict_by_teacher, labels) if self.teacher.unet else None
         return self.loss(network, images * 2 - 1, t, noise, teacher)
 
     def predict_by_teacher(self, labels: Tensor | None, x: Tensor, t: Tensor) -> Tensor:

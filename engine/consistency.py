@@ -114,13 +114,21 @@ class ConsistencyLoss(nn.Module):
 
 
 class Teacher(nn.Module):
-    """The frozen networks of the model that is tuned: its own and, if it has one, its guide."""
+    """The frozen networks of the model that is tuned: its own and, if it has one, its guide.
 
-    def __init__(self, unet: nn.Module, guide: nn.Module | None):
+    It has none until `set_networks`. A copy of a model has the same teacher, which never changes:
+    so the EMA weights share it with the model, in memory and in files.
+    """
+
+    def __init__(self):
         super().__init__()
+        self.set_networks(None, None)
+
+    def set_networks(self, unet: nn.Module | None, guide: nn.Module | None) -> None:
+        """Takes networks and freezes them."""
         self.unet = unet
         self.guide = guide
         self.requires_grad_(False).eval()
 
     def __deepcopy__(self, memo: dict) -> "Teacher":
-        return self  # it never changes: the EMA of the model shares it, in memory and in files
+        return self

@@ -4,19 +4,17 @@ import copy
 import gc
 import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from engine.checkpoints import write_text
 from engine.dataloader import Batch, fits_on_gpu
 from engine.errors import FallbackWarning, UserError
 from engine.gpu_memory import limited_to, memory_limit
-from engine.train_step import TrainStep
+from engine.train_step import TrainableModel, TrainStep
 
 CACHE_FILE = Path("data/cache/memory.json")
 HEADROOM = 0.05  # fraction of the memory that stays free for what a long run does to it
@@ -29,27 +27,29 @@ CACHE_KEY_SETTINGS = (
 
 
 def find_micro_batch(
-    make_model: Callable[[Any], nn.Module], config: Any, images: np.ndarray,
-    cache_file: Path = CACHE_FILE,
-) -> int:  # fmt: skip
+    model: TrainableModel, config: Any, images: np.ndarray, cache_file: Path = CACHE_FILE
+) -> int:
     """Returns a micro-batch that fits: the effective batch, halved as often as needed.
 
-    images: those to train on, which take memory, too, if they are held on the GPU. The result is
-    stored in `cache_file` by card, memory and configuration. UserError if not even one image fits.
+    model: on the CPU; copies of it are trained. images: those to train on, which take memory, too,
+    if they are held on the GPU. The result is stored in `cache_file` by card, memory, model and
+    configuration. UserError if not even one image fits.
     """
     # What the result depends on.
     effective = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
     available = available_gib(images)
     card = f"{torch.cuda.get_device_name()}, {available:g} GiB, torch {torch.__version__}"
     settings = " ".join(f"{name}={getattr(config, name)}" for name in CACHE_KEY_SETTINGS)
-    key = f"{card}: batch={effective} {settings} guide={config.GUIDE_FRACTION > 0}"
+    count = sum(p.numel() for p in model.parameters())  # with a teacher's
+    kind = f"{type(model).__name__}={count} guide={config.GUIDE_FRACTION > 0}"
+    key = f"{card}: batch={effective} {settings} {kind}"
 
     # Search unless it is cached.
     known = read_results(cache_file)
     if key not in known:
         task = f"searching the largest micro-batch (up to {effective}) for {available:g} GiB"
         print(f"{task} (skip with --no-auto_micro_batch)", flush=True)
-        micro, peak_gib = probe_micro_batch(make_model, config, (1 - HEADROOM) * available)
+        micro, peak_gib = probe_micro_batch(model, config, (1 - HEADROOM) * available)
         known[key] = {"micro_batch": micro, "peak_gib": round(peak_gib, 3)}
         write_text(cache_file, json.dumps(known, indent=1) + "\n")
     micro = known[key]["micro_batch"]
@@ -85,9 +85,7 @@ def available_gib(images: np.ndarray) -> float:
     return (min(memory_limit(), free) - held) / 2**30 // 0.5 / 2
 
 
-def probe_micro_batch(
-    make_model: Callable[[Any], nn.Module], config: Any, limit_gib: float
-) -> tuple[int, float]:
+def probe_micro_batch(model: TrainableModel, config: Any, limit_gib: float) -> tuple[int, float]:
     """Finds a micro-batch that trains, validates and samples within limit_gib.
 
     Returns the micro-batch, a divisor of the effective batch, and the peak memory in GiB. Raises
@@ -99,7 +97,7 @@ def probe_micro_batch(
     config.GRADIENT_ACCUMULATION = 1
     with limited_to(limit_gib):
         while True:
-            micro, is_enough = rehearse(make_model, config, effective)
+            micro, is_enough = rehearse(model, config, effective)
             peak = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
             gc.collect()
             if torch.cuda.is_available():
@@ -110,16 +108,14 @@ def probe_micro_batch(
             config.BATCH_SIZE = micro // 2
 
 
-def rehearse(
-    make_model: Callable[[Any], nn.Module], config: Any, effective: int
-) -> tuple[int, bool]:
-    """Uses memory as a run does, with random images; the step halves its micro-batch.
+def rehearse(model: TrainableModel, config: Any, effective: int) -> tuple[int, bool]:
+    """Uses memory as a run does, a copy of the model on random images; halves the micro-batch.
 
     Returns the micro-batch, and whether validation and sampling fit next to it.
     """
     # Two updates, of which the second is captured.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = make_model(config).to(device).train()
+    model = copy.deepcopy(model).to(device).train()
     step = TrainStep(model, config)
     if config.GUIDE_FRACTION:
         step.ema.snapshot_guide()

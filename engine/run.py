@@ -85,13 +85,14 @@ def tolerate_write_errors(path: Path) -> Iterator[None]:
 def checkpoint_bytes(step: TrainStep) -> int:
     """Returns the size of a checkpoint, with the guide that it will have."""
 
-    def count(value: Any) -> int:
+    def sizes(value: Any) -> dict[int, int]:
+        """The bytes of tensors by their address: a file holds what they share once."""
         if isinstance(value, dict):
-            return sum(map(count, value.values()))
-        return value.nbytes if isinstance(value, Tensor) else 0
+            return dict(item for v in value.values() for item in sizes(v).items())
+        return {value.data_ptr(): value.nbytes} if isinstance(value, Tensor) else {}
 
     is_guided = step.config.GUIDE_FRACTION and step.ema.guide is None
-    return count(step.state_dict()) + (step.params.nbytes if is_guided else 0)
+    return sum(sizes(step.state_dict()).values()) + (step.params.nbytes if is_guided else 0)
 
 
 def format_bytes(count: float) -> str:

@@ -543,7 +543,7 @@ def test_learning_curves_of_bf16_and_fp32_agree(monkeypatch):
 def test_memory_finds_the_micro_batch_under_the_cap(monkeypatch, recorded, timed):
     caps = []
 
-    def probe(make_model, config, limit):
+    def probe(model, config, limit):
         warnings.warn("CUDA out of memory; continuing", FallbackWarning, stacklevel=2)
         caps.append(limit)
         return 2, 99.0

@@ -1,7 +1,9 @@
 """Consistency tuning: its loss, what it converges to, and models that were tuned."""
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,12 +15,16 @@ from torch import Tensor, nn
 
 import inference
 import train as train_script
+import train_consistency
 from config import resolve
 from ddpm_model import DDPMModel
 from engine import checkpoints, plots
 from engine.consistency import ConsistencyLoss
 from engine.errors import UserError
+from engine.micro_batch import probe_micro_batch
+from engine.run import checkpoint_bytes
 from engine.samplers import alpha_bar_at, choose_timesteps, consistency
+from engine.train_step import TrainStep
 from engine.trainer import train
 from tests.helpers import CPU_TIER, max_checkpoint_difference, random_images
 from tests.test_samplers import Mixture
@@ -69,7 +75,7 @@ def test_loss_is_that_of_a_plain_second_implementation(fraction, mode):
     source.unet.class_embedding.weight.data.normal_()
     model = tuned_model(**options)
     model.start_from(source)
-    assert (model.teacher is None) == (mode == "none")
+    assert (model.teacher.unet is None) == (mode == "none")
     model.unet.final_conv.bias.data += 0.3  # tuned a little, unlike the teacher
     model.set_fraction(fraction)
     images, noise = torch.rand(6, 3, 8, 8), torch.randn(6, 3, 8, 8)
@@ -243,6 +249,16 @@ def guided_model(config) -> ConsistencyModel:
     return model
 
 
+def holds_teacher_once(path: Path) -> bool:
+    """Whether the model and its EMA in a checkpoint have a teacher with a guide, the same one."""
+    state = checkpoints.load(path)
+    storages = [
+        {key: value.data_ptr() for key, value in state[name].items() if key.startswith("teacher.")}
+        for name in ("model", "ema")
+    ]
+    return "teacher.guide.final_conv.weight" in storages[0] and storages[0] == storages[1]
+
+
 def test_tuning_resumes_bit_for_bit(tuned, monkeypatch):
     monkeypatch.chdir(tuned)
 
@@ -261,6 +277,7 @@ def test_tuning_resumes_bit_for_bit(tuned, monkeypatch):
     assert checkpoints.load(path)["progress"]["step"] == 3
     train(ConsistencyModel.from_config(config), random_images(80, 8), config, path)
     assert max_checkpoint_difference(path, Path("checkpoints/tuned/final.pt")) == 0
+    assert holds_teacher_once(path)
     with pytest.raises(UserError, match="consistency True, which cannot become False"):
         train(DDPMModel.from_config(config), random_images(80, 8), config, path)
 
@@ -297,13 +314,47 @@ def test_script_knows_the_images_of_the_pretrained_model_alone(tmp_path, monkeyp
     assert (config.DIM, config.GUIDANCE) == (8, 2.25)  # the teacher is guided as samples are
 
 
+@pytest.mark.parametrize("source", ["--checkpoint", "--resume"])
+def test_dry_run_and_memory_search_measure_the_step_with_its_teacher(source, tuned, monkeypatch):
+    monkeypatch.chdir(tuned)
+    guided_source().save_model("guided.safetensors")
+    reference = {"--checkpoint": "guided.safetensors", "--resume": "tuned"}[source]
+    flags = ["--dataset", "shapes", "--max_steps", "9", "--warmup_steps", "2", "--batch_size", "16"]
+    flags += ["--grid_images", "4", "--keep", "0", "--auto_micro_batch", "--dry_run"]
+    monkeypatch.setattr("sys.argv", ["", source, reference, *flags])
+    steps = {"search": 0, "dry run": 0}
+    task = "dry run"
+    predict = ConsistencyModel.predict_by_teacher
+
+    def count_steps(*arguments) -> Tensor:
+        steps[task] += 1
+        return predict(*arguments)
+
+    def search(model, config, images) -> int:
+        nonlocal task
+        task = "search"
+        micro, _ = probe_micro_batch(model, config, 1.0)
+        task = "dry run"
+        return micro
+
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), num_processes=1, is_main_process=True)
+    monkeypatch.setattr(train_script.distributed, "session", lambda *_: nullcontext(on_gpu))
+    monkeypatch.setattr(ConsistencyModel, "predict_by_teacher", count_steps)
+    monkeypatch.setattr(train_script, "find_micro_batch", search)
+    train_consistency.main()
+    assert min(steps.values()) >= 2, steps
+
+
+def test_estimated_size_of_a_checkpoint_has_the_teacher_once(tuned):
+    config = configure()
+    size = checkpoint_bytes(TrainStep(guided_model(config), config))
+    written = (tuned / "checkpoints/tuned/final.pt").stat().st_size
+    assert size == pytest.approx(written, rel=0.15)
+
+
 def test_tuned_model_is_not_guided_again_and_its_file_holds_the_teacher_once(tuned):
     path = tuned / "checkpoints/tuned/final.pt"
-    state = checkpoints.load(path)
-    for name in ("model", "ema"):
-        assert any(key.startswith("teacher.guide.") for key in state[name])
-    storages = [state[n]["teacher.unet.final_conv.weight"].data_ptr() for n in ("model", "ema")]
-    assert storages[0] == storages[1]
+    assert holds_teacher_once(path)
     model = DDPMModel().load_model(path)
     assert model.guide is None and not any("teacher" in key for key in model.state_dict())
     classes = {"cat": 1, "dog": 1}

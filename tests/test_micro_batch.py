@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import train_stl10_optimized
 from config import Config, detect_tier, resolve
@@ -46,7 +47,7 @@ class Broken(DDPMModel):
 )
 def test_probe_halves_the_effective_batch_until_it_fits(batch, accumulation, expected, recwarn):
     config = tiny_config(BATCH_SIZE=batch, GRADIENT_ACCUMULATION=accumulation)
-    assert probe_micro_batch(Hungry.from_config, config, 1.0)[0] == expected
+    assert probe_micro_batch(Hungry.from_config(config), config, 1.0)[0] == expected
     assert (config.BATCH_SIZE, config.GRADIENT_ACCUMULATION) == (batch, accumulation)
 
 
@@ -55,13 +56,15 @@ def test_probe_says_if_nothing_fits():
         def forward(self, images, t, noise):
             raise torch.OutOfMemoryError
 
+    config = tiny_config()
     with pytest.warns(FallbackWarning), pytest.raises(UserError, match="not even one image"):
-        probe_micro_batch(Starving.from_config, tiny_config(), 1.0)
+        probe_micro_batch(Starving.from_config(config), config, 1.0)
 
 
 def test_probe_does_not_take_a_broken_model_for_a_lack_of_memory():
+    config = tiny_config(BATCH_SIZE=16)
     with pytest.raises(RuntimeError, match="broken"):
-        probe_micro_batch(Broken.from_config, tiny_config(BATCH_SIZE=16), 1.0)
+        probe_micro_batch(Broken.from_config(config), config, 1.0)
 
 
 class Cramped(DDPMModel):
@@ -83,7 +86,7 @@ class Cramped(DDPMModel):
 
 def test_probe_leaves_memory_for_sampling(recwarn):
     config = tiny_config(BATCH_SIZE=16, GRID_IMAGES=1)
-    assert probe_micro_batch(Cramped.from_config, config, 1.0)[0] == 2
+    assert probe_micro_batch(Cramped.from_config(config), config, 1.0)[0] == 2
 
 
 @pytest.fixture
@@ -97,7 +100,7 @@ def search(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: state["card"])
 
-    def probe(make_model, config, limit_gib):
+    def probe(model, config, limit_gib):
         state["limits"].append(limit_gib)
         return 2, 1.0
 
@@ -105,9 +108,11 @@ def search(tmp_path, monkeypatch):
     images = np.zeros(2**30, np.uint8)
     state["file"] = tmp_path / "cache" / "memory.json"
 
-    def call(**changes) -> tuple[int, list[float]]:
+    linear = nn.Linear(2, 2)
+
+    def call(model: nn.Module = linear, **changes) -> tuple[int, list[float]]:
         state["limits"] = []
-        found = find_micro_batch(None, tiny_config(**changes), images, state["file"])
+        found = find_micro_batch(model, tiny_config(**changes), images, state["file"])
         return found, state["limits"]
 
     call.state = state
@@ -127,6 +132,7 @@ def test_search_leaves_room_for_the_images_and_some_headroom(search):
         {"DROPOUT": 0.0}, {"USE_AMP": True}, {"OPTIMIZER": "adam"}, {"COMPILE_MODEL": True},
         {"CUDA_GRAPH": True}, {"GRADIENT_CHECKPOINTING": True}, {"GRID_IMAGES": 3},
         {"BATCH_SIZE": 8}, {"BATCH_SIZE": 4, "GRADIENT_ACCUMULATION": 2},
+        {"model": nn.Linear(2, 3)}, {"model": nn.Conv1d(2, 2, 1)},
     ],
     ids=lambda changes: "-".join(changes),
 )  # fmt: skip
@@ -175,11 +181,12 @@ def test_found_micro_batch_trains_within_the_cap(tmp_path, monkeypatch):
         config = resolve("stl10", detect_tier(), train_stl10_optimized.DEFAULTS, flags=flags)
         images = np.zeros((1000, 3, 96, 96), np.uint8)
         file = tmp_path / "memory.json"
-        micro = find_micro_batch(DDPMModel.from_config, config, images, file)
+        model = DDPMModel.from_config(config)
+        micro = find_micro_batch(model, config, images, file)
         assert 1 <= micro <= 64 and 64 % micro == 0
-        assert find_micro_batch(DDPMModel.from_config, config, images, file) == micro
+        assert find_micro_batch(model, config, images, file) == micro
         config.split_batch(micro)
-        again, peak = probe_micro_batch(DDPMModel.from_config, config, 6.0)
+        again, peak = probe_micro_batch(model, config, 6.0)
         assert again >= micro and peak <= 6
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
