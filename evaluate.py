@@ -35,7 +35,7 @@ from engine.errors import FallbackWarning, UserError
 from engine.image_source import ReadOptions
 from engine.labels import NO_LABEL, labels_of_seeds
 from engine.metrics import Scores
-from engine.sampling_settings import SamplingSettings, choose_sampling
+from engine.sampling_settings import SamplingSettings, choose_sampling, plan_kwargs, sampling_label
 from engine.settings import Setting
 from inference import batch_generate
 
@@ -92,13 +92,13 @@ def sample_images(
     # Rank 0 may evaluate the previous samples for longer than a collective operation waits.
     distributed.rank0_first(f"sample {path}", lambda: None)
     start = time.perf_counter()
-    name, steps = choose_sampling(model, settings.as_dict()).values()
-    sampler = jobs.load_sampler(name)
-    plan = model.sampling_plan(sampler, steps, settings.spacing)
+    chosen = choose_sampling(model, settings.as_dict())
+    options = plan_kwargs(chosen, jobs.load_sampler(chosen["sampler"]))
+    plan = model.sampling_plan(**options)
     batch_size = settings.batch_size or jobs.auto_batch_size(model, settings.use_amp)
-    arguments = (settings.num_samples, batch_size, settings.seed, sampler, steps)
+    arguments = (settings.num_samples, batch_size, settings.seed)
     guidance = settings.guidance, settings.guidance_mode
-    options = {"spacing": settings.spacing, "guidance": guidance[0], "guidance_mode": guidance[1]}
+    options |= {"guidance": guidance[0], "guidance_mode": guidance[1]}
     if counts := distributed.broadcast_object(counts):
         options["labels"] = sampled_labels(settings, counts)
     with jobs.autocast(model, settings.use_amp):
@@ -109,8 +109,7 @@ def sample_images(
     progress = model.training_info["progress"]
     return plots.to_bytes(images).transpose(0, 3, 1, 2), {
         "name": checkpoints.display_name(path), "checkpoint": str(path),
-        "sha256": jobs.sha256(path), "sampler": name, "steps": steps,
-        "spacing": settings.spacing, "guidance": weight,
+        "sha256": jobs.sha256(path), **chosen, "guidance": weight,
         "guidance_mode": settings.guidance_mode or model.guidance_mode, "nfe": nfe,
         "seeds": f"{settings.seed}-{settings.seed + settings.num_samples - 1}",
         "use_amp": settings.use_amp, "seconds_sampling": round(time.perf_counter() - start, 2),
@@ -234,7 +233,7 @@ def result_label(first: Evaluation, others: int, reference: dict[str, Any]) -> s
     """Returns the name of result files: what was evaluated, how sampled, compared with what."""
     parts = [first["name"], *([f"and-{others}-more"] if others else [])]
     if "checkpoint" in first:
-        parts.append(jobs.sampling_label(first["sampler"], first["steps"], first["spacing"]))
+        parts.append(sampling_label(first))
         mode = "" if first["guidance_mode"] == "autoguidance" else f"{first['guidance_mode']}-"
         parts += [f"{mode}guidance-{first['guidance']:g}"] if first["guidance"] != 1 else []
         parts += [f"seeds-{first['seeds']}"] if not first["seeds"].startswith("0-") else []

@@ -36,7 +36,7 @@ from engine.errors import RenamedWarning, UserError
 from engine.gpu_memory import OomBatcher
 from engine.labels import parse_classes
 from engine.samplers import batched
-from engine.sampling_settings import SamplingSettings, choose_sampling
+from engine.sampling_settings import SamplingSettings, choose_sampling, plan_kwargs, sampling_label
 from engine.settings import Setting
 
 CHUNK_IMAGES = 256  # images that mode batch samples and saves at a time
@@ -97,9 +97,9 @@ def show_trajectory(job: jobs.InferenceJob) -> str:
     # Trajectory of (t, [x_t, x_0]).
     seeds = job.settings["seeds"][:4]
     kwargs = job.sampler_kwargs
-    plan = [kwargs.pop(name) for name in ("sampler", "steps", "spacing")]
+    plan = {name: kwargs.pop(name) for name in plan_kwargs(job.settings, job.sampler)}
     kwargs["labels"] = job.labels_of(seeds)
-    sampler, timesteps = job.model.sampling_plan(*plan)
+    sampler, timesteps = job.model.sampling_plan(**plan)
     x, randn = job.model.noise(seeds)
     trajectory = [
         (t, unnormalize(torch.stack([x_t, x_0])).float().cpu())
@@ -325,7 +325,7 @@ def settings_from_command_line(
 
 
 def load_for_sampling(settings: dict[str, Any], device: torch.device) -> DDPMModel:
-    """Loads the checkpoint; sets sampler, steps and batch size to what suits it."""
+    """Loads the checkpoint; sets how to sample and the batch size to what suits it."""
     path, size = settings["checkpoint"], settings["image_size"]
     model = DDPMModel().to(device).load_model(path, size or None)
     if size not in (0, model.image_size):
@@ -351,7 +351,7 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
         path, *guidance = (settings[n] for n in ("checkpoint", "guidance", "guidance_mode"))
         model = load_for_sampling(settings, default_device())
         sampler = jobs.load_sampler(settings["sampler"])
-        plan = model.sampling_plan(sampler, settings["steps"], settings["spacing"])
+        plan = model.sampling_plan(**plan_kwargs(settings, sampler))
         nfe = f"{settings['steps']} steps, {model.count_nfe(*plan, *guidance)} NFE per image"
         if settings["classes"] is not None:
             parse_classes(settings["classes"], model.class_names)
@@ -375,8 +375,7 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
 
         # Modes.
         ends = dict.fromkeys((settings["seeds"][0], settings["seeds"][-1]))
-        how = (settings[name] for name in ("sampler", "steps", "spacing", "classes"))
-        label = jobs.sampling_label(*how)
+        label = sampling_label(settings, settings["classes"])
         name = f"{checkpoints.display_name(Path(path))}-{label}-seeds-{'-'.join(map(str, ends))}"
         for mode in modes:
             if mode != "batch" and not dist.is_main_process:

@@ -42,6 +42,7 @@ class GenerationMixin:
     channels: int
     num_timesteps: int
     sampling_timesteps: int
+    log_snr_shift: float  # of the noise schedule, by image size
     is_consistent = False  # tuned: x_0 is where the probability flow ends
     device: torch.device
     denoiser: Callable[..., ModelDenoiser]
@@ -61,17 +62,17 @@ class GenerationMixin:
     def sample(
         self, batch_size: int = 16, return_all_timesteps: bool = False,
         sampler: SamplerChoice = None, steps: int | None = None, seed: Seeds = None,
-        spacing: str = DEFAULT_SPACING, labels: Labels = None,
-        guidance: float | None = None, **options: Any,
+        spacing: str = DEFAULT_SPACING, labels: Labels = None, guidance: float | None = None,
+        noise_levels: Sequence[float] | None = None, **options: Any,
     ) -> Tensor:  # fmt: skip
         """Generates images, (batch_size, C, H, W).
 
-        sampler, steps, spacing: see sampling_plan. seed: image i is a function of seed + i or of
-        the i-th seed, at any batch size. labels: by default a function of the seed, classes in the
-        proportions of the training images. return_all_timesteps: every x_t, from noise to image,
-        (batch_size, intervals + 1, C, H, W).
+        sampler, steps, spacing, noise_levels: see sampling_plan. seed: image i is a function of
+        seed + i or of the i-th seed, at any batch size. labels: by default a function of the seed,
+        classes in the proportions of the training images. return_all_timesteps: every x_t, from
+        noise to image, (batch_size, intervals + 1, C, H, W).
         """
-        function, timesteps = self.sampling_plan(sampler, steps, spacing)
+        function, timesteps = self.sampling_plan(sampler, steps, spacing, noise_levels)
         seeds = expand_seeds(seed, batch_size)
         x, randn = self.noise(seeds)
         if labels is None and self.class_names:
@@ -127,7 +128,8 @@ class GenerationMixin:
     def vary(
         self, image: Tensor, strength: float = 0.5, batch_size: int = 4,
         sampler: SamplerChoice = None, steps: int | None = None, seed: Seeds = None,
-        spacing: str = DEFAULT_SPACING, **options: Any,
+        spacing: str = DEFAULT_SPACING, noise_levels: Sequence[float] | None = None,
+        **options: Any,
     ) -> Tensor:  # fmt: skip
         """Generates variations of an image (C, H, W): (batch_size, C, H, W).
 
@@ -136,7 +138,7 @@ class GenerationMixin:
         """
         if not 0 < strength <= 1:
             raise UserError(f"strength is {strength}, but must be above 0 and at most 1")
-        function, timesteps = self.sampling_plan(sampler, steps, spacing)
+        function, timesteps = self.sampling_plan(sampler, steps, spacing, noise_levels)
         below = [t for t in timesteps if t < max(1, round(strength * self.num_timesteps))]
         timesteps = below if len(below) > 1 else timesteps[-2:]
         noise, randn = self.noise(expand_seeds(seed, batch_size))
@@ -148,7 +150,7 @@ class GenerationMixin:
     def inpaint(
         self, image: Tensor, mask: Tensor, batch_size: int = 1, sampler: SamplerChoice = None,
         steps: int | None = None, seed: Seeds = None, spacing: str = DEFAULT_SPACING,
-        resamples: int = 5, **options: Any,
+        resamples: int = 5, noise_levels: Sequence[float] | None = None, **options: Any,
     ) -> Tensor:  # fmt: skip
         """Inpaints an image (C, H, W) where mask (H, W) is not 0: (batch_size, C, H, W).
 
@@ -161,7 +163,7 @@ class GenerationMixin:
             raise UserError(f"the mask is {shape}, but images are {self.image_size} px")
         is_known = (mask.reshape(shape) == 0).to(self.device)
         known = self.prepare_image(image) * 2 - 1
-        function, timesteps = self.sampling_plan(sampler, steps, spacing)
+        function, timesteps = self.sampling_plan(sampler, steps, spacing, noise_levels)
         x, randn = self.noise(expand_seeds(seed, batch_size))
         alpha_bar = [*self.denoiser().alpha_bar, 1.0]  # at -1, the clean image
         for t, s in pairwise(timesteps):
@@ -190,20 +192,26 @@ class GenerationMixin:
             yield -1, x, x
 
     def sampling_plan(
-        self,
-        sampler: SamplerChoice = None,
-        steps: int | None = None,
-        spacing: str = DEFAULT_SPACING,
-    ) -> tuple[Callable, list[int]]:
+        self, sampler: SamplerChoice = None, steps: int | None = None,
+        spacing: str = DEFAULT_SPACING, noise_levels: Sequence[float] | None = None,
+    ) -> tuple[Callable, list[int]]:  # fmt: skip
         """Returns the sampler as a function and its timesteps, the last of which is -1.
 
-        steps: evaluations of the network, without the guide's. UserError for unknown names, or more
-        steps than the process has.
+        steps: evaluations of the network, without the guide's. noise_levels: of the sampler
+        consistency, the sigma of each evaluation, as in CONSISTENCY_LEVELS, in place of steps and
+        spacing. UserError for unknown names, or more steps than the process has.
         """
+        # The number of steps and the names.
+        if noise_levels is not None:
+            if steps not in (None, len(noise_levels)):
+                reason = f"noise_levels has {len(noise_levels)}, but steps is {steps}"
+                raise UserError(f"{reason}. Set one of the two")
+            steps = len(noise_levels)
+        count = "steps" if noise_levels is None else "the number of noise_levels"
         steps = self.sampling_timesteps if steps is None else steps
         if not 1 <= steps <= self.num_timesteps:
             bounds = f"between 1 and {self.num_timesteps}"
-            raise UserError(f"steps is {steps}, but this model has {bounds}")
+            raise UserError(f"{count} is {steps}, but this model has {bounds}")
         if spacing not in SPACINGS:
             raise UserError(f"unknown spacing {spacing}; choose from {', '.join(SPACINGS)}")
         sampler = self.default_sampler if sampler is None else sampler
@@ -215,9 +223,17 @@ class GenerationMixin:
             )
             raise UserError(f"{reason}; choose from {', '.join(self.samplers)}")
         if sampler is samplers.consistency and steps > MAX_CONSISTENCY_STEPS:
-            raise UserError(f"steps is {steps}, but must be at most {MAX_CONSISTENCY_STEPS}")
+            raise UserError(f"{count} is {steps}, but must be at most {MAX_CONSISTENCY_STEPS}")
+
+        # The timesteps, by noise levels or by spacing.
         alpha_bar = self.denoiser().alpha_bar
-        return sampler, samplers.choose_timesteps(sampler, alpha_bar, steps, spacing)
+        levels = noise_levels or samplers.default_levels(sampler, steps, spacing)
+        if not levels:
+            return sampler, samplers.choose_timesteps(sampler, alpha_bar, steps, spacing)
+        if sampler is not samplers.consistency:
+            reason = "noise_levels is for consistency-tuned models and their sampler"
+            raise UserError(f"{reason}. Set steps and spacing instead")
+        return sampler, samplers.timesteps_at(alpha_bar, levels, self.log_snr_shift)
 
     def count_nfe(
         self, sampler: Callable, timesteps: Sequence[int], guidance: float | None = None,

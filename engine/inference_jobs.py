@@ -32,7 +32,7 @@ from engine.gpu_memory import OomBatcher
 from engine.image_source import ReadOptions
 from engine.labels import labels_of_seeds, parse_classes
 from engine.pixels import MODES, center_square, convert, to_rgb
-from engine.samplers import DEFAULT_SPACING
+from engine.sampling_settings import plan_kwargs
 from engine.settings import Settings
 from engine.train_step import amp_dtype
 
@@ -41,7 +41,7 @@ PACKAGES = ("torch", "denoising-diffusion-pytorch", "numpy", "pillow")
 # Settings that do not change the images; the checkpoint counts by its content, sha256.
 NOT_COMPARED = {"checkpoint", "batch_size", "compile_model"}
 # Settings that earlier images do not store.
-OPTIONAL = {"num_samples", "classes", "guidance_mode", "image_size"}
+OPTIONAL = {"num_samples", "classes", "guidance_mode", "image_size", "noise_levels"}
 
 
 @dataclass
@@ -62,10 +62,11 @@ class InferenceJob:
 
     @property
     def sampler_kwargs(self) -> dict[str, Any]:
-        """Sampler, steps, spacing and guidance as DDPMModel's methods take them."""
-        names = ["steps", "spacing", "guidance", "guidance_mode"]
+        """Arguments of sampling_plan, and guidance, as DDPMModel's methods take them."""
+        names = ["guidance", "guidance_mode"]
         names += ["eta"] if self.sampler == "ddim" else []
-        return {"sampler": self.sampler} | {name: self.settings[name] for name in names}
+        guidance = {name: self.settings[name] for name in names}
+        return plan_kwargs(self.settings, self.sampler) | guidance
 
     def labels_of(self, seeds: Sequence[int]) -> list[int] | None:
         """Returns the class of each seed; None if the model has no classes."""
@@ -269,13 +270,6 @@ def read_png_settings(path: Path, declared: type[Settings]) -> dict[str, Any]:
     values = complete_settings(stored)
     del values["seeds"], values["sha256"]
     return declared.check(values, str(path)) | {"seeds": seeds, "sha256": digest}
-
-
-def sampling_label(sampler: str, steps: int, spacing: str, classes: str | None = None) -> str:
-    """Returns how images were sampled for names of result files, e.g. unipc-14-cat-dog."""
-    parts = [sampler.replace(".py:", "-").replace("/", "-"), str(steps)]
-    parts += [spacing] if spacing != DEFAULT_SPACING else []
-    return "-".join([*parts, *re.findall(r"\w+", classes or "")])[:80]
 
 
 def parse_seeds(text: str, limit: int = MAX_SEEDS) -> list[int]:

@@ -23,6 +23,7 @@ from engine.devices import device_name
 from engine.errors import UserError
 from engine.generation import State
 from engine.labels import labels_of_seeds, parse_classes
+from engine.sampling_settings import choose_sampling
 from engine.settings import Settings
 
 MAX_IMAGES = 36  # of a request
@@ -183,6 +184,7 @@ class Plan:
         chosen = [model.class_names.index(name) for name in classes]
         labels = [label for _, label in zip(numbers, itertools.cycle(chosen), strict=False)]
         settings = declared(**options, checkpoint=str(served.path)).as_dict()
+        settings |= choose_sampling(model, settings)
         settings |= {"seeds": numbers, "sha256": served.sha256}
         del settings["num_samples"]
         return cls(model, numbers, labels or None, options, jobs.complete_settings(settings))

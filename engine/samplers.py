@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.errors import RenamedWarning
+from engine.errors import RenamedWarning, UserError
 from engine.noise_schedule import SIGMA_MAX, half_log_snr, sigma_of
 
 Randn = Callable[[Tensor], Tensor]
@@ -235,6 +235,8 @@ SAMPLERS = {sampler.__name__: sampler for sampler in (ddpm, ddim, dpmpp_2m, heun
 DEFAULT_SAMPLER = "unipc"
 CONSISTENCY_SAMPLERS = {"consistency": consistency}  # of consistency-tuned models
 MAX_CONSISTENCY_STEPS = 8
+# Sigmas by steps, as at an image size that shifts nothing. The first stands for noise alone.
+CONSISTENCY_LEVELS = {1: (SIGMA_MAX,), 2: (SIGMA_MAX, 0.8), 4: (SIGMA_MAX, 5.0, 1.0, 0.3)}
 # (alpha_bar, steps) to steps + 1 timesteps that decrease from T - 1 to -1; steps in [1, T]
 SPACINGS: dict[str, Callable[[Sequence[float], int], list[int]]] = {
     "uniform": uniform,
@@ -263,6 +265,32 @@ def choose_timesteps(
         high, low = (min(sigma_of(alpha_bar[t]), SIGMA_MAX) for t in timesteps[-3:-1])
         if high > MAX_HEUN_RATIO * low:
             return [*SPACINGS[spacing](alpha_bar, count + 1)[:-2], -1]
+    return timesteps
+
+
+def default_levels(sampler: Callable, steps: int, spacing: str) -> tuple[float, ...] | None:
+    """Returns the noise levels that were measured as best, if any; not for a named spacing."""
+    is_measured = sampler is consistency and spacing == DEFAULT_SPACING
+    return CONSISTENCY_LEVELS.get(steps) if is_measured else None
+
+
+def timesteps_at(alpha_bar: Sequence[float], levels: Sequence[float], shift: float) -> list[int]:
+    """Returns the last timestep, those nearest to the further noise levels, and -1.
+
+    levels: decreasing sigmas; the first, noise alone, is at least SIGMA_MAX. shift: of the log-SNR,
+    which moves them. Raises UserError for other levels, and if two have one timestep.
+    """
+    shown = ",".join(f"{level:g}" for level in levels)
+    is_decreasing = all(a > b for a, b in pairwise([*levels, 0]))  # False for NaN, too
+    if not is_decreasing or levels[0] < SIGMA_MAX:
+        needed = f"decrease from {SIGMA_MAX:g} (noise alone) or more, and stay above 0"
+        raise UserError(f"noise_levels is {shown}, but must {needed}")
+    log_sigma = np.array([-half_log_snr(a) for a in alpha_bar]) + shift / 2
+    nearest = [int(np.abs(log_sigma - math.log(level)).argmin()) for level in levels[1:]]
+    timesteps = [len(alpha_bar) - 1, *nearest, -1]
+    for t, s in pairwise(timesteps):
+        if t <= s:
+            raise UserError(f"noise_levels is {shown}, of which two have timestep {s}. Drop one")
     return timesteps
 
 

@@ -1,23 +1,65 @@
 """Settings of how images are sampled, which inference.py and evaluate.py share."""
 
 import argparse
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from engine.denoiser import GUIDANCE_MODES
-from engine.errors import RenamedWarning
+from engine.errors import RenamedWarning, UserError
 from engine.generation import GenerationMixin
-from engine.samplers import CONSISTENCY_SAMPLERS, DEFAULT_SPACING, SAMPLERS, SPACINGS
+from engine.samplers import (
+    CONSISTENCY_LEVELS,
+    CONSISTENCY_SAMPLERS,
+    DEFAULT_SPACING,
+    SAMPLERS,
+    SPACINGS,
+    default_levels,
+)
 from engine.settings import Setting, Settings
 
 
 def choose_sampling(model: GenerationMixin, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings sampler and steps; for `auto` and 0 the model's own."""
+    """Returns the settings of the plan, with the model's own where they are not set."""
     sampler = settings["sampler"]
     sampler = model.default_sampler if sampler == "auto" else sampler
     own = model.num_timesteps if sampler == "ddpm" else model.sampling_timesteps
-    return {"sampler": sampler, "steps": settings["steps"] or own}
+    levels = parse_noise_levels(settings["noise_levels"])
+    steps = len(levels) if levels else settings["steps"] or own
+    # Stored, so that other defaults will not change what the settings reproduce.
+    levels = levels or default_levels(model.samplers.get(sampler), steps, settings["spacing"])
+    plan = {"sampler": sampler, "steps": steps, "spacing": settings["spacing"]}
+    return plan | {"noise_levels": format_noise_levels(levels)}
+
+
+def plan_kwargs(settings: Mapping[str, Any], sampler: str | Callable) -> dict[str, Any]:
+    """Returns settings of any kind as the arguments of DDPMModel.sampling_plan."""
+    plan = {"sampler": sampler, "steps": settings["steps"], "spacing": settings["spacing"]}
+    return plan | {"noise_levels": parse_noise_levels(settings["noise_levels"])}
+
+
+def parse_noise_levels(text: str | None) -> tuple[float, ...] | None:
+    """Parses sigmas like `80,0.8`; raises UserError if they are not numbers."""
+    try:
+        return None if text is None else tuple(map(float, text.split(",")))
+    except ValueError:
+        raise UserError(f"noise_levels is {text!r}, but must be numbers like 80,0.8") from None
+
+
+def format_noise_levels(levels: Sequence[float] | None) -> str | None:
+    """Returns noise levels as parse_noise_levels reads them."""
+    return levels and ",".join(f"{level:g}" for level in levels)
+
+
+def sampling_label(settings: Mapping[str, Any], classes: str | None = None) -> str:
+    """Returns how images were sampled for names of result files, e.g. unipc-14-cat-dog."""
+    parts = [settings["sampler"].replace(".py:", "-").replace("/", "-"), str(settings["steps"])]
+    parts += [settings["spacing"]] if settings["spacing"] != DEFAULT_SPACING else []
+    levels = settings["noise_levels"]
+    is_own = levels == format_noise_levels(CONSISTENCY_LEVELS.get(settings["steps"]))
+    parts += [levels.replace(",", "-")] if levels and not is_own else []
+    return "-".join([*parts, *re.findall(r"\w+", classes or "")])[:80]
 
 
 class SamplingSettings(Settings):
@@ -36,6 +78,10 @@ class SamplingSettings(Settings):
         auto="the model's own"
     )  # fmt: skip
     spacing = Setting(DEFAULT_SPACING, "which timesteps are visited", choices=tuple(SPACINGS))
+    noise_levels = Setting(
+        None, "sigma of each step of consistency like 80,0.8, as at 32 px; replaces steps, spacing",
+        type_=str, auto="measured ones for 1, 2 and 4 steps",
+    )  # fmt: skip
     batch_size = Setting(0, "images in a batch; 0: as many as fit", min=0)
     use_amp = Setting(False, "mixed precision")
 
@@ -43,6 +89,9 @@ class SamplingSettings(Settings):
     def given(cls, options: argparse.Namespace) -> dict[str, Any]:
         """Returns valid values of the flags that were given; guidance 0 once meant None."""
         values = super().given(options)
+        for name in ("steps", "spacing"):
+            if "noise_levels" in values and name in values:
+                raise UserError(f"--noise_levels says what --{name} would. Drop one of them")
         if values.get("guidance") == 0:
             message = "--guidance 0 is deprecated: leave it out for the model's own weight"
             warnings.warn(message, RenamedWarning, stacklevel=2)

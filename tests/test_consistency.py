@@ -23,7 +23,13 @@ from engine.consistency import ConsistencyLoss
 from engine.errors import UserError
 from engine.micro_batch import probe_micro_batch
 from engine.run import checkpoint_bytes
-from engine.samplers import alpha_bar_at, choose_timesteps, consistency
+from engine.samplers import (
+    CONSISTENCY_LEVELS,
+    alpha_bar_at,
+    choose_timesteps,
+    consistency,
+    timesteps_at,
+)
 from engine.train_step import TrainStep
 from engine.trainer import train
 from tests.helpers import CPU_TIER, max_checkpoint_difference, random_images
@@ -222,6 +228,39 @@ def test_sampler_goes_back_to_lower_noise_levels():
         assert x.std().item() == pytest.approx(math.sqrt(1 - a), rel=0.05)
 
 
+@pytest.mark.parametrize("changes", [{}, {"schedule_base_size": 32}])
+def test_noise_levels_decide_the_timesteps(changes):
+    model = tuned_model(timesteps=1000, **changes)
+    alpha_bar = model.denoiser().alpha_bar
+
+    def at(levels: tuple[float, ...]) -> list[int]:
+        return timesteps_at(alpha_bar, levels, model.log_snr_shift)
+
+    # The measured ones by default, spaced ones for other counts and where a spacing is named.
+    for steps in range(1, 9):
+        spaced = choose_timesteps(consistency, alpha_bar, steps, "karras")
+        measured = CONSISTENCY_LEVELS.get(steps)
+        assert model.sampling_plan(steps=steps)[1] == (at(measured) if measured else spaced)
+        spaced = choose_timesteps(consistency, alpha_bar, steps, "logsnr")
+        assert model.sampling_plan(steps=steps, spacing="logsnr")[1] == spaced
+
+    # Any others.
+    timesteps = at((80, 2, 0.2))
+    plan = model.sampling_plan(noise_levels=(80, 2, 0.2))
+    assert plan == (consistency, timesteps) and model.count_nfe(*plan) == 3
+    x, randn = model.noise([5, 6])
+    *_, (_, expected, _) = model.trajectory(x, timesteps, consistency, randn)
+    images = model.sample(2, seed=5, noise_levels=(80, 2, 0.2))
+    torch.testing.assert_close(images, ((expected + 1) / 2).clamp(0, 1))
+    image, mask = images[0], torch.ones(8, 8)
+    assert not torch.equal(
+        model.vary(image, 0.9, 1, seed=0, noise_levels=(80, 2, 0.2)),
+        model.vary(image, 0.9, 1, seed=0, noise_levels=(80, 1, 0.2)),
+    )
+    inpainted = model.inpaint(image, mask, 2, seed=5, noise_levels=(80,), resamples=1)
+    torch.testing.assert_close(inpainted, model.sample(2, seed=5, steps=1))
+
+
 def configure(**changes):
     flags = {
         "IMAGE_SIZE": 8, "DIM": 8, "DIM_MULTS": (1, 2), "BATCH_SIZE": 16, "GRID_IMAGES": 4,
@@ -384,6 +423,48 @@ def test_tuned_model_is_known_from_its_file(tuned, monkeypatch, capsys):
     assert "cannot interpolate: left out" in printed and "inpaint:" in printed
 
 
+def test_image_of_noise_levels_is_reproduced_from_its_png(tuned, monkeypatch):
+    monkeypatch.chdir(tuned)
+
+    def infer(*flags: str) -> tuple[Path, np.ndarray]:
+        monkeypatch.setattr("sys.argv", ["inference.py", "--output_dir", flags[0], *flags[1:]])
+        inference.main()
+        (path,) = Path(flags[0]).glob("samples-*/000003.png")
+        return path, np.asarray(Image.open(path), int)
+
+    model = DDPMModel().load_model("checkpoints/tuned/final.pt")
+    for name, flags, options in (
+        ("own", ["--noise_levels", "80,3"], {"noise_levels": (80, 3)}),
+        ("measured", ["--steps", "2"], {"steps": 2}),
+    ):
+        path, image = infer(name, "--seeds", "3", *flags)
+        expected = plots.to_bytes(model.sample(1, seed=3, **options)[0])
+        assert np.abs(image - expected).max() <= 1
+        assert ("consistency-2-80-3-seeds" in str(path)) == (name == "own")
+        with monkeypatch.context() as patch:
+            patch.setitem(CONSISTENCY_LEVELS, 2, (80, 30.0))  # of another version
+            _, again = infer(f"{name}_again", "--from_png", str(path))
+        assert np.array_equal(again, image)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--noise_levels", "80,high"], "noise_levels is '80,high', but must be numbers like"),
+        (["--noise_levels", ""], "noise_levels is '', but must be numbers like 80,0.8"),
+        (["--noise_levels", "80,0.8,2"], "noise_levels is 80,0.8,2, but must decrease from 80"),
+        (["--noise_levels", "80,0.8", "--steps", "2"], "--noise_levels says what --steps would"),
+        (["--noise_levels", "80", "--spacing", "karras"], "what --spacing would. Drop one of them"),
+    ],
+)
+def test_wrong_noise_levels_are_reported_before_sampling(tuned, monkeypatch, flags, message):
+    monkeypatch.chdir(tuned)
+    monkeypatch.setattr("sys.argv", ["inference.py", "--output_dir", "none", *flags])
+    with pytest.raises(UserError, match=message):
+        inference.main()
+    assert not Path("none").exists()
+
+
 def test_models_refuse_samplers_that_do_not_suit_them():
     model, plain = tuned_model(), DDPMModel(**SMALL)
     with pytest.raises(UserError, match="this model has no sampler unipc; choose from consistency"):
@@ -392,6 +473,12 @@ def test_models_refuse_samplers_that_do_not_suit_them():
         plain.sample(1, sampler="consistency")
     with pytest.raises(UserError, match="steps is 9, but must be at most 8"):
         model.sample(1, steps=9)
+    with pytest.raises(UserError, match="number of noise_levels is 9, but must be at most 8"):
+        model.sample(1, noise_levels=range(89, 80, -1))
+    with pytest.raises(UserError, match="noise_levels has 2, but steps is 3"):
+        model.sample(1, steps=3, noise_levels=(80, 1))
+    with pytest.raises(UserError, match="noise_levels is for consistency-tuned models"):
+        plain.sample(1, noise_levels=(80, 1))
     with pytest.raises(UserError, match="cannot interpolate"):
         model.interpolate(torch.rand(3, 8, 8), torch.rand(3, 8, 8))
     with pytest.raises(UserError, match="needs a model of objective pred_v"):

@@ -518,12 +518,17 @@ def test_format_table_leaves_out_stds():
         ),
         ({"seeds": "5-104"}, 2, "run-final-and-2-more-unipc-14-seeds-5-104-100-vs-cifar10"),
         ({"spacing": "own"}, 0, "run-final-unipc-14-own-100-vs-cifar10"),
+        (
+            {"sampler": "consistency", "steps": 2, "noise_levels": "80,0.25"},
+            0,
+            "run-final-consistency-2-80-0.25-100-vs-cifar10",
+        ),
         ({"sampler": "a/my.py:f"}, 0, "run-final-a-my-f-14-100-vs-cifar10"),
     ],
 )
 def test_result_label_says_how_images_were_sampled(changes, others, label):
     row = {"name": "run-final", "checkpoint": "x.pt", "sampler": "unipc", "steps": 14}
     row |= {"spacing": DEFAULT_SPACING, "guidance": 1.0, "seeds": "0-99", "num_samples": 100}
-    row["guidance_mode"] = "autoguidance"
+    row |= {"guidance_mode": "autoguidance", "noise_levels": None}
     reference = {"dataset": "cifar10", "data_dir": "data"}
     assert evaluate.result_label(row | changes, others, reference) == f"evaluate-{label}"
