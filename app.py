@@ -98,7 +98,8 @@ class Page:
         with self.errors_shown():
             request = session.start("samples")
             plan = self.plan(request, *controls)
-            start = shown = time.monotonic()
+            start = time.monotonic()
+            shown = start
             for t, _, x_0 in plan.trajectory():
                 if t >= 0 and time.monotonic() - shown > PREVIEW_SECONDS:
                     shown = time.monotonic()

@@ -246,8 +246,8 @@ def measure_memory(config: Config, device: torch.device) -> Row:
         warnings.simplefilter("ignore", FallbackWarning)  # at each halving of the micro-batch
         micro, _ = probe_micro_batch(DDPMModel.from_config(config), config, limit)
     config.split_batch(micro)
-    batch = micro * config.GRADIENT_ACCUMULATION
-    row = time_steps(partial(our_step, config, device), batch, device)
+    make_step = partial(our_step, config, device)
+    row = time_steps(make_step, micro * config.GRADIENT_ACCUMULATION, device)
     return row | {"micro_batch": micro, "peak_gib": torch.cuda.max_memory_reserved() / 2**30}
 
 
@@ -283,10 +283,10 @@ def make_jobs(
         return BenchmarkJob(row, partial(measure, variant, **options))
 
     fast = FAST if is_gpu else "bf16"
-    first, last = batches[0], batches[-1]
+    first = batches[0]
     # Each section plans what to measure, in which mode and batch.
     if section == "training":
-        ends = dict.fromkeys((first, last))
+        ends = dict.fromkeys((first, batches[-1]))
         plan = [("library's Trainer", "fp32", n, UpstreamDiffusion) for n in ends]
         plan += [("ours", fast, n, None) for n in batches]
         plan += [("ours", "bf16" if is_gpu else "fp32", first, None)]
@@ -296,7 +296,8 @@ def make_jobs(
             plan += [("ours", mode, first, None) for mode in others]
         return [job(what, mode, n, measure_training, peer=peer) for what, mode, n, peer in plan]
     if section == "sampling":
-        small, large = (64, 256) if is_gpu else (4, 16)
+        small = 64 if is_gpu else 4
+        large = 256 if is_gpu else 16
         default = (DEFAULT_SAMPLER, config.SAMPLING_TIMESTEPS)
         plan = [(fast, large, each) for each in ([default] if quick else [default, *SAMPLERS])]
         if is_gpu and not quick:
@@ -311,7 +312,7 @@ def make_jobs(
         plan = (("fp32", 0), (fast, 0), ("fp32", 1), ("fp32", 2))
         return [job("ours", m, first, learning_curve, steps=steps, seed=seed) for m, seed in plan]
     plan = (("images on the GPU", True), ("images from 8 workers", False))
-    return [job(what, fast, last, measure_data_path, on_gpu=on_gpu) for what, on_gpu in plan]
+    return [job(what, fast, batches[-1], measure_data_path, on_gpu=gpu) for what, gpu in plan]
 
 
 def memory_jobs(preset: str, flags: dict[str, Any]) -> list[BenchmarkJob]:
@@ -339,7 +340,8 @@ def result_key(config: Config) -> str:
     preset = resolve(config.DATASET, detect_tier())
     if all(getattr(config, name) == getattr(preset, name) for name in NETWORK):
         return config.DATASET
-    mults, full = ",".join(map(str, config.DIM_MULTS)), config.FULL_ATTENTION_MAX_SIZE
+    mults = ",".join(map(str, config.DIM_MULTS))
+    full = config.FULL_ATTENTION_MAX_SIZE
     return f"{config.DATASET}-{config.IMAGE_SIZE}px-dim{config.DIM}-{mults}-full{full}"
 
 
@@ -386,9 +388,7 @@ def main() -> None:
         result = about | {"rows": rows}
         if section == "curves":
             losses = [(row["what"], row["validation_loss"]) for row in rows if "losses" in row]
-            seeds = [loss for what, loss in losses if what == "ours, fp32"]
-            others = {what: loss for what, loss in losses if what != "ours, fp32"}
-            result["agreement"] = benchmarking.compare_losses(seeds, others)
+            result["agreement"] = benchmarking.compare_losses(losses, "ours, fp32")
             print(result["agreement"])
         report = benchmarking.read_report(path)
         report.setdefault(result_key(config), {})[section] = result

@@ -328,7 +328,8 @@ def apply_tier(config: Config, tier: Tier, explicit: Mapping[str, Any]) -> None:
     # Parameters grow with dim^2 * sum(mults^2); dim 64 with mults 1,2,4,8 (sum 85) has 35.7 M.
     scale = (config.DIM / 64) ** 2 * sum(m * m for m in config.DIM_MULTS) / 85
     parameters = int(35_700_000 * scale)
-    micro = batch_size = config.BATCH_SIZE
+    batch_size = config.BATCH_SIZE
+    micro = batch_size
     accumulation = config.GRADIENT_ACCUMULATION
     shape = config.DIM, config.IMAGE_SIZE
     available = 0.8 * tier.memory

@@ -82,12 +82,11 @@ def load_feature_networks(weights: str | None, device: torch.device) -> list[nn.
 
 
 def sample_images(
-    model: DDPMModel, path: Path, settings: EvaluationSettings, counts: list[int] | None = None
+    model: DDPMModel, path: Path, settings: EvaluationSettings, labels: np.ndarray | None = None
 ) -> tuple[np.ndarray, Evaluation]:
     """Returns samples, uint8 (N, C, H, W), and their settings. Every rank calls this.
 
-    counts: on rank 0, the reference's images without a label and of each class, in whose
-    proportions classes are sampled; None: in those of the training images.
+    labels: of the samples, on rank 0; None: in the proportions of the training images.
     """
     # Rank 0 may evaluate the previous samples for longer than a collective operation waits.
     distributed.rank0_first(f"sample {path}", lambda: None)
@@ -99,8 +98,7 @@ def sample_images(
     arguments = (settings.num_samples, batch_size, settings.seed)
     guidance = settings.guidance, settings.guidance_mode
     options |= {"guidance": guidance[0], "guidance_mode": guidance[1]}
-    if counts := distributed.broadcast_object(counts):
-        options["labels"] = sampled_labels(settings, counts)
+    options["labels"] = distributed.broadcast_object(labels)
     with jobs.autocast(model, settings.use_amp):
         images = batch_generate(model, *arguments, **options)
     nfe = model.count_nfe(*plan, *guidance)
@@ -117,8 +115,9 @@ def sample_images(
     }  # fmt: skip
 
 
-def sampled_labels(settings: EvaluationSettings, counts: list[int]) -> np.ndarray:
-    """Returns each sample's label. counts: real images without one and of each class."""
+def labels_as_in(real: np.ndarray, settings: EvaluationSettings, num_classes: int) -> np.ndarray:
+    """Returns the label of each sample, in the proportions of real images' labels."""
+    counts = np.bincount(real - NO_LABEL, minlength=num_classes + 1).tolist()
     seeds = range(settings.seed, settings.seed + settings.num_samples)
     return labels_of_seeds(seeds, counts) + NO_LABEL
 
@@ -169,9 +168,8 @@ def load_real_images(
     class_names: of the model; there are labels if the data has the same classes.
     """
     # The data set that was asked for, else the one that the run trained on.
-    dataset, data_dir = settings.dataset, settings.data_dir
-    if not dataset and config:
-        dataset, data_dir = config["DATASET"], config["DATA_DIR"]
+    dataset = settings.dataset or config.get("DATASET")
+    data_dir = settings.data_dir if settings.dataset else config.get("DATA_DIR")
     if not dataset:
         raise UserError(f"{path} has no training data: set --dataset and --data_dir")
     size = settings.image_size or shape[2]
@@ -263,9 +261,10 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
     data, reference = load_real_images(settings, config, shape, paths[0], class_names)
     real = data.images
     references = {network: metrics.load_reference(network, real, device) for network in networks}
-    counts, by_class = None, None
+    labels = None
+    by_class = None
     if data.labels is not None:
-        counts = np.bincount(data.labels - NO_LABEL, minlength=len(class_names) + 1).tolist()
+        labels = labels_as_in(data.labels, settings, len(class_names))
         by_class = ClassMetrics(references[networks[-1]], data.labels, class_names)
         reference["class accuracy"] = by_class.real_accuracy
     validation = validation_batch(model) if config else None
@@ -281,10 +280,9 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
             if i > 0:  # the first is loaded already
                 model.load_model(path, settings.image_size or None)
                 check_shape(model, path, shape, paths[0])
-            images, row = sample_images(model, path, settings, counts)
+            images, row = sample_images(model, path, settings, labels)
             if validation is not None:
                 losses[row["name"]] = metrics.loss_by_timestep(model, validation)
-        labels = None if by_class is None else sampled_labels(settings, counts)
         row |= score_images(images, references, by_class, labels, device)
         row["seconds"] = round(time.perf_counter() - row_start, 2)
         evaluations.append(row)
@@ -381,9 +379,9 @@ def main() -> None:
         raise UserError("--images and --checkpoint exclude each other: choose one")
     with distributed.session(lambda: "start the same command again") as dist:
         # What rank 0 finds, on all ranks.
-        names = options.checkpoint or [None]
-        files = [settings.images] if settings.images else map(checkpoints.named_or_newest, names)
-        paths = [Path(file) for file in distributed.broadcast_object([*files])]
+        found = map(checkpoints.resolve_checkpoint, options.checkpoint or [None])
+        paths = [Path(settings.images)] if settings.images else [*found]
+        paths = distributed.broadcast_object(paths)
         device = default_device()
         settings.num_samples = settings.num_samples or (10_000 if device.type == "cpu" else 50_000)
         if dist.is_main_process:

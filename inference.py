@@ -211,7 +211,8 @@ def compare_samplers(job: jobs.InferenceJob) -> str:
     compared = (1, 2, 4, 8) if job.model.is_consistent else COMPARED_STEPS
     counts = [steps for steps in compared if steps <= job.model.num_timesteps]
     kwargs = {name: job.settings[name] for name in ("spacing", "guidance", "guidance_mode")}
-    tiles, seconds = [], {}
+    tiles = []
+    seconds = {}
     job.model.sample(len(seeds), steps=1, seed=seeds)  # warm-up
     for sampler in samplers:
         for steps in counts:
@@ -305,8 +306,6 @@ def settings_from_command_line(
     given = InferenceSettings.given(options)
     if options.channels_last is not None:
         warnings.warn("--channels_last is always on; ignoring the flag", RenamedWarning, 2)
-    if given.get("checkpoint") == "":
-        raise UserError("--checkpoint is empty. Name a file, or drop the flag")
 
     # Settings of an existing image, or of the command line.
     if options.from_png:
@@ -318,7 +317,7 @@ def settings_from_command_line(
     settings = InferenceSettings(**{**defaults, **given}).as_dict()
     count = settings.pop("num_samples")
     settings["seeds"] = jobs.parse_seeds(settings["seeds"] or f"0-{count - 1}")
-    path = checkpoints.named_or_newest(settings["checkpoint"])
+    path = checkpoints.resolve_checkpoint(settings["checkpoint"])
     settings["checkpoint"] = str(path)
     settings["sha256"] = jobs.sha256(path) if path.is_file() else ""
     return jobs.complete_settings(settings), options.output_dir
@@ -326,7 +325,8 @@ def settings_from_command_line(
 
 def load_for_sampling(settings: dict[str, Any], device: torch.device) -> DDPMModel:
     """Loads the checkpoint; sets how to sample and the batch size to what suits it."""
-    path, size = settings["checkpoint"], settings["image_size"]
+    path = settings["checkpoint"]
+    size = settings["image_size"]
     model = DDPMModel().to(device).load_model(path, size or None)
     if size not in (0, model.image_size):
         raise UserError(f"{path} is for images of {model.image_size} px: drop --image_size {size}")

@@ -130,10 +130,11 @@ def summarize(rows: list[dict[str, Any]]) -> str:
             row["efficiency"] = speed / single[work(row)]["images_per_second"]
     rows.sort(key=work)
 
-    losses = [(row["processes"], row["validation_loss"]) for row in rows if row["kind"] == "loss"]
-    seeds = [loss for count, loss in losses if count == 1]
-    others = {f"{count} ranks": loss for count, loss in losses if count > 1}
-    return benchmarking.compare_losses(seeds, others)
+    losses = [
+        (f"{row['processes']} ranks", row["validation_loss"]) for row in rows
+        if row["kind"] == "loss"
+    ]  # fmt: skip
+    return benchmarking.compare_losses(losses, "1 ranks")
 
 
 def main() -> None:

@@ -208,8 +208,10 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
     plot_report({"": {"scaling": report}} if "rows" in report else report, path.with_suffix(".png"))
 
 
-def compare_losses(seeds: list[float], others: dict[str, float]) -> str:
-    """Says whether losses differ from seeds[0] no more than those of three seeds do."""
+def compare_losses(losses: list[tuple[str, float]], reference: str) -> str:
+    """Says whether losses, by name, differ from the reference no more than its seeds do."""
+    seeds = [loss for name, loss in losses if name == reference]
+    others = {name: loss for name, loss in losses if name != reference}
     if len(seeds) < 3 or not others:
         return "validation losses: too few to compare"
     spread = max(seeds) - min(seeds)

@@ -22,6 +22,7 @@ from torch import Tensor
 from engine.distributed import print0
 from engine.errors import UserError, short_reason
 from engine.noise_schedule import BETA_SCHEDULES, OBJECTIVES, upstream_betas
+from engine.settings import suggest
 
 CHECKPOINT_DIR = Path("checkpoints")
 PRETRAINED_DIR = Path(__file__).resolve().parent.parent / "weights"
@@ -220,15 +221,18 @@ def step_of(path: Path) -> int:
         return -1
 
 
-def resolve_checkpoint(reference: str, flag: str = "--resume") -> Path:
+def resolve_checkpoint(reference: str | None, flag: str = "--checkpoint") -> Path:
     """Returns the checkpoint that a file, a run's folder or name, or `newest` means.
 
     Of a run it is the one with most steps, which a killed process may have saved under any name.
+    `newest` is the run saved last, None the newest file, see `newest`.
     """
+    if reference is None:
+        return newest()
     if not reference:
         raise UserError(f"{flag} is empty: name a run or a checkpoint, or drop the value")
     if reference == "newest":
-        found = [file for file in CHECKPOINT_DIR.rglob("[!.]*.pt") if file.parent != CHECKPOINT_DIR]
+        found = _run_files()
         if not found:
             raise UserError(f"no run in {CHECKPOINT_DIR}/: train without {flag} first")
         reference = str(max(found, key=lambda path: path.stat().st_mtime).parent)
@@ -238,15 +242,15 @@ def resolve_checkpoint(reference: str, flag: str = "--resume") -> Path:
         files = sorted(folder.glob("[!.]*.pt"), key=lambda path: path.name != "last.pt")
         if files:
             return max(files, key=step_of)
-    raise UserError(f"{flag} {reference}: no such checkpoint, and no run with one")
+    runs = {file.parent.relative_to(CHECKPOINT_DIR).as_posix() for file in _run_files()}
+    reason = "no such checkpoint, and no run with one"
+    raise UserError(f"{flag} {reference}: {reason}{suggest(reference, runs)}")
 
 
-def named_or_newest(name: str | None) -> Path:
-    """Returns a file's path, or a run's checkpoint with most steps; without a name, the newest."""
-    if not name:
-        return newest()
-    is_run = any((CHECKPOINT_DIR / name).glob("[!.]*.pt"))
-    return resolve_checkpoint(name) if is_run and not Path(name).exists() else Path(name)
+def _run_files() -> list[Path]:
+    """Returns the checkpoints in the folders of runs."""
+    files = CHECKPOINT_DIR.rglob("[!.]*.pt")
+    return [file for file in files if file.parent != CHECKPOINT_DIR]
 
 
 def newest(notify: bool = True) -> Path:

@@ -153,12 +153,13 @@ def test_failures_show_in_lines_and_tables():
 
 @pytest.mark.parametrize(("loss", "verdict"), [(0.105, ": within"), (0.13, ": not within")])
 def test_compare_losses_measures_by_the_spread_of_seeds(loss, verdict):
-    seeds = [0.11, 0.10, 0.115]
-    text = benchmarking.compare_losses(seeds, {"2 ranks": 0.11, "4 ranks": loss})
+    seeds = [("1 ranks", 0.11), ("1 ranks", 0.10), ("1 ranks", 0.115)]
+    others = [("2 ranks", 0.11), ("4 ranks", loss)]
+    text = benchmarking.compare_losses(seeds + others, "1 ranks")
     assert f"{verdict} the spread of three seeds, 0.01500" in text
     assert f"0.00000 (2 ranks), {abs(loss - 0.11):.5f} (4 ranks)" in text
-    assert "too few" in benchmarking.compare_losses(seeds[1:], {"2 ranks": 0.11})
-    assert "too few" in benchmarking.compare_losses(seeds, {})
+    assert "too few" in benchmarking.compare_losses(seeds[1:] + others, "1 ranks")
+    assert "too few" in benchmarking.compare_losses(seeds, "1 ranks")
 
 
 # --- files

@@ -66,8 +66,8 @@ def test_resolve_checkpoint_takes_the_run_saved_last(two_runs):
     assert checkpoints.resolve_checkpoint("newest") == Path("checkpoints/a/last.pt")
     assert checkpoints.resolve_checkpoint("b") == Path("checkpoints/b/last.pt")
     assert checkpoints.resolve_checkpoint("checkpoints/b") == Path("checkpoints/b/last.pt")
-    with pytest.raises(UserError, match="no such checkpoint"):
-        checkpoints.resolve_checkpoint("c")
+    with pytest.raises(UserError, match=r"--resume bb: no such checkpoint.*; did you mean b\?"):
+        checkpoints.resolve_checkpoint("bb", "--resume")
 
 
 def test_newest_is_the_file_written_last_under_its_shortest_path(two_runs):
@@ -82,10 +82,10 @@ def test_checkpoint_is_named_by_its_file_or_its_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, step in (("a/best.pt", 3), ("a/final.pt", 9), ("b/last.pt", 20)):
         checkpoints.save(Path("checkpoints", name), {"progress": {"step": step}})
-    assert checkpoints.named_or_newest("a") == Path("checkpoints/a/final.pt")
-    assert checkpoints.named_or_newest("checkpoints/a/best.pt") == Path("checkpoints/a/best.pt")
-    assert checkpoints.named_or_newest("nowhere") == Path("nowhere")
-    assert checkpoints.named_or_newest(None) == checkpoints.newest()
+    for name in ("a", "checkpoints/a", "checkpoints/a/final.pt"):
+        assert checkpoints.resolve_checkpoint(name) == Path("checkpoints/a/final.pt")
+    assert checkpoints.resolve_checkpoint("checkpoints/a/best.pt") == Path("checkpoints/a/best.pt")
+    assert checkpoints.resolve_checkpoint(None) == checkpoints.newest()
 
 
 def test_newest_falls_back_to_the_pretrained_weights(tmp_path, monkeypatch, capsys):

@@ -135,7 +135,7 @@ VS_REAL = ["--dataset", "folder", "--data_dir", "real"]
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--checkpoint", "nowhere.pt"], "no checkpoint nowhere.pt"),
+        (["--checkpoint", "nowhere.pt"], "--checkpoint nowhere.pt: no such checkpoint"),
         (["--checkpoint", "a.pt", "--images", "real"], "choose one"),
         (["--images", "nowhere", *VS_REAL], "nowhere is not a folder"),
         (["--images", "real"], "real has no training data: set --dataset and --data_dir"),

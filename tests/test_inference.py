@@ -657,11 +657,10 @@ def test_high_res_figures_are_larger(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--checkpoint", "nowhere.pt"], "no checkpoint nowhere.pt: train one"),
+        (["--checkpoint", "nowhere.pt"], "--checkpoint nowhere.pt: no such checkpoint"),
         (["--checkpoint", "text.pt"], "text.pt "),
         (["--checkpoint", "cut.pt"], "cut.pt is damaged"),
         (["--checkpoint", "other.pt"], "other.pt does not fit DDPMModel"),
-        (["--checkpoint", "checkpoints"], "checkpoints is a folder: name a checkpoint in it"),
         (["--checkpoint", ""], "--checkpoint is empty"),
         (["--steps", "61"], "steps is 61, but this model has between 1 and 60"),
         (["--sampler", "euler"], "unknown sampler euler"),
