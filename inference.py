@@ -7,8 +7,9 @@
     torchrun --nproc_per_node=4 inference.py --mode batch --num_samples 50000      on 4 GPUs
 
 Modes: samples; interpolate (between two images); progressive (the trajectory from noise to image);
-batch (thousands; resumes where it was killed); compare (samplers by steps); vary (variations of an
-image); inpaint (a masked region). Results: inference_results/<mode>-.../, with all settings.
+batch (thousands; resumes where it was killed); compare (samplers by steps, two models); vary
+(variations of an image); inpaint (a masked region). Results: inference_results/<mode>-.../, with
+all settings.
 """
 
 import argparse
@@ -25,12 +26,12 @@ from engine.cli import Parser, run_script
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from ddpm_model import DDPMModel, unnormalize
 from engine import checkpoints, distributed, plots
 from engine import inference_jobs as jobs
+from engine.comparison import compare_samplers
 from engine.devices import default_device
 from engine.errors import RenamedWarning, UserError
 from engine.gpu_memory import OomBatcher
@@ -40,7 +41,6 @@ from engine.sampling_settings import SamplingSettings, choose_sampling, plan_kwa
 from engine.settings import Setting
 
 CHUNK_IMAGES = 256  # images that mode batch samples and saves at a time
-COMPARED_STEPS = (5, 10, 20, 50)
 
 
 def batch_generate(
@@ -204,32 +204,6 @@ def generate_batch(job: jobs.InferenceJob) -> str:
     return f"{len(seeds)} images: {'images.npz' if is_npz else 'images/'}"
 
 
-def compare_samplers(job: jobs.InferenceJob) -> str:
-    """Every sampler at several step counts, from the same seeds, timed."""
-    seeds = job.settings["seeds"][:4]
-    samplers = [*job.model.samplers, *([job.sampler] if callable(job.sampler) else [])]
-    compared = (1, 2, 4, 8) if job.model.is_consistent else COMPARED_STEPS
-    counts = [steps for steps in compared if steps <= job.model.num_timesteps]
-    kwargs = {name: job.settings[name] for name in ("spacing", "guidance", "guidance_mode")}
-    tiles = []
-    seconds = {}
-    job.model.sample(len(seeds), steps=1, seed=seeds)  # warm-up
-    for sampler in samplers:
-        for steps in counts:
-            kwargs |= {"sampler": sampler, "steps": steps, "labels": job.labels_of(seeds)}
-            start = time.perf_counter()
-            images = job.model.sample(len(seeds), seed=seeds, **kwargs).float().cpu()
-            name = f"{getattr(sampler, '__name__', sampler)} {steps}"
-            seconds[name] = round(time.perf_counter() - start, 3)
-            tiles.append(make_grid(plots.enlarge(images, 80), 2, padding=1, pad_value=1.0))
-    labels = [f"{name}: {took:.2f} s" for name, took in seconds.items()]
-    title = f"seeds {', '.join(map(str, seeds))}; sampler, steps: seconds for {len(seeds)} images"
-    tiles = torch.stack(tiles)
-    job.save_grid("compare.png", tiles, seeds, labels, columns=len(counts), title=title)
-    job.results = {"seconds_by_sampler": seconds}
-    return "compare.png"
-
-
 def vary(job: jobs.InferenceJob) -> str:
     """Variations of an image."""
     seeds = job.settings["seeds"][:15]
@@ -271,6 +245,9 @@ class InferenceSettings(SamplingSettings):
 
     mode = Setting("samples", "what to make", choices=(*MODES, "all"))
     checkpoint = Setting(None, "a .pt or .safetensors file, or a run", type_=str, auto="the newest")
+    compare_with = Setting(
+        None, "for compare: another model, a file or a run, sampled from the same seeds", type_=str
+    )
     image_size = Setting(0, "side of the images of lucidrains' checkpoints, pixels", 0, 1024)
     seeds = Setting("", "seeds like 0-63 or 3,7", auto="the first --num_samples")
     classes = Setting(
@@ -320,6 +297,11 @@ def settings_from_command_line(
     path = checkpoints.resolve_checkpoint(settings["checkpoint"])
     settings["checkpoint"] = str(path)
     settings["sha256"] = jobs.sha256(path) if path.is_file() else ""
+    if settings["compare_with"] is not None:
+        if settings["mode"] != "compare":
+            raise UserError("--compare_with is for --mode compare. Drop it, or choose that mode")
+        other = checkpoints.resolve_checkpoint(settings["compare_with"], "--compare_with")
+        settings["compare_with"] = str(other)
     return jobs.complete_settings(settings), options.output_dir
 
 
@@ -335,10 +317,7 @@ def load_for_sampling(settings: dict[str, Any], device: torch.device) -> DDPMMod
     if not settings["batch_size"]:
         settings["batch_size"] = jobs.auto_batch_size(model, settings["use_amp"])
     if settings["compile_model"]:
-        model.cuda_graph = False
-        model.unet.compile()
-        if model.guide is not None:
-            model.guide.compile()
+        jobs.compile_networks(model)
     return model
 
 

@@ -41,7 +41,7 @@ PACKAGES = ("torch", "denoising-diffusion-pytorch", "numpy", "pillow")
 # Settings that do not change the images; the checkpoint counts by its content, sha256.
 NOT_COMPARED = {"checkpoint", "batch_size", "compile_model"}
 # Settings that earlier images do not store.
-OPTIONAL = {"num_samples", "classes", "guidance_mode", "image_size", "noise_levels"}
+OPTIONAL = {"num_samples", "classes", "guidance_mode", "image_size", "noise_levels", "compare_with"}
 
 
 @dataclass
@@ -353,6 +353,14 @@ def _open_image(file: Path | io.BytesIO, kind: str, converted: Callable) -> tupl
 def autocast(model: nn.Module, use_amp: bool) -> torch.autocast:
     """Mixed precision on the model's device, or none."""
     return torch.autocast(model.device.type, amp_dtype(model.device), enabled=use_amp)
+
+
+def compile_networks(model: nn.Module) -> None:
+    """Compiles a model's network and guide, which CUDA graphs cannot capture then."""
+    model.cuda_graph = False
+    model.unet.compile()
+    if model.guide is not None:
+        model.guide.compile()
 
 
 def auto_batch_size(model: nn.Module, use_amp: bool) -> int:

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import io
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -75,15 +76,20 @@ def labeled_grid(
     images: Tensor, labels: Sequence[str], columns: int | None = None, title: str = "",
     smallest: int = MIN_TILE,
 ) -> Image.Image:  # fmt: skip
-    """Images (B, C, H, W) in [0, 1] as a grid with a title, and below each image its label."""
+    """Images (B, C, H, W) in [0, 1] as a grid with a title, and below each image its label.
+
+    Labels may have several lines.
+    """
     font = ImageFont.load_default(11)
     tiles = [to_image(image) for image in enlarge(images, smallest)]
     columns = columns or math.ceil(math.sqrt(len(tiles)))
     gap = 4
     title_height = 22 if title else 0
-    content_width = max(tiles[0].width, *(math.ceil(font.getlength(label)) for label in labels))
+    lines = [label.split("\n") for label in labels]
+    label_widths = (math.ceil(font.getlength(line)) for line in itertools.chain(*lines))
+    content_width = max(tiles[0].width, *label_widths)
     column_width = content_width + gap
-    row_height = tiles[0].height + 14 + gap
+    row_height = tiles[0].height + 14 * max(map(len, lines)) + gap
     height = title_height + math.ceil(len(tiles) / columns) * row_height + gap
     sheet = Image.new("RGB", (columns * column_width + gap, height), "white")
     draw = ImageDraw.Draw(sheet)
@@ -93,7 +99,9 @@ def labeled_grid(
         y = gap + title_height + i // columns * row_height
         tile_x = x + (content_width - tile.width) // 2
         sheet.paste(tile, (tile_x, y), tile if tile.mode == "RGBA" else None)
-        draw.text((x + content_width // 2, y + tile.height), label, "black", font, anchor="ma")
+        for row, line in enumerate(label.split("\n")):
+            position = (x + content_width // 2, y + tile.height + 14 * row)
+            draw.text(position, line, "black", font, anchor="ma")
     return sheet
 
 

@@ -236,7 +236,7 @@ DEFAULT_SAMPLER = "unipc"
 CONSISTENCY_SAMPLERS = {"consistency": consistency}  # of consistency-tuned models
 MAX_CONSISTENCY_STEPS = 8
 # Sigmas by steps, as at an image size that shifts nothing. The first stands for noise alone.
-CONSISTENCY_LEVELS = {1: (SIGMA_MAX,), 2: (SIGMA_MAX, 0.8), 4: (SIGMA_MAX, 5.0, 1.0, 0.3)}
+CONSISTENCY_LEVELS = {1: (SIGMA_MAX,), 2: (SIGMA_MAX, 0.8), 4: (SIGMA_MAX, 8.0, 2.0, 0.6)}
 # (alpha_bar, steps) to steps + 1 timesteps that decrease from T - 1 to -1; steps in [1, T]
 SPACINGS: dict[str, Callable[[Sequence[float], int], list[int]]] = {
     "uniform": uniform,

@@ -14,10 +14,11 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.utils import make_grid
 
 import inference
 from ddpm_model import DDPMModel
-from engine import checkpoints, inference_jobs, plots
+from engine import checkpoints, comparison, inference_jobs, plots
 from engine.errors import FallbackWarning, UserError
 from engine.inference_jobs import InferenceJob
 from engine.labels import labels_of_seeds
@@ -126,7 +127,7 @@ def is_image(path: Path, image: Tensor) -> bool:
 @pytest.mark.parametrize("sampler", ["ddim", "mine.py:plain"])
 def test_modes_work_with_built_in_and_custom_samplers(folder, infer, monkeypatch, sampler):
     (folder / "mine.py").write_text(CUSTOM_SAMPLER)
-    monkeypatch.setattr(inference, "COMPARED_STEPS", (2, 3))
+    monkeypatch.setattr(comparison, "COMPARED_STEPS", (2, 3))
     flags = ["--mode", "all", "--sampler", sampler, "--num_samples", "3", "--resamples", "2"]
     assert infer(*flags) == 0
     expected = {
@@ -157,7 +158,7 @@ def test_modes_of_gray_and_rgba_models_keep_their_channels(
 ):
     sizes = SMALL | {"channels": channels}
     monkeypatch.setattr(inference, "DDPMModel", lambda: DDPMModel(**sizes))
-    monkeypatch.setattr(inference, "COMPARED_STEPS", (2,))
+    monkeypatch.setattr(comparison, "COMPARED_STEPS", (2,))
     DDPMModel(**sizes).save_model("checkpoints/own.pt")
     Image.new("RGB", (20, 9), (200, 100, 0)).save("color.png")
     flags = ["--checkpoint", "checkpoints/own.pt", "--num_samples", "2", "--steps", "2"]
@@ -245,7 +246,7 @@ def test_progressive_shows_the_trajectory_of_each_seed(guided, infer, grids):
 
 
 def test_compare_samples_with_every_sampler_and_the_given_guidance(guided, infer, monkeypatch):
-    monkeypatch.setattr(inference, "COMPARED_STEPS", (2, 3))
+    monkeypatch.setattr(comparison, "COMPARED_STEPS", (2, 3))
     calls, sample = [], DDPMModel.sample
     monkeypatch.setattr(
         DDPMModel, "sample", lambda model, *a, **k: calls.append(k) or sample(model, *a, **k)
@@ -256,6 +257,40 @@ def test_compare_samples_with_every_sampler_and_the_given_guidance(guided, infer
     same |= {"guidance_mode": None, "labels": None}
     expected = [same | {"sampler": name, "steps": steps} for name in SAMPLERS for steps in (2, 3)]
     assert calls[1:] == expected  # after the warm-up
+
+
+def test_compare_with_adds_another_model_with_its_own_settings(conditional, infer, grids):
+    names = {"cow": 1, "dog": 1, "cat": 1}  # of the same classes in another order
+    torch.manual_seed(1)
+    other = DDPMModel(**SMALL, classes=names).eval()
+    other.unet.class_embedding.weight.data.normal_()
+    other.save_model("other/final.pt")
+    tuned = DDPMModel(**SMALL, classes={"cat": 1, "dog": 1, "cow": 1}, consistency=True).eval()
+    tuned.save_model("tuned/final.pt")
+    flags = ["--mode", "compare", "--checkpoint", "tuned/final.pt", "--classes", "dog"]
+    assert infer(*flags, "--num_samples", "4", "--compare_with", "other/final.pt") == 0
+    summary = json.loads(only("compare-*/summary.json").read_text())
+    names = [f"consistency {steps}" for steps in (1, 2, 4, 8)]
+    assert [*summary["seconds_by_sampler"]] == [*names, "other-final unipc 5"]
+    for tile, model, options in (
+        (grids[0][1], tuned, {"steps": 2}),
+        (grids[0][-1], other, {}),
+    ):
+        images = model.sample(4, seed=0, labels=model.class_names.index("dog"), **options)
+        expected = make_grid(plots.enlarge(images, 80), 2, padding=1, pad_value=1.0)
+        torch.testing.assert_close(tile, expected, atol=1e-4, rtol=0)
+
+
+def test_compare_with_an_unfit_model_is_one_error(guided, infer, capsys):
+    DDPMModel(**SMALL | {"image_size": 16}).save_model("large.pt")
+    for flags, message in (
+        (["--mode", "compare", "--compare_with", "large.pt"], "large.pt is for images of 16 px"),
+        (["--mode", "compare", "--compare_with", "none.pt"], "--compare_with none.pt: no such checkpoint"),
+        (["--compare_with", "large.pt"], "--compare_with is for --mode compare"),
+    ):
+        assert infer(*flags) == 2
+        assert message in capsys.readouterr().err
+        assert not list(Path("inference_results").rglob("*.png"))
 
 
 def test_interpolate_reproduces_the_given_files(folder, infer):
@@ -777,7 +812,7 @@ def test_batch_draws_classes_in_proportion_by_seed(conditional, infer):
 
 
 def test_modes_take_classes(conditional, infer, grids, monkeypatch):
-    monkeypatch.setattr(inference, "COMPARED_STEPS", (2,))
+    monkeypatch.setattr(comparison, "COMPARED_STEPS", (2,))
     Image.new("RGB", (8, 8), "red").save("a.png")
     image = torch.tensor([1.0, 0, 0]).view(3, 1, 1).expand(3, 8, 8)
     flags = ("--image", "a.png", "--num_samples", "2", "--resamples", "2")
