@@ -285,7 +285,7 @@ def test_compare_with_an_unfit_model_is_one_error(guided, infer, capsys):
     DDPMModel(**SMALL | {"image_size": 16}).save_model("large.pt")
     for flags, message in (
         (["--mode", "compare", "--compare_with", "large.pt"], "large.pt is for images of 16 px"),
-        (["--mode", "compare", "--compare_with", "none.pt"], "--compare_with none.pt: no such checkpoint"),
+        (["--mode", "compare", "--compare_with", "none.pt"], "none.pt: no such checkpoint"),
         (["--compare_with", "large.pt"], "--compare_with is for --mode compare"),
     ):
         assert infer(*flags) == 2
