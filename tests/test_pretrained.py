@@ -39,6 +39,19 @@ def test_pretrained_model_denoises_its_samples():
     assert error < 0.1 < 0.5 < untrained
 
 
+def test_tuned_model_draws_in_two_evaluations_what_its_teacher_draws_in_19():
+    size = (checkpoints.PRETRAINED_DIR / "cifar10-classes-tuned.safetensors").stat().st_size
+    assert size < 16e6
+    teacher = DDPMModel.from_pretrained("cifar10-classes")
+    tuned = DDPMModel.from_pretrained("cifar10-classes-tuned")
+    labels = [1, 2, 7, 8]
+    wanted = teacher.sample(4, seed=0, labels=labels)
+    images = tuned.sample(4, seed=0, labels=labels)
+    distance = (images - wanted).square().mean().sqrt().item()
+    to_others = (images - wanted.roll(1, 0)).square().mean().sqrt().item()
+    assert distance < to_others / 3
+
+
 def test_from_pretrained_rejects_unknown_names():
     with pytest.raises(UserError, match="unknown pretrained model cifar100; choose from cifar10"):
         DDPMModel.from_pretrained("cifar100")
