@@ -137,11 +137,9 @@ def parse_command_line(
         if options.resume is not None and is_given:
             raise UserError(f"--{name} is for a new run and --resume continues one: choose one")
     subclass = load_subclass(options.config) if options.config else None
-    resume = (
-        None
-        if options.resume is None
-        else checkpoints.resolve_checkpoint(options.resume, "--resume")
-    )
+    resume = options.resume
+    if resume is not None:
+        resume = checkpoints.resolve_checkpoint(resume, "--resume")
     init_from = options.init_from
     if init_from is not None:
         init_from = checkpoints.resolve_checkpoint(init_from, f"--{source}")

@@ -66,7 +66,9 @@ def compare_samplers(job: InferenceJob) -> str:
         candidates.append(load_other(job, seeds))
 
     # Images.
-    tiles, labels, seconds_by_sampler = [], [], {}
+    tiles = []
+    labels = []
+    seconds_by_sampler = {}
     for candidate in candidates:
         name = display_name(candidate.path)
         for sampler, tile, nfe, seconds in candidate.sample(seeds):

@@ -283,9 +283,11 @@ def test_compare_with_adds_another_model_with_its_own_settings(conditional, infe
 
 def test_compare_with_an_unfit_model_is_one_error(guided, infer, capsys):
     DDPMModel(**SMALL | {"image_size": 16}).save_model("large.pt")
+    compare = ["--mode", "compare", "--compare_with"]
     for flags, message in (
-        (["--mode", "compare", "--compare_with", "large.pt"], "large.pt is for images of 16 px"),
-        (["--mode", "compare", "--compare_with", "none.pt"], "none.pt: no such checkpoint"),
+        ([*compare, "large.pt"], "large.pt is for images of 16 px"),
+        ([*compare, "none.pt"], "none.pt: no such checkpoint"),
+        ([*compare, ""], "--compare_with is empty"),
         (["--compare_with", "large.pt"], "--compare_with is for --mode compare"),
     ):
         assert infer(*flags) == 2
