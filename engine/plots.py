@@ -183,7 +183,7 @@ def plot_fd_over_time(minutes: Sequence[float], distances: Curves, path: Path) -
     order = np.argsort(minutes)
     x = np.array(minutes)[order]
     lines = [(x, np.array(y)[order], POINTS | {"label": name}) for name, y in distances.items()]
-    _save_plot(lines, "minutes of training", "distance to the reference", path)
+    _save_plot(lines, "minutes of training", "distance to the reference", path, integer_x=False)
 
 
 def save_loss_by_timestep(timesteps: Sequence[int], losses: Curves, path: Path) -> None:
@@ -192,7 +192,9 @@ def save_loss_by_timestep(timesteps: Sequence[int], losses: Curves, path: Path) 
     _save_plot(lines, "timestep (0: nearly clean)", "squared error, unweighted", path)
 
 
-def _save_plot(lines: Sequence[Line], x_label: str, y_label: str, path: Path) -> None:
+def _save_plot(
+    lines: Sequence[Line], x_label: str, y_label: str, path: Path, integer_x: bool = True
+) -> None:
     """Plots lines on a log axis whose ticks are plain numbers, not powers of ten."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, MaxNLocator
@@ -202,6 +204,10 @@ def _save_plot(lines: Sequence[Line], x_label: str, y_label: str, path: Path) ->
     for x, y, style in lines:
         axes.plot(x, y, **style)
     axes.set(xlabel=x_label, ylabel=y_label, yscale="log")
+    if integer_x:
+        axes.xaxis.set_major_locator(
+            MaxNLocator(8, steps=(1, 2, 5, 10), integer=True, min_n_ticks=1)
+        )
     # Within a factor of ten, 1, 2 and 5 times a power of ten are too few: equal distances.
     low, high = axes.get_ylim()
     locator = LogLocator(subs=(1, 2, 5) if high / low < 1e4 else (1,))

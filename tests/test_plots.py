@@ -157,3 +157,16 @@ def test_ticks_of_the_losses_are_distinct_numbers_in_plain_digits(bounds, tmp_pa
     assert len(set(texts)) == len(texts) >= 3 and "e" not in "".join(texts)
     assert [float(text) for text in texts] == pytest.approx(positions, rel=1e-9)
     assert all(below.y1 < above.y0 for below, above in pairwise(boxes))
+
+
+@pytest.mark.parametrize("last", [1, 2, 3, 30])
+def test_ticks_of_a_short_run_are_whole_steps(last, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    rows = [json.dumps({"step": step, "loss": 1 / step}) for step in range(1, last + 1)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
+    plots.save_loss_curve(tmp_path / "metrics.jsonl", tmp_path / "unused.png")
+    (axes,) = figures[0].axes
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+    assert ticks and all(tick == round(tick) for tick in ticks)
