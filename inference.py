@@ -292,6 +292,11 @@ def settings_from_command_line(
         settings = jobs.settings_from_png(options.from_png, InferenceSettings, sampler)
         return settings, options.output_dir
     settings = InferenceSettings(**{**defaults, **given}).as_dict()
+    if settings["mode"] == "compare":
+        for name in given.keys() & {"steps", "noise_levels", "sampler"}:
+            if ":" not in str(given[name]):  # a sampler of the user's is compared, too
+                reason = "compare tries every sampler of the model at several numbers of steps"
+                raise UserError(f"--{name} has no effect: {reason}. Drop it")
     count = settings.pop("num_samples")
     settings["seeds"] = jobs.parse_seeds(settings["seeds"] or f"0-{count - 1}")
     path = checkpoints.resolve_checkpoint(settings["checkpoint"])

@@ -281,6 +281,12 @@ def test_compare_with_adds_another_model_with_its_own_settings(conditional, infe
         torch.testing.assert_close(tile, expected, atol=1e-4, rtol=0)
 
 
+def test_compare_refuses_a_flag_that_it_would_ignore(infer, capsys):
+    for flags in (["--steps", "3"], ["--noise_levels", "80,1"], ["--sampler", "heun"]):
+        assert infer("--mode", "compare", *flags) == 2
+        assert f"error: {flags[0]} has no effect: compare tries" in capsys.readouterr().err
+
+
 def test_compare_with_an_unfit_model_is_one_error(guided, infer, capsys):
     DDPMModel(**SMALL | {"image_size": 16}).save_model("large.pt")
     compare = ["--mode", "compare", "--compare_with"]
