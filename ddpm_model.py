@@ -25,7 +25,7 @@ from engine.errors import FallbackWarning, RenamedWarning, UserError
 from engine.generation import GenerationMixin, eval_mode, expand_seeds, unnormalize  # noqa: F401
 from engine.hub import HubMixin
 from engine.labels import UNCONDITIONAL, check_class_names
-from engine.noise_schedule import P_MEAN, edm_weighting, shift_log_snr
+from engine.noise_schedule import P_MEAN, edm_weighting, shift_log_snr, shift_sigma
 from engine.unet import FastUnet
 
 MAX_WEIGHT = 1e6  # above any that training leads to
@@ -133,7 +133,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         self.log_snr_shift = shift
         if shift:
             shift_log_snr(self.diffusion, shift, min_snr_gamma)
-        self.guidance_interval = tuple(sigma * math.exp(-shift / 2) for sigma in GUIDANCE_INTERVAL)
+        self.guidance_interval = tuple(shift_sigma(sigma, shift) for sigma in GUIDANCE_INTERVAL)
 
         # The distribution of the timesteps in training: uniform, or EDM's.
         timestep_cdf = torch.arange(1, timesteps + 1).double() / timesteps

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from denoising_diffusion_pytorch import GaussianDiffusion
 from torch import Tensor, nn
 
+from engine.denoiser import move_from_guide
 from engine.noise_schedule import SIGMA_MAX, timestep_density
 
 Network = Callable[[Tensor, Tensor], Tensor]  # x_t (B, C, H, W) and t (B,) to v (B, C, H, W)
@@ -110,7 +111,7 @@ class ConsistencyLoss(nn.Module):
         lowest, highest = interval
         is_guided = (self.sigma[t] >= lowest) & (self.sigma[t] <= highest)
         weight = torch.where(is_guided, guidance, 1.0)[:, None, None, None]
-        return torch.lerp(x_0_guide, x_0, weight).clamp(-1, 1)
+        return move_from_guide(x_0, x_0_guide, weight).clamp(-1, 1)
 
 
 class Teacher(nn.Module):

@@ -13,13 +13,18 @@ GUIDANCE_MODES = ("autoguidance", "cfg", "both")
 Network = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
+def move_from_guide(x_0: Tensor, x_0_guide: Tensor, weight: float | Tensor) -> Tensor:
+    """Moves x_0 away from the guide's: equation 4 of Karras et al. (arXiv:2406.02507)."""
+    return x_0_guide + weight * (x_0 - x_0_guide)
+
+
 class ModelDenoiser:
     """The denoiser that samplers call (engine.samplers.Denoiser), made of networks.
 
     network, guide: called as network(x, t, previous, labels), x and previous (B, C, H, W), t and
     labels (B,); return what the objective of `process` says. previous is the last x_0, for
-    self-conditioning: it is state, so create a denoiser per sample. guidance: the weight w in
-    x_0_guide + w (x_0 - x_0_guide), equation 4 of Karras et al. (arXiv:2406.02507); 1 disables it.
+    self-conditioning: it is state, so create a denoiser per sample. guidance: the weight of
+    move_from_guide; 1 disables it.
     interval: lowest and highest sigma to guide, Kynkaanniemi et al. (arXiv:2404.07724).
     guide_labels: whether the guide gets the labels; without, a guide that is the network itself
     makes this classifier-free guidance, Ho and Salimans (arXiv:2207.12598).
@@ -55,7 +60,7 @@ class ModelDenoiser:
         x_0 = self._predict(self.network, x, t, self.labels)
         if self.is_guided(t):
             x_0_guide = self._predict(self.guide, x, t, self.guide_labels)
-            x_0 = x_0_guide + self.guidance * (x_0 - x_0_guide)
+            x_0 = move_from_guide(x_0, x_0_guide, self.guidance)
         if self.clip:
             x_0 = x_0.clamp(-1, 1)
         if self.process.self_condition:

@@ -15,7 +15,7 @@ from engine import samplers
 from engine.denoiser import ModelDenoiser, NFECounter
 from engine.errors import UserError
 from engine.labels import NO_LABEL, UNCONDITIONAL, labels_of_seeds
-from engine.noise_schedule import diffuse
+from engine.noise_schedule import diffuse, shift_sigma
 from engine.samplers import (
     CONSISTENCY_SAMPLERS,
     DEFAULT_SPACING,
@@ -201,39 +201,42 @@ class GenerationMixin:
         consistency, the sigma of each evaluation, as in CONSISTENCY_LEVELS, in place of steps and
         spacing. UserError for unknown names, or more steps than the process has.
         """
-        # The number of steps and the names.
-        if noise_levels is not None:
-            if steps not in (None, len(noise_levels)):
-                reason = f"noise_levels has {len(noise_levels)}, but steps is {steps}"
-                raise UserError(f"{reason}. Set one of the two")
-            steps = len(noise_levels)
-        count = "steps" if noise_levels is None else "the number of noise_levels"
-        steps = self.sampling_timesteps if steps is None else steps
-        if not 1 <= steps <= self.num_timesteps:
-            bounds = f"between 1 and {self.num_timesteps}"
-            raise UserError(f"{count} is {steps}, but this model has {bounds}")
         if spacing not in SPACINGS:
             raise UserError(f"unknown spacing {spacing}; choose from {', '.join(SPACINGS)}")
-        sampler = self.default_sampler if sampler is None else sampler
-        sampler = self.samplers.get(sampler, sampler)
+        sampler, steps, levels = self.complete_plan(sampler, steps, spacing, noise_levels)
         if isinstance(sampler, str):
             known = sampler in {**SAMPLERS, **CONSISTENCY_SAMPLERS}
             reason = (
                 f"this model has no sampler {sampler}" if known else f"unknown sampler {sampler}"
             )
             raise UserError(f"{reason}; choose from {', '.join(self.samplers)}")
+        if not 1 <= steps <= self.num_timesteps:
+            bounds = f"between 1 and {self.num_timesteps}"
+            raise UserError(f"steps is {steps}, but this model has {bounds}")
         if sampler is samplers.consistency and steps > MAX_CONSISTENCY_STEPS:
-            raise UserError(f"{count} is {steps}, but must be at most {MAX_CONSISTENCY_STEPS}")
-
-        # The timesteps, by noise levels or by spacing.
+            raise UserError(f"steps is {steps}, but must be at most {MAX_CONSISTENCY_STEPS}")
         alpha_bar = self.denoiser().alpha_bar
-        levels = noise_levels or samplers.default_levels(sampler, steps, spacing)
-        if not levels:
-            return sampler, samplers.choose_timesteps(sampler, alpha_bar, steps, spacing)
-        if sampler is not samplers.consistency:
-            reason = "noise_levels is for consistency-tuned models and their sampler"
-            raise UserError(f"{reason}. Set steps and spacing instead")
-        return sampler, samplers.timesteps_at(alpha_bar, levels, self.log_snr_shift)
+        if levels:
+            sigmas = [shift_sigma(level, self.log_snr_shift) for level in levels]
+            return sampler, samplers.timesteps_at(alpha_bar, sigmas)
+        return sampler, samplers.choose_timesteps(sampler, alpha_bar, steps, spacing)
+
+    def complete_plan(
+        self, sampler: SamplerChoice, steps: int | None, spacing: str,
+        noise_levels: Sequence[float] | None,
+    ) -> tuple[str | Callable, int, Sequence[float] | None]:  # fmt: skip
+        """Returns sampler, steps and noise levels, the model's own where they are None.
+
+        The sampler is a function if the model knows its name. There are noise levels only of the
+        sampler consistency. Raises UserError for wrong ones.
+        """
+        sampler = self.default_sampler if sampler is None else sampler
+        sampler = self.samplers.get(sampler, sampler)
+        if noise_levels is not None:
+            samplers.check_noise_levels(noise_levels, sampler, steps)
+            return sampler, len(noise_levels), noise_levels
+        steps = self.sampling_timesteps if steps is None else steps
+        return sampler, steps, samplers.default_levels(sampler, steps, spacing)
 
     def count_nfe(
         self, sampler: Callable, timesteps: Sequence[int], guidance: float | None = None,

@@ -37,6 +37,11 @@ def diffuse(x: Tensor, noise: Tensor, alpha_bar: float) -> Tensor:
     return math.sqrt(alpha_bar) * x + math.sqrt(1 - alpha_bar) * noise
 
 
+def shift_sigma(sigma: float, shift: float) -> float:
+    """Returns the noise level that a process has after a shift of its log-SNR."""
+    return sigma * math.exp(-shift / 2)
+
+
 def shift_log_snr(process: GaussianDiffusion, shift: float, min_snr_gamma: float) -> None:
     """Shifts the log-SNR at every timestep and recomputes the derived buffers.
 

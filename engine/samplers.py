@@ -274,23 +274,38 @@ def default_levels(sampler: Callable, steps: int, spacing: str) -> tuple[float, 
     return CONSISTENCY_LEVELS.get(steps) if is_measured else None
 
 
-def timesteps_at(alpha_bar: Sequence[float], levels: Sequence[float], shift: float) -> list[int]:
-    """Returns the last timestep, those nearest to the further noise levels, and -1.
+def check_noise_levels(levels: Sequence[float], sampler: Callable, steps: int | None) -> None:
+    """Raises UserError unless a sampler can have these noise levels, and `steps` if given.
 
-    levels: decreasing sigmas; the first, noise alone, is at least SIGMA_MAX. shift: of the log-SNR,
-    which moves them. Raises UserError for other levels, and if two have one timestep.
+    levels: decreasing sigmas, as in CONSISTENCY_LEVELS; the first, noise alone, is at least
+    SIGMA_MAX.
     """
-    shown = ",".join(f"{level:g}" for level in levels)
+    if sampler is not consistency:
+        reason = "noise_levels is for consistency-tuned models and their sampler"
+        raise UserError(f"{reason}. Set steps and spacing instead")
+    count = len(levels)
+    if steps not in (None, count):
+        raise UserError(f"noise_levels has {count}, but steps is {steps}. Set one of the two")
+    if not 1 <= count <= MAX_CONSISTENCY_STEPS:
+        raise UserError(f"noise_levels has {count}, but must have 1 to {MAX_CONSISTENCY_STEPS}")
     is_decreasing = all(a > b for a, b in pairwise([*levels, 0]))  # False for NaN, too
     if not is_decreasing or levels[0] < SIGMA_MAX:
+        shown = ",".join(f"{level:g}" for level in levels)
         needed = f"decrease from {SIGMA_MAX:g} (noise alone) or more, and stay above 0"
         raise UserError(f"noise_levels is {shown}, but must {needed}")
-    log_sigma = np.array([-half_log_snr(a) for a in alpha_bar]) + shift / 2
-    nearest = [int(np.abs(log_sigma - math.log(level)).argmin()) for level in levels[1:]]
+
+
+def timesteps_at(alpha_bar: Sequence[float], sigmas: Sequence[float]) -> list[int]:
+    """Returns the last timestep, those nearest to the further sigmas, and -1.
+
+    sigmas: decreasing; the first stands for noise alone. UserError if two have one timestep.
+    """
+    log_sigma = np.array([-half_log_snr(a) for a in alpha_bar])
+    nearest = [int(np.abs(log_sigma - math.log(sigma)).argmin()) for sigma in sigmas[1:]]
     timesteps = [len(alpha_bar) - 1, *nearest, -1]
     for t, s in pairwise(timesteps):
         if t <= s:
-            raise UserError(f"noise_levels is {shown}, of which two have timestep {s}. Drop one")
+            raise UserError(f"two of the noise_levels have timestep {s}. Drop one")
     return timesteps
 
 

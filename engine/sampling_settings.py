@@ -15,22 +15,21 @@ from engine.samplers import (
     DEFAULT_SPACING,
     SAMPLERS,
     SPACINGS,
-    default_levels,
 )
 from engine.settings import Setting, Settings
 
 
 def choose_sampling(model: GenerationMixin, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings of the plan, with the model's own where they are not set."""
-    sampler = settings["sampler"]
-    sampler = model.default_sampler if sampler == "auto" else sampler
-    own = model.num_timesteps if sampler == "ddpm" else model.sampling_timesteps
+    name = settings["sampler"]
+    name = model.default_sampler if name == "auto" else name
+    own_steps = model.num_timesteps if name == "ddpm" else None
+    spacing = settings["spacing"]
     levels = parse_noise_levels(settings["noise_levels"])
-    steps = len(levels) if levels else settings["steps"] or own
+    _, steps, levels = model.complete_plan(name, settings["steps"] or own_steps, spacing, levels)
     # Stored, so that other defaults will not change what the settings reproduce.
-    levels = levels or default_levels(model.samplers.get(sampler), steps, settings["spacing"])
-    plan = {"sampler": sampler, "steps": steps, "spacing": settings["spacing"]}
-    return plan | {"noise_levels": format_noise_levels(levels)}
+    levels = format_noise_levels(levels)
+    return {"sampler": name, "steps": steps, "spacing": spacing, "noise_levels": levels}
 
 
 def plan_kwargs(settings: Mapping[str, Any], sampler: str | Callable) -> dict[str, Any]:

@@ -228,13 +228,14 @@ def test_sampler_goes_back_to_lower_noise_levels():
         assert x.std().item() == pytest.approx(math.sqrt(1 - a), rel=0.05)
 
 
-@pytest.mark.parametrize("changes", [{}, {"schedule_base_size": 32}])
-def test_noise_levels_decide_the_timesteps(changes):
-    model = tuned_model(timesteps=1000, **changes)
+@pytest.mark.parametrize("base_size", [8, 32])
+def test_noise_levels_decide_the_timesteps(base_size):
+    model = tuned_model(timesteps=1000, schedule_base_size=base_size)
     alpha_bar = model.denoiser().alpha_bar
 
     def at(levels: tuple[float, ...]) -> list[int]:
-        return timesteps_at(alpha_bar, levels, model.log_snr_shift)
+        # At a quarter of the size a quarter of the noise hides as much of an image.
+        return timesteps_at(alpha_bar, [level * 8 / base_size for level in levels])
 
     # The measured ones by default, spaced ones for other counts and where a spacing is named.
     for steps in range(1, 9):
@@ -473,8 +474,10 @@ def test_models_refuse_samplers_that_do_not_suit_them():
         plain.sample(1, sampler="consistency")
     with pytest.raises(UserError, match="steps is 9, but must be at most 8"):
         model.sample(1, steps=9)
-    with pytest.raises(UserError, match="number of noise_levels is 9, but must be at most 8"):
+    with pytest.raises(UserError, match="noise_levels has 9, but must have 1 to 8"):
         model.sample(1, noise_levels=range(89, 80, -1))
+    with pytest.raises(UserError, match="noise_levels has 0, but must have 1 to 8"):
+        model.sample(1, noise_levels=())
     with pytest.raises(UserError, match="noise_levels has 2, but steps is 3"):
         model.sample(1, steps=3, noise_levels=(80, 1))
     with pytest.raises(UserError, match="noise_levels is for consistency-tuned models"):
