@@ -72,9 +72,10 @@ class GenerationMixin:
         classes in the proportions of the training images. return_all_timesteps: every x_t, from
         noise to image, (batch_size, intervals + 1, C, H, W).
         """
-        function, timesteps = self.sampling_plan(sampler, steps, spacing, noise_levels)
+        # Noise first: the GPU may still be busy with earlier images, and sampling_plan waits for it.
         seeds = expand_seeds(seed, batch_size)
         x, randn = self.noise(seeds)
+        function, timesteps = self.sampling_plan(sampler, steps, spacing, noise_levels)
         if labels is None and self.class_names:
             labels = labels_of_seeds(seeds, self.class_counts)
         options |= {"labels": labels, "guidance": guidance}

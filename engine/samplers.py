@@ -191,8 +191,9 @@ class SeededNoise:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Returns the next noise of each seed, with the shape of x, (B, C, H, W)."""
-        noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in self.generators])
-        noise = noise.pin_memory() if x.is_cuda else noise  # copied without waiting
+        noise = torch.empty(x.shape, pin_memory=x.is_cuda)
+        for image, generator in zip(noise, self.generators, strict=True):
+            image.normal_(generator=generator)
         return noise.to(x.device, non_blocking=x.is_cuda)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 TARGET_PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100
 MAX_PROGRAMS_PER_IMAGE = 64
-TILE_ELEMENTS = 4096  # of each array that a program holds at a time
+TILE_ELEMENTS = 2048  # of each array that a program holds at a time
 BLOCK_SIZE = 2048  # elements for each program of an elementwise kernel
 
 

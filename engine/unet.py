@@ -54,6 +54,7 @@ class FastUnet(Unet):
         if num_classes:
             zeros = torch.zeros(num_classes, self.time_mlp[3].out_features)
             self.class_embedding = nn.Embedding.from_pretrained(zeros, freeze=False)
+        self.to(memory_format=torch.channels_last)  # or each convolution would transpose its weight
 
     def forward(
         self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None, labels: Tensor | None = None

@@ -53,16 +53,16 @@ def test_newton_schulz_keeps_singular_vectors_and_moves_values_near_one():
         rotated = u.mT @ newton_schulz(x, ONE) @ v.mT  # diagonal if the vectors are the same
         values = rotated.diagonal(dim1=1, dim2=2)
         assert (rotated - torch.diag_embed(values)).abs().max() < 1e-4
-        assert values[s > 0.1 * s.amax()].min() > 0.6 and values.max() < 1.3
+        assert values[s > 0.02 * s.amax()].min() > 0.9 and values.max() < 1.2
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3])
-def test_newton_schulz_does_five_steps_on_the_singular_values(scale):
+def test_newton_schulz_applies_its_polynomials_to_the_singular_values(scale):
     x = torch.randn((3, 6, 20), generator=torch.Generator().manual_seed(0))
     u, expected, v = torch.linalg.svd(x, full_matrices=False)
-    expected = expected / x.flatten(1).norm(dim=1, keepdim=True)
-    for _ in range(5):
-        expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
+    expected = expected / (expected**4).sum(1, keepdim=True) ** 0.25
+    for a, b, c in optimizer.NEWTON_SCHULZ_STEPS:
+        expected = a * expected + b * expected**3 + c * expected**5
     found = u.mT @ newton_schulz(x, torch.tensor(scale)) @ v.mT
     torch.testing.assert_close(found, torch.diag_embed(scale * expected), rtol=0, atol=1e-4)
 
