@@ -72,7 +72,7 @@ class GenerationMixin:
         classes in the proportions of the training images. return_all_timesteps: every x_t, from
         noise to image, (batch_size, intervals + 1, C, H, W).
         """
-        # Noise first: the GPU may still be busy with earlier images, and sampling_plan waits for it.
+        # Noise first: the GPU may still be busy with earlier images, for which sampling_plan waits.
         seeds = expand_seeds(seed, batch_size)
         x, randn = self.noise(seeds)
         function, timesteps = self.sampling_plan(sampler, steps, spacing, noise_levels)
