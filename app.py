@@ -52,7 +52,7 @@ MAX_PIXELS = 20_000_000  # of an uploaded image
 class AppSettings(Settings):
     """Which model the page shows, and to whom."""
 
-    checkpoint = Setting(None, "a .pt or .safetensors file", type_=str, auto="always the newest")
+    checkpoint = Setting(None, "a checkpoint file, or a run", type_=str, auto="always the newest")
     host = Setting("127.0.0.1", "address to listen on; 0.0.0.0: all of this machine's")
     port = Setting(7860, "port to listen on", min=1, max=65535)
     share = Setting(False, "also make a public gradio.live link, valid for 72 hours")
@@ -64,9 +64,8 @@ class SharedModel(page.SharingMixin, DDPMModel):
 
 def load_shared_model(path: Path) -> SharedModel:
     """Loads a checkpoint onto the default device."""
-    model = SharedModel(dim=8)  # until the file is read
-    model = model.to(default_device()).load_model(path).eval()
-    return model.to(memory_format=torch.channels_last)
+    model = SharedModel(dim=8).to(default_device())  # dim: until the file is read
+    return model.load_model(path).eval().to(memory_format=torch.channels_last)
 
 
 class Page:
@@ -366,8 +365,9 @@ def import_gradio() -> None:
 def start(settings: AppSettings) -> tuple[Any, str]:
     """Starts the server; returns gradio's Blocks and the address."""
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses more than twice that
-    path = settings.checkpoint
-    find = partial(Path, path) if path else partial(checkpoints.newest, notify=False)
+    find = partial(checkpoints.newest, notify=False)
+    if settings.checkpoint is not None:
+        find = partial(Path, checkpoints.resolve_checkpoint(settings.checkpoint))
     blocks = Page(page.ModelKeeper(find, load_shared_model)).build()
     script = (ROOT / "app.js").read_text(encoding="utf-8")
     blocks.queue(max_size=100, default_concurrency_limit=16, api_open=False)

@@ -282,6 +282,19 @@ def test_upload_of_no_image_is_refused_without_the_servers_path(served):
 # gradio.
 
 
+def test_checkpoint_flag_takes_a_run_and_suggests_the_nearest(served, monkeypatch):
+    path = save_model("checkpoints/my_run/last.pt")
+
+    def refuse(find, load):
+        raise UserError(f"found {find()}")
+
+    monkeypatch.setattr(page, "ModelKeeper", refuse)
+    found = f"found {path}"
+    for name, message in ((str(path), found), ("my_run", found), ("my_ran", "did you mean my_run")):
+        with pytest.raises(UserError, match=message):
+            app.start(app.AppSettings(checkpoint=name))
+
+
 def test_missing_gradio_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["app.py"])
     monkeypatch.setitem(sys.modules, "gradio", None)
