@@ -158,7 +158,9 @@ def training_flops(network: nn.Module, image_size: int) -> int:
 
 def matmul_flops(device: torch.device) -> float:
     """Measures the FLOP/s of a large matmul, 16-bit on a GPU: what MFU (arXiv:2204.02311) is of."""
-    size, dtype = (8192, amp_dtype(device)) if device.type == "cuda" else (2048, torch.float32)
+    is_gpu = device.type == "cuda"
+    size = 8192 if is_gpu else 2048
+    dtype = amp_dtype(device) if is_gpu else torch.float32
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     return 2 * size**3 * time_steps(lambda: lambda: a @ b, 1, device)["images_per_second"]
 

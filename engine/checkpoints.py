@@ -317,7 +317,8 @@ def import_lucidrains_checkpoint(
     Raises UserError without the image size, of which the file has no trace.
     """
     # Weights of the EMA copy, by the names that GaussianDiffusion and Unet give them.
-    source, prefix = (file["ema"], "ema_model.") if file.get("ema") else (file.get("model"), "")
+    prefix = "ema_model." if file.get("ema") else ""
+    source = file.get("ema") or file.get("model")
     if not isinstance(source, dict) or f"{prefix}model.init_conv.weight" not in source:
         raise UserError(f"{path} is neither of this project nor of lucidrains' Trainer")
     if image_size is None:

@@ -175,8 +175,10 @@ def _build(source: Source, size: int, path: Path, labels_path: Path, workers, pr
     # Each file gets its name once it is complete.
     write_atomically(path, write)
     if source.has_labels:
-        known = (source.labels, source.class_names)
-        labels, names = source.stream_labels() if source.stream_labels else known
+        labels = source.labels
+        names = source.class_names
+        if source.stream_labels:
+            labels, names = source.stream_labels()
         content = {"labels": np.repeat(labels, counts), "class_names": np.array(names, dtype=str)}
         write_atomically(labels_path, lambda file: np.savez(file, **content))
     if unreadable:
