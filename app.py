@@ -165,7 +165,7 @@ class Page:
         """Variations of the newest chosen image."""
         plan = self.plan(request, *controls)
         options = {"strength": strength}
-        session.images["vary"] = plan.run("vary", NUM_VARIATIONS, session.chosen[0], options)
+        session.images["vary"] = plan.edit("vary", NUM_VARIATIONS, session.chosen[0], options)
         return self.grid(session, "vary")
 
     def inpaint(self, session: Session, request: Request, _: float, *controls: Any) -> str:
@@ -174,7 +174,7 @@ class Page:
             return page.note("Paint over the part to fill in.")
         plan = self.plan(request, *controls)
         options = {"mask": session.mask}
-        session.images["inpaint"] = plan.run("inpaint", NUM_INPAINTED, session.chosen[0], options)
+        session.images["inpaint"] = plan.edit("inpaint", NUM_INPAINTED, session.chosen[0], options)
         return self.grid(session, "inpaint")
 
     def interpolate(self, session: Session, request: Request, *_: Any) -> str:

@@ -380,7 +380,7 @@ def main() -> None:
         jobs = make_jobs(section, config, batches, settings.QUICK, is_gpu)
         rows: list[Row] = []
         for job in memory_jobs(preset, flags) if section == "memory" else jobs:
-            rows.append(benchmarking.run(job))
+            rows.append(benchmarking.run_job(job))
             add_speedup(rows[-1], rows)
             print(f"{section}: {benchmarking.format_row(rows[-1])}", flush=True)
         if section == "training":

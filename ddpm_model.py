@@ -198,8 +198,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
     def snapshot_guide(self) -> None:
         """Makes a copy of the current network the guide.
 
-        Autoguidance, Karras et al. (arXiv:2406.02507): a worse network makes the same errors, but
-        larger ones, so samples are moved away from what it predicts.
+        Autoguidance, Karras et al. (arXiv:2406.02507): a network trained for less time makes the
+        same errors, but larger ones, so samples are moved away from what it predicts.
         """
         self.guide = copy.deepcopy(self.unet)
 
@@ -284,7 +284,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         self, clip: bool = True, guidance: float | None = None, labels: Tensor | None = None,
         guidance_mode: str | None = None,
     ) -> ModelDenoiser:  # fmt: skip
-        """Returns this model as a denoiser for one sampler run (it may keep state).
+        """Returns this model as a denoiser for one trajectory (it may keep state).
 
         guidance_mode: what samples are moved away from: `autoguidance`, the guide with the same
         label; `cfg`, classifier-free guidance, this network without a label; `both`, the guide

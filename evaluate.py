@@ -216,12 +216,12 @@ def image_shape(model: DDPMModel) -> tuple[int, ...]:
     return model.channels, model.image_size, model.image_size
 
 
-def format_table(evaluations: list[Evaluation]) -> str:
+def format_table(results: list[Evaluation]) -> str:
     """Returns the scores as aligned columns."""
-    columns = [name for name in evaluations[0]["scores"] if not name.endswith(" std")]
-    width = max(len(row["name"]) for row in evaluations)
+    columns = [name for name in results[0]["scores"] if not name.endswith(" std")]
+    width = max(len(row["name"]) for row in results)
     lines = [" " * width + "".join(f"{name:>16}" for name in (*columns, "seconds"))]
-    for row in evaluations:
+    for row in results:
         scores = "".join(f"{row['scores'][name]:16.4g}" for name in columns)
         lines.append(f"{row['name']:{width}}{scores}{row['seconds']:16.0f}")
     return "\n".join(lines)
@@ -268,8 +268,8 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
         by_class = ClassMetrics(references[networks[-1]], data.labels, class_names)
         reference["class accuracy"] = by_class.real_accuracy
     validation = validation_batch(model) if config else None
-    evaluations: list[Evaluation] = []
-    report = describe_comparison(reference, networks, device) | {"evaluations": evaluations}
+    results: list[Evaluation] = []
+    report = describe_comparison(reference, networks, device) | {"evaluations": results}
 
     # Sample and score; the report is saved after each.
     losses: dict[str, tuple[list[int], list[float]]] = {}
@@ -285,19 +285,19 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
                 losses[row["name"]] = metrics.loss_by_timestep(model, validation)
         row |= score_images(images, references, by_class, labels, device)
         row["seconds"] = round(time.perf_counter() - row_start, 2)
-        evaluations.append(row)
+        results.append(row)
         report["seconds"] = round(time.perf_counter() - start, 2)
-        label = result_label(evaluations[0], len(paths) - 1, reference)
+        label = result_label(results[0], len(paths) - 1, reference)
         checkpoints.write_text(output_dir / f"{label}.json", json.dumps(report, indent=2) + "\n")
 
     # Tables and figures.
-    print(format_table(evaluations))
+    print(format_table(results))
     if by_class is not None:
-        print_classes(evaluations, networks[-1].title, by_class)
+        print_classes(results, networks[-1].title, by_class)
     stem = output_dir / label
     if images.shape[1:] == real.shape[1:]:
         save_nearest(settings, images, real, references, stem)
-    save_curves(evaluations, losses, [network.title for network in networks], stem)
+    save_curves(results, losses, [network.title for network in networks], stem)
     about = f"{len(real)} real images of {reference['dataset']} ({reference['data_dir']})"
     print(f"{about}; results: {stem}*")
 
@@ -333,9 +333,9 @@ def check_shape(model: DDPMModel, path: Path, shape: tuple[int, ...], first: Pat
         raise UserError(f"images of {path} are {difference}. Evaluate it alone")
 
 
-def print_classes(evaluations: list[Evaluation], title: str, by_class: ClassMetrics) -> None:
+def print_classes(results: list[Evaluation], title: str, by_class: ClassMetrics) -> None:
     """Prints the scores of each class, and the classifier's accuracy on real images."""
-    for row in evaluations:
+    for row in results:
         print(format_classes(row["name"], title, row["classes"]))
     print(f"class accuracy of held-out real images: {by_class.real_accuracy}")
 
@@ -353,7 +353,7 @@ def save_nearest(
 
 
 def save_curves(
-    evaluations: list[Evaluation], losses: dict[str, tuple[list[int], list[float]]],
+    results: list[Evaluation], losses: dict[str, tuple[list[int], list[float]]],
     titles: list[str], stem: Path,
 ) -> None:  # fmt: skip
     """Plots losses, by name as timesteps and values, and distances by training time."""
@@ -361,7 +361,7 @@ def save_curves(
         timesteps, _ = next(iter(losses.values()))
         values = {name: loss for name, (_, loss) in losses.items()}
         plots.save_loss_by_timestep(timesteps, values, stem.with_name(f"{stem.name}-loss.png"))
-    trained = [row for row in evaluations if row.get("trained_seconds")]
+    trained = [row for row in results if row.get("trained_seconds")]
     if len(trained) > 1:
         minutes = [row["trained_seconds"] / 60 for row in trained]
         distances = {title: [row["scores"][title] for row in trained] for title in titles}

@@ -68,7 +68,7 @@ class BenchmarkJob(NamedTuple):
     limit: float = 300.0  # seconds
 
 
-def run(job: BenchmarkJob) -> dict[str, Any]:
+def run_job(job: BenchmarkJob) -> dict[str, Any]:
     """Runs a job in a new process; its row says under `failed` why there is no result."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)

@@ -91,9 +91,9 @@ class GenerationMixin:
     ) -> Tensor:  # fmt: skip
         """Interpolates between two images (C, H, W): (num_steps, C, H, W).
 
-        ddim_encode takes both to x_T in `steps` evaluations; points on the arc in between are
-        decoded. Guidance is disabled: it would move the endpoints away from the inputs. labels: of
-        both images, between which the class goes, too.
+        ddim_encode takes both to x_T in `steps` steps; points on the arc in between are decoded.
+        Guidance is disabled: it would move the endpoints away from the inputs. labels: of both
+        images, between which the class goes, too.
         """
         if self.is_consistent:
             reason = (
@@ -198,8 +198,8 @@ class GenerationMixin:
     ) -> tuple[Callable, list[int]]:  # fmt: skip
         """Returns the sampler as a function and its timesteps, the last of which is -1.
 
-        steps: evaluations of the network, without the guide's. noise_levels: of the sampler
-        consistency, the sigma of each evaluation, as in CONSISTENCY_LEVELS, in place of steps and
+        steps: network evaluations (NFE), without the guide's. noise_levels: of the sampler
+        consistency, the sigma of each step, as in CONSISTENCY_LEVELS, in place of steps and
         spacing. UserError for unknown names, or more steps than the process has.
         """
         if spacing not in SPACINGS:

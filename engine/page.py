@@ -198,7 +198,7 @@ class Plan:
         x, randn = self.model.noise(self.seeds)
         return self.model.trajectory(x, timesteps, sampler, randn, labels=self.labels, **options)
 
-    def run(self, mode: str, count: int, source: PageImage, options: dict) -> list[PageImage]:
+    def edit(self, mode: str, count: int, source: PageImage, options: dict) -> list[PageImage]:
         """Calls the model's method `mode`, which starts from an image, for `count` seeds."""
         self.seeds = self.seeds[:count]
         self.labels = self.labels and self.labels[:count]

@@ -84,7 +84,7 @@ def ddim_step(x: Tensor, x_0: Tensor, a_t: float, a_s: float) -> Tensor:
 def dpmpp_2m(denoiser: Denoiser, x: Tensor, timesteps: Timesteps, randn: Randn) -> SamplerOutput:
     """DPM-Solver++(2M): algorithm 2 of Lu et al. (arXiv:2211.01095).
 
-    The first step, of one evaluation, and the last, infinitely long in lambda, are of order 1.
+    The first step has none before it, and the last is infinitely long in lambda: both have order 1.
     """
     previous = None  # x_0 and h of the interval before
     for t, s, a_t, a_s in intervals(denoiser, timesteps):
@@ -203,7 +203,7 @@ def batched(seeds: Sequence[int], size: int) -> list[list[int]]:
 
 
 def num_intervals(sampler: Callable[..., SamplerOutput], steps: int) -> int:
-    """Returns the intervals for `steps` evaluations; heun makes 2 in all but the last."""
+    """Returns the intervals for `steps` network evaluations; heun makes 2 in all but the last."""
     return (steps + 1) // 2 if sampler is heun else steps
 
 
@@ -251,12 +251,12 @@ DEFAULT_SPACING = "karras"
 def choose_timesteps(
     sampler: Callable[..., SamplerOutput], alpha_bar: Sequence[float], steps: int, spacing: str
 ) -> list[int]:
-    """Returns the timesteps of a sampler for `steps` evaluations, spaced as SPACINGS[spacing].
+    """Returns the timesteps of a sampler for `steps` NFE, spaced as SPACINGS[spacing].
 
     The corrector of heun multiplies the error of its second prediction, which is near 1 at the
     lowest sigma, by half of the sigma it comes from. Where that is far above the lowest, images
     would be noise, so the lowest is left out: the clean image follows directly. Consistency leaves
-    it out, too: an evaluation there would change nothing.
+    it out, too: a step from there would change nothing.
     """
     count = num_intervals(sampler, steps)
     if sampler is consistency:

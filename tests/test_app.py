@@ -192,7 +192,7 @@ def test_png_of_a_derived_image_restores_its_source(served, mode, monkeypatch):
     source = PageImage(torch.rand(3, 8, 8), "upload", {})
     mask = torch.arange(64).reshape(8, 8) % 3 == 0
     options = {"strength": 0.8} if mode == "vary" else {"mask": mask}
-    derived = plan_of(served).run(mode, 1, source, options)[0]
+    derived = plan_of(served).edit(mode, 1, source, options)[0]
     path = save_png(derived, "a.png")
     session = Session()
     controls = page.take_upload(session, path, served.model, InferenceSettings)
@@ -204,7 +204,7 @@ def test_png_of_a_derived_image_restores_its_source(served, mode, monkeypatch):
     else:
         options = {"strength": controls["strength"]}
     del controls["strength"]
-    again = plan_of(served, **controls).run(mode, 1, session.chosen[0], options)[0]
+    again = plan_of(served, **controls).edit(mode, 1, session.chosen[0], options)[0]
     assert torch.equal(again.image, derived.image)
 
     # inference.py makes the same image from it.
@@ -245,7 +245,7 @@ def test_upload_of_another_image_is_cropped_and_changes_no_control(served):
 def test_upload_never_names_a_file_of_the_server(served):
     plan = plan_of(served)
     source = PageImage(torch.rand(3, 8, 8), "upload", {})
-    varied = plan.run("vary", 1, source, {"strength": 0.5})[0]
+    varied = plan.edit("vary", 1, source, {"strength": 0.5})[0]
     Image.new("L", (8, 8), 255).save("secret.png")
     stored = varied.settings | {"mode": "inpaint", "image": "secret.png", "mask": "secret.png"}
     path = save_png(PageImage(varied.image, "upload", stored), "a.png")

@@ -80,7 +80,7 @@ def run_main(monkeypatch, tmp_path):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: is_gpu)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A card")
         monkeypatch.setattr(benchmark, "detect_tier", lambda: LARGE_TIER if is_gpu else CPU_TIER)
-        monkeypatch.setattr(benchmarking, "run", run)
+        monkeypatch.setattr(benchmarking, "run_job", run)
         benchmark.main()
         return jobs
 

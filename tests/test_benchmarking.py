@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from engine import benchmarking
-from engine.benchmarking import BenchmarkJob, run
+from engine.benchmarking import BenchmarkJob, run_job
 from engine.errors import FallbackWarning, UserError
 from tests.helpers import CPU, ROOT
 
@@ -47,7 +47,7 @@ def hang(device: torch.device) -> dict:
 
 def test_run_completes_the_row_of_a_job():
     expected = "cuda" if torch.cuda.is_available() else "cpu"
-    assert run(BenchmarkJob({"what": "a"}, succeed)) == {"what": "a", "value": expected}
+    assert run_job(BenchmarkJob({"what": "a"}, succeed)) == {"what": "a", "value": expected}
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_run_completes_the_row_of_a_job():
 )
 def test_run_reports_why_a_job_has_no_result(measure, limit, reason):
     start = time.monotonic()
-    row = run(BenchmarkJob({"what": "a"}, measure, limit))
+    row = run_job(BenchmarkJob({"what": "a"}, measure, limit))
     assert row == {"what": "a", "failed": reason}
     assert time.monotonic() - start < 120
 

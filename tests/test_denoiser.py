@@ -71,15 +71,15 @@ def test_guidance_applies_in_its_interval_only():
     model = guided(guidance=2.0)
     main = small()
     main.unet.load_state_dict(model.unet.state_dict())
-    worse = small()
-    worse.unet.load_state_dict(model.guide.state_dict())
+    guide = small()
+    guide.unet.load_state_dict(model.guide.state_dict())
     x = torch.randn(2, 3, 8, 8)
     low, high = model.guidance_interval
     inside = [t for t, a in enumerate(model.denoiser().alpha_bar) if low <= sigma_of(a) <= high]
     assert 5 < len(inside) < 35
     for t in (0, inside[0], inside[-1], 39):
         x_0 = main.denoiser(clip=False)(x, t)
-        x_0_guide = worse.denoiser(clip=False)(x, t)
+        x_0_guide = guide.denoiser(clip=False)(x, t)
         expected = x_0_guide + 2 * (x_0 - x_0_guide) if t in inside else x_0
         torch.testing.assert_close(model.denoiser(clip=False)(x, t), expected)
         torch.testing.assert_close(model.denoiser(clip=False, guidance=1)(x, t), x_0)
