@@ -1,13 +1,18 @@
-"""Triton kernels for linear attention with memory slots (arXiv:1812.01243).
+"""Triton kernels for linear and full attention with memory slots.
 
 For each image and head, with queries Q (N, D), keys K and values V (slots + N, D):
 
-    context = softmax(K over tokens)^T V          (D, D)
-    out = scale * softmax(Q over D) context       (N, D)
+    linear (arXiv:1812.01243)     context = softmax(K over tokens)^T V      (D, D)
+                                  out = scale * softmax(Q over D) context   (N, D)
+    full (arXiv:2307.08691)       out = softmax(scale * Q K^T over tokens) V
 
-Program (image, head) holds context and BLOCK tokens at a time. Softmaxes and sums are in fp32,
-matrix products in the precision of qkv.
+Of linear attention, program (image, head) holds context and BLOCK tokens at a time; of full
+attention, a program holds BLOCK queries of a head and passes over its keys, BLOCK at a time.
+All are read where they are in qkv and mem_kv, and gradients are written so. Softmaxes and sums are
+in fp32, matrix products in the precision of qkv.
 """
+
+import math
 
 import torch
 import triton
@@ -19,7 +24,7 @@ PRECISION = tl.constexpr("ieee")  # of products of fp32; ROCm compiles no tf32, 
 
 
 @triton.jit
-def _attention_forward(qkv_ptr, mem_kv_ptr, out_ptr, context_ptr, lse_ptr, tokens, scale,
+def _linear_forward(qkv_ptr, mem_kv_ptr, out_ptr, context_ptr, lse_ptr, tokens, scale,
                        HEADS: tl.constexpr, DIM: tl.constexpr, SLOTS: tl.constexpr,
                        BLOCK: tl.constexpr):  # fmt: skip
     """Stores out, and for the backward pass context and the log-sum-exp of the keys.
@@ -77,8 +82,8 @@ def _attention_forward(qkv_ptr, mem_kv_ptr, out_ptr, context_ptr, lse_ptr, token
 
 
 @triton.jit
-def _kv_backward(kv_ptr, dkv_ptr, offsets, v_offset, mask, lse, dcontext, kdk_sum):
-    """dK and dV of a tile of tokens or slots, see _attention_backward."""
+def _linear_backward_kv(kv_ptr, dkv_ptr, offsets, v_offset, mask, lse, dcontext, kdk_sum):
+    """dK and dV of a tile of tokens or slots, see _linear_backward."""
     s = tl.exp(tl.load(kv_ptr + offsets, mask, -float("inf")).to(tl.float32) - lse[None, :])
     v = tl.load(kv_ptr + v_offset + offsets, mask, 0.0).to(dcontext.dtype)
     ds = tl.dot(v, tl.trans(dcontext), input_precision=PRECISION)
@@ -88,7 +93,7 @@ def _kv_backward(kv_ptr, dkv_ptr, offsets, v_offset, mask, lse, dcontext, kdk_su
 
 
 @triton.jit
-def _attention_backward(qkv_ptr, mem_kv_ptr, context_ptr, lse_ptr, dout_ptr, dqkv_ptr, dmem_kv_ptr,
+def _linear_backward(qkv_ptr, mem_kv_ptr, context_ptr, lse_ptr, dout_ptr, dqkv_ptr, dmem_kv_ptr,
                         tokens, scale, HEADS: tl.constexpr, DIM: tl.constexpr, SLOTS: tl.constexpr,
                         BLOCK: tl.constexpr):  # fmt: skip
     """dqkv and dmem_kv; P = softmax(Q over D), S = softmax(K over tokens) = exp(K - lse):
@@ -131,13 +136,13 @@ def _attention_backward(qkv_ptr, mem_kv_ptr, context_ptr, lse_ptr, dout_ptr, dqk
     for start in range(0, tokens, BLOCK):
         mask = (start + block < tokens)[:, None]
         offsets = (start + block)[:, None] * stride + dims[None, :] + HEADS * DIM
-        _kv_backward(q_ptr, dq_ptr, offsets, v_offset, mask, lse, dcontext, kdk_sum)
+        _linear_backward_kv(q_ptr, dq_ptr, offsets, v_offset, mask, lse, dcontext, kdk_sum)
     slots = tl.arange(0, MAX_SLOTS)
     mask = (slots < SLOTS)[:, None]
     offsets = head * DIM * SLOTS + dims[None, :] * SLOTS + slots[:, None]
     dmem_kv_ptr += image * 2 * HEADS * DIM * SLOTS
     v_offset = HEADS * DIM * SLOTS
-    _kv_backward(mem_kv_ptr, dmem_kv_ptr, offsets, v_offset, mask, lse, dcontext, kdk_sum)
+    _linear_backward_kv(mem_kv_ptr, dmem_kv_ptr, offsets, v_offset, mask, lse, dcontext, kdk_sum)
 
 
 class LinearAttentionFunction(torch.autograd.Function):
@@ -154,7 +159,7 @@ class LinearAttentionFunction(torch.autograd.Function):
         lse = torch.empty((images, heads, dim), device=qkv.device)
         block = min(max(triton.next_power_of_2(tokens), 16), 2048 // dim)
         ctx.options = dict(HEADS=heads, DIM=dim, SLOTS=slots, BLOCK=block)
-        _attention_forward[images, heads](
+        _linear_forward[images, heads](
             qkv, mem_kv, out, context, lse, tokens, dim**-0.5, **ctx.options)  # fmt: skip
         ctx.save_for_backward(qkv, mem_kv, context, lse)
         return out
@@ -166,7 +171,7 @@ class LinearAttentionFunction(torch.autograd.Function):
         _, heads, dim, _ = mem_kv.shape
         dqkv = torch.empty_like(qkv)
         dmem_kv = torch.empty((images, *mem_kv.shape), device=qkv.device)
-        _attention_backward[images, heads](
+        _linear_backward[images, heads](
             qkv, mem_kv, context, lse, dout.contiguous(), dqkv, dmem_kv, tokens, dim**-0.5,
             **ctx.options)  # fmt: skip
         return dqkv, dmem_kv.sum(0).to(mem_kv.dtype)
@@ -175,4 +180,220 @@ class LinearAttentionFunction(torch.autograd.Function):
 def supports_linear_attention(mem_kv: Tensor) -> bool:
     """Whether the kernels take memory slots (2, heads, D, slots) of this shape."""
     _, _, dim, slots = mem_kv.shape
+    return dim in (16, 32, 64) and slots <= MAX_SLOTS.value
+
+
+@triton.jit
+def _find_block(tokens, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """Image, head and tokens (BLOCK,) of this program; its neighbors read the same keys."""
+    blocks = tl.cdiv(tokens, BLOCK)
+    program = tl.program_id(0)
+    image = (program // (blocks * HEADS)).to(tl.int64)
+    rows = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    return image, program // blocks % HEADS, rows
+
+
+@triton.jit
+def _load_slots(mem_kv_ptr, head, dtype, HEADS: tl.constexpr, DIM: tl.constexpr,
+                SLOTS: tl.constexpr):  # fmt: skip
+    """Keys and values (MAX_SLOTS, D) of a head's slots, then zeros; which are slots; offsets."""
+    slots = tl.arange(0, MAX_SLOTS)
+    is_slot = slots < SLOTS
+    offsets = (head * SLOTS + slots)[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    mem_k = tl.load(mem_kv_ptr + offsets, is_slot[:, None], 0.0).to(dtype)
+    mem_v = tl.load(mem_kv_ptr + HEADS * SLOTS * DIM + offsets, is_slot[:, None], 0.0).to(dtype)
+    return mem_k, mem_v, is_slot, offsets
+
+
+@triton.jit
+def _full_forward(qkv_ptr, mem_kv_ptr, out_ptr, lse_ptr, tokens, scale, HEADS: tl.constexpr,
+                  DIM: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+                  IS_RAGGED: tl.constexpr):  # fmt: skip
+    """Stores out, and for the backward pass the log-sum-exp (base 2) of each query's scores.
+
+    scale includes log2(e): powers of 2 are what a GPU computes. One pass over the keys: whenever
+    a query's largest score grows, its sums so far are rescaled to it.
+    """
+    image, head, rows = _find_block(tokens, HEADS, BLOCK)
+    dims = tl.arange(0, DIM)
+    block = tl.arange(0, BLOCK)
+    stride = 3 * HEADS * DIM  # between tokens
+    q_ptr = qkv_ptr + image * tokens * stride + head * DIM
+    k_ptr = q_ptr + HEADS * DIM
+    row_mask = (rows < tokens)[:, None]
+    q = tl.load(q_ptr + rows[:, None] * stride + dims[None, :], row_mask, 0.0)
+
+    # Slots.
+    mem_k, mem_v, is_slot, _ = _load_slots(mem_kv_ptr, head, q.dtype, HEADS, DIM, SLOTS)
+    slot_scores = tl.dot(q, tl.trans(mem_k), input_precision=PRECISION)
+    slot_scores = tl.where(is_slot[None, :], slot_scores, -float("inf"))
+    running_max = tl.max(slot_scores, 1) * scale
+    slot_p = tl.exp2(slot_scores * scale - running_max[:, None])
+    running_sum = tl.sum(slot_p, 1)
+    out = tl.dot(slot_p.to(q.dtype), mem_v, input_precision=PRECISION)
+
+    # Tokens.
+    for start in range(0, tokens, BLOCK):
+        is_token = start + block < tokens
+        offsets = (start + block)[:, None] * stride + dims[None, :]
+        k = tl.load(k_ptr + offsets, is_token[:, None], 0.0)
+        v = tl.load(k_ptr + HEADS * DIM + offsets, is_token[:, None], 0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if IS_RAGGED:
+            scores = tl.where(is_token[None, :], scores, -float("inf"))
+        new_max = tl.maximum(running_max, tl.max(scores, 1) * scale)
+        rescale = tl.exp2(running_max - new_max)
+        p = tl.exp2(scores * scale - new_max[:, None])
+        running_sum = running_sum * rescale + tl.sum(p, 1)
+        out = out * rescale[:, None]
+        out += tl.dot(p.to(q.dtype), v, input_precision=PRECISION)
+        running_max = new_max
+    out = out / running_sum[:, None]
+    out_offsets = (image * tokens + rows)[:, None] * (HEADS * DIM) + head * DIM + dims[None, :]
+    tl.store(out_ptr + out_offsets, out, row_mask)
+    index = (image * HEADS + head) * tokens + rows
+    tl.store(lse_ptr + index, running_max + tl.log2(running_sum), rows < tokens)
+
+
+@triton.jit
+def _full_backward_tile(a, b, c, d, lse, delta, scale):
+    """P = exp2(scale * a b^T - lse) and dS = P * (c d^T - delta), of queries or of keys by row."""
+    scores = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    p = tl.exp2(scores * scale - lse)
+    dp = tl.dot(c, tl.trans(d), input_precision=PRECISION)
+    return p.to(a.dtype), (p * (dp - delta)).to(a.dtype)
+
+
+@triton.jit
+def _full_backward_q(qkv_ptr, mem_kv_ptr, out_ptr, lse_ptr, dout_ptr, dqkv_ptr, dmem_kv_ptr,
+                     delta_ptr, tokens, scale, HEADS: tl.constexpr, DIM: tl.constexpr,
+                     SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+                     IS_RAGGED: tl.constexpr):  # fmt: skip
+    """dQ of BLOCK queries, delta, and what these queries add to dmem_kv.
+
+    P = exp2(scale * Q K^T - lse)    delta = sum over D of dout * out
+    dS = P * (dout V^T - delta)      dQ = D^-0.5 * dS K
+    dmem_kv (B, blocks, 2, heads, slots, D) is to be summed over images and blocks.
+    """
+    image, head, rows = _find_block(tokens, HEADS, BLOCK)
+    dims = tl.arange(0, DIM)
+    block = tl.arange(0, BLOCK)
+    stride = 3 * HEADS * DIM  # between tokens
+    q_ptr = qkv_ptr + image * tokens * stride + head * DIM
+    k_ptr = q_ptr + HEADS * DIM
+    row_mask = (rows < tokens)[:, None]
+    row_offsets = rows[:, None] * stride + dims[None, :]
+    out_offsets = (image * tokens + rows)[:, None] * (HEADS * DIM) + head * DIM + dims[None, :]
+    q = tl.load(q_ptr + row_offsets, row_mask, 0.0)
+    out = tl.load(out_ptr + out_offsets, row_mask, 0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + out_offsets, row_mask, 0.0)
+    index = (image * HEADS + head) * tokens + rows
+    lse = tl.load(lse_ptr + index, rows < tokens, 0.0)[:, None]
+    delta = tl.sum(dout.to(tl.float32) * out, 1)
+    tl.store(delta_ptr + index, delta, rows < tokens)
+    delta = delta[:, None]
+
+    # Slots. Where lse is infinite, P and dS are 0.
+    mem_k, mem_v, is_slot, slot_offsets = _load_slots(mem_kv_ptr, head, q.dtype, HEADS, DIM, SLOTS)
+    slot_lse = tl.where(is_slot[None, :], lse, float("inf"))
+    slot_p, slot_ds = _full_backward_tile(q, mem_k, dout, mem_v, slot_lse, delta, scale)
+    dmem_k = tl.dot(tl.trans(slot_ds), q, input_precision=PRECISION) * DIM**-0.5
+    dmem_v = tl.dot(tl.trans(slot_p), dout, input_precision=PRECISION)
+    blocks = tl.cdiv(tokens, BLOCK)
+    dmem_kv_ptr += (image * blocks + tl.program_id(0) % blocks) * 2 * HEADS * SLOTS * DIM
+    tl.store(dmem_kv_ptr + slot_offsets, dmem_k, is_slot[:, None])
+    tl.store(dmem_kv_ptr + HEADS * SLOTS * DIM + slot_offsets, dmem_v, is_slot[:, None])
+    dq = tl.dot(slot_ds, mem_k, input_precision=PRECISION)
+
+    # Tokens.
+    for start in range(0, tokens, BLOCK):
+        is_token = start + block < tokens
+        offsets = (start + block)[:, None] * stride + dims[None, :]
+        k = tl.load(k_ptr + offsets, is_token[:, None], 0.0)
+        v = tl.load(k_ptr + HEADS * DIM + offsets, is_token[:, None], 0.0)
+        token_lse = tl.where(is_token[None, :], lse, float("inf")) if IS_RAGGED else lse
+        _, ds = _full_backward_tile(q, k, dout, v, token_lse, delta, scale)
+        dq += tl.dot(ds, k, input_precision=PRECISION)
+    dq_ptr = dqkv_ptr + image * tokens * stride + head * DIM
+    tl.store(dq_ptr + row_offsets, dq * DIM**-0.5, row_mask)
+
+
+@triton.jit
+def _full_backward_kv(qkv_ptr, lse_ptr, dout_ptr, delta_ptr, dqkv_ptr, tokens, scale,
+                      HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """dK and dV of BLOCK tokens, with P and dS of _full_backward_q, transposed:
+
+    dV = P^T dout    dK = D^-0.5 * dS^T Q
+    """
+    image, head, rows = _find_block(tokens, HEADS, BLOCK)
+    dims = tl.arange(0, DIM)
+    block = tl.arange(0, BLOCK)
+    stride = 3 * HEADS * DIM  # between tokens
+    q_ptr = qkv_ptr + image * tokens * stride + head * DIM
+    dout_ptr += image * tokens * (HEADS * DIM) + head * DIM
+    index = (image * HEADS + head) * tokens
+    row_mask = (rows < tokens)[:, None]
+    row_offsets = rows[:, None] * stride + dims[None, :] + HEADS * DIM
+    k = tl.load(q_ptr + row_offsets, row_mask, 0.0)
+    v = tl.load(q_ptr + HEADS * DIM + row_offsets, row_mask, 0.0)
+
+    dk = tl.zeros([BLOCK, DIM], tl.float32)
+    dv = tl.zeros([BLOCK, DIM], tl.float32)
+    for start in range(0, tokens, BLOCK):
+        queries = start + block
+        mask = (queries < tokens)[:, None]
+        q = tl.load(q_ptr + queries[:, None] * stride + dims[None, :], mask, 0.0)
+        dout_offsets = queries[:, None] * (HEADS * DIM) + dims[None, :]
+        dout = tl.load(dout_ptr + dout_offsets, mask, 0.0)
+        lse = tl.load(lse_ptr + index + queries, queries < tokens, 0.0)[None, :]
+        delta = tl.load(delta_ptr + index + queries, queries < tokens, 0.0)[None, :]
+        p, ds = _full_backward_tile(k, q, v, dout, lse, delta, scale)
+        dv += tl.dot(p, dout, input_precision=PRECISION)
+        dk += tl.dot(ds, q, input_precision=PRECISION)
+    dk_ptr = dqkv_ptr + image * tokens * stride + head * DIM
+    tl.store(dk_ptr + row_offsets, dk * DIM**-0.5, row_mask)
+    tl.store(dk_ptr + HEADS * DIM + row_offsets, dv, row_mask)
+
+
+class FullAttentionFunction(torch.autograd.Function):
+    """engine.unet.full_attention with the kernels."""
+
+    @staticmethod
+    def forward(ctx, qkv, mem_kv):
+        qkv = qkv.contiguous()
+        mem_kv = mem_kv.contiguous()
+        images, tokens, _ = qkv.shape
+        _, heads, slots, dim = mem_kv.shape
+        out = qkv.new_empty(images, tokens, heads * dim)
+        lse = torch.empty((images, heads, tokens), device=qkv.device)
+        largest = min(64, 4096 // (dim * qkv.element_size()))  # fits GPUs of 64 KiB shared memory
+        block = min(max(triton.next_power_of_2(tokens), 16), largest)
+        ctx.grid = (images * heads * triton.cdiv(tokens, block),)
+        ctx.scale = dim**-0.5 * math.log2(math.e)
+        ctx.options = dict(HEADS=heads, DIM=dim, BLOCK=block, num_warps=block // 16)
+        ctx.key_options = dict(SLOTS=slots, IS_RAGGED=tokens % block > 0)
+        _full_forward[ctx.grid](
+            qkv, mem_kv, out, lse, tokens, ctx.scale, **ctx.options, **ctx.key_options)  # fmt: skip
+        ctx.save_for_backward(qkv, mem_kv, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        qkv, mem_kv, out, lse = ctx.saved_tensors
+        images, tokens, _ = qkv.shape
+        dout = dout.contiguous()
+        dqkv = torch.empty_like(qkv)
+        blocks = triton.cdiv(tokens, ctx.options["BLOCK"])
+        dmem_kv = torch.empty((images * blocks, *mem_kv.shape), device=qkv.device)
+        delta = torch.empty_like(lse)
+        _full_backward_q[ctx.grid](
+            qkv, mem_kv, out, lse, dout, dqkv, dmem_kv, delta, tokens, ctx.scale,
+            **ctx.options, **ctx.key_options)  # fmt: skip
+        _full_backward_kv[ctx.grid](qkv, lse, dout, delta, dqkv, tokens, ctx.scale, **ctx.options)
+        return dqkv, dmem_kv.sum(0).to(mem_kv.dtype)
+
+
+def supports_full_attention(mem_kv: Tensor) -> bool:
+    """Whether the kernels take memory slots (2, heads, slots, D) of this shape."""
+    _, _, slots, dim = mem_kv.shape
     return dim in (16, 32, 64) and slots <= MAX_SLOTS.value

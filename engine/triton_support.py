@@ -67,6 +67,14 @@ def probe_linear_attention(device: torch.device, dtype: torch.dtype) -> None:
     y.backward(torch.ones_like(y))
 
 
+def probe_full_attention(device: torch.device, dtype: torch.dtype) -> None:
+    """Runs full attention, forward and backward."""
+    qkv = torch.ones(1, 64, 384, device=device, dtype=dtype, requires_grad=True)
+    mem_kv = torch.ones(2, 4, 4, 32, device=device, requires_grad=True)
+    y = triton_attention.FullAttentionFunction.apply(qkv, mem_kv)
+    y.backward(torch.ones_like(y))
+
+
 def probe_optimizer(device: torch.device, _: torch.dtype) -> None:
     """Runs an update of Adam and one of Muon's momentum."""
     vectors = torch.ones(4, 64, device=device)
@@ -77,5 +85,5 @@ def probe_optimizer(device: torch.device, _: torch.dtype) -> None:
 
 PROBES = {
     "norm": probe_norm, "add_bias": probe_add_bias, "linear_attention": probe_linear_attention,
-    "optimizer": probe_optimizer,
+    "full_attention": probe_full_attention, "optimizer": probe_optimizer,
 }  # fmt: skip

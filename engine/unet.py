@@ -1,7 +1,7 @@
 """A faster version of upstream's Unet (denoising-diffusion-pytorch) with the same results.
 
 Activations stay channels-last, so that no convolution transposes them; 1x1 convolutions are matrix
-products. On a GPU, all that follows a convolution is one Triton kernel, and so is linear attention.
+products. On a GPU, all that follows a convolution is one Triton kernel, and so is attention.
 """
 
 import math
@@ -202,11 +202,7 @@ def attention_block(x: Tensor, module: nn.Module, weights: Weights) -> Tensor:
     qkv = conv(norm_act(x, None, module.norm.g), module.to_qkv, weights)
     qkv = qkv.permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, 3 * heads * D)
     is_linear = isinstance(module.to_out, nn.Sequential)
-    if is_linear:
-        y = linear_attention(qkv, module.mem_kv)
-    else:
-        q, k, v = split_heads(qkv, module.mem_kv)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    y = (linear_attention if is_linear else full_attention)(qkv, module.mem_kv)
     y = y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
     if not is_linear:
         return conv(y, module.to_out, weights) + x
@@ -231,12 +227,15 @@ def linear_attention(qkv: Tensor, mem_kv: Tensor) -> Tensor:
     return (context @ q.softmax(dim=2)).flatten(1, 2).mT
 
 
-def split_heads(qkv: Tensor, mem_kv: Tensor) -> Sequence[Tensor]:
-    """q, k, v (B, heads, N, D) of qkv; mem_kv (2, heads, slots, D) precedes k and v."""
+def full_attention(qkv: Tensor, mem_kv: Tensor) -> Tensor:
+    """qkv (B, N, 3 * heads * D) and mem_kv (2, heads, slots, D) to (B, N, heads * D)."""
+    if use_triton(qkv) and triton_attention.supports_full_attention(mem_kv):
+        return triton_attention.FullAttentionFunction.apply(qkv, mem_kv)
     _, heads, _, dim = mem_kv.shape
     q, *kv = qkv.unflatten(2, (3, heads, dim)).permute(2, 0, 3, 1, 4)
     memory = mem_kv.to(qkv.dtype)[:, None].expand(-1, len(qkv), -1, -1, -1)
-    return q, *(torch.cat(pair, dim=2) for pair in zip(memory, kv, strict=True))
+    k, v = (torch.cat(pair, dim=2) for pair in zip(memory, kv, strict=True))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def conv(x: Tensor, module: nn.Conv2d, weights: Weights, with_bias: bool = True) -> Tensor:
