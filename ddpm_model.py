@@ -21,7 +21,7 @@ from config import DDPMConfig
 from engine import checkpoints
 from engine.cuda_graphs import GraphCache, GraphCaptureError
 from engine.denoiser import GUIDANCE_MODES, ModelDenoiser
-from engine.errors import FallbackWarning, RenamedWarning, UserError
+from engine.errors import RenamedWarning, UserError, warn_fallback
 from engine.generation import GenerationMixin, eval_mode, expand_seeds, unnormalize  # noqa: F401
 from engine.hub import HubMixin
 from engine.labels import UNCONDITIONAL, check_class_names
@@ -276,8 +276,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
                 return self.graph_cache(network, x, t, *([] if labels is None else [labels]))
             except GraphCaptureError as error:
                 self.cuda_graph = False
-                message = f"CUDA graph capture failed ({str(error).splitlines()[0]})"
-                warnings.warn(f"{message}; continuing without it", FallbackWarning, stacklevel=2)
+                warn_fallback("CUDA graph capture", error)
         return call_network(network, x, t, previous, labels)
 
     def denoiser(

@@ -3,7 +3,6 @@
 Prints a table and writes demo_results/report.html with images. Exit code 1 if a check fails.
 """
 
-import base64
 import contextlib
 import html
 import math
@@ -249,8 +248,8 @@ def write_html_report(title: str, table: str) -> None:
     page += f"<title>{title}</title>\n<h1>{title}</h1>\n<pre>{html.escape(table)}</pre>\n"
     for path, caption in FIGURES.items():
         if Path(path).exists():
-            data = base64.b64encode(Path(path).read_bytes()).decode()
-            page += f'<h2>{caption}</h2>\n<img alt="" src="data:image/png;base64,{data}">\n'
+            uri = plots.png_data_uri(Path(path).read_bytes())
+            page += f'<h2>{caption}</h2>\n<img alt="" src="{uri}">\n'
     Path("report.html").write_text(page, encoding="utf-8")
 
 

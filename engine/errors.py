@@ -24,7 +24,9 @@ class RenamedWarning(UserWarning):
 
 
 def short_reason(error: Exception, width: int = 200) -> str:
-    """Returns an error's message in one line of at most `width` characters."""
+    """Returns an error's message in one line of at most `width` characters; a UserError's whole."""
+    if isinstance(error, UserError):
+        return str(error)
     return textwrap.shorten(str(error) or repr(error), width)
 
 
@@ -33,7 +35,7 @@ def type_and_message(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split("\n")[0].split())
 
 
-def warn_fallback(what: str, error: Exception) -> None:
+def warn_fallback(what: str, error: Exception, without: str = "it") -> None:
     """Warns that a script continues without something, and why."""
-    message = f"{what} failed ({short_reason(error)}); continuing without it"
+    message = f"{what} failed ({short_reason(error)}); continuing without {without}"
     warnings.warn(message, FallbackWarning, stacklevel=3)

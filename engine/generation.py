@@ -17,6 +17,7 @@ from engine.errors import UserError
 from engine.labels import NO_LABEL, UNCONDITIONAL, labels_of_seeds
 from engine.noise_schedule import diffuse, shift_sigma
 from engine.samplers import (
+    CONSISTENCY_LEVELS,
     CONSISTENCY_SAMPLERS,
     DEFAULT_SPACING,
     MAX_CONSISTENCY_STEPS,
@@ -96,10 +97,8 @@ class GenerationMixin:
         images, between which the class goes, too.
         """
         if self.is_consistent:
-            reason = (
-                "a consistency-tuned model cannot interpolate (it has no flow to encode images)"
-            )
-            raise UserError(f"{reason}. Use the model that it was tuned from")
+            reason = "it has no flow to encode images. Use the model that it was tuned from"
+            raise UserError(f"a consistency-tuned model cannot interpolate: {reason}")
         if num_steps < 2:
             raise UserError(f"num_steps is {num_steps}, but must be at least 2: both images")
 
@@ -202,20 +201,21 @@ class GenerationMixin:
         consistency, the sigma of each step, as in CONSISTENCY_LEVELS, in place of steps and
         spacing. UserError for unknown names, or more steps than the process has.
         """
+        # The sampler and the number of steps.
         if spacing not in SPACINGS:
             raise UserError(f"unknown spacing {spacing}; choose from {', '.join(SPACINGS)}")
         sampler, steps, levels = self.complete_plan(sampler, steps, spacing, noise_levels)
         if isinstance(sampler, str):
-            known = sampler in {**SAMPLERS, **CONSISTENCY_SAMPLERS}
-            reason = (
-                f"this model has no sampler {sampler}" if known else f"unknown sampler {sampler}"
-            )
-            raise UserError(f"{reason}; choose from {', '.join(self.samplers)}")
+            known = {**SAMPLERS, **CONSISTENCY_SAMPLERS}
+            reason = "this model has no" if sampler in known else "unknown"
+            raise UserError(f"{reason} sampler {sampler}; choose from {', '.join(self.samplers)}")
         if not 1 <= steps <= self.num_timesteps:
             bounds = f"between 1 and {self.num_timesteps}"
             raise UserError(f"steps is {steps}, but this model has {bounds}")
         if sampler is samplers.consistency and steps > MAX_CONSISTENCY_STEPS:
             raise UserError(f"steps is {steps}, but must be at most {MAX_CONSISTENCY_STEPS}")
+
+        # The timesteps, by noise levels or by spacing.
         alpha_bar = self.denoiser().alpha_bar
         if levels:
             sigmas = [shift_sigma(level, self.log_snr_shift) for level in levels]
@@ -228,8 +228,8 @@ class GenerationMixin:
     ) -> tuple[str | Callable, int, Sequence[float] | None]:  # fmt: skip
         """Returns sampler, steps and noise levels, the model's own where they are None.
 
-        The sampler is a function if the model knows its name. There are noise levels only of the
-        sampler consistency. Raises UserError for wrong ones.
+        The sampler is a function if the model knows its name. Only the sampler consistency has
+        noise levels, by default none where a spacing is named. UserError for wrong ones.
         """
         sampler = self.default_sampler if sampler is None else sampler
         sampler = self.samplers.get(sampler, sampler)
@@ -237,7 +237,8 @@ class GenerationMixin:
             samplers.check_noise_levels(noise_levels, sampler, steps)
             return sampler, len(noise_levels), noise_levels
         steps = self.sampling_timesteps if steps is None else steps
-        return sampler, steps, samplers.default_levels(sampler, steps, spacing)
+        has_levels = sampler is samplers.consistency and spacing == DEFAULT_SPACING
+        return sampler, steps, CONSISTENCY_LEVELS.get(steps) if has_levels else None
 
     def count_nfe(
         self, sampler: Callable, timesteps: Sequence[int], guidance: float | None = None,

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from engine.checkpoints import link_or_copy, write_atomically
 from engine.dataloader import ImageDataset, read_ahead
-from engine.errors import FallbackWarning, UserError
+from engine.errors import FallbackWarning, UserError, warn_fallback
 
 BLOCK = 64  # images that a thread decodes at a time
 MAX_UNREADABLE_FRACTION = 1 / 20  # with more, something is wrong with the source
@@ -136,7 +136,7 @@ def _lock(path: Path) -> AbstractContextManager:
         print("another process is building this image cache; waiting for it", file=sys.stderr)
         return lock.acquire()
     except (NotImplementedError, OSError) as error:  # some network file systems
-        warnings.warn(f"file locking failed ({error}); continuing without it", FallbackWarning, 2)
+        warn_fallback("file locking", error)
         return nullcontext()
 
 

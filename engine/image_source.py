@@ -97,16 +97,12 @@ def load_array(path: Path) -> np.ndarray:
     for array in arrays:
         if array.ndim == 3 and array.shape[2] > 4:
             array = array[..., None]
-        if array.ndim == 4 and array.shape[3] in (1, 3, 4) and array.size and is_number(array):
+        is_number = array.dtype.kind in "biuf"
+        if array.ndim == 4 and array.shape[3] in (1, 3, 4) and array.size and is_number:
             return array
         found.append(f"{array.dtype} {array.shape}")
     expected = "images (N, H, W), or (N, H, W, C) with 1, 3 or 4 channels"
     raise UserError(f"{path} holds {', '.join(found) or 'nothing'}, but should hold {expected}")
-
-
-def is_number(array: np.ndarray) -> bool:
-    """Whether an array has real numbers or booleans."""
-    return array.dtype.kind in "biuf"
 
 
 def image_source(
@@ -221,10 +217,9 @@ class Survey:
         if self.lowest <= self.highest:
             print_range(self.num_deep, self.lowest, self.highest)
         if self.num_deep_color and self.brightest < MIN_BRIGHTEST:
-            reason = (
-                f"colors with 16 bits do not fill them: at most {self.brightest} of 255 is left"
-            )
-            raise UserError(f"{reason} of {self.num_deep_color} images. Convert them to 8 bits")
+            left = f"at most {self.brightest} of 255 is left of {self.num_deep_color} images"
+            reason = f"colors with 16 bits do not fill them: {left}"
+            raise UserError(f"{reason}. Convert them to 8 bits")
         if self.num_animated:
             is_first = self.options.frames == "first"
             use = "the first of each (--frames all: every one)" if is_first else "all of them"

@@ -3,7 +3,6 @@
 import copy
 import gc
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 
 from engine.checkpoints import write_text
 from engine.dataloader import Batch, fits_on_gpu
-from engine.errors import FallbackWarning, UserError
+from engine.errors import UserError, warn_fallback
 from engine.gpu_memory import limited_to, memory_limit
 from engine.train_step import TrainableModel, TrainStep
 
@@ -71,8 +70,7 @@ def read_results(cache_file: Path) -> dict[str, dict[str, Any]]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = f"reading {cache_file} failed ({type(error).__name__}: {error})"
-        warnings.warn(f"{reason}; continuing without it", FallbackWarning, stacklevel=3)
+        warn_fallback(f"reading {cache_file}", error)
         return {}
     return results
 

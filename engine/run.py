@@ -299,11 +299,10 @@ class Run:
             "architecture": self.step.model.architecture, "config": self.config.as_dict(),
             "progress": self.progress.state_dict(),
         }  # fmt: skip
-        is_final = file == "final.pt"
         try:
             checkpoints.save(self.folder / file, state)
         except OSError as error:
-            if is_final:
+            if file == "final.pt":
                 raise
             reason = f"writing {self.folder / file} failed ({error.strerror})"
             warnings.warn(f"{reason}; continuing without it", FallbackWarning, stacklevel=2)

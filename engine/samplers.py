@@ -236,7 +236,7 @@ SAMPLERS = {sampler.__name__: sampler for sampler in (ddpm, ddim, dpmpp_2m, heun
 DEFAULT_SAMPLER = "unipc"
 CONSISTENCY_SAMPLERS = {"consistency": consistency}  # of consistency-tuned models
 MAX_CONSISTENCY_STEPS = 8
-# Sigmas by steps, as at an image size that shifts nothing. The first stands for noise alone.
+# Sigmas by steps, measured as best, as at an image size that shifts nothing; noise alone is first.
 CONSISTENCY_LEVELS = {1: (SIGMA_MAX,), 2: (SIGMA_MAX, 0.8), 4: (SIGMA_MAX, 8.0, 2.0, 0.6)}
 # (alpha_bar, steps) to steps + 1 timesteps that decrease from T - 1 to -1; steps in [1, T]
 SPACINGS: dict[str, Callable[[Sequence[float], int], list[int]]] = {
@@ -267,12 +267,6 @@ def choose_timesteps(
         if high > MAX_HEUN_RATIO * low:
             return [*SPACINGS[spacing](alpha_bar, count + 1)[:-2], -1]
     return timesteps
-
-
-def default_levels(sampler: Callable, steps: int, spacing: str) -> tuple[float, ...] | None:
-    """Returns the noise levels that were measured as best, if any; not for a named spacing."""
-    is_measured = sampler is consistency and spacing == DEFAULT_SPACING
-    return CONSISTENCY_LEVELS.get(steps) if is_measured else None
 
 
 def check_noise_levels(levels: Sequence[float], sampler: Callable, steps: int | None) -> None:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import threading
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from accelerate import tracking
 from PIL import Image
 
-from engine.errors import FallbackWarning, UserError
+from engine.errors import UserError, short_reason, warn_fallback
 from engine.pixels import to_rgb
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "none")
@@ -50,10 +49,9 @@ class Tracker:
         try:
             self.tracker = create_tracker(name, run_name, folder, config, step)
         except Exception as error:  # each tracker raises its own
+            reason = f"--log_with {name} cannot start ({short_reason(error)})"
             advice = ADVICE.get(name, "Choose another tracker, or none")
-            raise UserError(
-                f"--log_with {name} cannot start ({first_line(error)}). {advice}"
-            ) from error
+            raise UserError(f"{reason}. {advice}") from error
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Logs values at a step."""
@@ -85,14 +83,7 @@ class Tracker:
         try:
             log()
         except Exception as error:  # a full disk, a lost connection: each tracker raises its own
-            what = f"logging to {self.name} failed ({first_line(error)})"
-            message = f"{what}; continuing without it"
-            warnings.warn(message, FallbackWarning, stacklevel=3)
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first line of an error's message, or its type if it has none."""
-    return [*str(error).splitlines(), type(error).__name__][0]
+            warn_fallback(f"logging to {self.name}", error)
 
 
 def create_tracker(
