@@ -117,6 +117,28 @@ def test_kernels_match_upstream(monkeypatch):
         assert relative_error(a, c) < 1.5 * relative_error(b, c)
 
 
+@pytest.mark.parametrize("tokens", [16, 100, 256, 576])
+def test_full_attention_kernels_are_as_exact_as_pytorch_and_repeat_bit_for_bit(tokens, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (4, tokens, 384), (2, 4, 4, 32), (4, tokens, 128)
+    qkv, mem_kv, dy = (2 * torch.randn(shape, generator=generator).to(CUDA) for shape in shapes)
+
+    def attention(function, dtype=torch.bfloat16):
+        x, memory = qkv.bfloat16().to(dtype).requires_grad_(), mem_kv.clone().requires_grad_()
+        y = function(x, memory)
+        y.backward(dy.bfloat16().to(dtype))
+        return [y.detach().float(), x.grad.float(), memory.grad]
+
+    kernels = unet.triton_attention.FullAttentionFunction.apply
+    ours, again = (attention(kernels) for _ in range(2))
+    monkeypatch.setattr(unet, "use_triton", lambda x: False)
+    theirs = attention(unet.full_attention)
+    exact = attention(unet.full_attention, torch.float64)
+    for a, b, c, d in zip(ours, again, theirs, exact, strict=True):
+        assert torch.equal(a, b)
+        assert relative_error(a, d) < 1.5 * relative_error(c, d)
+
+
 def test_sampling_by_graph_generates_the_same_images():
     torch.manual_seed(0)
     model = DDPMModel(image_size=32, dim=32).to(CUDA).eval()
