@@ -2,8 +2,11 @@
 
 import itertools
 import json
+import pickle
+import runpy
 import sys
 import warnings
+from functools import partial
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -17,7 +20,7 @@ from ddpm_model import DDPMModel
 from engine import benchmarking, dataloader
 from engine.dataloader import Batch, ImageDataset
 from engine.errors import FallbackWarning, RenamedWarning, UserError
-from tests.helpers import CPU, CPU_TIER, LARGE_TIER, ROOT, random_images, run_script_ok
+from tests.helpers import CPU, CPU_TIER, LARGE_TIER, ROOT, random_images
 
 NETWORK = {"IMAGE_SIZE": 16, "DIM": 8, "DIM_MULTS": (1, 2), "FULL_ATTENTION_MAX_SIZE": 0}
 WIDE = {"IMAGE_SIZE": 32, "DIM": 64, "DIM_MULTS": (1, 2, 4, 8), "FULL_ATTENTION_MAX_SIZE": 0}
@@ -35,18 +38,37 @@ def large_tier(monkeypatch):
 # --- the whole run
 
 
-def test_quick_run_measures_sections_into_one_file(tmp_path):
-    flags = ["--quick", "--preset=shapes", "--image_size=16", "--dim=8", "--dim_mults=1,2"]
+def run_here(job: benchmarking.BenchmarkJob) -> dict:
+    """Runs a job as a worker process does, but in this one, which has imported torch already."""
+    job = pickle.loads(pickle.dumps(job))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        return job.row | job.measure(device=CPU)
+
+
+def test_quick_run_measures_sections_into_one_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(benchmarking, "run_job", run_here)
+    # One round of one step after another to warm up, not three of half a second.
+    for name in ("ROUNDS", "WARM_UP"):
+        monkeypatch.setattr(benchmarking, name, 1)
+    once = partial(benchmarking.time_steps, round_seconds=0.0)
+    monkeypatch.setattr(benchmarking, "time_steps", once)
+    flags = ["--quick", "--preset=shapes", "--image_size=8", "--dim=8", "--dim_mults=1,2"]
     flags += ["--full_attention_max_size=16", "--batch=4", "--threads=1"]
-    printed = [
-        run_script_ok(tmp_path, "benchmark.py", *flags, "--only", section)
-        for section in ("training", "sampling")
-    ]
+    printed = []
+    for section in ("training", "sampling"):
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *flags, "--only", section])
+        with pytest.raises(SystemExit) as exit_:
+            runpy.run_path(str(ROOT / "benchmark.py"), run_name="__main__")
+        assert exit_.value.code == 0
+        printed.append(capsys.readouterr().out)
     (path,) = (tmp_path / "results").glob("benchmark-*.json")
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     ((key, sections),) = benchmarking.read_report(path).items()
-    assert key == "shapes-16px-dim8-1,2-full16" and set(sections) == {"training", "sampling"}
-    model = DDPMModel(16, 8, (1, 2), full_attn=(True, True), attn_dim_head=32)
+    assert key == "shapes-8px-dim8-1,2-full16" and set(sections) == {"training", "sampling"}
+    model = DDPMModel(8, 8, (1, 2), full_attn=(True, True), attn_dim_head=32)
     for (section, result), text in zip(sections.items(), printed, strict=True):
         assert result["torch"] == torch.__version__
         assert result["command"] == f"python benchmark.py {' '.join(flags)} --only {section}"
@@ -63,7 +85,10 @@ def test_quick_run_measures_sections_into_one_file(tmp_path):
 
 @pytest.fixture
 def run_main(monkeypatch, tmp_path):
-    """Calls main with flags on a machine with or without GPU; returns what it had measured."""
+    """Calls main with flags on a machine with or without GPU; returns what it had measured.
+
+    The plots are made but not rendered, which would take most of the time.
+    """
 
     def call(*flags: str, is_gpu: bool = True) -> list[benchmarking.BenchmarkJob]:
         jobs = []
@@ -81,6 +106,7 @@ def run_main(monkeypatch, tmp_path):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A card")
         monkeypatch.setattr(benchmark, "detect_tier", lambda: LARGE_TIER if is_gpu else CPU_TIER)
         monkeypatch.setattr(benchmarking, "run_job", run)
+        monkeypatch.setattr(benchmarking, "save_figure", lambda figure, path: None)
         benchmark.main()
         return jobs
 
