@@ -17,6 +17,7 @@ from torch import nn
 from engine import benchmarking
 from engine.benchmarking import BenchmarkJob, run_job
 from engine.errors import FallbackWarning, UserError
+from tests.forked_script import FORKSERVER
 from tests.helpers import CPU, ROOT
 
 # --- workers
@@ -59,7 +60,9 @@ def test_run_completes_the_row_of_a_job():
         (hang, 0.5, "no result within 0.5 s"),
     ],
 )
-def test_run_reports_why_a_job_has_no_result(measure, limit, reason):
+def test_run_reports_why_a_job_has_no_result(monkeypatch, measure, limit, reason):
+    # A forked worker starts faster than a spawned one.
+    monkeypatch.setattr(benchmarking.multiprocessing, "get_context", lambda _: FORKSERVER)
     start = time.monotonic()
     row = run_job(BenchmarkJob({"what": "a"}, measure, limit))
     assert row == {"what": "a", "failed": reason}

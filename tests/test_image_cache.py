@@ -3,9 +3,6 @@
 import hashlib
 import io
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -21,7 +18,8 @@ from engine.datasets import load_dataset
 from engine.errors import FallbackWarning, UserError
 from engine.image_cache import Source, load_cached
 from engine.image_source import ReadOptions
-from tests.helpers import ROOT, random_images
+from tests.forked_script import ForkedScript
+from tests.helpers import random_images
 
 
 def gray_source(count: int, unreadable: tuple[int, ...] = (), on_read=None, **fields) -> Source:
@@ -236,7 +234,7 @@ def test_killed_build_starts_again_and_ends_the_same(tmp_path):
     for i, pixels in enumerate(random_images(700, 40)):
         Image.fromarray(pixels.transpose(1, 2, 0)[:, :32]).save(folder / f"{i:04d}.png")
     cache = tmp_path / "cache"
-    decode = (
+    (tmp_path / "decode.py").write_text(
         "import time; from pathlib import Path; from engine import datasets\n"
         "from engine import pixels\n"
         "crop = pixels.center_square\n"
@@ -245,21 +243,16 @@ def test_killed_build_starts_again_and_ends_the_same(tmp_path):
         "datasets.load_dataset('folder', 32, Path('images'), Path('cache'), 2, progress=False)"
     )
 
-    def start() -> subprocess.Popen:
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        return subprocess.Popen([sys.executable, "-c", decode], cwd=tmp_path, env=environment)
-
     def written() -> int:
         return sum(path.stat().st_size for path in cache.glob("*.tmp"))
 
-    killed = start()
+    killed = ForkedScript(tmp_path, tmp_path / "decode.py")
     while written() < 200 * 3 * 32**2:
-        assert killed.poll() is None
+        assert killed.returncode is None
         time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed.kill()
     assert written() and not list(cache.glob("*.npy"))
-    assert start().wait() == 0
+    load_dataset("folder", 32, folder, cache, progress=False)
     load_dataset("folder", 32, folder, tmp_path / "undisturbed", progress=False)
     names = {path.name for path in cache.iterdir()}
     assert names == {path.name for path in (tmp_path / "undisturbed").iterdir()}

@@ -1,7 +1,10 @@
 """scaling.py: what each rank measures, how it is launched, and what the rows add up to."""
 
 import json
+import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -137,6 +140,18 @@ sys.exit(rank * ("fail" in sys.argv))
     ],
 )
 def test_launch_returns_rows_and_what_failed(monkeypatch, tmp_path, argument, limit, problem):
+    class Process(subprocess.Popen):
+        """Takes too long once rank 0 has written its row."""
+
+        def wait(self, timeout=None):
+            assert timeout in (limit, None)
+            while timeout == 20 and not Path(self.args[-1]).stat().st_size:
+                time.sleep(0.01)
+            if timeout == 20:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
     script = tmp_path / "fake.py"
     script.write_text(FAKE_SCRIPT)
     monkeypatch.setattr(scaling, "__file__", str(script))
