@@ -206,14 +206,15 @@ def feature_statistics(features: np.ndarray) -> Statistics:
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """Returns the squared Fréchet (2-Wasserstein) distance of two Gaussians (arXiv:1706.08500).
 
-    The trace of (S T)^(1/2) is the sum of the singular values of S^(1/2) T^(1/2): eigenvalues of
-    S T would lose half of their digits to the root, which does not exist if D > N.
+    With S = F F^T and T = G G^T, the trace of (S T)^(1/2) is the sum of the singular values of
+    F^T G: eigenvalues of S T would lose half of their digits to the root.
     """
-    roots = []
-    for covariance in (a.covariance, b.covariance):
+    factors = []
+    for features, _, covariance in (a, b):
         values, vectors = np.linalg.eigh(covariance)
-        roots.append((vectors * np.sqrt(values.clip(min=0))) @ vectors.T)  # rounding: some below 0
-    trace_of_root = np.linalg.norm(roots[0] @ roots[1], "nuc")
+        rank = len(features) - 1  # at most; the other eigenvalues, the first ones, are 0
+        factors.append((vectors * np.sqrt(values.clip(min=0)))[:, -rank:])  # rounding: some below 0
+    trace_of_root = np.linalg.norm(factors[0].T @ factors[1], "nuc")
     traces = np.trace(a.covariance) + np.trace(b.covariance)
     return max(0.0, float(np.square(a.mean - b.mean).sum() + traces - 2 * trace_of_root))
 

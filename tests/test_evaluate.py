@@ -106,6 +106,7 @@ def test_main_writes_table_json_and_figures(folder, monkeypatch, capsys):
 def test_main_scores_images_with_inception_weights_from_a_file(folder, monkeypatch):
     inception = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     network = inception.FeatureExtractorInceptionV3
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)  # Inception alone
     with monkeypatch.context() as untrained:
         untrained.setattr(inception, "load_state_dict_from_url", lambda *_, **__: {})
         untrained.setattr(network, "load_state_dict", lambda *_: None)
