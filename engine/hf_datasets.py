@@ -127,17 +127,10 @@ def find_image_column(features: dict[str, Any], name: str, dataset: str) -> str:
     def holds_images(feature: Any) -> bool:
         return isinstance(feature, (datasets.Image, dict)) or feature == datasets.Value("binary")
 
-    if name:
-        if name in features and holds_images(features[name]):
-            return name
-        raise UserError(f"{dataset} has no images in a column {name} ({described(features)})")
-    typed = [n for n, feature in features.items() if isinstance(feature, datasets.Image)]
-    named = [n for n in features if n.lower() in IMAGE_NAMES and holds_images(features[n])]
-    candidates = typed or named
-    if len(candidates) != 1:
-        found = "no column of images" if not candidates else f"images in {', '.join(candidates)}"
-        raise UserError(f"{dataset} has {found} ({described(features)}). {HOW_TO_NAME}")
-    return candidates[0]
+    able = [n for n, feature in features.items() if holds_images(feature)]
+    typed = [n for n in able if isinstance(features[n], datasets.Image)]
+    found = typed or [n for n in able if n.lower() in IMAGE_NAMES]
+    return choose_column("images", features, name, able, found, dataset)
 
 
 def find_label_column(features: dict[str, Any], name: str, dataset: str) -> str:
@@ -146,25 +139,26 @@ def find_label_column(features: dict[str, Any], name: str, dataset: str) -> str:
     def holds_labels(feature: Any) -> bool:
         return str(getattr(feature, "dtype", "")).rstrip("0123456789") in LABEL_TYPES
 
-    if name:
-        if name in features and holds_labels(features[name]):
-            return name
-        raise UserError(f"{dataset} has no labels in a column {name} ({described(features)})")
-    typed = [n for n, feature in features.items() if hasattr(feature, "names")]
-    named = [n for n in features if n.lower() in LABEL_NAMES and holds_labels(features[n])]
-    candidates = typed if len(typed) == 1 else named
-    if len(candidates) != 1:
-        found = "more than one" if len({*typed, *named}) > 1 else "no"
-        raise UserError(
-            f"{dataset} has {found} column of labels ({described(features)}). {HOW_TO_NAME}"
-        )
-    return candidates[0]
+    able = [n for n, feature in features.items() if holds_labels(feature)]
+    typed = [n for n in able if hasattr(features[n], "names")]
+    named = [n for n in able if n.lower() in LABEL_NAMES]
+    found = named if named and len(typed) != 1 else typed
+    return choose_column("labels", features, name, able, found, dataset)
 
 
-def described(features: dict[str, Any]) -> str:
-    """Returns the columns with their types."""
+def choose_column(
+    content: str, features: dict[str, Any], name: str, able: list[str], found: list[str],
+    dataset: str,
+) -> str:  # fmt: skip
+    """Returns the column `name`, which must be in `able`, or without a name the only one found."""
     types = {n: getattr(f, "dtype", type(f).__name__) for n, f in features.items()}
-    return ", ".join(f"{name}: {type_}" for name, type_ in types.items())
+    columns = ", ".join(f"{n}: {type_}" for n, type_ in types.items())
+    if name and name not in able:
+        raise UserError(f"{dataset} has no {content} in a column {name} ({columns})")
+    if not name and len(found) != 1:
+        reason = f"{content} in {', '.join(found)}" if found else f"no column of {content}"
+        raise UserError(f"{dataset} has {reason} ({columns}). {HOW_TO_NAME}")
+    return name or found[0]
 
 
 def encoded(table: Any, column: str) -> Iterable[dict[str, Any]]:
