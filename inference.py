@@ -96,15 +96,8 @@ def show_trajectory(job: jobs.InferenceJob) -> str:
     """x_t and the x_0 predicted from it: a strip of some timesteps and a GIF of all."""
     # Trajectory of (t, [x_t, x_0]).
     seeds = job.settings["seeds"][:4]
-    kwargs = job.sampler_kwargs
-    plan = {name: kwargs.pop(name) for name in plan_kwargs(job.settings, job.sampler)}
-    kwargs["labels"] = job.labels_of(seeds)
-    sampler, timesteps = job.model.sampling_plan(**plan)
-    x, randn = job.model.noise(seeds)
-    trajectory = [
-        (t, unnormalize(torch.stack([x_t, x_0])).float().cpu())
-        for t, x_t, x_0 in job.model.trajectory(x, timesteps, sampler, randn, **kwargs)
-    ]
+    states = job.model.sample_states(seeds, labels=job.labels_of(seeds), **job.sampler_kwargs)
+    trajectory = [(t, unnormalize(torch.stack([x_t, x_0])).float().cpu()) for t, x_t, x_0 in states]
 
     # Strip: for each seed a row of x_t and a row of x_0.
     shown = np.linspace(0, len(trajectory) - 1, job.settings["columns"]).round().astype(int)

@@ -73,17 +73,25 @@ class GenerationMixin:
         classes in the proportions of the training images. return_all_timesteps: every x_t, from
         noise to image, (batch_size, intervals + 1, C, H, W).
         """
-        # Noise first: the GPU may still be busy with earlier images, for which sampling_plan waits.
         seeds = expand_seeds(seed, batch_size)
+        plan = (sampler, steps, spacing, noise_levels)
+        states = self.sample_states(seeds, *plan, labels=labels, guidance=guidance, **options)
+        if return_all_timesteps:
+            return unnormalize(torch.stack([x_t for _, x_t, _ in states], dim=1))
+        return unnormalize(final_x(states))
+
+    def sample_states(
+        self, seeds: Sequence[int], sampler: SamplerChoice = None, steps: int | None = None,
+        spacing: str = DEFAULT_SPACING, noise_levels: Sequence[float] | None = None,
+        labels: Labels = None, **options: Any,
+    ) -> Iterator[State]:  # fmt: skip
+        """Returns the states of `sample` from noise to image; arguments as there."""
+        # Noise first: the GPU may still be busy with earlier images, for which sampling_plan waits.
         x, randn = self.noise(seeds)
         function, timesteps = self.sampling_plan(sampler, steps, spacing, noise_levels)
         if labels is None and self.class_names:
             labels = labels_of_seeds(seeds, self.class_counts)
-        options |= {"labels": labels, "guidance": guidance}
-        states = self.trajectory(x, timesteps, function, randn, **options)
-        if return_all_timesteps:
-            return unnormalize(torch.stack([x_t for _, x_t, _ in states], dim=1))
-        return unnormalize(final_x(states))
+        return self.trajectory(x, timesteps, function, randn, labels=labels, **options)
 
     @torch.no_grad()
     def interpolate(

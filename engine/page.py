@@ -193,10 +193,7 @@ class Plan:
         """Yields t, x_t and the predicted x_0, from noise to image, like DDPMModel.sample."""
         if self.labels is None and self.model.class_names:
             self.labels = labels_of_seeds(self.seeds, self.model.class_counts).tolist()
-        options = dict(self.options)
-        sampler, timesteps = self.model.sampling_plan(options.pop("sampler"), options.pop("steps"))
-        x, randn = self.model.noise(self.seeds)
-        return self.model.trajectory(x, timesteps, sampler, randn, labels=self.labels, **options)
+        return self.model.sample_states(self.seeds, labels=self.labels, **self.options)
 
     def edit(self, mode: str, count: int, source: PageImage, options: dict) -> list[PageImage]:
         """Calls the model's method `mode`, which starts from an image, for `count` seeds."""
