@@ -17,9 +17,9 @@ LARGE_TIER = Tier("Large", 256, 80.0)
 # Flags of a model that trains in seconds, with dropout and a guide.
 TINY_FLAGS = [
     "--dataset", "shapes", "--image_size", "8", "--dim", "8", "--dim_mults", "1,2",
-    "--batch_size", "16", "--sampling_timesteps", "4", "--grid_images", "4",
-    "--num_sample_grids", "2", "--dropout", "0.1", "--warmup_steps", "2", "--guide_fraction", "0.5",
-    "--keep", "0",
+    "--attention_heads", "1", "--attention_dim", "16", "--batch_size", "16",
+    "--sampling_timesteps", "4", "--grid_images", "4", "--num_sample_grids", "2",
+    "--dropout", "0.1", "--warmup_steps", "2", "--guide_fraction", "0.5", "--keep", "0",
 ]  # fmt: skip
 
 # The settings that a TrainStep reads.

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import sys
@@ -14,8 +15,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-
-from engine.cli import run_script
 
 import numpy as np
 import pytest
@@ -45,14 +44,14 @@ from tests.helpers import (
     max_checkpoint_difference,
     max_weight_difference,
     random_images,
-    run_script_error,
     run_script_ok,
 )
 
 API_FLAGS = {
-    "IMAGE_SIZE": 8, "DIM": 8, "DIM_MULTS": (1, 2), "TIMESTEPS": 40, "SAMPLING_TIMESTEPS": 4,
-    "BATCH_SIZE": 16, "WARMUP_STEPS": 1, "LEARNING_RATE": 0.03, "GUIDE_FRACTION": 0.5,
-    "LR_SCHEDULE": "cosine", "CHECKPOINT_EVERY": 0, "NUM_SAMPLE_GRIDS": 0, "GRID_IMAGES": 4,
+    "IMAGE_SIZE": 8, "DIM": 8, "DIM_MULTS": (1, 2), "ATTENTION_HEADS": (1,), "ATTENTION_DIM": (16,),
+    "TIMESTEPS": 40, "SAMPLING_TIMESTEPS": 4, "BATCH_SIZE": 16, "WARMUP_STEPS": 1,
+    "LEARNING_RATE": 0.03, "GUIDE_FRACTION": 0.5, "LR_SCHEDULE": "cosine", "CHECKPOINT_EVERY": 0,
+    "NUM_SAMPLE_GRIDS": 0, "GRID_IMAGES": 4,
 }  # fmt: skip
 
 
@@ -78,6 +77,13 @@ def trained(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def folder(trained, tmp_path) -> Path:
+    """A folder with the image cache of `trained`, whose drawing takes a second."""
+    shutil.copytree(trained / "data", tmp_path / "data")
+    return tmp_path
+
+
 @pytest.fixture(scope="module")
 def trained_by_api(tmp_path_factory) -> Path:
     """A folder with a finished run `whole` of 4 steps, which are an epoch."""
@@ -87,6 +93,35 @@ def trained_by_api(tmp_path_factory) -> Path:
         config = configure(MAX_STEPS=4, RUN_NAME="whole")
         train(DDPMModel.from_config(config), random_images(80, 8), config)
     return folder
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """run_here(folder, script, *arguments) is run_script_ok in this process, and faster."""
+
+    def call(folder: Path, script: str, *arguments: str, code: int = 0) -> str:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        printed = capsys.readouterr()
+        assert stopped.value.code == code, printed
+        return printed.err if code else printed.out
+
+    return call
+
+
+@pytest.fixture
+def script_error(run_here):
+    """script_error(folder, script, *arguments) is run_script_error in this process, and faster."""
+
+    def call(folder: Path, script: str, *arguments: str) -> str:
+        errors = run_here(folder, script, *arguments, code=2).splitlines()
+        lines = [line for line in errors if line.startswith("error: ")]
+        assert len(lines) == 1 and errors[-1] == lines[0]
+        return lines[0]
+
+    return call
 
 
 def test_train_refuses_images_that_do_not_fit_the_model(tmp_path, monkeypatch):
@@ -147,13 +182,13 @@ def test_train_on_gray_and_rgba_images_samples_the_like(channels, mode, tmp_path
     assert {event.step for event in events.Images("samples")} == {1, 2}
 
 
-def test_train_keeps_every_tenth_epoch_if_asked_to(tmp_path):
+def test_train_keeps_every_tenth_epoch_if_asked_to(run_here, tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(40):
         Image.new("RGB", (8, 8), (6 * i, 255 - 6 * i, 128)).save(tmp_path / "images" / f"{i}.png")
     flags = ["--dataset", "folder", "--data_dir", "images", *TINY_FLAGS[2:], "--run_name", "kept"]
     flags += ["--epochs", "20", "--ema_decay", "0.9", "--checkpoint_every", "10"]
-    run_script_ok(tmp_path, "train.py", *flags)
+    run_here(tmp_path, "train.py", *flags)
     names = {path.name for path in (tmp_path / "checkpoints/kept").glob("epoch*")}
     assert names == {"epoch_0010.pt", "epoch_0020.pt"}
     # Epochs are so short that later not each of them is validated.
@@ -165,12 +200,12 @@ def test_train_keeps_every_tenth_epoch_if_asked_to(tmp_path):
     assert best["progress"]["best"] == lowest
 
 
-def test_train_snapshots_the_guide_from_the_ema_of_that_step(tmp_path):
+def test_train_snapshots_the_guide_from_the_ema_of_that_step(folder):
     flags = [*TINY_FLAGS, "--run_name"]
-    run_script_ok(tmp_path, "train.py", *flags, "whole", "--max_steps", "8")
-    run_script_ok(tmp_path, "train.py", *flags, "part", "--max_steps", "4", "--guide_fraction", "0")
+    run_script_ok(folder, "train.py", *flags, "whole", "--max_steps", "8")
+    run_script_ok(folder, "train.py", *flags, "part", "--max_steps", "4", "--guide_fraction", "0")
     whole, part = (
-        torch.load(tmp_path / f"checkpoints/{name}/final.pt", weights_only=True)["ema"]
+        torch.load(folder / f"checkpoints/{name}/final.pt", weights_only=True)["ema"]
         for name in ("whole", "part")
     )
     guide = {k.removeprefix("guide."): v for k, v in whole.items() if k.startswith("guide.")}
@@ -200,9 +235,9 @@ def test_train_in_minutes_ends_with_the_schedule(tmp_path, monkeypatch):
     assert rows[-1]["seconds"] == 60 and rows[-1]["step"] == 40
 
 
-def test_dry_run_prints_an_estimate_and_leaves_nothing(trained):
+def test_dry_run_prints_an_estimate_and_leaves_nothing(run_here, trained):
     flags = [*TINY_FLAGS, "--epochs", "2", "--dry_run", "--run_name", "dry"]
-    output = run_script_ok(trained, "train_optimized.py", *flags)
+    output = run_here(trained, "train_optimized.py", *flags)
     assert re.search(r"^DIM +8 +flag$", output, re.MULTILINE)
     assert re.search(r"^LR_SCHEDULE +cosine +script$", output, re.MULTILINE)
     assert "0.1 M parameters" in output and "memory" in output
@@ -235,10 +270,10 @@ def test_format_duration_uses_the_unit_that_a_person_would(seconds, text):
 # --- resuming
 
 
-def test_train_killed_at_a_random_step_resumes_to_the_same_weights(trained, tmp_path):
+def test_train_killed_at_a_random_step_resumes_to_the_same_weights(trained, folder):
     flags = [*TINY_FLAGS, "--run_name", "killed", "--max_steps", "40", "--save_every_minutes", "0"]
-    process = ForkedScript(tmp_path, "train_optimized.py", *flags)
-    last, wanted = tmp_path / "checkpoints" / "killed" / "last.pt", random.randint(1, 25)
+    process = ForkedScript(folder, "train_optimized.py", *flags)
+    last, wanted = folder / "checkpoints" / "killed" / "last.pt", random.randint(1, 25)
     while not last.exists() or torch.load(last, weights_only=True)["progress"]["step"] < wanted:
         assert process.returncode is None
         time.sleep(0.01)
@@ -246,18 +281,18 @@ def test_train_killed_at_a_random_step_resumes_to_the_same_weights(trained, tmp_
     step = torch.load(last, weights_only=True)["progress"]["step"]
     assert 0 < step < 40
     flags = ["--resume", "killed", "--save_every_minutes", "2"]
-    run_script_ok(tmp_path, "train_optimized.py", *flags)
-    final = tmp_path / "checkpoints" / "killed" / "final.pt"
+    run_script_ok(folder, "train_optimized.py", *flags)
+    final = folder / "checkpoints" / "killed" / "final.pt"
     whole = trained / "checkpoints" / "whole" / "final.pt"
     assert max_checkpoint_difference(final, whole) == 0, f"killed at step {step}"
-    assert logged_steps(tmp_path, "killed") == [10, 20, 30, 40]
+    assert logged_steps(folder, "killed") == [10, 20, 30, 40]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_train_saves_on_a_signal(number, tmp_path):
+def test_train_saves_on_a_signal(number, folder):
     flags = [*TINY_FLAGS, "--run_name", "stopped", "--max_steps", "100000"]
-    process = ForkedScript(tmp_path, "train.py", *flags)
-    metrics = tmp_path / "samples" / "stopped" / "metrics.jsonl"
+    process = ForkedScript(folder, "train.py", *flags)
+    metrics = folder / "samples" / "stopped" / "metrics.jsonl"
     while not metrics.exists() or not metrics.read_text():
         assert process.returncode is None
         time.sleep(0.05)
@@ -266,7 +301,7 @@ def test_train_saves_on_a_signal(number, tmp_path):
     assert process.returncode == 128 + number
     line = r"interrupted at step (\d+): resume with --resume stopped"
     step = int(re.search(line, output).group(1))
-    state = torch.load(tmp_path / "checkpoints/stopped/last.pt", weights_only=True)
+    state = torch.load(folder / "checkpoints/stopped/last.pt", weights_only=True)
     assert state["progress"]["step"] == step >= 10
 
 
@@ -311,10 +346,10 @@ def test_restore_compares_the_upgraded_architecture():
         restore_stub(state | {"version": 1}, {}, upgrade)
 
 
-def test_train_resumes_from_any_file_of_a_run_and_with_another_batch(trained, tmp_path):
+def test_train_resumes_from_any_file_of_a_run_and_with_another_batch(run_here, trained, tmp_path):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     flags = ["--resume", "checkpoints/ddpm_final.pt", "--batch_size", "8", "--max_steps", "50"]
-    run_script_ok(tmp_path, "train.py", *flags)
+    run_here(tmp_path, "train.py", *flags)
     state = torch.load(tmp_path / "checkpoints/whole/final.pt", weights_only=True)
     progress = state["progress"]
     assert (state["run"], progress["step"]) == ("whole", 50)
@@ -323,14 +358,14 @@ def test_train_resumes_from_any_file_of_a_run_and_with_another_batch(trained, tm
     assert names == {"whole", "ddpm_final.pt"}
 
 
-def test_train_resumes_a_copy_of_a_run_as_a_separate_run(trained, tmp_path):
+def test_train_resumes_a_copy_of_a_run_as_a_separate_run(run_here, script_error, trained, tmp_path):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     folder = tmp_path / "checkpoints"
     shutil.copytree(folder / "whole", folder / "copy")
     (folder / "copy" / ".last.pt.4711.tmp").write_text("of a process killed while saving")
     (tmp_path / "samples" / "copy").mkdir()
     (tmp_path / "samples" / "copy" / ".loss.png.4711.tmp").write_text("likewise")
-    run_script_ok(tmp_path, "train.py", "--resume", "copy", "--max_steps", "42")
+    run_here(tmp_path, "train.py", "--resume", "copy", "--max_steps", "42")
     steps = {
         name: checkpoints.load(folder / name / "final.pt")["progress"]["step"]
         for name in ("whole", "copy")
@@ -340,18 +375,18 @@ def test_train_resumes_a_copy_of_a_run_as_a_separate_run(trained, tmp_path):
     files = {path.name for path in (folder / "copy").iterdir()} - {".lock"}
     assert files == {"last.pt", "best.pt", "final.pt"}
     shutil.copy(folder / "whole" / "last.pt", tmp_path / "elsewhere.pt")
-    line = run_script_error(tmp_path, "train.py", "--resume", "elsewhere.pt", "--max_steps", "42")
+    line = script_error(tmp_path, "train.py", "--resume", "elsewhere.pt", "--max_steps", "42")
     assert "of run whole, which exists in checkpoints/, too: copy it to" in line
 
 
-def test_train_stopped_at_its_last_step_is_finished(trained, tmp_path):
+def test_train_stopped_at_its_last_step_is_finished(run_here, trained, folder):
     change = "1 + 0 * (calls == 12 and os.kill(os.getpid(), 15) or 0)"
-    code, output, _ = run_changed(tmp_path, change, "--max_steps", "12")
+    code, output, _ = run_changed(folder, change, "--max_steps", "12")
     assert code == 0 and "done: 192 images" in output
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    final = tmp_path / "checkpoints" / "whole" / "final.pt"
+    shutil.copytree(trained, folder, dirs_exist_ok=True)
+    final = folder / "checkpoints" / "whole" / "final.pt"
     final.unlink()  # as if killed before it was written
-    output = run_script_ok(tmp_path, "train_optimized.py", "--resume", "whole")
+    output = run_here(folder, "train_optimized.py", "--resume", "whole")
     assert re.search(r"done: 640 images in .* validation loss \d", output)
     assert max_checkpoint_difference(final, trained / "checkpoints/whole/final.pt") == 0
 
@@ -549,8 +584,9 @@ def test_init_from_starts_a_new_run_from_ema_weights(trained_by_api, tmp_path, m
         Image.new("RGB", (16, 16), (9 * i, 255 - 9 * i, 128)).save(f"images/{i}.png")
 
     def start(*flags: str) -> None:
-        data = ["--dataset", "folder", "--data_dir", "images", "--batch_size", "4"]
-        monkeypatch.setattr(sys, "argv", ["train.py", *data, "--max_steps", "1", *flags])
+        small = ["--batch_size", "4", "--grid_images", "4", "--sampling_timesteps", "2"]
+        data = ["--dataset", "folder", "--data_dir", "images", *small, "--max_steps", "1"]
+        monkeypatch.setattr(sys, "argv", ["train.py", *data, *flags])
         importlib.import_module("train").main()
 
     source = DDPMModel().load_model("checkpoints/whole/final.pt")
@@ -596,12 +632,12 @@ def run_changed(folder: Path, change: str, *flags: str) -> tuple[int, str, str]:
     return process.returncode, output, errors
 
 
-def test_train_stops_at_a_loss_that_stays_nan_and_keeps_finite_weights(tmp_path):
+def test_train_stops_at_a_loss_that_stays_nan_and_keeps_finite_weights(folder):
     flags = ["--run_name", "bad", "--max_steps", "100", "--save_every_minutes", "0"]
-    code, _, errors = run_changed(tmp_path, "1 if calls <= 5 else float('nan')", *flags)
+    code, _, errors = run_changed(folder, "1 if calls <= 5 else float('nan')", *flags)
     assert code == 1 and "Traceback" not in errors
     assert "20 updates in a row were not finite; stopped at step 30" in errors
-    weights = checkpoint_weights(tmp_path / "checkpoints/bad/last.pt")
+    weights = checkpoint_weights(folder / "checkpoints/bad/last.pt")
     assert all(torch.isfinite(value).all() for value in weights.values())
 
 
@@ -621,25 +657,6 @@ def test_abort_if_diverged_counts_updates_skipped_in_a_row():
     update(float("inf"))
     with pytest.raises(UserError, match="20 updates in a row were not finite; stopped at step 61"):
         abort_if_diverged(step, 61, "mine")
-
-
-@pytest.fixture
-def script_error(monkeypatch, capsys):
-    """script_error(folder, script, *arguments) is run_script_error in this process, and faster."""
-
-    def call(folder: Path, script: str, *arguments: str) -> str:
-        monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "argv", [script, *arguments])
-        module = importlib.import_module(script.removesuffix(".py"))
-        with pytest.raises(SystemExit) as stopped:
-            run_script(module.main)
-        assert stopped.value.code == 2
-        errors = capsys.readouterr().err.splitlines()
-        lines = [line for line in errors if line.startswith("error: ")]
-        assert len(lines) == 1 and errors[-1] == lines[0]
-        return lines[0]
-
-    return call
 
 
 def test_scripts_answer_bad_input_with_one_line(trained, script_error):
@@ -672,16 +689,15 @@ def test_scripts_answer_bad_input_with_one_line(trained, script_error):
         "steps is 4000, but": ["inference.py", "--steps", "4000"],
     }  # fmt: skip
     for expected, command in cases.items():
-        call = run_script_error if command[0] == "train_optimized.py" else script_error
-        assert expected in call(trained, *command)
+        assert expected in script_error(trained, *command)
 
 
-def test_train_resumes_no_run_of_another_process(trained, tmp_path):
+def test_train_resumes_no_run_of_another_process(script_error, trained, tmp_path):
     fcntl = pytest.importorskip("fcntl")
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     handle = os.open(tmp_path / "checkpoints/whole/.lock", os.O_CREAT | os.O_RDWR)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    line = run_script_error(tmp_path, "train.py", "--resume", "whole", "--max_steps", "42")
+    line = script_error(tmp_path, "train.py", "--resume", "whole", "--max_steps", "42")
     assert "run whole is being trained by another process" in line
     os.close(handle)
 
@@ -689,39 +705,37 @@ def test_train_resumes_no_run_of_another_process(trained, tmp_path):
 # --- disks
 
 
-def test_train_on_a_full_disk_continues_and_leaves_no_partial_file(trained, tmp_path):
-    shutil.copytree(trained / "data", tmp_path / "data")
+def test_train_on_a_full_disk_continues_and_leaves_no_partial_file(folder):
     flags = ["--run_name", "full", "--max_steps", "20", "--save_every_minutes", "0.01"]
-    process = ForkedScript(tmp_path, "train.py", *TINY_FLAGS, *flags, max_file_bytes=300_000)
+    process = ForkedScript(folder, "train.py", *TINY_FLAGS, *flags, max_file_bytes=300_000)
     _, errors = process.communicate()
     line = "warning: writing checkpoints/full/best.pt failed (File too large); continuing without"
     assert line in errors
     assert process.returncode == 2 and "Traceback" not in errors
     assert "error: File too large (checkpoints/full/final.pt)" in errors
-    files = [path.name for path in (tmp_path / "checkpoints").rglob("*.*")]
+    files = [path.name for path in (folder / "checkpoints").rglob("*.*")]
     assert set(files) <= {".lock"}
 
 
-def test_train_that_can_write_nothing_any_more_ends_with_an_error(tmp_path):
+def test_train_that_can_write_nothing_any_more_ends_with_an_error(folder):
     # RLIMIT_FSIZE, from the first step on: importing torch may write files.
     limit = "__import__('resource').setrlimit(1, (400, 400))"
     change = f"1 + 0 * (calls == 1 and {limit} or 0)"
-    code, _, errors = run_changed(tmp_path, change, "--run_name", "full", "--max_steps", "40")
+    code, _, errors = run_changed(folder, change, "--run_name", "full", "--max_steps", "40")
     line = "warning: writing samples/full failed (File too large); continuing without it"
     assert errors.count(line) == errors.count("warning: writing samples") == 1
     assert "warning: writing checkpoints/full/best.pt failed" in errors
     assert code == 2 and "Traceback" not in errors
     assert "error: File too large (checkpoints/full/final.pt): free some space" in errors
-    rows = plots.read_metrics(tmp_path / "samples/full/metrics.jsonl")
+    rows = plots.read_metrics(folder / "samples/full/metrics.jsonl")
     assert rows[0]["step"] == 10 and len(rows) < 4
 
 
-def test_train_reports_before_the_first_step_that_it_cannot_write(trained, tmp_path):
-    shutil.copytree(trained / "data", tmp_path / "data")
-    (tmp_path / "checkpoints").write_text("a file")
+def test_train_reports_before_the_first_step_that_it_cannot_write(script_error, folder):
+    (folder / "checkpoints").write_text("a file")
     flags = [*TINY_FLAGS, "--run_name", "none", "--max_steps", "40"]
-    assert "checkpoints" in run_script_error(tmp_path, "train.py", *flags)
-    assert not plots.read_metrics(tmp_path / "samples/none/metrics.jsonl")
+    assert "checkpoints" in script_error(folder, "train.py", *flags)
+    assert not plots.read_metrics(folder / "samples/none/metrics.jsonl")
 
 
 def test_write_atomically_on_a_full_disk_leaves_the_old_file(tmp_path):
@@ -741,8 +755,8 @@ def test_write_atomically_on_a_full_disk_leaves_the_old_file(tmp_path):
 # --- the trained model
 
 
-def test_inference_uses_the_newest_checkpoint(trained):
-    output = run_script_ok(trained, "inference.py", "--num_samples", "5", "--batch_size", "2")
+def test_inference_uses_the_newest_checkpoint(run_here, script_error, trained):
+    output = run_here(trained, "inference.py", "--num_samples", "5", "--batch_size", "2")
     results = trained / "inference_results"
     folder = results / "samples-ddpm_final-unipc-4-seeds-0-4"
     assert "ddpm_final.pt" in output and str(folder.relative_to(trained)) in output
@@ -750,13 +764,13 @@ def test_inference_uses_the_newest_checkpoint(trained):
     assert {path.name for path in folder.iterdir()} == names
     assert {path.name for path in (folder / "star").iterdir()} == {f"{i:06d}.png" for i in range(5)}
     best = ["--checkpoint", "checkpoints/whole/best.pt"]
-    run_script_ok(trained, "inference.py", "--seeds", "3", *best)
+    run_here(trained, "inference.py", "--seeds", "3", *best)
     ends = ["--image1", "data:3", "--image2", "5", "--num_steps", "2"]
-    run_script_ok(trained, "inference.py", "--mode", "interpolate", *ends)
+    run_here(trained, "inference.py", "--mode", "interpolate", *ends)
     summary = results / "interpolate-ddpm_final-unipc-4-seeds-0-15" / "summary.json"
     assert json.loads(summary.read_text())["image1"] == "data:3"
     vary = ["--mode", "vary", "--image", "data:20480"]
-    assert "data:20480" in run_script_error(trained, "inference.py", *vary)
+    assert "data:20480" in script_error(trained, "inference.py", *vary)
     alone = Image.open(results / "samples-whole-best-unipc-4-seeds-3" / "star/000003.png")
     assert alone.size == (8, 8)
     grouped = Image.open(folder / "star/000003.png")
