@@ -251,13 +251,13 @@ def read_statistics(path: Path, count: int) -> Statistics | None:
 
 
 def inception_scores(network: Inception, features: np.ndarray, real: np.ndarray) -> Scores:
-    """Returns torch-fidelity's KID, IS, precision and recall of features (N, 2048).
+    """Returns KID, IS, precision and recall of features (N, 2048).
 
-    KID (arXiv:1801.01401) and IS (arXiv:1606.03498) with their std, over 100 subsets of at most
-    1000 and over 10 splits, the latter only if the network has its classifier. Precision and recall
-    (arXiv:1904.06991) with 3 neighbors, if there are 4 images.
+    torch-fidelity's KID (arXiv:1801.01401) and IS (arXiv:1606.03498) with their std, over 100
+    subsets of at most 1000 and over 10 splits, the latter only if the network has its classifier.
+    Precision and recall if there are 4 images.
     """
-    from torch_fidelity import metric_isc, metric_kid, metric_prc
+    from torch_fidelity import metric_isc, metric_kid
 
     weight = network.network.fc.weight
     pair = [torch.from_numpy(x).to(weight.device) for x in (features, real)]
@@ -266,16 +266,30 @@ def inception_scores(network: Inception, features: np.ndarray, real: np.ndarray)
     if network.has_classifier:
         logits = (pair[0] @ weight.T).cpu()  # without bias, as the Inception score is defined
         scores |= metric_isc.isc_features_to_metric(logits, splits=min(10, len(logits)))
-    if subset > NUM_NEIGHBORS:
-        print("precision and recall: distances between all pairs of features", flush=True)
-        options = {"prc_neighborhood": NUM_NEIGHBORS, "save_cpu_ram": True, "verbose": False}
-        scores |= metric_prc.prc_features_to_metric(*pair, **options)
     keys = {
         "KID": metric_kid.KEY_METRIC_KID_MEAN, "KID std": metric_kid.KEY_METRIC_KID_STD,
         "IS": metric_isc.KEY_METRIC_ISC_MEAN, "IS std": metric_isc.KEY_METRIC_ISC_STD,
-        "precision": metric_prc.KEY_METRIC_PRECISION, "recall": metric_prc.KEY_METRIC_RECALL,
     }  # fmt: skip
-    return {name: scores[key] for name, key in keys.items() if key in scores}
+    scores = {name: scores[key] for name, key in keys.items() if key in scores}
+    if subset > NUM_NEIGHBORS:
+        print("precision and recall: distances between all pairs of features", flush=True)
+        scores |= {"precision": coverage(*pair), "recall": coverage(*reversed(pair))}
+    return scores
+
+
+def coverage(x: Tensor, y: Tensor) -> float:
+    """Returns the share of x (N, D) that lies near y (M, D): precision, or recall if exchanged.
+
+    Near is within the distance of a row of y to its third nearest neighbor, Kynkaanniemi et al.
+    (arXiv:1904.06991). torch-fidelity's fetches all distances from the GPU, which takes minutes.
+    """
+    radius = [
+        torch.cdist(rows, y).kthvalue(NUM_NEIGHBORS + 1).values  # the nearest row is the row itself
+        for rows in y.split(CHUNK_ROWS)
+    ]
+    radius = torch.cat(radius)
+    is_near = [(torch.cdist(rows, y) <= radius).any(dim=1) for rows in x.split(CHUNK_ROWS)]
+    return torch.cat(is_near).double().mean().item()
 
 
 def nearest_neighbors(queries: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,6 @@
 """The search for a micro-batch: real steps, halves on OOM, remembered by card and configuration."""
 
+import gc
 import json
 
 import numpy as np
@@ -174,6 +175,7 @@ def test_damaged_results_are_searched_again(search, content):
 @needs_gpu
 def test_found_micro_batch_trains_within_the_cap(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_memory, "_memory_cap", None)
+    gc.collect()  # captured graphs of earlier tests, which the cap would count
     torch.cuda.empty_cache()
     gpu_memory.cap_memory(6.0)
     try:
