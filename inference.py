@@ -83,9 +83,11 @@ def generate_samples(job: jobs.InferenceJob) -> str:
     columns = round((1.6 * len(images)) ** 0.5)
     if len(classes) > 1:
         columns = len(seeds)
-        rows = images.unflatten(0, (len(classes), columns))[:100, :10]
-        titles = [f"{names[label]} {seed}" for label in classes[:100] for seed in seeds[:10]]
-        job.save_grid("grid.png", rows.flatten(0, 1), seeds[:10], titles, columns=rows.shape[1])
+        shown = images.unflatten(0, (len(classes), columns))[:100, :10]
+        rows = [names[label] for label in classes[:100]]
+        headings = [f"seed {seed}" for seed in seeds[:10]]
+        figure = plots.table(shown.flatten(0, 1), rows, headings, job.settings["tile"])
+        job.save(figure, "grid.png", seeds=seeds[:10])
     else:
         job.save_grid("grid.png", images[:100], seeds[:100])
     job.save(plots.grid(images, columns, smallest=1, padding=1), "contact_sheet.png")

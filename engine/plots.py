@@ -57,6 +57,26 @@ def grid(
     return to_image(tiled[: images.shape[1]])
 
 
+def table(
+    images: Tensor, rows: Sequence[str], columns: Sequence[str], smallest: int = MIN_TILE
+) -> Image.Image:
+    """Images (rows * columns, C, H, W) in [0, 1] as a grid, named at its left and its top."""
+    font = ImageFont.load_default(12)
+    tiles = grid(images, len(columns), smallest)
+    left = math.ceil(max(map(font.getlength, rows))) + 8
+    top = 20
+    sheet = Image.new("RGB", (left + tiles.width, top + tiles.height), "white")
+    sheet.paste(tiles, (left, top), tiles if tiles.mode == "RGBA" else None)
+    draw = ImageDraw.Draw(sheet)
+    for i, name in enumerate(rows):
+        middle = top + tiles.height * (i + 0.5) / len(rows)
+        draw.text((left - 6, middle), name, "black", font, anchor="rm")
+    for i, name in enumerate(columns):
+        middle = left + tiles.width * (i + 0.5) / len(columns)
+        draw.text((middle, top - 4), name, "black", font, anchor="ms")
+    return sheet
+
+
 def on_white(images: Tensor) -> Tensor:
     """Puts RGBA images (B, 4, H, W) in [0, 1] on white, as RGB; others stay."""
     if images.shape[1] != 4:

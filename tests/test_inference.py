@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from engine.cli import run_script
@@ -96,14 +98,15 @@ def guided(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def grids(monkeypatch) -> list[Tensor]:
-    """The images of each labeled grid that is made."""
-    made, labeled_grid = [], plots.labeled_grid
+    """The images of each labeled grid or table that is made."""
+    made = []
 
-    def record(images: Tensor, *args, **kwargs) -> Image.Image:
+    def record(function: Callable, images: Tensor, *args, **kwargs) -> Image.Image:
         made.append(images)
-        return labeled_grid(images, *args, **kwargs)
+        return function(images, *args, **kwargs)
 
-    monkeypatch.setattr(plots, "labeled_grid", record)
+    for name in ("labeled_grid", "table"):
+        monkeypatch.setattr(plots, name, partial(record, getattr(plots, name)))
     return made
 
 

@@ -30,6 +30,18 @@ def test_labeled_grid_is_filled_row_by_row():
         plots.labeled_grid(images, ["a"])
 
 
+def test_table_has_names_around_the_images_in_their_order():
+    images = torch.linspace(0.1, 0.6, 6).view(6, 1, 1, 1).expand(6, 3, 8, 8)
+    sheet = np.asarray(plots.table(images, ["a cat", "a dog"], ["0", "1", "2"], smallest=8))
+    pitch = 10  # 8 pixels and a line of 2
+    left = sheet.shape[1] - 3 * pitch - 2
+    top = sheet.shape[0] - 2 * pitch - 2
+    centers = sheet[top + 6 :: pitch, left + 6 :: pitch, 0]
+    assert centers.tolist() == plots.to_bytes(images)[:, 4, 4, 0].reshape(2, 3).tolist()
+    assert sheet[top : top + pitch, :left].min() == sheet[top + pitch :, :left].min() == 0
+    assert all(sheet[:top, left + pitch * i :][:, :pitch].min() < 128 for i in range(3))
+
+
 def test_labeled_grid_has_its_title_above_the_images():
     images = torch.zeros(2, 3, 100, 100)
     plain, titled = (
