@@ -56,6 +56,22 @@ def test_newton_schulz_keeps_singular_vectors_and_moves_values_near_one():
         assert values[s > 0.02 * s.amax()].min() > 0.9 and values.max() < 1.2
 
 
+def test_newton_schulz_polynomials_bear_rounding_at_each_step():
+    s = torch.linspace(0, 1.1, 10_001)
+    for a, b, c in optimizer.NEWTON_SCHULZ_STEPS:
+        s = 1.01 * (a * s + b * s**3 + c * s**5)
+    assert s.min() >= 0 and s[65:].min() > 0.8 and s.max() < 1.4
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_newton_schulz_in_bf16_bears_a_dominant_singular_value(rank):
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn((64, 32, rank), generator=generator)
+    x = x @ torch.randn((64, rank, 288), generator=generator)
+    found = torch.linalg.svdvals(newton_schulz(x.bfloat16(), ONE.bfloat16()).float())
+    assert 0.8 < found[:, 0].min() and found.max() < 1.3
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 def test_newton_schulz_applies_its_polynomials_to_the_singular_values(scale):
     x = torch.randn((3, 6, 20), generator=torch.Generator().manual_seed(0))
