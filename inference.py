@@ -1,8 +1,9 @@
 """Samples images from a trained model.
 
-    python inference.py                                    16 samples from the newest checkpoint
+    python inference.py                                    of the newest checkpoint
+    python inference.py --classes cat,dog                  if the model has such classes
     python inference.py --mode all                         one of each mode below
-    python inference.py --sampler dpmpp_2m --steps 15 --seeds 0-63
+    python inference.py --sampler dpmpp_2m --steps 15 --seeds 0-3
     python inference.py --from_png inference_results/.../000007.png      reproduces that image
     torchrun --nproc_per_node=4 inference.py --mode batch --num_samples 50000      on 4 GPUs
 

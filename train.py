@@ -190,6 +190,7 @@ def configure(
         required = network_settings(source.architecture, request.value("IMAGE_SIZE", size))
         if request.tuning is not None:
             required |= {"GUIDANCE": source.guidance, "GUIDANCE_MODE": source.guidance_mode}
+            required["CLASS_CONDITIONAL"] = bool(source.class_names)
             required |= request.tuning
     layers = request.script, request.subclass, request.flags, resumed, required
     return resolve(dataset, tier, *layers)

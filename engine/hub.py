@@ -80,7 +80,7 @@ class HubMixin:
     ) -> None:
         """Writes weights, config.json, a grid of samples and a model card, README.md.
 
-        figures: further rows of the card's table, e.g. {"FID (50,000 samples)": 4.13}.
+        figures: further rows of the card's table, e.g. {"FID (50,000 samples)": 3.61}.
         """
         folder = Path(folder)
         self._save(folder, folder.name, license, figures)

@@ -344,14 +344,16 @@ def test_script_tunes_with_the_settings_of_the_run(tmp_path, monkeypatch):
 def test_script_knows_the_images_of_the_pretrained_model_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checkpoints, "PRETRAINED_DIR", tmp_path / "weights")
-    DDPMModel(**SMALL).save_model("weights/cifar10.safetensors")
+    DDPMModel(**SMALL, classes={"cat": 1, "dog": 1}).save_model("weights/cifar10.safetensors")
     config = configure_script()
     assert (config.DATASET, config.IMAGE_SIZE, config.DIM) == ("cifar10", 8, 8)
+    assert config.CLASS_CONDITIONAL
     DDPMModel(**SMALL, guidance=2.25).save_model("other.safetensors")
     with pytest.raises(UserError, match="does not name its training images"):
         configure_script("--checkpoint", "other.safetensors")
     config = configure_script("--checkpoint", "other.safetensors", "--dataset", "shapes")
     assert (config.DIM, config.GUIDANCE) == (8, 2.25)  # the teacher is guided as samples are
+    assert not config.CLASS_CONDITIONAL
 
 
 @pytest.mark.parametrize("source", ["--checkpoint", "--resume"])

@@ -18,6 +18,7 @@ import train_optimized
 from config import CPU_PRESETS, resolve
 from ddpm_model import DDPMModel
 from engine import checkpoints
+from engine.datasets import ARCHIVES
 from engine.inference_jobs import load_sampler
 from engine.optimizer import Adam
 from tests.helpers import LARGE_TIER, ROOT
@@ -59,7 +60,9 @@ def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checkpoints, "PRETRAINED_DIR", tmp_path / "weights")
     torch.manual_seed(0)
-    model = DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), timesteps=20, sampling_timesteps=2)
+    size = {"image_size": 8, "dim": 8, "dim_mults": (1, 2)}
+    classes = dict.fromkeys(ARCHIVES["cifar10"].class_names, 1)
+    model = DDPMModel(**size, timesteps=20, sampling_timesteps=2, classes=classes)
     model.save_model("weights/cifar10.safetensors")
     model.save_model("checkpoints/ddpm_final.pt")
     return tmp_path
