@@ -13,7 +13,10 @@ from engine.errors import UserError
 from engine.noise_schedule import BETA_SCHEDULES, OBJECTIVES, sigma_of
 from engine.samplers import SAMPLERS, SPACINGS
 
-SMALL = {"image_size": 8, "dim": 8, "dim_mults": (1, 2), "timesteps": 40, "sampling_timesteps": 10}
+SMALL = {
+    "image_size": 8, "dim": 8, "dim_mults": (1,), "attn_heads": 1, "attn_dim_head": 8,
+    "timesteps": 40, "sampling_timesteps": 10,
+}  # fmt: skip
 
 
 def small(**changes) -> DDPMModel:

@@ -1,7 +1,7 @@
 """The samplers against upstream's, diffusers' and exactly solved distributions."""
 
 import math
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ddpm_model import DDPMModel
 from engine import samplers
+from engine.denoiser import ModelDenoiser
 from engine.errors import RenamedWarning, UserError
 from engine.noise_schedule import BETA_SCHEDULES, OBJECTIVES, SIGMA_MAX, sigma_of
 from engine.samplers import (
@@ -47,7 +48,8 @@ SCHEDULERS = {
 
 def small(timesteps: int = 200, **changes) -> DDPMModel:
     torch.manual_seed(0)
-    model = DDPMModel(8, 8, (1, 2), timesteps=timesteps, sampling_timesteps=10, **changes)
+    network = {"image_size": 8, "dim": 8, "dim_mults": (1,), "attn_heads": 1, "attn_dim_head": 8}
+    model = DDPMModel(**network, timesteps=timesteps, sampling_timesteps=10, **changes)
     return model.eval()
 
 
@@ -202,9 +204,9 @@ def test_samplers_have_a_limit_at_zero_terminal_snr(name, spacing):
     x = torch.linspace(-2, 2, 64, dtype=torch.float64).view(1, 1, 8, 8)
 
     def sample(last: float) -> Tensor:
-        torch.manual_seed(1)
         denoiser = Mixture(alpha_bar_of("cosine", 200, last))
         timesteps = SPACINGS[spacing](denoiser.alpha_bar, num_intervals(SAMPLERS[name], 19))
+        torch.manual_seed(1)
         return run_sampler(name, denoiser, x, timesteps)[-1]
 
     limit = sample(0.0)
@@ -277,9 +279,14 @@ def test_slerp_keeps_the_norm_and_the_ends():
     torch.testing.assert_close(samplers.slerp(a, a, torch.tensor([0.5]))[0], a)
 
 
+@cache
+def denoiser_of(schedule: str, timesteps: int) -> ModelDenoiser:
+    return small(timesteps, beta_schedule=schedule).denoiser()
+
+
 def alpha_bar_of(schedule: str, timesteps: int, last: float | None = None) -> list[float]:
     """alpha_bar of a schedule, with another last value if given."""
-    alpha_bar = small(timesteps, beta_schedule=schedule).denoiser().alpha_bar
+    alpha_bar = denoiser_of(schedule, timesteps).alpha_bar
     return alpha_bar if last is None else [*alpha_bar[:-1], last]
 
 
