@@ -11,7 +11,7 @@ import evaluate
 import inference
 import train
 from ddpm_model import DDPMModel
-from engine import devices, distributed
+from engine import comparison, devices, distributed
 from engine.errors import UserError
 from engine.train_step import get_rng_state, set_rng_state
 from tests.helpers import CPU, TINY_FLAGS
@@ -79,6 +79,7 @@ def test_training_inference_and_evaluation_need_no_float64(tmp_path, monkeypatch
 
     monkeypatch.setattr(DDPMModel, "_build", build_on_cpu)
     monkeypatch.setattr(evaluate, "load_feature_networks", lambda *_: [MeanColors()])
+    monkeypatch.setattr(comparison, "COMPARED_STEPS", (2,))
     with NoFloat64():
         with pytest.raises(TypeError, match="makes float64"):
             torch.zeros(1).double()

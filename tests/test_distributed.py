@@ -38,9 +38,9 @@ from tests.helpers import (
 
 # No dropout, whose masks differ by rank.
 FLAGS = {
-    "IMAGE_SIZE": 8, "DIM": 8, "DIM_MULTS": (1, 2), "BATCH_SIZE": 32, "WARMUP_STEPS": 5,
-    "LR_SCHEDULE": "constant", "KEEP": 0, "SAMPLING_TIMESTEPS": 4, "GRID_IMAGES": 4,
-    "NUM_SAMPLE_GRIDS": 2,
+    "IMAGE_SIZE": 8, "DIM": 8, "DIM_MULTS": (1, 2), "ATTENTION_HEADS": (1,), "ATTENTION_DIM": (16,),
+    "BATCH_SIZE": 32, "WARMUP_STEPS": 5, "LR_SCHEDULE": "constant", "KEEP": 0,
+    "SAMPLING_TIMESTEPS": 4, "GRID_IMAGES": 4, "NUM_SAMPLE_GRIDS": 2,
 }  # fmt: skip
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="on GPUs the ranks do not talk through gloo"

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import runpy
 import shutil
 import time
 from collections.abc import Callable
@@ -26,9 +27,10 @@ from engine.inference_jobs import InferenceJob
 from engine.labels import labels_of_seeds
 from engine.samplers import SAMPLERS
 from tests.forked_script import ForkedScript
-from tests.helpers import run_script_ok
+from tests.helpers import ROOT
 
-SMALL = {"image_size": 8, "dim": 8, "dim_mults": (1, 2), "timesteps": 40, "sampling_timesteps": 5}
+NARROW = {"dim": 8, "attn_heads": 1, "attn_dim_head": 16}
+SMALL = NARROW | {"image_size": 8, "dim_mults": (1,), "timesteps": 40, "sampling_timesteps": 5}
 HALF = SMALL["image_size"] // 2
 CUSTOM_SAMPLER = """
 from engine.samplers import alpha_bar_at
@@ -79,8 +81,8 @@ def folder(tmp_path, monkeypatch) -> Path:
     """A working folder with a small model in checkpoints/."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    model = DDPMModel(image_size=16, dim=8, dim_mults=(1, 2), timesteps=60, sampling_timesteps=6)
-    model.save_model("checkpoints/ddpm_final.pt")
+    sizes = {"image_size": 16, "dim_mults": (1, 2), "timesteps": 60, "sampling_timesteps": 6}
+    DDPMModel(**NARROW, **sizes).save_model("checkpoints/ddpm_final.pt")
     return tmp_path
 
 
@@ -683,13 +685,16 @@ def test_full_disk_leaves_no_partial_file(folder, infer, monkeypatch, capsys):
 # --- inference_high_res.py
 
 
-def test_high_res_figures_are_larger(folder):
+def test_high_res_figures_are_larger(folder, monkeypatch, capsys):
     torch.manual_seed(0)
-    narrow = {"dim": 8, "dim_mults": (1, 2), "attn_heads": 1, "attn_dim_head": 8}
-    model = DDPMModel(image_size=64, timesteps=8, sampling_timesteps=3, **narrow)
-    model.save_model("checkpoints/large.pt")
+    sizes = {"image_size": 64, "dim_mults": (1, 2), "timesteps": 8, "sampling_timesteps": 3}
+    DDPMModel(**NARROW, **sizes).save_model("checkpoints/large.pt")
+    monkeypatch.setattr(comparison, "COMPARED_STEPS", (2, 3))
     flags = ["--checkpoint", "checkpoints/large.pt", "--mode", "all", "--resamples", "1"]
-    assert "note" not in run_script_ok(folder, "inference_high_res.py", *flags)
+    monkeypatch.setattr("sys.argv", ["inference_high_res.py", *flags])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(ROOT / "inference_high_res.py"), run_name="__main__")
+    assert exit_.value.code == 0 and "note" not in capsys.readouterr().out
     modes = {path.name.split("-")[0] for path in Path("inference_results").iterdir()}
     assert modes == {*inference.MODES}
     assert len(json.loads((only("samples-*") / "summary.json").read_text())["seeds"]) == 9
