@@ -1,4 +1,4 @@
-"""Trains a diffusion model in plain fp32, no optimizations: the reference script.
+"""Trains a diffusion model in fp32 with a constant learning rate; the rest as train_optimized.py.
 
     python train.py                                        CIFAR-10, or the built-in shapes
     python train.py --dataset folder --data_dir my_images --epochs 100
@@ -33,7 +33,7 @@ MUTABLE_ON_INIT = {
     "image_size", "sampling_timesteps", "loss_weighting", "min_snr_gamma", "schedule_base_size",
     "guidance", "guidance_mode", "dropout", "classes", "consistency",
 }  # fmt: skip
-DEFAULTS = {"USE_AMP": False, "COMPILE_MODEL": False, "LR_SCHEDULE": "constant"}
+DEFAULTS = {"LR_SCHEDULE": "constant"}
 
 
 def main(

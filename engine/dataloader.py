@@ -129,25 +129,26 @@ def read_ahead(read: Callable[[T], S], items: Iterable[T], threads: int) -> Iter
 class BatchLoader:
     """Training batches; an epoch's order is a function of (seed, epoch) alone.
 
-    batch_size: the effective batch, of which each rank gets an equal part. workers: threads that
-    read the images if they do not fit on the GPU. Raises UserError if there are fewer training
+    effective_batch: images of an update, of which each rank gets an equal part. workers: threads
+    that read the images if they do not fit on the GPU. Raises UserError if there are fewer training
     images than one batch, or if the batch cannot be divided by the number of ranks.
     """
 
     def __init__(
-        self, data: ImageDataset, batch_size: int, seed: int, device: torch.device, workers: int,
-        rank: int = 0, world_size: int = 1,
+        self, data: ImageDataset, effective_batch: int, seed: int, device: torch.device,
+        workers: int, rank: int = 0, world_size: int = 1,
     ):  # fmt: skip
         self.train_indices, self.val_indices = train_val_split(len(data))
-        if len(self.train_indices) < batch_size:
+        if len(self.train_indices) < effective_batch:
             raise UserError(
                 f"{len(self.train_indices)} training images (of {len(data)}) are fewer than one "
-                f"batch of {batch_size}. Add data or lower --batch_size and --gradient_accumulation"
+                f"batch of {effective_batch}. "
+                "Add data or lower --batch_size and --gradient_accumulation"
             )
-        if batch_size % world_size:
-            raise UserError(f"a batch of {batch_size} cannot be divided by {world_size} ranks")
+        if effective_batch % world_size:
+            raise UserError(f"a batch of {effective_batch} cannot be divided by {world_size} ranks")
         self.data = data
-        self.batch_size = batch_size
+        self.effective_batch = effective_batch
         self.seed = seed
         self.device = device
         self.workers = workers
@@ -160,12 +161,12 @@ class BatchLoader:
 
     def __len__(self) -> int:
         """Steps in an epoch; images that do not fill a batch are left out of this epoch."""
-        return len(self.train_indices) // self.batch_size
+        return len(self.train_indices) // self.effective_batch
 
     def order(self, epoch: int) -> np.ndarray:
         """Returns this rank's image indices of an epoch: (steps, local batch)."""
         shuffled = np.random.default_rng([self.seed, epoch]).permutation(self.train_indices)
-        steps = shuffled[: len(self) * self.batch_size].reshape(len(self), self.world_size, -1)
+        steps = shuffled[: len(self) * self.effective_batch].reshape(len(self), self.world_size, -1)
         return steps[:, self.rank]
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:

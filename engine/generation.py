@@ -36,7 +36,9 @@ class GenerationMixin:
     """Methods that generate images, all floats in [0, 1], with `denoiser`.
 
     Options: guidance, guidance_mode and labels go to `denoiser`, clip limits each predicted x_0 to
-    [-1, 1], others (`eta` of ddim) go to the sampler. labels: see prepare_labels.
+    [-1, 1], others (`eta` of ddim) go to the sampler. labels: of all images or of each, -1 for
+    none. None: `sample` and `sample_states` draw classes by seed in the training images'
+    proportions; all other methods leave the class open, and classifier-free guidance is off.
     """
 
     image_size: int

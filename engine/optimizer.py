@@ -27,7 +27,7 @@ NEWTON_SCHULZ_STEPS = (
     (3.38, -4.782, 2.371),
 )
 UPDATE_RMS = 0.2  # of a Muon update, matches Adam's: Liu et al. (arXiv:2502.16982)
-MIN_PADDED_WIDTH = 2304  # columns; narrower matrices are padded to the widest of them
+MAX_SHARED_WIDTH = 2304  # columns; matrices up to this wide may share a batch
 ALIGNMENT = 64  # values: each parameter begins at a multiple of 256 bytes
 OLD_STATE_NAMES = {"exp_avg": "mean", "exp_avg_sq": "square"}  # in earlier checkpoints
 
@@ -113,12 +113,12 @@ class Muon:
     """SGD momentum with orthogonalized updates. Jordan et al. (2024).
 
     A convolution is a matrix with a row for each output channel. Learning rates mean what they
-    mean to Adam. shapes: of the parameters in the vector, equal ones together. pad_to_common_size:
-    orthogonalize different sizes in one batch; a GPU needs as long for many small products as for
-    a few large ones.
+    mean to Adam. shapes: of the parameters in the vector, equal ones together. mix_sizes:
+    orthogonalize different sizes in one batch, padded; a GPU needs as long for many small products
+    as for a few large ones.
     """
 
-    def __init__(self, params: Tensor, shapes: Sequence[torch.Size], pad_to_common_size: bool):
+    def __init__(self, params: Tensor, shapes: Sequence[torch.Size], mix_sizes: bool):
         self.exp_avg = torch.zeros_like(params)
         self.batches: dict[tuple[int, int], list[MatrixGroup]] = {}
         end = 0
@@ -127,12 +127,13 @@ class Muon:
             count = len(list(equal))
             start = end
             end += count * padded_numel(rows * columns)
+            # Which matrices share a batch: `update` pads them to the largest of it.
             short, long = sorted((rows, columns))
-            if pad_to_common_size:
-                short = 2 ** math.ceil(math.log2(short))
-                long = max(long, MIN_PADDED_WIDTH)
+            key = (short, long)
+            if mix_sizes:
+                key = (2 ** math.ceil(math.log2(short)), max(long, MAX_SHARED_WIDTH))
             group = MatrixGroup(start, end, count, rows, columns)
-            self.batches.setdefault((short, long), []).append(group)
+            self.batches.setdefault(key, []).append(group)
 
     def update(
         self, params: Tensor, grad: Tensor, lr: Tensor, grad_scale: Tensor, is_finite: Tensor

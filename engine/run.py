@@ -82,7 +82,7 @@ def tolerate_write_errors(path: Path) -> Iterator[None]:
         warnings.warn(f"{reason}; continuing without it", FallbackWarning, stacklevel=2)
 
 
-def checkpoint_bytes(step: TrainStep) -> int:
+def checkpoint_bytes(train_step: TrainStep) -> int:
     """Returns the size of a checkpoint, with the guide that it will have."""
 
     def sizes(value: Any) -> dict[int, int]:
@@ -91,8 +91,9 @@ def checkpoint_bytes(step: TrainStep) -> int:
             return dict(item for v in value.values() for item in sizes(v).items())
         return {value.data_ptr(): value.nbytes} if isinstance(value, Tensor) else {}
 
-    is_guided = step.config.GUIDE_FRACTION and step.ema.guide is None
-    return sum(sizes(step.state_dict()).values()) + (step.params.nbytes if is_guided else 0)
+    is_guided = train_step.config.GUIDE_FRACTION and train_step.ema.guide is None
+    guide_bytes = train_step.params.nbytes if is_guided else 0
+    return sum(sizes(train_step.state_dict()).values()) + guide_bytes
 
 
 def format_bytes(count: float) -> str:
@@ -124,13 +125,13 @@ class Run:
     """
 
     def __init__(
-        self, name: str, data_info: dict[str, Any], step: TrainStep, loader: BatchLoader,
-        progress: Progress,
+        self, name: str, data_info: dict[str, Any], train_step: TrainStep,
+        loader: BatchLoader, progress: Progress,
     ):  # fmt: skip
         self.name = name
         self.data_info = data_info
-        self.step = step
-        self.config = step.config
+        self.train_step = train_step
+        self.config = train_step.config
         self.progress = progress
 
         # The folders: locked by this process, without leftovers of a killed one.
@@ -152,9 +153,10 @@ class Run:
         self.bar = tqdm(initial=progress.step, unit="step", mininterval=1, dynamic_ncols=True)
         self.validation_split = loader.validation()
         self.validation_loss = self.log.validation_losses.get(progress.step, math.nan)
-        self.num_grids = self.grids_due()
-        self.num_kept = self.checkpoints_due()
-        self.save_time = self.validate_time = self.log_time = time.monotonic()
+        self.grid_parts_done = self.parts_done(self.config.NUM_SAMPLE_GRIDS)
+        self.keep_parts_done = self.parts_done(self.config.KEEP + 1)
+        self.last_save_time = self.last_log_time = time.monotonic()
+        self.next_validation_time = self.last_log_time
         self.logged_images = progress.images
 
     def after_step(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
@@ -163,21 +165,23 @@ class Run:
         if self.progress.is_log_step:
             self.log_step(loss, grad_norm, lr)
         # A grid at the end of each of NUM_SAMPLE_GRIDS parts of the run but the last.
-        if self.num_grids < self.grids_due() < self.config.NUM_SAMPLE_GRIDS:
+        done = self.parts_done(self.config.NUM_SAMPLE_GRIDS)
+        if self.grid_parts_done < done < self.config.NUM_SAMPLE_GRIDS:
             self.sample_grid(f"step_{self.progress.step:07d}.png")
-        self.num_grids = self.grids_due()
-        # A checkpoint at the end of each of KEEP + 1 parts of the run but the last.
-        if self.num_kept < self.checkpoints_due() <= self.config.KEEP:
+        self.grid_parts_done = done
+        # A checkpoint at the end of each of KEEP + 1 parts but the last, or every so many epochs.
+        done = self.parts_done(self.config.KEEP + 1)
+        if self.keep_parts_done < done <= self.config.KEEP and self.config.CHECKPOINT_EVERY is None:
             self.save(f"step_{self.progress.step:07d}.pt")
-        self.num_kept = self.checkpoints_due()
-        if time.monotonic() - self.save_time >= 60 * self.config.SAVE_EVERY_MINUTES:
+        self.keep_parts_done = done
+        if time.monotonic() - self.last_save_time >= 60 * self.config.SAVE_EVERY_MINUTES:
             self.save("last.pt")
-            self.save_time = time.monotonic()
+            self.last_save_time = time.monotonic()
 
     def after_epoch(self) -> None:
         """Validates and keeps a checkpoint of the epoch, each if it is due."""
         epoch = self.progress.epoch
-        is_due = epoch <= ALWAYS_VALIDATE_EPOCHS or time.monotonic() >= self.validate_time
+        is_due = epoch <= ALWAYS_VALIDATE_EPOCHS or time.monotonic() >= self.next_validation_time
         if is_due or self.progress.is_finished:
             self.validate()
         every = self.config.CHECKPOINT_EVERY
@@ -218,12 +222,12 @@ class Run:
         """Logs a step; the bar shows its loss, and the speed since the last logged one."""
         progress = self.progress
         now = time.monotonic()
-        speed = (progress.images - self.logged_images) / (now - self.log_time)
-        self.log_time = now
+        speed = (progress.images - self.logged_images) / (now - self.last_log_time)
+        self.last_log_time = now
         self.logged_images = progress.images
         self.log.scalars(
             progress, loss=loss.item(), learning_rate=lr, gradient_norm=grad_norm.item(),
-            images_per_second=speed, skipped=self.step.skipped_updates.item(),
+            images_per_second=speed, skipped=self.train_step.skipped_updates.item(),
             fraction=min(1.0, progress.fraction),
         )  # fmt: skip
         self.bar.total = progress.estimated_steps
@@ -232,26 +236,22 @@ class Run:
     def validate(self) -> None:
         """Validates, and saves best.pt if the loss is the lowest so far."""
         start = time.monotonic()
-        self.validation_loss = self.step.validate(self.validation_split)
+        self.validation_loss = self.train_step.validate(self.validation_split)
         self.log.validation_loss(self.progress, self.validation_loss)
         if self.progress.best is None or self.validation_loss < self.progress.best:
             self.progress.best = self.validation_loss
             self.save("best.pt")
-        self.validate_time = start + (time.monotonic() - start) / VALIDATION_TIME_FRACTION
+        duration = time.monotonic() - start
+        self.next_validation_time = start + duration / VALIDATION_TIME_FRACTION
 
-    def grids_due(self) -> int:
-        """Returns how many sample grids there should be by now."""
-        return int(self.progress.fraction * self.config.NUM_SAMPLE_GRIDS)
-
-    def checkpoints_due(self) -> int:
-        """Returns how many checkpoints should have been kept by now, where --keep counts."""
-        is_counted = self.config.CHECKPOINT_EVERY is None
-        return int(self.progress.fraction * (self.config.KEEP + 1)) if is_counted else 0
+    def parts_done(self, parts: int) -> int:
+        """Returns how many of `parts` equal parts of the run are done."""
+        return int(self.progress.fraction * parts)
 
     def warn_of_small_disk(self) -> None:
         """Warns if the run's checkpoints will not fit on the disk."""
         epochs = self.progress.estimated_steps / self.progress.steps_per_epoch
-        needed = max_checkpoints(self.config, epochs) * checkpoint_bytes(self.step)
+        needed = max_checkpoints(self.config, epochs) * checkpoint_bytes(self.train_step)
         needed -= sum(file.stat().st_size for file in self.folder.glob("*.pt"))
         free = shutil.disk_usage(self.folder).free
         if needed > free:
@@ -264,14 +264,14 @@ class Run:
         seeds = list(range(self.config.GRID_IMAGES))
         columns = None
         labels: list[int] = []
-        if num_classes := len(getattr(self.step.ema, "class_names", ())):
+        if num_classes := len(getattr(self.train_step.ema, "class_names", ())):
             rows = min(num_classes, len(seeds))
             columns = len(seeds) // rows
             seeds = seeds[:columns] * rows
             labels = [row for row in range(rows) for _ in range(columns)]
 
-        # One number of steps above the other, in whole rows.
-        grid_steps = getattr(self.step.ema, "grid_steps", ())
+        # One block of whole rows for each number of sampler steps.
+        grid_steps = getattr(self.train_step.ema, "grid_steps", ())
         if grid_steps and not labels:
             columns = math.isqrt(len(seeds))
             seeds = seeds[: len(seeds) // columns * columns]
@@ -279,11 +279,11 @@ class Run:
         def sample(steps: int | None, part: slice) -> Tensor:
             options = {"labels": labels[part]} if labels else {}
             options |= {"steps": steps} if steps else {}
-            return self.step.ema.sample(len(seeds[part]), seed=seeds[part], **options).cpu()
+            return self.train_step.ema.sample(len(seeds[part]), seed=seeds[part], **options).cpu()
 
         try:
             batches = (
-                self.step.map_eval_batches(len(seeds), partial(sample, steps))
+                self.train_step.map_eval_batches(len(seeds), partial(sample, steps))
                 for steps in grid_steps or (None,)
             )
             images = torch.cat(list(chain.from_iterable(batches)))
@@ -293,10 +293,10 @@ class Run:
             self.log.grid(images, self.progress.step, file, columns)
 
     def save(self, file: str) -> None:
-        """Writes a checkpoint; training continues if it cannot, but does not finish."""
-        state = self.step.state_dict() | {
+        """Writes a checkpoint. A failure is a warning, except for final.pt, where it is raised."""
+        state = self.train_step.state_dict() | {
             "version": VERSION, "run": self.name, "data": self.data_info,
-            "architecture": self.step.model.architecture, "config": self.config.as_dict(),
+            "architecture": self.train_step.model.architecture, "config": self.config.as_dict(),
             "progress": self.progress.state_dict(),
         }  # fmt: skip
         try:

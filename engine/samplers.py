@@ -104,29 +104,29 @@ def unipc(denoiser: Denoiser, x: Tensor, timesteps: Timesteps, randn: Randn) -> 
     The predictor, UniP-2, is the step of DPM-Solver++(2M). The evaluation at its end also corrects
     the interval that led there (UniC-2); the last interval stays uncorrected.
     """
-    last = None  # the interval from r to t: x_r, x_0 predicted at r, a_r, h
-    previous = None  # change of x_0 over the interval that ended at r, h
+    interval = None  # from r to t: x_r, x_0 predicted at r, a_r, h
+    before = None  # change of x_0 over the interval that ended at r, h
     for t, s, a_t, a_s in intervals(denoiser, timesteps):
         h = half_log_snr(a_s) - half_log_snr(a_t)
         x_0 = average = denoiser(x, t)
-        if last:
+        if interval:
             # Correct the step from r to t; g is -1 / r_1 of the paper.
-            x_r, x_0_r, a_r, h_r = last
+            x_r, x_0_r, a_r, h_r = interval
             change = x_0 - x_0_r
             corrected = x_0_r + change / 2
-            if previous:
-                change_previous, h_previous = previous
-                g = h_r / h_previous
+            if before:
+                change_before, h_before = before
+                g = h_r / h_before
                 b_1 = -1 / math.expm1(-h_r) - 1 / h_r
                 b_2 = -1 / math.expm1(-h_r) - 2 * b_1 / h_r
-                weighted = (b_1 + b_2 * g) * change + (b_1 - b_2) * g**2 * change_previous
+                weighted = (b_1 + b_2 * g) * change + (b_1 - b_2) * g**2 * change_before
                 corrected = x_0_r + weighted / (1 + g)
-            previous = change, h_r
+            before = change, h_r
             x = ddim_step(x_r, corrected, a_r, a_t)
             if s >= 0:
                 average = x_0 + h / (2 * h_r) * change
         # Predict the step from t to s.
-        last = x, x_0, a_t, h
+        interval = x, x_0, a_t, h
         x = ddim_step(x, average, a_t, a_s)
         yield x, x_0
 
@@ -253,10 +253,10 @@ def choose_timesteps(
 ) -> list[int]:
     """Returns the timesteps of a sampler for `steps` NFE, spaced as SPACINGS[spacing].
 
-    The corrector of heun multiplies the error of its second prediction, which is near 1 at the
-    lowest sigma, by half of the sigma it comes from. Where that is far above the lowest, images
-    would be noise, so the lowest is left out: the clean image follows directly. Consistency leaves
-    it out, too: a step from there would change nothing.
+    Heun's last correction is half of its first sigma times the error of a prediction at the lowest
+    sigma, which is near 1. If that sigma is more than MAX_HEUN_RATIO times the lowest, the images
+    would be noise; the lowest timestep is then left out, and the last step ends at the clean image.
+    Consistency leaves it out always: an evaluation there would change nothing.
     """
     count = num_intervals(sampler, steps)
     if sampler is consistency:

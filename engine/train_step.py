@@ -29,8 +29,8 @@ class TrainableModel(Protocol):
 
     An optional static method `upgrade_architecture` converts the architecture of an older
     checkpoint to the current format. An optional method `set_fraction` is called before each step
-    with how much of the run is done, 0 to 1. An optional attribute `grid_steps` has the numbers of
-    sampler steps with which each sample grid is sampled.
+    with how much of the run is done, 0 to 1. Optional attributes: with `class_names`, grids have a
+    row for each and `sample` gets `labels`; with `grid_steps`, it gets each of them as `steps`.
     """
 
     image_size: int  # pixels
@@ -117,7 +117,7 @@ class TrainStep:
         self.eval_batcher = OomBatcher(config.BATCH_SIZE)  # in the memory that training leaves
 
         # Parameters, EMA and gradient: one flat vector each.
-        model.to(memory_format=torch.channels_last)  # as engine.unet computes
+        model.to(memory_format=torch.channels_last)  # custom networks, too
         self.ema = copy.deepcopy(model).eval()
         self.params, named = flatten(model)
         self.ema_params = flatten(self.ema)[0]
@@ -134,27 +134,26 @@ class TrainStep:
         matrices = [p for name, p in named if config.OPTIMIZER == "muon" and use_muon(name, p)]
         end = sum(padded_numel(p.numel()) for p in matrices)
         is_cuda = self.device.type == "cuda"
-        muon = Muon(self.params[:end], [p.shape for p in matrices], pad_to_common_size=is_cuda)
+        muon = Muon(self.params[:end], [p.shape for p in matrices], mix_sizes=is_cuda)
         adam = Adam(self.params[end:])
         self.optimizers = {"muon": (muon, slice(end)), "adam": (adam, slice(end, None))}
 
         # Precision, compilation, CUDA graphs (of micro-batches by their size, and of the update).
-        self.dtype = amp_dtype(self.device)
-        self.network = torch.compile(model, dynamic=False) if config.COMPILE_MODEL else model
+        self.amp_dtype = amp_dtype(self.device)
+        self.loss_function = torch.compile(model, dynamic=False) if config.COMPILE_MODEL else model
         self.use_labels = "labels" in inspect.signature(model.forward).parameters
         use_graphs = config.CUDA_GRAPH and is_cuda and model.supports_cuda_graphs
         self.graphs: dict[int | str, CapturedFunction] | None = {} if use_graphs else None
         self.graph_pool = torch.cuda.graph_pool_handle() if use_graphs else None
         use_threads = use_batch_threads(self.device) and not config.COMPILE_MODEL
         self.threads = BatchThreads() if use_threads else None
-
         # Scalars stay on the device: reading one makes the host wait.
         zeros = [torch.zeros((), device=self.device) for _ in range(5)]
         self.lr, self.ema_weight, self.skipped_updates = zeros[:3]
         self.consecutive_skips, self.finite_streak = zeros[3:]
-        self.use_loss_scaling = config.USE_AMP and self.dtype == torch.float16
-        initial_scale = INITIAL_LOSS_SCALE if self.use_loss_scaling else 1.0
-        self.loss_scale = torch.full((), initial_scale, device=self.device)
+        self.use_loss_scaling = config.USE_AMP and self.amp_dtype == torch.float16
+        scale = INITIAL_LOSS_SCALE if self.use_loss_scaling else 1.0
+        self.loss_scale = torch.full((), scale, device=self.device)
 
     @property
     def micro_batch(self) -> int:
@@ -163,7 +162,7 @@ class TrainStep:
 
     def autocast(self) -> torch.autocast:
         """Mixed precision as configured."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.config.USE_AMP)
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.config.USE_AMP)
 
     def set_fraction(self, fraction: float) -> None:
         """Passes on how much of the run is done, 0 to 1, to a model that wants to know."""
@@ -184,10 +183,10 @@ class TrainStep:
         loss = None
         while loss is None:
             try:
-                loss = self.gradient(batch, step)
+                loss = self.accumulate_gradient(batch, step)
             except torch._dynamo.exc.TorchDynamoException as error:
                 warn_fallback("torch.compile", error)
-                self.network = self.model
+                self.loss_function = self.model
                 continue
             except (RuntimeError, MemoryError) as error:
                 # Handled outside, where the tensors of the failed attempt are free again.
@@ -209,7 +208,7 @@ class TrainStep:
                 raise
             raise UserError("out of memory in the update: lower --dim", exit_code=1) from None
 
-    def gradient(self, batch: Batch, step: int) -> Tensor:
+    def accumulate_gradient(self, batch: Batch, step: int) -> Tensor:
         """Writes this rank's part of the gradient to `grad`; returns its part of the loss."""
         # Randomness of the global batch, of which this rank takes its rows.
         local_batch = len(batch.images)
@@ -225,17 +224,17 @@ class TrainStep:
         if self.micro_batch < local_batch:
             self.grad.zero_()
         loss = torch.zeros((), device=self.device)
-        backward = partial(self.backward, local_batch)
+        add = partial(self.add_micro_batch, local_batch)
         for part in zip(*(x.split(self.micro_batch) for x in inputs), strict=True):
-            loss += self.run_captured(len(part[0]), backward, *part)
+            loss += self.run_captured(len(part[0]), add, *part)
         return loss
 
-    def backward(self, local_batch: int, *inputs: Tensor) -> Tensor:
+    def add_micro_batch(self, local_batch: int, *inputs: Tensor) -> Tensor:
         """Adds a micro-batch's gradient to `grad`; returns its part of the mean loss."""
-        differentiate = partial(self.differentiate, local_batch)
-        threads = self.threads
-        parts = threads.map(differentiate, inputs) if threads else [differentiate(*inputs)]
+        compute = partial(self.loss_and_gradients, local_batch)
+        parts = self.threads.map(compute, inputs) if self.threads else [compute(*inputs)]
         (loss, grads), *others = parts
+        # `grad` was zeroed only if the batch is split.
         write = torch._foreach_copy_ if len(inputs[0]) == local_batch else torch._foreach_add_
         write(self.grad_views, grads)
         for other_loss, other_grads in others:
@@ -244,15 +243,16 @@ class TrainStep:
         self.model.zero_grad()
         return loss
 
-    def differentiate(
+    def loss_and_gradients(
         self, local_batch: int, images: Tensor, t: Tensor, noise: Tensor, mirror: Tensor, *labels
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """Returns some images' part of the mean loss, and its gradient by parameter."""
         x = images.float() / 255
         if self.config.HORIZONTAL_FLIP:
             x = torch.where(mirror[:, None, None, None], x.flip(-1), x)
+        share = len(x) / (local_batch * self.world_size)
         with self.autocast():
-            loss = self.network(x, t, noise, *labels) * (len(x) / (local_batch * self.world_size))
+            loss = self.loss_function(x, t, noise, *labels) * share
         scaled_loss = loss * self.loss_scale
         params = self.param_views
         # Unused parameters get zeros, or the gradient of an earlier step would stay.

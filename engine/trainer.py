@@ -29,7 +29,8 @@ from engine.run_names import (
 from engine.train_step import TrainableModel, TrainStep, learning_rate, seed_everything
 
 MAX_NONFINITE_STEPS = 20  # in a row
-MIN_GUIDE_WARMUPS = 5  # steps before the guide is saved, in warm-ups
+GUIDE_WARMUPS = 5  # warm-ups before the guide is saved
+LATE_GUIDE_WARMUPS = 2  # the same from half of the run on
 # Entries of the architecture; classes have check_classes_on_resume.
 MUTABLE_ON_RESUME = {"sampling_timesteps", "guidance", "guidance_mode", "dropout", "classes"}
 
@@ -72,7 +73,7 @@ def train(
                 )  # fmt: skip
                 train_step.set_fraction(progress.fraction)
                 loss, grad_norm = train_step(batch, progress.step, lr)
-                progress.advance(loader.batch_size)
+                progress.advance(loader.effective_batch)
                 if should_snapshot_guide(train_step, progress):
                     train_step.ema.snapshot_guide()
 
@@ -171,7 +172,7 @@ def restore(
     # Progress; with another batch size an epoch continues after the same number of images.
     fields = dict(state["progress"])
     previous_batch = state["config"]["BATCH_SIZE"] * state["config"]["GRADIENT_ACCUMULATION"]
-    position = fields.pop("position") * previous_batch // loader.batch_size
+    position = fields.pop("position") * previous_batch // loader.effective_batch
     fields["epoch_step"] = min(position, len(loader))
     progress = Progress(train_step.config, len(loader), dist, **fields)
 
@@ -194,35 +195,34 @@ def abort_if_diverged(train_step: TrainStep, step: int, name: str) -> None:
 
 
 def should_snapshot_guide(train_step: TrainStep, progress: Progress) -> bool:
-    """Whether the EMA weights are now to be saved as the guide.
+    """Whether the EMA weights are now to be saved as the guide: at GUIDE_FRACTION of the run.
 
-    Guided by a network that knows little, samples are worse than without a guide. So it is not
-    saved before MIN_GUIDE_WARMUPS times the warm-up, or in shorter runs before half of the run and
-    twice the warm-up.
+    But not within GUIDE_WARMUPS warm-ups: guided by a network that knows little, samples are worse
+    than without a guide. From half of the run on, LATE_GUIDE_WARMUPS are enough.
     """
     config = train_step.config
     is_due = 0 < config.GUIDE_FRACTION <= progress.fraction
-    warmups = 2 if progress.fraction >= 0.5 else MIN_GUIDE_WARMUPS
+    warmups = LATE_GUIDE_WARMUPS if progress.fraction >= 0.5 else GUIDE_WARMUPS
     is_trained = progress.step >= warmups * config.WARMUP_STEPS
     return train_step.ema.guide is None and is_due and is_trained
 
 
-def describe_step(step: TrainStep) -> str:
+def describe_step(train_step: TrainStep) -> str:
     """Returns size, batch, precision and device of a training step in one line."""
-    config = step.config
+    config = train_step.config
     accumulation = config.GRADIENT_ACCUMULATION
     split = f" = {accumulation} x {config.BATCH_SIZE}" if accumulation > 1 else ""
     options = {
-        "compiled": config.COMPILE_MODEL, "CUDA graphs": step.graphs is not None,
+        "compiled": config.COMPILE_MODEL, "CUDA graphs": train_step.graphs is not None,
         "gradient checkpointing": config.GRADIENT_CHECKPOINTING,
     }  # fmt: skip
-    device = device_name(step.device)
+    device = device_name(train_step.device)
     parts = [
-        f"{sum(p.numel() for p in step.param_views) / 1e6:.1f} M parameters",
+        f"{sum(p.numel() for p in train_step.param_views) / 1e6:.1f} M parameters",
         f"batch {config.BATCH_SIZE * accumulation}{split}",
-        str(step.dtype).removeprefix("torch.") if config.USE_AMP else "float32",
+        str(train_step.amp_dtype).removeprefix("torch.") if config.USE_AMP else "float32",
         *(name for name, is_on in options.items() if is_on),
-        device if step.world_size == 1 else f"{step.world_size} x {device}",
+        device if train_step.world_size == 1 else f"{train_step.world_size} x {device}",
     ]
     return ", ".join(parts)
 
@@ -235,7 +235,7 @@ def estimate(model: TrainableModel, num_images: int, config: Any, memory_gib: fl
     # Time of a step. On a CPU a few images are enough: it is proportional to their number.
     dist = distributed.init()
     device = default_device()
-    step = TrainStep(model.to(device).train(), config)
+    train_step = TrainStep(model.to(device).train(), config)
     is_cuda = device.type == "cuda"
     count = config.BATCH_SIZE if is_cuda else min(config.BATCH_SIZE, 8)
     shape = (count, model.channels, model.image_size, model.image_size)
@@ -243,21 +243,22 @@ def estimate(model: TrainableModel, num_images: int, config: Any, memory_gib: fl
     times = []
     for number in range(4):
         start = time.perf_counter()
-        step(batch, number, 0.0)[0].item()
+        train_step(batch, number, 0.0)[0].item()
         times.append(time.perf_counter() - start)
-    batch_size = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
-    seconds = statistics.median(times[1:]) * batch_size / count / dist.num_processes
+    effective_batch = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
+    seconds = statistics.median(times[1:]) * effective_batch / count / dist.num_processes
 
-    # Length of the run.
+    # Length of the run. Too few images are an error, as in the run itself.
     fake = ImageDataset(np.empty((num_images, 1, 1, 1), np.uint8))
-    steps_per_epoch = len(BatchLoader(fake, batch_size, 0, torch.device("cpu"), 1))
+    steps_per_epoch = len(BatchLoader(fake, effective_batch, 0, torch.device("cpu"), 1))
     steps = Progress(config, steps_per_epoch, dist).estimated_steps
     steps = 60 * config.MINUTES / seconds if config.MINUTES else steps
     duration = format_duration(steps * seconds)
     length = f"{steps:,.0f} steps, {steps / steps_per_epoch:.1f} epochs, about {duration}"
     peak = torch.cuda.max_memory_allocated() / 2**30 if is_cuda else memory_gib
     memory = f"memory {peak:.1f} GiB ({'measured' if is_cuda else 'estimated'})"
-    number = max_checkpoints(config, steps / steps_per_epoch)
-    size = checkpoint_bytes(step)
-    disk = f"disk {format_bytes(number * size)} at most ({number} x {format_bytes(size)})"
-    return f"{describe_step(step)}\n{memory}\n{disk}\n{length} ({seconds:.3f} s per step, measured)"
+    num_files = max_checkpoints(config, steps / steps_per_epoch)
+    size = checkpoint_bytes(train_step)
+    disk = f"disk {format_bytes(num_files * size)} at most ({num_files} x {format_bytes(size)})"
+    measured = f"({seconds:.3f} s per step, measured)"
+    return f"{describe_step(train_step)}\n{memory}\n{disk}\n{length} {measured}"

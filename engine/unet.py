@@ -119,11 +119,11 @@ class FastUnet(Unet):
         t = F.linear(embedding(t).to(dtype), weights[linear1.weight], linear1.bias.to(dtype))
         t = F.linear(F.gelu(t), weights[linear2.weight], linear2.bias.to(dtype))
         if labels is not None:
-            class_weights = labels
+            class_mix = labels
             if not labels.is_floating_point():  # -1 is no class
                 classes = torch.arange(self.num_classes, device=labels.device)
-                class_weights = (labels[:, None] == classes).float()
-            t = t + (class_weights @ self.class_embedding.weight).to(dtype)
+                class_mix = (labels[:, None] == classes).float()
+            t = t + (class_mix @ self.class_embedding.weight).to(dtype)
         linears = [block.mlp[1] for block in self.blocks]
         weight = torch.cat([weights[linear.weight] for linear in linears])
         bias = torch.cat([linear.bias for linear in linears]).to(dtype)
@@ -245,14 +245,17 @@ def conv(x: Tensor, module: nn.Conv2d, weights: Weights, with_bias: bool = True)
     if module.kernel_size == (1, 1):
         bias = None if bias is None else bias.to(x.dtype)
         return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    if use_cpu_norm(x):  # adding the bias costs nothing here, and norm_act a pass
+    if use_cpu_norm(x):  # conv2d adds the bias for nothing; elsewhere that is a kernel of its own
         return F.conv2d(x, weight, bias, padding=module.padding)
     x = F.conv2d(x, weight, padding=module.padding)
     return x if bias is None else add_bias(x, bias)
 
 
 def conv_and_bias(x: Tensor, module: nn.Conv2d, weights: Weights) -> tuple[Tensor, Tensor | None]:
-    """A convolution, and its bias if norm_act has to add it; on a CPU the convolution does."""
+    """A convolution, and its bias if the norm_act that follows has to add it.
+
+    On a CPU None: conv2d adds it for nothing, norm_act in a pass of its own.
+    """
     if use_cpu_norm(x):
         return conv(x, module, weights), None
     return conv(x, module, weights, with_bias=False), module.bias
@@ -295,10 +298,11 @@ def norm_act(
     x: Tensor, bias: Tensor | None, gain: Tensor, modulation: Tensor | None = None,
     residual: Tensor | None = None, residual_bias: Tensor | None = None, activate: bool = False,
 ) -> Tensor:  # fmt: skip
-    """RMSNorm (arXiv:1910.07467) of x + bias, modulation, SiLU, residual; in fp32.
+    """silu(rms_norm(x + bias) * gain * (1 + scale) + shift) + residual + residual_bias, in fp32.
 
-    x, residual: (B, C, H, W). bias, residual_bias: (C,). gain: (1, C, 1, 1). modulation: (B, 2C),
-    first scale - 1, then shift; not together with residual_bias. Returns the precision of x.
+    Without the terms that are None; SiLU only if `activate`. rms_norm: arXiv:1910.07467, over
+    channels. x, residual: (B, C, H, W). bias, residual_bias: (C,). gain: (1, C, 1, 1). modulation:
+    scale and shift, (B, 2C); not together with residual_bias. Returns the precision of x.
     """
     if use_triton(x):
         inputs = x, bias, gain, modulation, residual, residual_bias

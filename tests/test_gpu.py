@@ -323,4 +323,4 @@ def test_compiled_fp16_with_loss_scaling_follows_full_precision(monkeypatch):
     step = make_step(dim_mults=levels, USE_AMP=True, COMPILE_MODEL=True)
     assert losses_of(step) == pytest.approx(exact, rel=0.03)
     assert step.skipped_updates.item() == 0 and step.use_loss_scaling
-    assert step.network is not step.model  # it did not continue without compilation
+    assert step.loss_function is not step.model  # it did not continue without compilation

@@ -93,14 +93,14 @@ def reference_muon_update(momentum: torch.Tensor) -> torch.Tensor:
     return 0.2 * max(matrix.shape) ** 0.5 * update.reshape(momentum.shape)
 
 
-@pytest.mark.parametrize("pad_to_common_size", [False, True])
+@pytest.mark.parametrize("mix_sizes", [False, True])
 @by_formula_and_kernel
-def test_muon_updates_each_matrix_by_its_momentum(kernel, pad_to_common_size, monkeypatch):
+def test_muon_updates_each_matrix_by_its_momentum(kernel, mix_sizes, monkeypatch):
     monkeypatch.setattr(optimizer, "use_triton", lambda _: kernel)
     shapes = [torch.Size([4, 2, 3, 3])] * 2 + [torch.Size([8, 5])]
     params = [torch.zeros(shape) for shape in shapes]
     flat = torch.zeros(sum(padded_numel(p.numel()) for p in params))
-    muon = Muon(flat, shapes, pad_to_common_size)
+    muon = Muon(flat, shapes, mix_sizes)
     generator = torch.Generator().manual_seed(0)
     for view in views(flat, params):
         view.copy_(torch.randn(view.shape, generator=generator))
@@ -130,7 +130,7 @@ def test_flatten_makes_parameters_views_with_equal_matrices_together():
     matrices = [p.shape for name, p in named if use_muon(name, p)]
     rest = len(named) - len(matrices)
     assert [use_muon(*item) for item in named] == [True] * len(matrices) + [False] * rest
-    batches = Muon(flat[:0], matrices, pad_to_common_size=True).batches
+    batches = Muon(flat[:0], matrices, mix_sizes=True).batches
     groups = [group for batch in batches.values() for group in batch]
     assert len(groups) == len({(shape[0], shape[1:].numel()) for shape in matrices})
     flat.zero_()

@@ -184,7 +184,7 @@ def test_run_validates_a_fiftieth_of_the_time_once_epochs_are_many(made_run, clo
         clock.now += 1
         return 0.5
 
-    monkeypatch.setattr(made_run.step, "validate", validate)
+    monkeypatch.setattr(made_run.train_step, "validate", validate)
     for epoch, second in [(1, 10), (5, 20), (6, 69), (7, 70), (8, 119), (9, 121)]:
         made_run.progress.epoch, clock.now = epoch, 1000.0 + second
         made_run.after_epoch()
@@ -197,7 +197,7 @@ def test_run_validates_a_fiftieth_of_the_time_once_epochs_are_many(made_run, clo
 def test_run_saves_as_best_the_lowest_validation_loss(made_run, monkeypatch):
     losses, best, saves = [0.5, 0.6, 0.4, 0.4, 0.45], [], []
     for loss in losses:
-        monkeypatch.setattr(made_run.step, "validate", lambda _, loss=loss: loss)
+        monkeypatch.setattr(made_run.train_step, "validate", lambda _, loss=loss: loss)
         made_run.progress.step += 1
         made_run.after_epoch()
         best.append(made_run.progress.best)
@@ -235,7 +235,7 @@ def test_run_keeps_checkpoints_at_the_ends_of_equal_parts_but_the_last(made_run,
 def test_run_warns_of_a_disk_that_is_too_small(made_run, monkeypatch):
     made_run.config.CHECKPOINT_EVERY = None
     made_run.config.KEEP = 3
-    size = run.checkpoint_bytes(made_run.step)
+    size = run.checkpoint_bytes(made_run.train_step)
     usage = SimpleNamespace(free=6 * size)
     monkeypatch.setattr(run.shutil, "disk_usage", lambda _: usage)
     made_run.warn_of_small_disk()  # 3 and last, best and one being written
@@ -276,7 +276,7 @@ def test_run_continues_without_a_grid_that_fails(error, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise error("no grid")
 
-    monkeypatch.setattr(made.step.ema, "sample", fail)
+    monkeypatch.setattr(made.train_step.ema, "sample", fail)
     with pytest.warns(FallbackWarning, match=r"step.png failed \(.*\); continuing"):
         made.sample_grid("step.png")
     made.close()
