@@ -23,7 +23,10 @@ from engine.errors import UserError
 from engine.page import ModelKeeper, PageImage, Plan, Request, ServedModel, Session, Turns
 from inference import InferenceSettings
 
-SMALL = {"image_size": 8, "dim": 8, "dim_mults": (1, 2), "timesteps": 40, "sampling_timesteps": 4}
+SMALL = {
+    "image_size": 8, "dim": 8, "dim_mults": (1,), "attn_heads": 1, "attn_dim_head": 16,
+    "timesteps": 40, "sampling_timesteps": 4,
+}  # fmt: skip
 CONTROLS = {"seeds": "3,7", "classes": [], "sampler": "ddim", "steps": 4, "guidance": 1.5}
 
 

@@ -13,6 +13,11 @@ from tests.helpers import run_script_ok
 FILE = checkpoints.PRETRAINED_DIR / "cifar10.safetensors"
 
 
+@pytest.fixture(scope="module")
+def pretrained() -> DDPMModel:
+    return DDPMModel.from_pretrained("cifar10")
+
+
 def test_pretrained_model_is_the_default_of_inference(tmp_path):
     output = run_script_ok(tmp_path, "inference.py", "--num_samples", "2", "--steps", "2")
     assert f"no checkpoint in checkpoints/ yet; using the pretrained {FILE.name}" in output
@@ -29,24 +34,22 @@ def test_pretrained_file_has_small_fp16_weights_and_an_fp32_schedule():
         assert (dtype == "F16") == name.startswith(("diffusion.model.", "guide.")), name
 
 
-def test_pretrained_model_denoises_its_samples():
-    model = DDPMModel.from_pretrained("cifar10")
-    images = model.sample(4, steps=10, seed=0)
+def test_pretrained_model_denoises_its_samples(pretrained):
+    images = pretrained.sample(4, steps=10, seed=0)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     t = torch.full((4,), 300)
     with torch.no_grad():
-        error = model.mse_per_image(images, t, noise).mean().item()
+        error = pretrained.mse_per_image(images, t, noise).mean().item()
         untrained = DDPMModel(dim=8).mse_per_image(images, t, noise).mean().item()
     assert error < 0.1 < 0.5 < untrained
 
 
-def test_tuned_model_draws_in_two_evaluations_what_its_teacher_draws_in_19():
+def test_tuned_model_draws_in_two_evaluations_what_its_teacher_draws_in_19(pretrained):
     size = (checkpoints.PRETRAINED_DIR / "cifar10-tuned.safetensors").stat().st_size
     assert size < 16e6
-    teacher = DDPMModel.from_pretrained("cifar10")
     tuned = DDPMModel.from_pretrained("cifar10-tuned")
     labels = [1, 2, 7, 8]
-    wanted = teacher.sample(4, seed=0, labels=labels)
+    wanted = pretrained.sample(4, seed=0, labels=labels)
     images = tuned.sample(4, seed=0, labels=labels)
     distance = (images - wanted).square().mean().sqrt().item()
     to_others = (images - wanted.roll(1, 0)).square().mean().sqrt().item()
@@ -73,9 +76,8 @@ def test_save_model_in_fp16_halves_the_file_and_keeps_the_images(tmp_path):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_pretrained_model_makes_no_noise_in_few_steps(sampler):
-    model = DDPMModel.from_pretrained("cifar10")
+def test_pretrained_model_makes_no_noise_in_few_steps(pretrained, sampler):
     for steps in (1, 2, 3, 5, 8):
-        images = model.sample(2, seed=26, sampler=sampler, steps=steps)
+        images = pretrained.sample(2, seed=26, sampler=sampler, steps=steps)
         roughness = (images[..., 1:] - images[..., :-1]).abs().mean().item()
         assert roughness < 0.2, steps  # of noise 0.4, of images of 40 steps 0.08
