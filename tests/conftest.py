@@ -6,8 +6,11 @@ import os
 # is called once for a batch.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import torch
 
-# Without a GPU, Triton interprets the kernels.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+def pytest_collectstart() -> None:
+    """Sets what depends on a GPU; the process that starts the workers collects nothing."""
+    import torch
+
+    # Without a GPU, Triton interprets the kernels.
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
