@@ -170,6 +170,8 @@ def load_real_images(
     data_dir = settings.data_dir if settings.dataset else config.get("DATA_DIR")
     if not dataset:
         raise UserError(f"{path} has no training data: set --dataset and --data_dir")
+    if not settings.dataset and settings.data_dir != EvaluationSettings.data_dir:
+        raise UserError(f"--data_dir is {settings.data_dir}, but of which data set? Add --dataset")
     size = settings.image_size or shape[2]
     channels = shape[0] if dataset == "folder" else 3
     options = replace(ReadOptions.from_config(config), channels=channels)

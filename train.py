@@ -3,7 +3,7 @@
     python train.py                                        CIFAR-10, or the built-in shapes
     python train.py --dataset folder --data_dir my_images --epochs 100
     python train.py --resume                               resumes the newest run
-    python train.py --init_from my_run --data_dir more     starts a new run from a run's weights
+    python train.py --init_from my_run --dataset folder --data_dir more    starts from its weights
 
 Ends with a sample grid in samples/<run>/ and a model in checkpoints/ddpm_final.pt.
 """
@@ -19,7 +19,7 @@ from config import Config, DDPMConfig, detect_tier, estimate_memory_gib, resolve
 from ddpm_model import DDPMModel
 from engine import checkpoints, distributed
 from engine.checkpoints import TrainingCheckpoint
-from engine.datasets import choose_default_dataset, load_dataset, placeholder
+from engine.datasets import choose_default_dataset, load_dataset, placeholder, require_stored
 from engine.errors import UserError
 from engine.gpu_memory import cap_memory
 from engine.image_source import ReadOptions
@@ -33,6 +33,9 @@ MUTABLE_ON_INIT = {
     "image_size", "sampling_timesteps", "loss_weighting", "min_snr_gamma", "schedule_base_size",
     "guidance", "guidance_mode", "dropout", "classes", "consistency",
 }  # fmt: skip
+DEFAULTS_NOTE = (
+    "Defaults shown are those before presets and the GPU's tier; --dry_run shows what a run gets."
+)
 DEFAULTS = {"LR_SCHEDULE": "constant"}
 
 
@@ -96,11 +99,15 @@ class TrainingRequest:
     init_from: Path | None = None  # the checkpoint whose EMA weights a new run starts from
     tuning: Mapping[str, Any] | None = None  # on top of the settings of that checkpoint's run
 
+    @property
+    def explicit(self) -> dict[str, Any]:
+        """What the subclass and the flags set."""
+        return {**(subclass_overrides(self.subclass) if self.subclass else {}), **self.flags}
+
     def value(self, name: str, checkpoint: Mapping[str, Any] | None) -> Any:
         """Returns a setting that no preset or tier sets. checkpoint: its configuration."""
         base = DDPMConfig.current_names(checkpoint) if checkpoint else self.script
-        overrides = subclass_overrides(self.subclass) if self.subclass else {}
-        values = {**DDPMConfig.values(), **base, **overrides, **self.flags}
+        values = {**DDPMConfig.values(), **base, **self.explicit}
         return DDPMConfig.settings()[name].check(name, values[name])
 
 
@@ -113,7 +120,7 @@ def parse_command_line(
     tuning: those of a script that tunes what --checkpoint, by default the newest, names.
     """
     # Flags of this script, and one for each setting.
-    parser = Parser(description)
+    parser = Parser(f"{description or ''}\n{DEFAULTS_NOTE}")
     parser.add_argument("--config", metavar="FILE.py:CLASS", help="a subclass of DDPMConfig")
     parser.add_argument(
         "--dry_run", action="store_true",
@@ -178,11 +185,16 @@ def configure(
 
     dataset = request.value("DATASET", resumed)
     if dataset == "auto" and request.tuning is not None:  # on other data it would be ruined
-        if request.init_from.parent != checkpoints.PRETRAINED_DIR:
+        if request.init_from.resolve().parent != checkpoints.PRETRAINED_DIR:
             raise UserError(f"{request.init_from} does not name its training images. Add --dataset")
         dataset = "cifar10"
+    data_dir = Path(request.value("DATA_DIR", resumed))
+    is_named = request.explicit.get("DATASET", "auto") != "auto"
+    if "DATA_DIR" in request.explicit and not is_named and not resumed:
+        default = "cifar10" if dataset == "auto" else dataset
+        distributed.from_rank0("data_dir", lambda: require_stored(default, data_dir))
     if dataset == "auto":
-        where = Path(request.value("DATA_DIR", resumed)), tier.name != "CPU", not request.dry_run
+        where = data_dir, tier.name != "CPU", not request.dry_run
         dataset = distributed.from_rank0("dataset", lambda: choose_default_dataset(*where))
     required = None
     if source:

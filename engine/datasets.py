@@ -89,6 +89,19 @@ def choose_default_dataset(data_dir: Path, has_gpu: bool, download: bool = True)
     return "shapes"
 
 
+def require_stored(dataset: str, data_dir: Path) -> str:
+    """Returns the data set that a script takes by default if it is in a data directory.
+
+    Raises UserError if it is not: a directory that was named without a data set may be of images.
+    """
+    if archive := ARCHIVES.get(dataset):
+        local = data_dir / archive.path
+        if not local.exists() and not all((local.parent / n).exists() for n in archive.contents):
+            advice = f"--dataset folder for your own images, or --dataset {dataset} to download it"
+            raise UserError(f"--data_dir is {data_dir}, which has no {dataset}. Add {advice}")
+    return dataset
+
+
 def load_dataset(
     dataset: str, image_size: int, data_dir: Path, cache_dir: Path = Path("data/cache"),
     workers: int = 4, progress: bool = True, upsampling: bool = True, use_labels: bool = False,

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+import warnings
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from engine import checkpoints, distributed
 from engine.checkpoints import TrainingCheckpoint
 from engine.dataloader import Batch, BatchLoader, ImageDataset
 from engine.devices import default_device, device_name
-from engine.errors import UserError
+from engine.errors import FallbackWarning, UserError
 from engine.labels import check_classes_on_resume
 from engine.progress import Progress, StopSignal, format_duration
 from engine.run import VERSION, NullRun, Run, checkpoint_bytes, format_bytes, max_checkpoints
@@ -140,7 +141,21 @@ def start_or_resume(
         raise UserError(f"{checkpoint.path} is of a finished run: {advice}")
     count = len(loader.train_indices)
     distributed.print0(f"run {name}: {count} images, {describe_step(train_step)}")
+    if progress.config.EPOCHS and dist.is_main_process:
+        warn_if_short(progress.config, progress.estimated_steps)
     return name, progress
+
+
+def warn_if_short(config: Any, steps: float) -> None:
+    """Warns if most of a run is warm-up, unless it was limited to a number of steps.
+
+    should_snapshot_guide saves no guide in less than twice the warm-up.
+    """
+    if steps < 2 * config.WARMUP_STEPS and not config.MAX_STEPS:
+        found = f"only {steps:,.0f} steps, with a warm-up of {config.WARMUP_STEPS:,}"
+        without = "; continuing without a guide" if config.GUIDE_FRACTION else ""
+        advice = "set --minutes, or more --epochs"
+        warnings.warn(f"{found}{without}: {advice}", FallbackWarning, stacklevel=3)
 
 
 def restore(
@@ -253,6 +268,7 @@ def estimate(model: TrainableModel, num_images: int, config: Any, memory_gib: fl
     steps_per_epoch = len(BatchLoader(fake, effective_batch, 0, torch.device("cpu"), 1))
     steps = Progress(config, steps_per_epoch, dist).estimated_steps
     steps = 60 * config.MINUTES / seconds if config.MINUTES else steps
+    warn_if_short(config, steps)
     duration = format_duration(steps * seconds)
     length = f"{steps:,.0f} steps, {steps / steps_per_epoch:.1f} epochs, about {duration}"
     peak = torch.cuda.max_memory_allocated() / 2**30 if is_cuda else memory_gib

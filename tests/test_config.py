@@ -12,6 +12,7 @@ import train_true_high_res
 from config import Config, DDPMConfig, Tier, resolve, tier_for_memory
 from ddpm_model import DDPMModel
 from engine import checkpoints
+from engine.datasets import ARCHIVES
 from engine.errors import FallbackWarning, RenamedWarning, UserError
 from tests.helpers import CPU_TIER, LARGE_TIER
 
@@ -396,3 +397,21 @@ def test_resume_is_overridden_by_explicit_settings_only(saved_run, tmp_path):
     config = configure("--resume", "mine", *flags, script=train.DEFAULTS)
     changed = {"LEARNING_RATE": 0.5, "MINUTES": 3.0, "MAX_STEPS": 0, "EMA_DECAY": 0.5}
     assert config.as_dict() == saved_run | changed
+
+
+def test_data_dir_without_a_data_set_must_hold_the_default_one(saved_run, tmp_path):
+    data = ["--data_dir", str(tmp_path)]
+    for script, default, result in (
+        (train.DEFAULTS, "cifar10", "shapes"),
+        (train_stl10_optimized.DEFAULTS, "stl10", "stl10"),
+    ):
+        advice = (
+            f"has no {default}. Add --dataset folder for your own images, or --dataset {default}"
+        )
+        with pytest.raises(UserError, match=advice):
+            configure(*data, script=script)
+        (tmp_path / ARCHIVES[default].path).touch()
+        assert configure(*data, script=script).DATASET == result
+    assert configure(*data, "--dataset", "folder").DATASET == "folder"
+    assert configure(*data, script={"DATASET": "folder"}).DATASET == "folder"
+    assert configure(*data, "--resume", "mine").DATASET == "shapes"

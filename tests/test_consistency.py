@@ -345,9 +345,10 @@ def test_script_knows_the_images_of_the_pretrained_model_alone(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checkpoints, "PRETRAINED_DIR", tmp_path / "weights")
     DDPMModel(**SMALL, classes={"cat": 1, "dog": 1}).save_model("weights/cifar10.safetensors")
-    config = configure_script()
-    assert (config.DATASET, config.IMAGE_SIZE, config.DIM) == ("cifar10", 8, 8)
-    assert config.CLASS_CONDITIONAL
+    for flags in ((), ("--checkpoint", "weights/cifar10.safetensors")):
+        config = configure_script(*flags)
+        assert (config.DATASET, config.IMAGE_SIZE, config.DIM) == ("cifar10", 8, 8)
+        assert config.CLASS_CONDITIONAL
     DDPMModel(**SMALL, guidance=2.25).save_model("other.safetensors")
     with pytest.raises(UserError, match="does not name its training images"):
         configure_script("--checkpoint", "other.safetensors")

@@ -140,6 +140,7 @@ VS_REAL = ["--dataset", "folder", "--data_dir", "real"]
         (["--checkpoint", "a.pt", "--images", "real"], "choose one"),
         (["--images", "nowhere", *VS_REAL], "nowhere is not a folder"),
         (["--images", "real"], "real has no training data: set --dataset and --data_dir"),
+        (["--data_dir", "real"], "--data_dir is real, but of which data set? Add --dataset"),
         (["--images", "real", "--dataset", "cifar11"], "did you mean cifar10?"),
         (["--images", "bytes.npz", *VS_REAL], "bytes.npz is damaged"),
         (["--images", "planes.npz", *VS_REAL], "should hold images (N, H, W)"),

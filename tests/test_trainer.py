@@ -32,7 +32,7 @@ from engine.progress import Progress
 from engine.run import VERSION
 from engine.shapes import SHAPE_KINDS
 from engine.train_step import TrainStep
-from engine.trainer import abort_if_diverged, format_duration, restore, train
+from engine.trainer import abort_if_diverged, estimate, format_duration, restore, train
 from tests.forked_script import ForkedScript
 from tests.helpers import (
     CPU,
@@ -246,6 +246,32 @@ def test_dry_run_prints_an_estimate_and_leaves_nothing(run_here, trained):
     assert size == pytest.approx(written, rel=0.15)
     assert "2,496 steps, 2.0 epochs" in output
     assert not (trained / "checkpoints/dry").exists() and not (trained / "samples/dry").exists()
+
+
+def test_run_of_little_but_warm_up_warns_at_its_start_and_in_an_estimate(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def start(**changes):
+        config = configure(WARMUP_STEPS=5, **changes)
+        train(DDPMModel.from_config(config), random_images(80, 8), config)
+
+    def expect(**changes):
+        config = configure(WARMUP_STEPS=5, **changes)
+        estimate(DDPMModel.from_config(config), 80, config, 0.0)
+
+    for call in (start, expect):
+        line = "^only 8 steps, with a warm-up of 5; continuing without a guide: set --minutes"
+        with pytest.warns(FallbackWarning, match=line):
+            call(EPOCHS=2)
+    with pytest.warns(FallbackWarning, match="^only 8 steps, with a warm-up of 5: set --minutes"):
+        expect(EPOCHS=2, GUIDE_FRACTION=0.0)
+    with pytest.warns(FallbackWarning, match="with a warm-up of 5; continuing"):
+        expect(MINUTES=1e-9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        start(EPOCHS=3)  # 12 steps
+        start(MINUTES=0.001)  # its number of steps is not known at the start
+        expect(MAX_STEPS=8)
 
 
 @pytest.mark.parametrize(("dataset", "steps"), [("stl10", "13,060"), ("celeba", "25,260")])
