@@ -5,7 +5,7 @@
     python app.py --checkpoint weights/cifar10.safetensors
     python app.py --host 0.0.0.0                     for the local network; --share: for everyone
 
-The page takes only numbers, names that it offers, and images; it stores nothing.
+The page takes only numbers, names that it offers, and images, which it deletes within 20 minutes.
 """
 
 from __future__ import annotations
