@@ -70,7 +70,7 @@ class BenchmarkSettings(Settings):
     IMAGE_SIZE, DIM, DIM_MULTS, FULL_ATTENTION_MAX_SIZE = map(DDPMConfig.settings().get, NETWORK)
     BATCH = Setting(
         (), "batches of a training step; those between the first and the last with our fast path "
-        "only", min=1, auto="128,256,512; from 64 px on and on a CPU the preset's",
+        "only", min=1, auto="128,256,512; at 64 px and above, or on a CPU, the preset's",
     )  # fmt: skip
     THREADS = Setting(0, "CPU threads; 0 leaves the choice to PyTorch", min=0, max=1024)
     QUICK = Setting(False, "fewer variants and steps")

@@ -1,4 +1,4 @@
-"""Samples images of 64 px and more: figures are laid out for large images.
+"""Samples images of 64 px and above: figures are laid out for large images.
 
     python inference_high_res.py                           9 samples from the newest checkpoint
     python inference_high_res.py --mode all

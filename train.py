@@ -1,7 +1,7 @@
 """Trains a diffusion model in fp32 with a constant learning rate; the rest as train_optimized.py.
 
     python train.py                                        CIFAR-10, or the built-in shapes
-    python train.py --dataset folder --data_dir my_images --epochs 100
+    python train.py --dataset folder --data_dir my_images --minutes 60
     python train.py --resume                               resumes the newest run
     python train.py --init_from my_run --dataset folder --data_dir more    starts from its weights
 

@@ -2,7 +2,7 @@
 
     python train_stl10_optimized.py
     python train_stl10_optimized.py --max_memory_gib 6     limit to 6 GiB, e.g. to share the GPU
-    python train_stl10_optimized.py --dataset folder --data_dir my_icons --use_upsampling
+    python train_stl10_optimized.py --dataset folder --data_dir icons --use_upsampling --minutes 60
 
 Everything else is as in train_true_high_res.py.
 """

@@ -1,7 +1,7 @@
 """Trains on large images at their native resolution: STL-10, CelebA, or a folder at 64 to 128 px.
 
     python train_true_high_res.py --dataset stl10
-    python train_true_high_res.py --dataset folder --data_dir my_photos --target_size 128
+    python train_true_high_res.py --dataset folder --data_dir photos --target_size 128 --minutes 60
     python train_true_high_res.py --dataset cifar10 --target_size 64 --use_upsampling
 
 Everything is on as in train_optimized.py, and the largest micro-batch that fits in memory is found

@@ -68,7 +68,10 @@ class SamplingSettings(Settings):
         "auto", f"{', '.join((*SAMPLERS, *CONSISTENCY_SAMPLERS))}, or file.py:function; auto: "
         "the model's own"
     )  # fmt: skip
-    steps = Setting(0, "sampler steps; 0: the model's own number, for ddpm all timesteps", min=0)
+    steps = Setting(
+        0, "network evaluations per image, without the guide's; 0: the model's own number, for "
+        "ddpm all timesteps", min=0,
+    )  # fmt: skip
     guidance = Setting(
         None, "weight of guidance; 1 disables it", 0, 10, type_=float, auto="the model's own"
     )
