@@ -132,9 +132,9 @@ DATASET_PRESETS: dict[str, dict[str, Any]] = {
     "stl10": {"IMAGE_SIZE": 96},
     "shapes": {"IMAGE_SIZE": 32, "HORIZONTAL_FLIP": False, "EPOCHS": 20},
 }
-# From 64 px on (docs/experiments.md): noise is shifted, as it hides less of a larger image (simple
-# diffusion), and full attention is limited, as its work grows with the fourth power of the side.
-# Steps are slow and few, so an eighth of a run would be too early for the guide.
+# At 64 px and above (docs/experiments.md): noise is shifted, as it hides less of a larger image
+# (simple diffusion), and full attention is limited, as its work grows with the fourth power of the
+# side. Steps are slow and few, so an eighth of a run would be too early for the guide.
 HIGH_RES_SETTINGS: dict[str, Any] = {
     "SCHEDULE_BASE_SIZE": 32, "FULL_ATTENTION_MAX_SIZE": 24, "DROPOUT": 0.1, "GUIDANCE": 3.0,
     "GUIDE_FRACTION": 0.5,
