@@ -249,7 +249,9 @@ class InferenceSettings(SamplingSettings):
     classes = Setting(
         None, "class names or numbers like cat,dog or 0-4", type_=str, auto="all of the model"
     )
-    num_samples = Setting(16, "number of images", min=1, max=10_000_000)
+    num_samples = Setting(
+        16, "number of images; of each class in mode samples", min=1, max=10_000_000
+    )
     eta = Setting(0.0, "noise that ddim adds: 0 none, 1 as much as ddpm", min=0, max=1)
     image = Setting(None, f"for vary and inpaint: {INPUT}", type_=str, auto="the first seed")
     image1 = Setting(None, f"for interpolate: {INPUT}", type_=str, auto="the first seed")
@@ -313,7 +315,6 @@ def load_for_sampling(settings: dict[str, Any], device: torch.device) -> DDPMMod
     model = DDPMModel().to(device).load_model(path, size or None)
     if size not in (0, model.image_size):
         raise UserError(f"{path} is for images of {model.image_size} px: drop --image_size {size}")
-    model.to(memory_format=torch.channels_last)
     settings |= choose_sampling(model, settings)
     if not settings["batch_size"]:
         settings["batch_size"] = jobs.auto_batch_size(model, settings["use_amp"])
