@@ -414,4 +414,9 @@ def test_data_dir_without_a_data_set_must_hold_the_default_one(saved_run, tmp_pa
         assert configure(*data, script=script).DATASET == result
     assert configure(*data, "--dataset", "folder").DATASET == "folder"
     assert configure(*data, script={"DATASET": "folder"}).DATASET == "folder"
-    assert configure(*data, "--resume", "mine").DATASET == "shapes"
+
+    # A run names its data set.
+    last = Path("checkpoints/mine/last.pt")
+    state = checkpoints.load(last)
+    checkpoints.save(last, state | {"config": saved_run | {"DATASET": "cifar10"}})
+    assert configure("--data_dir", "elsewhere", "--resume", "mine").DATASET == "cifar10"
