@@ -65,7 +65,7 @@ class SharedModel(page.SharingMixin, DDPMModel):
 def load_shared_model(path: Path) -> SharedModel:
     """Loads a checkpoint onto the default device."""
     model = SharedModel(dim=8).to(default_device())  # dim: until the file is read
-    return model.load_model(path).eval().to(memory_format=torch.channels_last)
+    return model.load_model(path).eval()
 
 
 class Page:

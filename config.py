@@ -86,7 +86,7 @@ class DDPMConfig(Settings):
     MINUTES = Setting(0.0, "minutes instead of epochs", min=0)
 
     # Optimization.
-    BATCH_SIZE = Setting(256, "images in one forward pass (the micro-batch) of all GPUs", min=1)
+    BATCH_SIZE = Setting(256, "images in one forward pass (the micro-batch), over all GPUs", min=1)
     GRADIENT_ACCUMULATION = Setting(1, "micro-batches in the batch of an update", min=1)
     OPTIMIZER = Setting("muon", "muon: Adam for all but matrices", choices=("adam", "muon"))
     LEARNING_RATE = Setting(2e-3, "learning rate after warm-up", min=1e-8, max=1.0)

@@ -99,7 +99,6 @@ def load_other(job: InferenceJob, seeds: Sequence[int]) -> Candidate:
     if sizes[0] != sizes[1]:
         advice = "Compare models of the same image size and channels"
         raise UserError(f"{path} is for images of {sizes[0]}, not {sizes[1]}. {advice}")
-    model.to(memory_format=torch.channels_last)
     if job.settings["compile_model"]:
         compile_networks(model)
 

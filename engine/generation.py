@@ -76,8 +76,8 @@ class GenerationMixin:
         noise to image, (batch_size, intervals + 1, C, H, W).
         """
         seeds = expand_seeds(seed, batch_size)
-        plan = (sampler, steps, spacing, noise_levels)
-        states = self.sample_states(seeds, *plan, labels=labels, guidance=guidance, **options)
+        options |= {"labels": labels, "guidance": guidance}
+        states = self.sample_states(seeds, sampler, steps, spacing, noise_levels, **options)
         if return_all_timesteps:
             return unnormalize(torch.stack([x_t for _, x_t, _ in states], dim=1))
         return unnormalize(final_x(states))

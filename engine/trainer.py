@@ -149,9 +149,9 @@ def start_or_resume(
 def warn_if_short(config: Any, steps: float) -> None:
     """Warns if most of a run is warm-up, unless it was limited to a number of steps.
 
-    should_snapshot_guide saves no guide in less than twice the warm-up.
+    should_snapshot_guide saves no guide in less than LATE_GUIDE_WARMUPS warm-ups.
     """
-    if steps < 2 * config.WARMUP_STEPS and not config.MAX_STEPS:
+    if steps < LATE_GUIDE_WARMUPS * config.WARMUP_STEPS and not config.MAX_STEPS:
         found = f"only {steps:,.0f} steps, with a warm-up of {config.WARMUP_STEPS:,}"
         without = "; continuing without a guide" if config.GUIDE_FRACTION else ""
         advice = "set --minutes, or more --epochs"
