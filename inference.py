@@ -330,6 +330,7 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
         # Model and sampler, validated before any image is made; rank 0 says which is the newest.
         settings = distributed.broadcast_object(settings)
         path, *guidance = (settings[n] for n in ("checkpoint", "guidance", "guidance_mode"))
+        named_spacing = settings["spacing"]
         model = load_for_sampling(settings, default_device())
         sampler = jobs.load_sampler(settings["sampler"])
         plan = model.sampling_plan(**plan_kwargs(settings, sampler))
@@ -363,6 +364,8 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
                 continue
             start = time.perf_counter()
             mode_settings = settings | {"mode": mode}
+            if mode == "compare":  # unless one is named, each sampler has its own
+                mode_settings["spacing"] = named_spacing
             folder = output_dir / f"{mode}-{name}"
             if mode != "batch":  # which resumes
                 folder = jobs.unique_output_dir(folder, mode_settings)

@@ -15,7 +15,6 @@ from engine import plots
 from engine.checkpoints import display_name
 from engine.errors import UserError
 from engine.inference_jobs import InferenceJob, compile_networks
-from engine.samplers import DEFAULT_SPACING
 
 COMPARED_STEPS = (5, 10, 20, 50)
 CONSISTENCY_STEPS = (1, 2, 4, 8)
@@ -30,7 +29,7 @@ class Candidate:
     labels: list[int] | None  # of the seeds
     samplers: Sequence[str | Callable]
     steps: Sequence[int]  # by each sampler
-    spacing: str = DEFAULT_SPACING
+    spacing: str | None = None
     guidance: float | None = None
     guidance_mode: str | None = None
 

@@ -6,7 +6,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,15 @@ SamplerChoice = str | Callable | None  # a name, a sampler function, or the defa
 Seeds = int | Sequence[int] | None  # the first of consecutive seeds, one per image, or random
 Labels = int | Sequence[int] | Tensor | None  # of all images or of each; -1: no label
 State = tuple[int, Tensor, Tensor]  # t, x_t and the predicted x_0, in [-1, 1]
+
+
+class SamplingChoice(NamedTuple):
+    """How to sample: at noise levels, one a step, or else at timesteps by a spacing."""
+
+    sampler: str | Callable
+    steps: int
+    spacing: str | None  # None: by noise_levels
+    noise_levels: Sequence[float] | None
 
 
 class GenerationMixin:
@@ -65,7 +74,7 @@ class GenerationMixin:
     def sample(
         self, batch_size: int = 16, return_all_timesteps: bool = False,
         sampler: SamplerChoice = None, steps: int | None = None, seed: Seeds = None,
-        spacing: str = DEFAULT_SPACING, labels: Labels = None, guidance: float | None = None,
+        spacing: str | None = None, labels: Labels = None, guidance: float | None = None,
         noise_levels: Sequence[float] | None = None, **options: Any,
     ) -> Tensor:  # fmt: skip
         """Generates images, (batch_size, C, H, W).
@@ -84,7 +93,7 @@ class GenerationMixin:
 
     def sample_states(
         self, seeds: Sequence[int], sampler: SamplerChoice = None, steps: int | None = None,
-        spacing: str = DEFAULT_SPACING, noise_levels: Sequence[float] | None = None,
+        spacing: str | None = None, noise_levels: Sequence[float] | None = None,
         labels: Labels = None, **options: Any,
     ) -> Iterator[State]:  # fmt: skip
         """Returns the states of `sample` from noise to image; arguments as there."""
@@ -138,7 +147,7 @@ class GenerationMixin:
     def vary(
         self, image: Tensor, strength: float = 0.5, batch_size: int = 4,
         sampler: SamplerChoice = None, steps: int | None = None, seed: Seeds = None,
-        spacing: str = DEFAULT_SPACING, noise_levels: Sequence[float] | None = None,
+        spacing: str | None = None, noise_levels: Sequence[float] | None = None,
         **options: Any,
     ) -> Tensor:  # fmt: skip
         """Generates variations of an image (C, H, W): (batch_size, C, H, W).
@@ -159,7 +168,7 @@ class GenerationMixin:
     @torch.no_grad()
     def inpaint(
         self, image: Tensor, mask: Tensor, batch_size: int = 1, sampler: SamplerChoice = None,
-        steps: int | None = None, seed: Seeds = None, spacing: str = DEFAULT_SPACING,
+        steps: int | None = None, seed: Seeds = None, spacing: str | None = None,
         resamples: int = 5, noise_levels: Sequence[float] | None = None, **options: Any,
     ) -> Tensor:  # fmt: skip
         """Inpaints an image (C, H, W) where mask (H, W) is not 0: (batch_size, C, H, W).
@@ -203,18 +212,17 @@ class GenerationMixin:
 
     def sampling_plan(
         self, sampler: SamplerChoice = None, steps: int | None = None,
-        spacing: str = DEFAULT_SPACING, noise_levels: Sequence[float] | None = None,
+        spacing: str | None = None, noise_levels: Sequence[float] | None = None,
     ) -> tuple[Callable, list[int]]:  # fmt: skip
         """Returns the sampler as a function and its timesteps, the last of which is -1.
 
-        steps: network evaluations (NFE), without the guide's. noise_levels: of the sampler
-        consistency, the sigma of each step, as in CONSISTENCY_LEVELS, in place of steps and
-        spacing. UserError for unknown names, or more steps than the process has.
+        steps: network evaluations (NFE), without the guide's. spacing: one of SPACINGS, by default
+        the sampler's own. noise_levels: of the sampler consistency, the sigma of each step, as in
+        CONSISTENCY_LEVELS, in place of steps and spacing. UserError for unknown names, or more
+        steps than the process has.
         """
         # The sampler and the number of steps.
-        if spacing not in SPACINGS:
-            raise UserError(f"unknown spacing {spacing}; choose from {', '.join(SPACINGS)}")
-        sampler, steps, levels = self.complete_plan(sampler, steps, spacing, noise_levels)
+        sampler, steps, spacing, levels = self.complete_plan(sampler, steps, spacing, noise_levels)
         if isinstance(sampler, str):
             known = {**SAMPLERS, **CONSISTENCY_SAMPLERS}
             reason = "this model has no" if sampler in known else "unknown"
@@ -233,22 +241,25 @@ class GenerationMixin:
         return sampler, samplers.choose_timesteps(sampler, alpha_bar, steps, spacing)
 
     def complete_plan(
-        self, sampler: SamplerChoice, steps: int | None, spacing: str,
+        self, sampler: SamplerChoice, steps: int | None, spacing: str | None,
         noise_levels: Sequence[float] | None,
-    ) -> tuple[str | Callable, int, Sequence[float] | None]:  # fmt: skip
-        """Returns sampler, steps and noise levels, the model's own where they are None.
+    ) -> SamplingChoice:  # fmt: skip
+        """Returns the arguments with the model's own, and the sampler's, where they are None.
 
         The sampler is a function if the model knows its name. Only the sampler consistency has
         noise levels, by default none where a spacing is named. UserError for wrong ones.
         """
+        if spacing not in (None, *SPACINGS):
+            raise UserError(f"unknown spacing {spacing}; choose from {', '.join(SPACINGS)}")
         sampler = self.default_sampler if sampler is None else sampler
         sampler = self.samplers.get(sampler, sampler)
         if noise_levels is not None:
             samplers.check_noise_levels(noise_levels, sampler, steps)
-            return sampler, len(noise_levels), noise_levels
+            return SamplingChoice(sampler, len(noise_levels), None, noise_levels)
         steps = self.sampling_timesteps if steps is None else steps
-        has_levels = sampler is samplers.consistency and spacing == DEFAULT_SPACING
-        return sampler, steps, CONSISTENCY_LEVELS.get(steps) if has_levels else None
+        if spacing is None and sampler is samplers.consistency and steps in CONSISTENCY_LEVELS:
+            return SamplingChoice(sampler, steps, None, CONSISTENCY_LEVELS[steps])
+        return SamplingChoice(sampler, steps, spacing or DEFAULT_SPACING, None)
 
     def count_nfe(
         self, sampler: Callable, timesteps: Sequence[int], guidance: float | None = None,

@@ -189,6 +189,8 @@ def complete_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     for name, default in (("image", first), ("image1", first), ("image2", last)):
         complete[name] = settings.get(name) or default
     complete = dict.fromkeys(OPTIONAL - {"num_samples"}) | {"image_size": 0} | complete
+    if complete["noise_levels"]:  # in place of a spacing, which earlier images store as well
+        complete["spacing"] = None
     return complete | {"guidance": settings.get("guidance") or None}  # 0 meant None
 
 

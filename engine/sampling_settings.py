@@ -24,12 +24,12 @@ def choose_sampling(model: GenerationMixin, settings: Mapping[str, Any]) -> dict
     name = settings["sampler"]
     name = model.default_sampler if name == "auto" else name
     own_steps = model.num_timesteps if name == "ddpm" else None
-    spacing = settings["spacing"]
     levels = parse_noise_levels(settings["noise_levels"])
-    _, steps, levels = model.complete_plan(name, settings["steps"] or own_steps, spacing, levels)
+    steps = settings["steps"] or own_steps
+    choice = model.complete_plan(name, steps, settings["spacing"], levels)
     # Stored, so that other defaults will not change what the settings reproduce.
-    levels = format_noise_levels(levels)
-    return {"sampler": name, "steps": steps, "spacing": spacing, "noise_levels": levels}
+    levels = format_noise_levels(choice.noise_levels)
+    return choice._asdict() | {"sampler": name, "noise_levels": levels}
 
 
 def plan_kwargs(settings: Mapping[str, Any], sampler: str | Callable) -> dict[str, Any]:
@@ -54,10 +54,11 @@ def format_noise_levels(levels: Sequence[float] | None) -> str | None:
 def sampling_label(settings: Mapping[str, Any], classes: str | None = None) -> str:
     """Returns how images were sampled for names of result files, e.g. unipc-14-cat-dog."""
     parts = [settings["sampler"].replace(".py:", "-").replace("/", "-"), str(settings["steps"])]
-    parts += [settings["spacing"]] if settings["spacing"] != DEFAULT_SPACING else []
-    levels = settings["noise_levels"]
-    is_own = levels == format_noise_levels(CONSISTENCY_LEVELS.get(settings["steps"]))
-    parts += [levels.replace(",", "-")] if levels and not is_own else []
+    has_levels = settings["sampler"] in CONSISTENCY_SAMPLERS
+    own_levels = CONSISTENCY_LEVELS.get(settings["steps"]) if has_levels else None
+    placed = settings["noise_levels"] or settings["spacing"]
+    is_own = placed == (format_noise_levels(own_levels) or DEFAULT_SPACING)
+    parts += [] if is_own else [placed.replace(",", "-")]
     return "-".join([*parts, *re.findall(r"\w+", classes or "")])[:80]
 
 
@@ -79,7 +80,10 @@ class SamplingSettings(Settings):
         None, "what samples are moved away from", choices=GUIDANCE_MODES, type_=str,
         auto="the model's own"
     )  # fmt: skip
-    spacing = Setting(DEFAULT_SPACING, "which timesteps are visited", choices=tuple(SPACINGS))
+    spacing = Setting(
+        None, "which timesteps are visited", choices=tuple(SPACINGS), type_=str,
+        auto="the sampler's own",
+    )  # fmt: skip
     noise_levels = Setting(
         None, "sigma of each step of consistency like 80,0.8, as at 32 px; replaces steps, spacing",
         type_=str, auto="measured ones for 1, 2 and 4 steps",

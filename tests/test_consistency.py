@@ -242,8 +242,9 @@ def test_noise_levels_decide_the_timesteps(base_size):
         spaced = choose_timesteps(consistency, alpha_bar, steps, "karras")
         measured = CONSISTENCY_LEVELS.get(steps)
         assert model.sampling_plan(steps=steps)[1] == (at(measured) if measured else spaced)
-        spaced = choose_timesteps(consistency, alpha_bar, steps, "logsnr")
-        assert model.sampling_plan(steps=steps, spacing="logsnr")[1] == spaced
+        for spacing in ("karras", "logsnr"):
+            spaced = choose_timesteps(consistency, alpha_bar, steps, spacing)
+            assert model.sampling_plan(steps=steps, spacing=spacing)[1] == spaced
 
     # Any others.
     timesteps = at((80, 2, 0.2))
@@ -427,7 +428,7 @@ def test_tuned_model_is_known_from_its_file(tuned, monkeypatch, capsys):
     assert "cannot interpolate: left out" in printed and "inpaint:" in printed
 
 
-def test_image_of_noise_levels_is_reproduced_from_its_png(tuned, monkeypatch):
+def test_images_of_noise_levels_and_spacings_are_reproduced_from_their_pngs(tuned, monkeypatch):
     monkeypatch.chdir(tuned)
 
     def infer(*flags: str) -> tuple[Path, np.ndarray]:
@@ -437,14 +438,15 @@ def test_image_of_noise_levels_is_reproduced_from_its_png(tuned, monkeypatch):
         return path, np.asarray(Image.open(path), int)
 
     model = DDPMModel().load_model("checkpoints/tuned/final.pt")
-    for name, flags, options in (
-        ("own", ["--noise_levels", "80,3"], {"noise_levels": (80, 3)}),
-        ("measured", ["--steps", "2"], {"steps": 2}),
+    for name, flags, options, label in (
+        ("own", ["--noise_levels", "80,3"], {"noise_levels": (80, 3)}, "2-80-3-seeds"),
+        ("measured", ["--steps", "2"], {"steps": 2}, "2-seeds"),
+        ("named", ["--spacing", "karras"], {"spacing": "karras"}, "2-karras-seeds"),
     ):
         path, image = infer(name, "--seeds", "3", *flags)
         expected = plots.to_bytes(model.sample(1, seed=3, **options)[0])
         assert np.abs(image - expected).max() <= 1
-        assert ("consistency-2-80-3-seeds" in str(path)) == (name == "own")
+        assert f"consistency-{label}" in str(path)
         with monkeypatch.context() as patch:
             patch.setitem(CONSISTENCY_LEVELS, 2, (80, 30.0))  # of another version
             _, again = infer(f"{name}_again", "--from_png", str(path))

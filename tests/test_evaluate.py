@@ -19,7 +19,6 @@ from engine.dataloader import Batch, ImageDataset
 from engine.datasets import load_dataset
 from engine.errors import FallbackWarning, UserError
 from engine.inference_jobs import sha256
-from engine.samplers import DEFAULT_SPACING
 from engine.shapes import draw_shapes
 from tests.helpers import CPU
 from tests.test_metrics import MeanColors
@@ -374,7 +373,7 @@ def sample_images(tmp_path, monkeypatch):
 def test_sample_images_uses_the_models_steps_and_guidance_by_default(sample_images):
     model = sample_images.model
     arguments, details = sample_images()
-    plan = model.sampling_plan("unipc", 3, DEFAULT_SPACING)
+    plan = model.sampling_plan("unipc", 3, "karras")
     assert (arguments["steps"], arguments["guidance"], arguments["amp"]) == (3, None, False)
     assert (arguments["total"], arguments["batch"], arguments["seed"]) == (5, 64, 7)
     expected = {"steps": 3, "guidance": 3.0, "seeds": "7-11", "use_amp": False}
@@ -530,7 +529,7 @@ def test_format_table_leaves_out_stds():
 )
 def test_result_label_says_how_images_were_sampled(changes, others, label):
     row = {"name": "run-final", "checkpoint": "x.pt", "sampler": "unipc", "steps": 14}
-    row |= {"spacing": DEFAULT_SPACING, "guidance": 1.0, "seeds": "0-99", "num_samples": 100}
+    row |= {"spacing": "karras", "guidance": 1.0, "seeds": "0-99", "num_samples": 100}
     row |= {"guidance_mode": "autoguidance", "noise_levels": None}
     reference = {"dataset": "cifar10", "data_dir": "data"}
     assert evaluate.result_label(row | changes, others, reference) == f"evaluate-{label}"

@@ -496,6 +496,13 @@ def previous_version(settings: dict) -> dict:
     return settings | inputs | {"guidance": 0.0, "channels_last": False}
 
 
+def test_noise_levels_of_earlier_versions_need_no_spacing():
+    stored = {"seeds": [3], "spacing": "karras"}
+    for levels, spacing in (("80,3", None), (None, "karras")):
+        complete = inference_jobs.complete_settings(stored | {"noise_levels": levels})
+        assert complete["spacing"] == spacing
+
+
 def test_png_of_the_previous_version_is_reproduced(guided, infer):
     assert infer("--seeds", "3", "--steps", "3") == 0
     path = only("samples-*/000003.png")
@@ -857,6 +864,8 @@ def test_modes_take_classes(conditional, infer, grids, monkeypatch):
     expected = conditional.sample(1, seed=0, labels=2)[0]
     torch.testing.assert_close(grids[-1][columns - 1], expected, atol=1e-5, rtol=0)
     assert infer("--mode", "compare", "--classes", "cow", "--num_samples", "1") == 0
+    summary = json.loads(only("compare-*/summary.json").read_text())
+    assert summary["spacing"] is None  # each sampler has its own
 
 
 def test_batch_generate_takes_labels(conditional):
