@@ -64,8 +64,7 @@ class SharedModel(page.SharingMixin, DDPMModel):
 
 def load_shared_model(path: Path) -> SharedModel:
     """Loads a checkpoint onto the default device."""
-    model = SharedModel(dim=8).to(default_device())  # dim: until the file is read
-    return model.load_model(path).eval()
+    return SharedModel.from_file(path).to(default_device()).eval()
 
 
 class Page:

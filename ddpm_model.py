@@ -1,6 +1,6 @@
 """DDPMModel: lucidrains' Unet and GaussianDiffusion behind one small interface.
 
-model = DDPMModel().load_model("checkpoints/ddpm_final.pt")
+model = DDPMModel.from_file("checkpoints/ddpm_final.pt")
 images = model.sample(batch_size=16, seed=0)  # (16, 3, 32, 32), floats in [0, 1]
 """
 
@@ -8,7 +8,8 @@ import copy
 import math
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ from engine.labels import UNCONDITIONAL, check_class_names
 from engine.noise_schedule import P_MEAN, edm_weighting, shift_log_snr, shift_sigma
 from engine.unet import FastUnet
 
-MAX_WEIGHT = 1e6  # above any that training leads to
 GUIDANCE_INTERVAL = (0.2, 5.0)  # lowest and highest sigma to guide, where nothing is shifted
 RENAMED = {
     "keep_guide": "snapshot_guide", "timesteps_at": "timesteps_from_uniform",
@@ -165,11 +165,13 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
     @staticmethod
     def upgrade_architecture(architecture: Mapping[str, Any]) -> dict[str, Any]:
         """Returns an architecture read from a file of any version in today's names."""
+        levels = len(architecture["dim_mults"])
         former_defaults = {
             "loss_weighting": "min_snr", "guidance": 1.0, "classes": {},
-            "guidance_mode": "autoguidance", "consistency": False,
+            "guidance_mode": "autoguidance", "consistency": False, "dropout": 0.0,
             "schedule_base_size": architecture.get("schedule_size", 0),
-            "full_attn": [False] * (len(architecture["dim_mults"]) - 1) + [True],
+            "full_attn": [False] * (levels - 1) + [True], "attn_heads": [4] * levels,
+            "attn_dim_head": [32] * levels,
         }  # fmt: skip
         return former_defaults | {k: v for k, v in architecture.items() if k != "schedule_size"}
 
@@ -292,9 +294,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         # The network to move away from, if any.
         mode = guidance_mode or self.guidance_mode
         if mode not in GUIDANCE_MODES:
-            raise UserError(
-                f"unknown guidance_mode {mode}; choose from {', '.join(GUIDANCE_MODES)}"
-            )
+            known = ", ".join(GUIDANCE_MODES)
+            raise UserError(f"unknown guidance_mode {mode}; choose from {known}")
         if mode == "cfg" and not self.class_names:
             raise UserError("guidance_mode cfg needs labels, but this model is unconditional")
         other = self.unet if mode == "cfg" else self.guide
@@ -323,54 +324,57 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         else:
             checkpoints.save(path, {"architecture": self.architecture, "model": state})
 
-    def load_model(self, path: str | Path, image_size: int | None = None) -> "DDPMModel":
-        """Takes architecture, weights and training_info from a file; returns itself.
+    @classmethod
+    def from_file(cls, path: str | Path, image_size: int | None = None) -> "DDPMModel":
+        """Creates the model of a file: its architecture, weights and training_info.
 
         Reads training checkpoints (the EMA weights), what save_model writes, and checkpoints of
-        lucidrains' Trainer. The latter do not store their image_size: it is the argument, or what
-        this model was created with if that was given. Raises UserError if the file is missing,
-        damaged or of another kind.
+        lucidrains' Trainer, which do not store their image_size. UserError for all others.
         """
-        # Read the file.
-        path = Path(path)
-        device = self.device
-        file: dict[str, Any] = {}
-        if path.suffix == ".safetensors":
-            architecture, state = checkpoints.load_safetensors(path)
-        else:
-            file = checkpoints.load(path)
-            architecture = file.get("architecture")
-            state = file.get("model") if file.get("ema") is None else file["ema"]
-        training_info = {name: file.get(name, {}) for name in self.training_info}
+        with cls._read(path, image_size) as file:
+            model = cls(**file.architecture)
+            model._load_weights(file)
+        return model
 
-        # Rebuild the model.
-        with checkpoints.refuse_damaged(path, f"does not fit {type(self).__name__}"):
-            if architecture is None:
-                size = image_size or self.given_size
-                architecture, state = checkpoints.import_lucidrains_checkpoint(file, size, path)
-            check_types(architecture, training_info, path)
-            self.architecture = self.upgrade_architecture(architecture)
+    def load_model(self, path: str | Path, image_size: int | None = None) -> "DDPMModel":
+        """Becomes the model of a file, as from_file creates it; returns itself.
+
+        image_size: by default what this model was created with if that was given.
+        """
+        device = self.device
+        with self._read(path, image_size or self.given_size) as file:
+            self.architecture = file.architecture
             self._build(**self.architecture)
-            # Without the teacher of consistency tuning, which sampling does not need.
-            state = {k: v for k, v in state.items() if not k.startswith("teacher.")}
-            self.load_state_dict(state)
-        for name, weight in self.named_parameters():
-            if not weight.abs().max() <= MAX_WEIGHT:  # NaN, too
-                reason = f"holds weights that are not finite or above {MAX_WEIGHT:g} ({name})"
-                raise UserError(f"{path} {reason}: use another checkpoint")
-        self.training_info = training_info
+            self._load_weights(file)
         return self.to(device)
 
+    @classmethod
+    @contextmanager
+    def _read(cls, path: str | Path, image_size: int | None) -> Iterator[checkpoints.ModelFile]:
+        """Reads a file for a block that makes it a model; UserError if that fails."""
+        with checkpoints.refuse_damaged(Path(path), f"does not fit {cls.__name__}"):
+            file = checkpoints.load_model_file(Path(path), image_size)
+            check_types(file)
+            yield file._replace(architecture=cls.upgrade_architecture(file.architecture))
 
-def check_types(architecture: dict[str, Any], info: dict[str, dict[str, Any]], path: Path) -> None:
+    def _load_weights(self, file: checkpoints.ModelFile) -> None:
+        """Takes weights and training_info, not the teacher, which sampling does not need."""
+        weights = {k: v for k, v in file.weights.items() if not k.startswith("teacher.")}
+        self.load_state_dict(weights)
+        checkpoints.check_weights(self.named_parameters(), file.path)
+        self.training_info = file.training_info
+
+
+def check_types(file: checkpoints.ModelFile) -> None:
     """Raises UserError if settings read from a file have other types than ours."""
-    for values in (architecture, {k.lower(): v for k, v in info["config"].items()}):
+    config = {k.lower(): v for k, v in file.training_info["config"].items()}
+    for values in (file.architecture, config):
         for name, setting in DDPMConfig.settings().items():
             if name.lower() in values:
-                setting.check_type(f"{path}: {name}", values[name.lower()])
-    for name, value in info["progress"].items():
+                setting.check_type(f"{file.path}: {name}", values[name.lower()])
+    for name, value in file.training_info["progress"].items():
         if not isinstance(value, (int, float, type(None))):
-            raise UserError(f"{path}: {name} is {value!r}, but must be a number")
+            raise UserError(f"{file.path}: {name} is {value!r}, but must be a number")
 
 
 def call_network(

@@ -100,7 +100,7 @@ def check_training(demo: SimpleNamespace) -> str:
     config = resolve("shapes", detect_tier(), flags=flags)
     with open("training.log", "w") as log, contextlib.redirect_stdout(log):
         final = train(DDPMModel.from_config(config), demo.data, config)
-    demo.model = DDPMModel().to(demo.device).load_model(final)
+    demo.model = DDPMModel.from_file(final).to(demo.device)
     rows = plots.read_metrics(Path("samples/demo/metrics.jsonl"))
     losses = [row["validation_loss"] for row in rows if "validation_loss" in row]
     falls = len(losses) == 3 and losses[0] > losses[1] > losses[2]
@@ -199,7 +199,7 @@ def check_saving(demo: SimpleNamespace) -> str:
     samples = demo.model.sample(2, steps=5, seed=0)
     for name in ("model.pt", "model.safetensors"):
         demo.model.save_model(name)
-        loaded = DDPMModel().to(demo.device).load_model(name)
+        loaded = DDPMModel.from_file(name).to(demo.device)
         pairs = zip(demo.model.state_dict().values(), loaded.state_dict().values(), strict=True)
         check(all(torch.equal(*pair) for pair in pairs), f"{name}: the weights differ")
         again = loaded.sample(2, steps=5, seed=0)

@@ -247,7 +247,7 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
         images = load_dataset("folder", settings.image_size, paths[0], options=RGB).images
         shape = images.shape[1:]
     else:
-        model = DDPMModel().to(device).load_model(paths[0], settings.image_size or None)
+        model = DDPMModel.from_file(paths[0], settings.image_size or None).to(device)
         config = model.training_info["config"]
         shape = image_shape(model)
 
@@ -385,9 +385,8 @@ def main() -> None:
         if dist.is_main_process:
             evaluate(settings, paths, device)
         elif not settings.images:
-            model = DDPMModel().to(device)
             for path in paths:
-                model.load_model(path, settings.image_size or None)
+                model = DDPMModel.from_file(path, settings.image_size or None).to(device)
                 sample_images(model, path, settings)
 
 

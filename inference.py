@@ -312,7 +312,7 @@ def load_for_sampling(settings: dict[str, Any], device: torch.device) -> DDPMMod
     """Loads the checkpoint; sets how to sample and the batch size to what suits it."""
     path = settings["checkpoint"]
     size = settings["image_size"]
-    model = DDPMModel().to(device).load_model(path, size or None)
+    model = DDPMModel.from_file(path, size or None).to(device)
     if size not in (0, model.image_size):
         raise UserError(f"{path} is for images of {model.image_size} px: drop --image_size {size}")
     settings |= choose_sampling(model, settings)

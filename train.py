@@ -50,7 +50,7 @@ def main(
     # Configuration: flags, checkpoint, data set and GPU.
     request = parse_command_line(description, defaults, tuning=tuning)
     checkpoint = checkpoints.load_training(request.resume) if request.resume else None
-    source = DDPMModel().load_model(request.init_from) if request.init_from else None
+    source = DDPMModel.from_file(request.init_from) if request.init_from else None
     config = configure(request, checkpoint, source)
     check_installed(config.LOG_WITH)
 

@@ -8,11 +8,11 @@ import pickle
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import psutil
 import safetensors.torch
@@ -30,8 +30,18 @@ TRAINING_KEYS = {
     "version": int, "run": str, "data": dict, "architecture": dict, "config": dict,
     "progress": dict, "model": dict, "ema": dict, "optimizer": dict, "rng": dict,
 }  # fmt: skip
+MAX_WEIGHT = 1e6  # above any that training leads to
 UNSET_SHA256 = "0" * 64  # stands for the checksum in what it is computed of
 Weights = tuple[dict[str, Any], dict[str, Tensor]]  # architecture and state_dict
+
+
+class ModelFile(NamedTuple):
+    """What a file says of a model. training_info: `config` and `progress` of its run, if any."""
+
+    path: Path
+    architecture: dict[str, Any]
+    weights: dict[str, Tensor]
+    training_info: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -125,6 +135,14 @@ def check_architecture(
             raise UserError(f"{path} was trained with {change}: {advice}")
 
 
+def check_weights(named_weights: Iterable[tuple[str, Tensor]], path: Path) -> None:
+    """Raises UserError if weights are not those that training can lead to."""
+    for name, weight in named_weights:
+        if not weight.abs().max() <= MAX_WEIGHT:  # NaN, too
+            reason = f"holds weights that are not finite or above {MAX_WEIGHT:g} ({name})"
+            raise UserError(f"{path} {reason}: use another checkpoint")
+
+
 @contextlib.contextmanager
 def refuse_damaged(path: Path, problem: str = "is damaged") -> Iterator[None]:
     """Turns any error of a block that reads a file into a UserError of one line.
@@ -210,6 +228,22 @@ def load_safetensors(path: Path) -> Weights:
     elif hashlib.sha256(content).hexdigest() != expected:
         raise UserError(f"{path} is damaged (its checksum is another): use another checkpoint")
     return architecture, state
+
+
+def load_model_file(path: Path, image_size: int | None) -> ModelFile:
+    """Reads a model from any file that holds one: of a run, save_model or lucidrains' Trainer.
+
+    A run's weights are the EMA. image_size: required for lucidrains' files.
+    """
+    if path.suffix == ".safetensors":
+        return ModelFile(path, *load_safetensors(path), {"config": {}, "progress": {}})
+    file = load(path)
+    training_info = {name: file.get(name, {}) for name in ("config", "progress")}
+    if file.get("architecture") is None:
+        found = import_lucidrains_checkpoint(file, image_size, path)
+        return ModelFile(path, *found, training_info)
+    weights = file.get("model") if file.get("ema") is None else file["ema"]
+    return ModelFile(path, file["architecture"], weights, training_info)
 
 
 def step_of(path: Path) -> int:
@@ -322,7 +356,7 @@ def import_lucidrains_checkpoint(
     if not isinstance(source, dict) or f"{prefix}model.init_conv.weight" not in source:
         raise UserError(f"{path} is neither of this project nor of lucidrains' Trainer")
     if image_size is None:
-        advice = "--image_size, or load_model(path, image_size=...), says it"
+        advice = "--image_size, or from_file(path, image_size=...), says it"
         raise UserError(
             f"{path} is of lucidrains' Trainer and does not store its image size: {advice}"
         )

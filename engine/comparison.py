@@ -93,7 +93,7 @@ def load_other(job: InferenceJob, seeds: Sequence[int]) -> Candidate:
     """
     # Of the same image size and channels.
     path = Path(job.settings["compare_with"])
-    model = type(job.model)().to(job.model.device).load_model(path, job.model.image_size)
+    model = type(job.model).from_file(path, job.model.image_size).to(job.model.device)
     sizes = [f"{m.image_size} px with {m.channels} channels" for m in (model, job.model)]
     if sizes[0] != sizes[1]:
         advice = "Compare models of the same image size and channels"

@@ -69,7 +69,7 @@ class HubMixin:
         UserError if there is no such model, or the Hub cannot be reached.
         """
         weights = find_pretrained(str(name))
-        model = cls().load_model(weights).eval()
+        model = cls.from_file(weights).eval()
         config = weights.with_name(CONFIG_FILE)
         if config.is_file():
             model.training_info = read_training_info(config)

@@ -78,7 +78,7 @@ def prepare() -> None:
     """Makes a finished run, its model as .safetensors, a picture of it and some real images."""
     flags = ["--run_name", "whole", "--max_steps", "4"]
     assert run(["train.py", *TINY_FLAGS, *flags])[0] == 0
-    DDPMModel().load_model("checkpoints/whole/last.pt").save_model("model.safetensors")
+    DDPMModel.from_file("checkpoints/whole/last.pt").save_model("model.safetensors")
     assert run([*SAMPLE, "--output_dir", "sampled"])[0] == 0
     shutil.copy(next(Path("sampled").rglob("0*.png")), "sample.png")
     for i in range(40):

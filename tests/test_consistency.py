@@ -325,7 +325,7 @@ def test_tuning_resumes_bit_for_bit(tuned, monkeypatch):
 
 def configure_script(*flags: str):
     request = train_script.parse_command_line("", {}, flags, TUNING)
-    source = DDPMModel().load_model(request.init_from)
+    source = DDPMModel.from_file(request.init_from)
     return train_script.configure(request, None, source)
 
 
@@ -399,7 +399,7 @@ def test_estimated_size_of_a_checkpoint_has_the_teacher_once(tuned):
 def test_tuned_model_is_not_guided_again_and_its_file_holds_the_teacher_once(tuned):
     path = tuned / "checkpoints/tuned/final.pt"
     assert holds_teacher_once(path)
-    model = DDPMModel().load_model(path)
+    model = DDPMModel.from_file(path)
     assert model.guide is None and not any("teacher" in key for key in model.state_dict())
     classes = {"cat": 1, "dog": 1}
     model = tuned_model(classes=classes, guidance=2.0, guidance_mode="cfg")
@@ -408,7 +408,7 @@ def test_tuned_model_is_not_guided_again_and_its_file_holds_the_teacher_once(tun
 
 def test_grids_have_one_evaluation_above_two(tuned):
     grid = np.asarray(Image.open(tuned / "samples/tuned/final.png"))
-    model = DDPMModel().load_model(tuned / "checkpoints/tuned/final.pt")
+    model = DDPMModel.from_file(tuned / "checkpoints/tuned/final.pt")
     images = [model.sample(4, seed=range(4), steps=steps) for steps in (1, 2)]
     assert np.array_equal(grid, plots.grid(torch.cat(images), 2))
 
@@ -437,7 +437,7 @@ def test_images_of_noise_levels_and_spacings_are_reproduced_from_their_pngs(tune
         (path,) = Path(flags[0]).glob("samples-*/000003.png")
         return path, np.asarray(Image.open(path), int)
 
-    model = DDPMModel().load_model("checkpoints/tuned/final.pt")
+    model = DDPMModel.from_file("checkpoints/tuned/final.pt")
     for name, flags, options, label in (
         ("own", ["--noise_levels", "80,3"], {"noise_levels": (80, 3)}, "2-80-3-seeds"),
         ("measured", ["--steps", "2"], {"steps": 2}, "2-seeds"),

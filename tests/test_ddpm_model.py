@@ -175,10 +175,23 @@ def test_errors_of_a_network_are_not_taken_for_failed_captures():
 def test_load_model_needs_nothing_but_the_file(tmp_path, suffix):
     model = small(objective="pred_x0", dropout=0.1, attn_heads=2, full_attn=(True, False))
     model.save_model(tmp_path / f"model{suffix}")
-    loaded = DDPMModel().load_model(tmp_path / f"model{suffix}")
+    loaded = DDPMModel.from_file(tmp_path / f"model{suffix}")
     assert loaded.architecture == model.architecture
     assert torch.equal(loaded.sample(2, seed=0), model.sample(2, seed=0))
     assert [path.name for path in tmp_path.iterdir()] == [f"model{suffix}"]
+
+
+def test_from_file_builds_the_model_once(tmp_path):
+    built = []
+
+    class CountingModel(DDPMModel):
+        def _build(self, **architecture):
+            built.append(architecture["image_size"])
+            super()._build(**architecture)
+
+    small().save_model(tmp_path / "model.pt")
+    assert type(CountingModel.from_file(tmp_path / "model.pt")) is CountingModel
+    assert built == [8]
 
 
 @pytest.mark.parametrize("with_guide", [False, True])
@@ -210,7 +223,7 @@ def test_load_model_resets_training_info(tmp_path):
 def test_save_model_includes_the_guide(name, half, tmp_path):
     model = guided(guidance=2.0)
     model.save_model(tmp_path / name, half)
-    loaded = DDPMModel().load_model(tmp_path / name).eval()
+    loaded = DDPMModel.from_file(tmp_path / name).eval()
     assert loaded.guidance == 2.0
     expected = model.sample(2, seed=0)
     torch.testing.assert_close(
@@ -231,14 +244,14 @@ def test_load_model_reads_architectures_of_earlier_versions(tmp_path):
         del old[name]
     old["schedule_size"] = old.pop("schedule_base_size")
     checkpoints.save(path, {"architecture": old, "model": model.state_dict()})
-    loaded = DDPMModel().load_model(path)
+    loaded = DDPMModel.from_file(path)
     for name in DDPMModel.upgrade_architecture(old):
         assert loaded.architecture[name] == model.architecture[name], name
     assert torch.equal(loaded.sample(1, seed=0), model.sample(1, seed=0))
 
     del old["schedule_size"]
     checkpoints.save(path, {"architecture": old, "model": model.state_dict()})
-    assert DDPMModel().load_model(path).architecture["schedule_base_size"] == 0
+    assert DDPMModel.from_file(path).architecture["schedule_base_size"] == 0
 
 
 @pytest.mark.parametrize(
@@ -267,9 +280,9 @@ def test_load_model_reads_checkpoints_of_upstreams_trainer(tmp_path, unet, proce
     trainer.save(1)
     path = tmp_path / "model-1.pt"
     with pytest.raises(UserError, match="does not store its image size: --image_size"):
-        DDPMModel().load_model(path)
+        DDPMModel.from_file(path)
     model = DDPMModel(image_size=16).load_model(path)
-    assert model.architecture == DDPMModel().load_model(path, image_size=16).architecture
+    assert model.architecture == DDPMModel.from_file(path, image_size=16).architecture
     assert (model.image_size, model.architecture["objective"]) == (16, process["objective"])
 
     torch.manual_seed(3)
@@ -319,4 +332,6 @@ def test_load_model_names_files_that_are_no_models_and_never_unpickles(broken_fi
         with pytest.raises(UserError, match=path.name.replace(".", r"\.")) as caught:
             model.load_model(path)
         assert "\n" not in str(caught.value)
+        with pytest.raises(UserError, match=path.name.replace(".", r"\.")):
+            DDPMModel.from_file(path)
     assert not Path("unpickled").exists()

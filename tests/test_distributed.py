@@ -249,7 +249,7 @@ checkpoints.CHECKPOINT_DIR, checkpoints.PRETRAINED_DIR = Path("empty"), Path("ch
 inference.main()
 with session(str) as dist:
     rank, world_size = dist.process_index, dist.num_processes
-    model = DDPMModel().load_model("checkpoints/cifar10.safetensors")
+    model = DDPMModel.from_file("checkpoints/cifar10.safetensors")
     samples = inference.batch_generate(
         model, total_samples=10, batch_size=3, seed=5, sampler="ddpm"
     )
@@ -287,7 +287,7 @@ def test_two_ranks_sample_what_one_does(shared):
     assert len(np.unique(np.load(one)["images"], axis=0)) == 600
     summary = json.loads((two.parent / "summary.json").read_text())
     assert summary["processes"] == 2 and summary["seeds"] == list(range(600))
-    model = DDPMModel().load_model(shared / "checkpoints/cifar10.safetensors")
+    model = DDPMModel.from_file(shared / "checkpoints/cifar10.safetensors")
     options = dict(total_samples=10, batch_size=3, seed=5, sampler="ddpm")
     samples = inference.batch_generate(model, **options)
     for rank in range(2):
@@ -297,7 +297,7 @@ def test_two_ranks_sample_what_one_does(shared):
 
 
 def test_half_a_batch_on_each_of_two_ranks_is_a_step_on_all_of_it(shared):
-    model = DDPMModel().load_model(shared / "checkpoints/cifar10.safetensors")
+    model = DDPMModel.from_file(shared / "checkpoints/cifar10.safetensors")
     step = TrainStep(model, SimpleNamespace(**STEP_SETTINGS))
     loss, norm = step(Batch(torch.load(shared / "images.pt", weights_only=True)), 3, 1e-3)
     for rank in range(2):

@@ -112,7 +112,7 @@ def test_extending_example_trains_a_model(name, folder, monkeypatch):
     assert all(value.isfinite().all() for value in state["model"].values())
     assert (set(state["optimizer"]["adam"]) == {"exp_avg"}) == (name == "my_optimizer")
     loads_as = names.get("ResNetModel", DDPMModel)
-    assert loads_as().load_model(run / "final.pt").image_size == 16
+    assert loads_as.from_file(run / "final.pt").image_size == 16
 
 
 def test_loss_example_has_another_loss(folder, monkeypatch):

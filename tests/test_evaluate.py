@@ -91,7 +91,7 @@ def test_main_writes_table_json_and_figures(folder, monkeypatch, capsys):
         assert Image.open(f"{label}-{name}.png").width > 300
 
     # The score is that of the images that the API samples.
-    images = DDPMModel().load_model(paths[0]).sample(6, seed=3, steps=2, sampler="heun")
+    images = DDPMModel.from_file(paths[0]).sample(6, seed=3, steps=2, sampler="heun")
     images = (images * 255).round().byte().numpy()
     real = load_dataset("folder", 16, Path("real"), progress=False).images
     statistics = [
@@ -225,7 +225,7 @@ def test_evaluate_plots_each_checkpoints_minutes_and_distances(evaluate_colors):
     assert (late["trained_images"], early["trained_images"]) == (150_000, 60_000)
     images, labels = report["labeled_grid"]
     assert labels[:4] == ["seed 3", "seed 4", "seed 5", "seed 6"]
-    expected = DDPMModel().load_model("checkpoints/run/early.pt").sample(4, seed=3)  # the last
+    expected = DDPMModel.from_file("checkpoints/run/early.pt").sample(4, seed=3)  # the last
     np.testing.assert_allclose(images[:4], expected, atol=0.51 / 255)
 
 

@@ -209,7 +209,7 @@ def test_model_goes_to_the_hub_and_comes_back(model, hub, tmp_path):
     assert set(hub.repos) == {"me/tiny"}
     files = hub.repos["me/tiny"]
     assert b"# me/tiny" in files["README.md"] and b'"images": 19200' in files["config.json"]
-    loaded = DDPMModel().load_model(tmp_path / "loaded.safetensors")
+    loaded = DDPMModel.from_file(tmp_path / "loaded.safetensors")
     assert max_weight_difference(loaded, model) == 0
 
 

@@ -66,7 +66,7 @@ def test_sample_draws_classes_by_seed_whatever_the_batch():
 def test_class_names_are_stored_with_the_model(tmp_path, suffix):
     model = conditional()
     model.save_model(tmp_path / f"model{suffix}")
-    loaded = DDPMModel().load_model(tmp_path / f"model{suffix}")
+    loaded = DDPMModel.from_file(tmp_path / f"model{suffix}")
     assert loaded.class_names == ("cat", "dog") and loaded.class_counts == (3, 1)
     assert torch.equal(loaded.sample(2, seed=0), model.sample(2, seed=0))
 

@@ -60,7 +60,7 @@ def test_shifted_model_is_loaded_by_us_and_by_upstream(tmp_path):
     model = DDPMModel(64, 8, (1, 2), schedule_base_size=32)
     for name in ("model.pt", "model.safetensors"):
         model.save_model(tmp_path / name)
-        loaded = DDPMModel().load_model(tmp_path / name)
+        loaded = DDPMModel.from_file(tmp_path / name)
         assert loaded.architecture == model.architecture
         assert torch.equal(loaded.sample(1, steps=2, seed=3), model.sample(1, steps=2, seed=3))
     upstream = GaussianDiffusion(Unet(8, dim_mults=(1, 2)), image_size=64, beta_schedule="cosine")

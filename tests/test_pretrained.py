@@ -69,7 +69,7 @@ def test_save_model_in_fp16_halves_the_file_and_keeps_the_images(tmp_path):
     model.save_model(single)
     model.save_model(half, half=True)
     assert half.stat().st_size < 0.6 * single.stat().st_size
-    loaded = DDPMModel().load_model(half)
+    loaded = DDPMModel.from_file(half)
     assert next(loaded.parameters()).dtype == torch.float32
     difference = loaded.sample(2, steps=5, seed=0) - model.sample(2, steps=5, seed=0)
     assert difference.abs().max() < 0.02

@@ -157,7 +157,7 @@ def test_train_writes_checkpoints_grids_and_metrics(trained):
 @pytest.mark.parametrize("file", ["ddpm_final.pt", "whole/final.pt", "whole/last.pt"])
 def test_train_samples_with_the_ema_weights(trained_by_api, file):
     path = trained_by_api / "checkpoints" / file
-    state, model = checkpoints.load(path), DDPMModel().load_model(path)
+    state, model = checkpoints.load(path), DDPMModel.from_file(path)
     assert state["ema"].keys() > state["model"].keys()  # the guide is in addition
     for name, value in model.state_dict().items():
         assert torch.equal(value, state["ema"][name]), name
@@ -174,7 +174,7 @@ def test_train_on_gray_and_rgba_images_samples_the_like(channels, mode, tmp_path
     with warnings.catch_warnings():
         warnings.simplefilter("error", FallbackWarning)
         path = train(DDPMModel.from_config(config), random_images(40, 8, channels), config)
-    model = DDPMModel().load_model(path)
+    model = DDPMModel.from_file(path)
     assert (model.channels, model.training_info["config"]["CHANNELS"]) == (channels, channels)
     for name in ("step_0000001.png", "final.png"):
         assert Image.open(tmp_path / "samples/run" / name).mode == mode
@@ -575,7 +575,7 @@ def test_train_continues_an_unconditional_run_with_classes(trained_by_api, tmp_p
     config = configure(MAX_STEPS=8, CLASS_CONDITIONAL=True)
     model = DDPMModel.from_config(config, data.classes)
     final = train(model, data, config, Path("checkpoints/whole/last.pt"))
-    trained = DDPMModel().load_model(final)
+    trained = DDPMModel.from_file(final)
     assert trained.architecture["classes"] == {"a": 40, "b": 40}
     assert trained.unet.class_embedding.weight.abs().min() > 0
     assert grids[-1].width == grids[-1].height  # 4 images: a row of 2 for each class
@@ -615,12 +615,12 @@ def test_init_from_starts_a_new_run_from_ema_weights(trained_by_api, tmp_path, m
         monkeypatch.setattr(sys, "argv", ["train.py", *data, *flags])
         importlib.import_module("train").main()
 
-    source = DDPMModel().load_model("checkpoints/whole/final.pt")
+    source = DDPMModel.from_file("checkpoints/whole/final.pt")
     source.save_model("source.safetensors")
     for name, reference in (("run", "whole"), ("file", "source.safetensors")):
         size = ["--image_size", "16", "--learning_rate", "1e-8", "--guide_fraction", "0"]
         start("--init_from", reference, "--run_name", name, *size)
-        tuned = DDPMModel().load_model(f"checkpoints/{name}/final.pt")
+        tuned = DDPMModel.from_file(f"checkpoints/{name}/final.pt")
         assert tuned.image_size == 16
         assert max_weight_difference(tuned.unet, source.unet) < 1e-6
     with pytest.raises(UserError, match="trained with dim 8, which cannot become 16"):
