@@ -19,13 +19,13 @@ from engine.errors import UserError
 from engine.gpu_memory import is_out_of_memory
 from engine.settings import suggest
 
-OUT_OF_MEMORY = "out of memory: ask for fewer or smaller images at a time"
-DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE_ERRNOS = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT,
     errno.ENAMETOOLONG,
 )  # fmt: skip
-
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ERRNO_ADVICE = dict.fromkeys(UNWRITABLE_ERRNOS, "choose a folder that can be written to")
+ERRNO_ADVICE |= dict.fromkeys(DISK_FULL_ERRNOS, "free some space")
 LOST_READER_EXIT_CODE = 141  # of a process that SIGPIPE ends
 
 
@@ -119,20 +119,14 @@ def _run(main: Callable[[], None]) -> str | int | None:
         return error.code
     except UserError as error:
         return fail(str(error), error.exit_code)
-    except OSError as error:
-        if error.errno == errno.ENOMEM:
-            return fail(OUT_OF_MEMORY, 1)
-        if error.errno not in (*DISK_FULL_ERRNOS, *UNWRITABLE_ERRNOS):
+    except Exception as error:
+        if is_out_of_memory(error):
+            return fail("out of memory: ask for fewer or smaller images at a time", 1)
+        advice = ERRNO_ADVICE.get(getattr(error, "errno", None))
+        if not advice:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        advice = "choose a folder that can be written to"
-        if error.errno in DISK_FULL_ERRNOS:
-            advice = "free some space"
         return fail(f"{error.strerror}{where}: {advice}", 2)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return fail(OUT_OF_MEMORY, 1)
     except KeyboardInterrupt:
         return 130
     distributed.shut_down()

@@ -1,6 +1,7 @@
 """GPU memory: how much this process may use, and what happens when it runs out."""
 
 import contextlib
+import errno
 import gc
 import os
 import warnings
@@ -55,7 +56,9 @@ def memory_limit() -> float:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that the memory of the GPU, or of the CPU, is too small."""
-    # The CPU's allocators have no exception of their own; MemoryError is numpy's and Python's.
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # torch's CPU allocators have no exception of their own; MemoryError is numpy's and Python's.
     texts = ("DefaultCPUAllocator", "std::bad_alloc")
     is_cpu = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
     return is_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
