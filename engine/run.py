@@ -73,11 +73,11 @@ class MetricsLog:
 
 
 @contextlib.contextmanager
-def tolerate_write_errors(path: Path) -> Iterator[None]:
+def tolerate_write_errors(path: Path, errors: Any = Exception) -> Iterator[None]:
     """Turns an error of writing or plotting in the block into a warning."""
     try:
         yield
-    except Exception as error:  # what a plot raises must not end a run either
+    except errors as error:  # what a plot raises must not end a run either
         reason = f"writing {path} failed ({getattr(error, 'strerror', None) or repr(error)})"
         warnings.warn(f"{reason}; continuing without it", FallbackWarning, stacklevel=2)
 
@@ -299,10 +299,6 @@ class Run:
             "architecture": self.train_step.model.architecture, "config": self.config.as_dict(),
             "progress": self.progress.state_dict(),
         }  # fmt: skip
-        try:
+        tolerated = () if file == "final.pt" else OSError
+        with tolerate_write_errors(self.folder / file, tolerated):
             checkpoints.save(self.folder / file, state)
-        except OSError as error:
-            if file == "final.pt":
-                raise
-            reason = f"writing {self.folder / file} failed ({error.strerror})"
-            warnings.warn(f"{reason}; continuing without it", FallbackWarning, stacklevel=2)
