@@ -186,18 +186,12 @@ def read_report(path: Path) -> dict[str, dict[str, Any]]:
         text = path.read_text(encoding="utf-8").replace('"evaluations":', '"nfe":')  # its old name
         report = json.loads(text)
         nested = {"": {path.name.split("-")[0]: report}} if "rows" in report else report
-        if not all(is_result(each) for sections in nested.values() for each in sections.values()):
-            raise ValueError("a result has no device or no rows")
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        for result in (each for sections in nested.values() for each in sections.values()):
+            if type(result["device"]) is not str or {*map(type, result["rows"])} - {dict}:
+                raise ValueError("a result has no device or no rows")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}). Delete it and measure again") from error
     return nested
-
-
-def is_result(result: Any) -> bool:
-    """Whether a result has what tables and plots show: a device and rows."""
-    is_dict = isinstance(result, dict) and isinstance(result.get("device"), str)
-    rows = result.get("rows") if is_dict else None
-    return isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +34,8 @@ class Candidate:
 
     def sample(self, seeds: Sequence[int]) -> Iterator[tuple[str, Tensor, int, float]]:
         """Yields sampler and steps, a tile (C, H, W), NFE of an image and seconds of all."""
-        options: dict[str, Any] = {"spacing": self.spacing, "labels": self.labels}
         guidance = {"guidance": self.guidance, "guidance_mode": self.guidance_mode}
-        options |= guidance
+        options = {"spacing": self.spacing, "labels": self.labels, **guidance}
         self.model.sample(len(seeds), seed=seeds, **options)  # warm-up, of the guide, too
         for sampler, steps in itertools.product(self.samplers, self.steps):
             start = time.perf_counter()
