@@ -27,7 +27,7 @@ from engine import plots
 from engine.dataloader import BatchLoader
 from engine.datasets import load_dataset
 from engine.devices import default_device, device_name
-from engine.errors import UserError
+from engine.errors import UserError, type_and_message
 from engine.inference_jobs import psnr
 from engine.noise_schedule import BETA_SCHEDULES, OBJECTIVES
 from engine.samplers import SAMPLERS
@@ -269,17 +269,16 @@ def main() -> None:
     for number, (name, function) in enumerate(CHECKS.items(), 1):
         start = time.perf_counter()
         try:
-            status = "passed"
             detail = function(demo)
         except UserError as error:
-            status = "failed"
+            failed.append(name)
             detail = str(error)
         except Exception as error:
-            status = "failed"
-            detail = f"{type(error).__name__}: {error}"
+            failed.append(name)
+            detail = type_and_message(error)
             traceback.print_exc()
+        status = "failed" if name in failed else "passed"
         seconds = time.perf_counter() - start
-        failed += [name] if status == "failed" else []
         lines.append(f"{number:2}/{len(CHECKS)}  {name:14} {status} {seconds:6.1f} s  {detail}")
         print(lines[-1], flush=True)
 
