@@ -80,8 +80,7 @@ class OomBatcher:
             raise UserError(f"out of memory: not even one image fits; {advice}", 1)
         self.size = (failed + 1) // 2
         gc.collect()  # the failed call may have left reference cycles
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         message = f"out of memory; continuing with batches of {self.size}"
         warnings.warn(message, FallbackWarning, stacklevel=3)
 

@@ -62,17 +62,15 @@ def read_results(cache_file: Path) -> dict[str, dict[str, Any]]:
     """Returns the stored results; none, with a warning, if the file is damaged."""
     try:
         results = json.loads(cache_file.read_text())
-        for entry in results.values():
-            micro = entry["micro_batch"]
-            peak = entry["peak_gib"]
-            if type(micro) is not int or micro < 1 or type(peak) not in (int, float):
-                raise ValueError("a value of another type")
+        pairs = [(entry["micro_batch"], entry["peak_gib"]) for entry in results.values()]
+        if all(type(n) is int and n > 0 and type(p) in (int, float) for n, p in pairs):
+            return results
+        raise ValueError("a value of another type")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         warn_fallback(f"reading {cache_file}", error)
         return {}
-    return results
 
 
 def available_gib(images: np.ndarray) -> float:
@@ -96,10 +94,10 @@ def probe_micro_batch(model: TrainableModel, config: Any, limit_gib: float) -> t
     with limited_to(limit_gib):
         while True:
             micro, is_enough = rehearse(model, config, effective)
-            peak = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+            peak = torch.cuda.max_memory_reserved()
             gc.collect()
+            torch.cuda.empty_cache()
             if torch.cuda.is_available():
-                torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             if is_enough:
                 return micro, peak / 2**30
