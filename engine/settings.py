@@ -54,31 +54,27 @@ class Setting:
         """Raises UserError if a value has another type."""
         if value is None and self.default is None:
             return
-        type_ = self.type
-        accepted = {tuple: (tuple, list), float: (int, float)}.get(type_, (type_,))
+        accepted = {tuple: (tuple, list), float: (int, float)}.get(self.type, (self.type,))
         is_valid = type(value) in accepted
-        if is_valid and type_ is tuple:
+        if is_valid and self.type is tuple:
             is_valid = len(value) > 0 and all(type(v) is int and v > 0 for v in value)
         if not is_valid:
-            expected = EXPECTED[type_]
-            raise UserError(f"{name} is {value!r}, but must be {expected}")
+            raise UserError(f"{name} is {value!r}, but must be {EXPECTED[self.type]}")
 
     def check(self, name: str, value: Any) -> Any:
         """Returns the value in its type; raises UserError if it is not allowed."""
         self.check_type(name, value)
         if value is None:
             return None
-        type_ = self.type
-        value = type_(value)
+        value = self.type(value)
 
         # A choice with a colon, such as hf:NAME, stands for any name.
         choices = [str(choice) for choice in self.choices]
         prefixes = tuple(f"{c.partition(':')[0]}:" for c in choices if ":" in c)
         if choices and str(value) not in choices and not str(value).startswith(prefixes):
-            known = ", ".join(choices)
             closest = suggest(str(value), choices)
-            raise UserError(f"{name} is {value!r}{closest}; choose from {known}")
-        for part in value if type_ is tuple else (value,):
+            raise UserError(f"{name} is {value!r}{closest}; choose from {', '.join(choices)}")
+        for part in value if self.type is tuple else (value,):
             # Written as `not >=` so that NaN is rejected too.
             if self.min is not None and not part >= self.min:
                 raise UserError(f"{name} is {value}, but must be at least {self.min:g}")
@@ -158,8 +154,7 @@ def int_tuple(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.strip("() ").rstrip(",").split(","))
     except ValueError:
-        message = f"expected {EXPECTED[tuple]}, got {text!r}"
-        raise argparse.ArgumentTypeError(message) from None
+        raise argparse.ArgumentTypeError(f"expected {EXPECTED[tuple]}, got {text!r}") from None
 
 
 def _add_flag(parser: argparse.ArgumentParser, name: str, setting: Setting, default: Any) -> None:
