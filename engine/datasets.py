@@ -226,7 +226,7 @@ def open_source(
         labels = archive_labels(archive, data_dir)
         names = archive.class_names
     check_classes(names, source.location)
-    return replace(source, labels=labels, class_names=names)
+    return replace(source, labels=lambda: (labels, names))
 
 
 def archive_labels(archive: Archive, folder: Path) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Data sets that Hugging Face `datasets` reads: of the Hub, or local folders of its formats."""
 
 import importlib.util
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from io import BytesIO
 from itertools import islice
@@ -42,7 +42,7 @@ def hf_source(dataset: str, channels: int, use_labels: bool) -> Source:
         class_names = getattr(table.features[label_column], "names", None)
         check_classes(class_names if class_names is not None else ("?", "?"), location)
         columns.append(label_column)
-    rows = encoded(table.select_columns(columns), image_column)
+    rows = table.select_columns(columns)
     values: list[Any] = []  # of the label column, as far as it was streamed
 
     # How the cache reads it: rows in blocks, images of a block, some sizes.
@@ -75,7 +75,7 @@ def hf_source(dataset: str, channels: int, use_labels: bool) -> Source:
     return Source(
         location, fingerprint, count, read, lambda: channels, sample_sizes, stream=stream,
         variant=f"\n{','.join(columns)} {channels}",
-        stream_labels=(lambda: to_labels(values, class_names)) if use_labels else None,
+        labels=(lambda: to_labels(values, class_names)) if use_labels else None,
     )  # fmt: skip
 
 
@@ -104,6 +104,9 @@ def open_table(name: str) -> tuple[str, str, int, Any]:
         format_ = type(builder).__module__.rpartition(".")[2]
         if format_ in FORMATS and table.features is None:
             table = table._resolve_features()
+        for column, feature in (table.features or {}).items():
+            if isinstance(feature, datasets.Image):  # encoded: bytes, or a dict of bytes or path
+                table = table.cast_column(column, datasets.Image(decode=False))
     except Exception as error:  # of HTTP, of the Hub, of the files
         advice = "It must be user/name of the Hugging Face Hub, or a folder"
         raise UserError(
@@ -159,15 +162,6 @@ def choose_column(
         reason = f"{content} in {', '.join(found)}" if found else f"no column of {content}"
         raise UserError(f"{dataset} has {reason} ({columns}). {HOW_TO_NAME}")
     return name or found[0]
-
-
-def encoded(table: Any, column: str) -> Iterable[dict[str, Any]]:
-    """Returns a stream's rows with encoded images: bytes, or a dict of bytes or path."""
-    import datasets
-
-    if isinstance(table.features[column], datasets.Image):
-        return table.cast_column(column, datasets.Image(decode=False))
-    return table
 
 
 def open_image(value: bytes | dict[str, Any]) -> Image.Image:

@@ -35,21 +35,14 @@ class Source:
     channels: Callable[[], int] = lambda: 3
     # sample_sizes(): shorter sides of some of the images in pixels; none if they have any size
     sample_sizes: Callable[[], Iterable[int]] = tuple
-    labels: np.ndarray | None = None  # int64 (count,), indices into class_names or -1
-    class_names: tuple[str, ...] = ()
+    # labels(): int64 (count,), indices into the class names or -1, and those; called after reading
+    labels: Callable[[], tuple[np.ndarray, tuple[str, ...]]] | None = None
     names: Iterable[str] = ()  # of the files, below the location
     variant: str = ""  # how they are read; each has a cache
     # chosen_variant(): another name of the variant, once channels() is known
     chosen_variant: Callable[[], str] | None = None
     # stream(): blocks for `read`, in order; ranges of indices unless given
     stream: Callable[[], Iterable[Sequence]] | None = None
-    # stream_labels(): labels and class names, once the stream has ended
-    stream_labels: Callable[[], tuple[np.ndarray, tuple[str, ...]]] | None = None
-
-    @property
-    def has_labels(self) -> bool:
-        """Whether it has labels, known before or after reading."""
-        return self.labels is not None or self.stream_labels is not None
 
     def blocks(self) -> Iterable[Sequence]:
         """Returns what `read` takes: the stream's blocks, or ranges of indices."""
@@ -84,7 +77,7 @@ def load_cached(
         cache_dir.mkdir(parents=True, exist_ok=True)
         with _lock(cache_dir / f"{prefix}.lock"):
             if _open(source, size, path, labels_path) is None:  # no other process has built it
-                if path.exists() and (not source.has_labels or labels_path.exists()):
+                if path.exists() and (not source.labels or labels_path.exists()):
                     reason = f"reading the image cache {path} failed (it is damaged)"
                     warnings.warn(f"{reason}; continuing without it", FallbackWarning, 2)
                 _build(source, size, path, labels_path, workers, progress)
@@ -116,7 +109,7 @@ def _open(source: Source, size: int, path: Path, labels_path: Path) -> ImageData
         is_complete = images.offset + images.nbytes == path.stat().st_size
         if images.dtype != np.uint8 or sides != [size, size] or not is_complete:
             return None
-        if not source.has_labels:
+        if not source.labels:
             return ImageDataset(images)
         with np.load(labels_path, allow_pickle=False) as file:
             labels = file["labels"]
@@ -174,11 +167,8 @@ def _build(source: Source, size: int, path: Path, labels_path: Path, workers, pr
 
     # Each file gets its name once it is complete.
     write_atomically(path, write)
-    if source.has_labels:
-        labels = source.labels
-        names = source.class_names
-        if source.stream_labels:
-            labels, names = source.stream_labels()
+    if source.labels:
+        labels, names = source.labels()
         content = {"labels": np.repeat(labels, counts), "class_names": np.array(names, dtype=str)}
         write_atomically(labels_path, lambda file: np.savez(file, **content))
     if unreadable:

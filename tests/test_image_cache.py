@@ -149,7 +149,7 @@ DAMAGES = {
     + [("*.labels.npz", damage) for damage in ("empty", "random", "type")],
 )
 def test_damaged_cache_is_built_again_with_a_warning(load, pattern, damage):
-    source = gray_source(5, labels=np.arange(5), class_names=("a", "b"))
+    source = gray_source(5, labels=lambda: (np.arange(5), ("a", "b")))
     load(source)
     (path,) = load.cache.glob(pattern)
     DAMAGES[damage](path)
@@ -196,9 +196,9 @@ def test_cache_labels_follow_their_images(load, unreadable):
         pytest.fail("read a cached source")
 
     names = ("a", "b")
-    labels = 1000 + np.arange(100)
-    first = load(gray_source(100, unreadable, labels=labels, class_names=names))
-    cached = load(gray_source(100, unreadable, on_read=forbid, labels=labels, class_names=names))
+    labels = {"labels": lambda: (1000 + np.arange(100), names)}
+    first = load(gray_source(100, unreadable, **labels))
+    cached = load(gray_source(100, unreadable, on_read=forbid, **labels))
     for data in (first, cached):
         assert data.labels.dtype == np.int64 and data.class_names == names
         assert data.labels.tolist() == [1000 + value for value in values(data)]
@@ -208,7 +208,7 @@ def test_cache_labels_follow_their_images(load, unreadable):
 @pytest.mark.filterwarnings("ignore::engine.errors.FallbackWarning")
 def test_cache_without_labels_is_rebuilt_when_its_source_has_some(load):
     assert load(gray_source(100, (3,))).labels is None
-    data = load(gray_source(100, (3,), labels=np.arange(100)))
+    data = load(gray_source(100, (3,), labels=lambda: (np.arange(100), ())))
     assert data.labels.tolist() == values(data)
     assert load(gray_source(100, (3,))).labels is None
 
