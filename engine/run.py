@@ -153,8 +153,7 @@ class Run:
         self.bar = tqdm(initial=progress.step, unit="step", mininterval=1, dynamic_ncols=True)
         self.validation_split = loader.validation()
         self.validation_loss = self.log.validation_losses.get(progress.step, math.nan)
-        self.grid_parts_done = self.parts_done(self.config.NUM_SAMPLE_GRIDS)
-        self.keep_parts_done = self.parts_done(self.config.KEEP + 1)
+        self.last_fraction = progress.fraction
         self.last_save_time = self.last_log_time = time.monotonic()
         self.next_validation_time = self.last_log_time
         self.logged_images = progress.images
@@ -164,16 +163,11 @@ class Run:
         self.bar.update()
         if self.progress.is_log_step:
             self.log_step(loss, grad_norm, lr)
-        # A grid at the end of each of NUM_SAMPLE_GRIDS parts of the run but the last.
-        done = self.parts_done(self.config.NUM_SAMPLE_GRIDS)
-        if self.grid_parts_done < done < self.config.NUM_SAMPLE_GRIDS:
+        if self.ends_part(self.config.NUM_SAMPLE_GRIDS):
             self.sample_grid(f"step_{self.progress.step:07d}.png")
-        self.grid_parts_done = done
-        # A checkpoint at the end of each of KEEP + 1 parts but the last, or every so many epochs.
-        done = self.parts_done(self.config.KEEP + 1)
-        if self.keep_parts_done < done <= self.config.KEEP and self.config.CHECKPOINT_EVERY is None:
+        if self.config.CHECKPOINT_EVERY is None and self.ends_part(self.config.KEEP + 1):
             self.save(f"step_{self.progress.step:07d}.pt")
-        self.keep_parts_done = done
+        self.last_fraction = self.progress.fraction
         if time.monotonic() - self.last_save_time >= 60 * self.config.SAVE_EVERY_MINUTES:
             self.save("last.pt")
             self.last_save_time = time.monotonic()
@@ -244,9 +238,9 @@ class Run:
         duration = time.monotonic() - start
         self.next_validation_time = start + duration / VALIDATION_TIME_FRACTION
 
-    def parts_done(self, parts: int) -> int:
-        """Returns how many of `parts` equal parts of the run are done."""
-        return int(self.progress.fraction * parts)
+    def ends_part(self, parts: int) -> bool:
+        """Whether the last step ended one of `parts` equal parts of the run, but not the last."""
+        return int(self.last_fraction * parts) < int(self.progress.fraction * parts) < parts
 
     def warn_of_small_disk(self) -> None:
         """Warns if the run's checkpoints will not fit on the disk."""
