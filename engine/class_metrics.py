@@ -91,10 +91,7 @@ class ClassMetrics:
                 "real accuracy": rounded_mean(self.is_right[self.held_out_labels == label]),
             }  # fmt: skip
             if len(self.class_names) <= MAX_DISTANCES and min(samples.sum(), real.sum()) > 1:
-                pair = (
-                    feature_statistics(features[samples]),
-                    feature_statistics(self.features[real]),
-                )
+                pair = map(feature_statistics, (features[samples], self.features[real]))
                 row["distance"] = round(frechet_distance(*pair), 3)
             rows.append(row)
         return rounded_mean(is_right[labels >= 0]), rows

@@ -5,7 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,9 @@ class ReadOptions:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ReadOptions":
         """Returns the options of a run; runs of earlier versions are RGB."""
-        known = {name.upper(): name for name in ("channels", "value_range", "frames")}
         values = {"CHANNELS": 3} | dict(config)
-        return cls(**{name: values[key] for key, name in known.items() if key in values})
+        names = [each.name for each in fields(cls) if each.name.upper() in values]
+        return cls(**{name: values[name.upper()] for name in names})
 
 
 DEFAULT_OPTIONS = ReadOptions()
@@ -120,12 +120,11 @@ def image_source(
         return examine(items, open_image, options) if options else (3, None)
 
     def read(block: range, size: int) -> list[np.ndarray | str]:
-        channels, value_range = survey()
+        how = (*survey(), all_frames)
         results: list[np.ndarray | str] = []
         for index in block:
             try:
                 with open_image(items[index]) as image:
-                    how = channels, value_range, all_frames
                     results.append(pixels.read_pixels(image, size, *how))
             except Exception as error:  # Pillow raises nearly anything on a broken file
                 results.append(f"{items[index]}: {error!r}")
