@@ -81,9 +81,8 @@ def on_white(images: Tensor) -> Tensor:
     """Puts RGBA images (B, 4, H, W) in [0, 1] on white, as RGB; others stay."""
     if images.shape[1] != 4:
         return images
-    color = images[:, :3]
     alpha = images[:, 3:]
-    return color * alpha + 1 - alpha
+    return images[:, :3] * alpha + 1 - alpha
 
 
 def enlarge(images: Tensor, smallest: int = MIN_TILE) -> Tensor:
@@ -119,9 +118,8 @@ def labeled_grid(
         y = gap + title_height + i // columns * row_height
         tile_x = x + (content_width - tile.width) // 2
         sheet.paste(tile, (tile_x, y), tile if tile.mode == "RGBA" else None)
-        for row, line in enumerate(label.split("\n")):
-            position = (x + content_width // 2, y + tile.height + 14 * row)
-            draw.text(position, line, "black", font, anchor="ma")
+        position = (x + content_width // 2, y + tile.height)
+        draw.text(position, label, "black", font, anchor="ma", align="center", spacing=3)
     return sheet
 
 
@@ -141,8 +139,7 @@ def png_data_uri(content: bytes) -> str:
 
 def save_image(image: Image.Image, path: Path, metadata: str = "") -> None:
     """Writes a PNG with text that read_png_metadata returns."""
-    content = encode_png(image, metadata)
-    write_atomically(path, lambda file: file.write(content))
+    write_atomically(path, lambda file: file.write(encode_png(image, metadata)))
 
 
 def read_png_metadata(path: Path) -> str:
