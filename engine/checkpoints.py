@@ -197,8 +197,7 @@ def load_training(path: Path) -> TrainingCheckpoint:
 
 def save_safetensors(path: Path, architecture: dict[str, Any], state: dict[str, Tensor]) -> None:
     """Writes architecture, weights and a checksum of the other bytes, atomically."""
-    architecture_json = json.dumps(architecture)
-    metadata = {"format": "pt", "architecture": architecture_json, "sha256": UNSET_SHA256}
+    metadata = {"format": "pt", "architecture": json.dumps(architecture), "sha256": UNSET_SHA256}
     content = safetensors.torch.save(state, metadata)
     checksum = hashlib.sha256(content).hexdigest()
     content = content.replace(UNSET_SHA256.encode(), checksum.encode(), 1)
@@ -283,8 +282,7 @@ def resolve_checkpoint(reference: str | None, flag: str = "--checkpoint") -> Pat
 
 def _run_files() -> list[Path]:
     """Returns the checkpoints in the folders of runs."""
-    files = CHECKPOINT_DIR.rglob("[!.]*.pt")
-    return [file for file in files if file.parent != CHECKPOINT_DIR]
+    return [file for file in CHECKPOINT_DIR.rglob("[!.]*.pt") if file.parent != CHECKPOINT_DIR]
 
 
 def newest(notify: bool = True) -> Path:

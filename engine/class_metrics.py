@@ -27,7 +27,6 @@ def fit_classifier(features: np.ndarray, labels: np.ndarray, num_classes: int) -
 
     # A linear layer, zero at first.
     x = standardize(features)
-    y = torch.from_numpy(labels)
     linear = nn.Linear(x.shape[1], num_classes)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
@@ -38,7 +37,7 @@ def fit_classifier(features: np.ndarray, labels: np.ndarray, num_classes: int) -
     def loss() -> Tensor:
         optimizer.zero_grad()
         penalty = 0.5 * WEIGHT_DECAY * linear.weight.square().sum()
-        value = nn.functional.cross_entropy(linear(x), y) + penalty
+        value = nn.functional.cross_entropy(linear(x), torch.from_numpy(labels)) + penalty
         value.backward()
         return value
 
@@ -63,8 +62,7 @@ class ClassMetrics:
         self.features = reference.features
         self.labels = labels
         train, held_out = (part[labels[part] >= 0] for part in train_val_split(len(labels)))
-        num_classes = len(class_names)
-        self.classify = fit_classifier(self.features[train], labels[train], num_classes)
+        self.classify = fit_classifier(self.features[train], labels[train], len(class_names))
         self.is_right = self.classify(self.features[held_out]) == labels[held_out]
         self.held_out_labels = labels[held_out]
 
