@@ -173,15 +173,13 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, setting: Setting, defa
     base = argparse.BooleanOptionalAction if setting.type is bool else argparse._StoreAction
     flags = [f"--{each.lower()}" for each in (name, setting.alias) if each]
     parser.add_argument(*flags, action=base, help=text.replace("%", "%%"), **options)
-    if setting.old_name:
+    if old_name := setting.old_name.lower():
 
         class WarningAction(base):
-            """Stores the value under the new name and says what that is."""
+            def __call__(self, parser, namespace, values, flag=None):
+                new = flag.replace(old_name, name.lower())
+                warnings.warn(f"{flag} is now {new}", RenamedWarning, stacklevel=2)
+                super().__call__(parser, namespace, values, flag)
 
-            def __call__(self, parser, namespace, values, option_string=None):
-                new = str(option_string).replace(setting.old_name.lower(), name.lower())
-                warnings.warn(f"{option_string} is now {new}", RenamedWarning, stacklevel=2)
-                super().__call__(parser, namespace, values, option_string)
-
-        old_flag = f"--{setting.old_name.lower()}"
-        parser.add_argument(old_flag, action=WarningAction, help=argparse.SUPPRESS, **options)
+        options["help"] = argparse.SUPPRESS
+        parser.add_argument(f"--{old_name}", action=WarningAction, **options)
