@@ -51,10 +51,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def import_from_file(reference: str, flag: str, example: str) -> tuple[ModuleType, str]:
-    """Returns the module and the name in it that `file.py:Name` means; else UserError.
-
-    flag, example: for its message.
-    """
+    """Returns the module and the name in it that `file.py:Name` means; else UserError by `flag`."""
     file, _, name = reference.rpartition(":")
     if not file.endswith(".py") or not name:
         raise UserError(f"{flag} is {reference!r}, but must look like {example}")

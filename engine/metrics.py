@@ -168,10 +168,7 @@ def batch_to_rgb(images: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def extract_features(network: nn.Module, images: np.ndarray, device: torch.device) -> np.ndarray:
-    """Returns features, float32 (N, D), of images, uint8 (N, C, H, W).
-
-    The network gets RGB: gray repeated, RGBA on white.
-    """
+    """Returns features, float32 (N, D), of images, uint8 (N, C, H, W), which are read as RGB."""
     batch_size = 128 if device.type == "cuda" else 32
     starts = range(0, len(images), batch_size)
     features = []

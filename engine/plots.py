@@ -95,10 +95,7 @@ def labeled_grid(
     images: Tensor, labels: Sequence[str], columns: int | None = None, title: str = "",
     smallest: int = MIN_TILE,
 ) -> Image.Image:  # fmt: skip
-    """Images (B, C, H, W) in [0, 1] as a grid with a title, and below each image its label.
-
-    Labels may have several lines.
-    """
+    """Images (B, C, H, W) in [0, 1] as a grid with a title, each above the lines of its label."""
     font = ImageFont.load_default(11)
     tiles = [to_image(image) for image in enlarge(images, smallest)]
     columns = columns or math.ceil(math.sqrt(len(tiles)))
