@@ -44,6 +44,7 @@ def save_model(path: str, seed: int = 0, **architecture) -> Path:
 @pytest.fixture
 def served(tmp_path, monkeypatch) -> ServedModel:
     """A model in a new working folder."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # app.start sets it
     monkeypatch.chdir(tmp_path)
     path = save_model("checkpoints/ddpm_final.pt")
     return ModelKeeper(lambda: path, app.load_shared_model).refresh()
@@ -310,7 +311,6 @@ def test_missing_gradio_is_one_line(monkeypatch, capsys):
 @pytest.fixture
 def url(served, monkeypatch):
     """The address of a page on a free port."""
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # set at the start
     pytest.importorskip("gradio")
     app.import_gradio()
     with socket.socket() as free:
