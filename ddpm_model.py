@@ -133,6 +133,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         self.log_snr_shift = shift
         if shift:
             shift_log_snr(self.diffusion, shift, min_snr_gamma)
+        self.alpha_bar = self.diffusion.alphas_cumprod.tolist()
         self.guidance_interval = tuple(shift_sigma(sigma, shift) for sigma in GUIDANCE_INTERVAL)
 
         # The distribution of the timesteps in training: uniform, or EDM's.
@@ -218,7 +219,9 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
             for name, p in self.named_parameters()
             if "class_embedding" in name
         }
-        return super().load_state_dict(embeddings | dict(state_dict), *args, **kwargs)
+        result = super().load_state_dict(embeddings | dict(state_dict), *args, **kwargs)
+        self.alpha_bar = self.diffusion.alphas_cumprod.tolist()
+        return result
 
     def start_from(self, source: "DDPMModel") -> None:
         """Copies the network of another model; for other classes, their embeddings are new."""
@@ -309,8 +312,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         if self.is_consistent:  # it has learned where the guided flow ends
             weight = 1.0
         return ModelDenoiser(
-            self.diffusion, network, clip, guide, weight, self.guidance_interval, labels,
-            guide_labels=mode == "autoguidance", consistency=self.is_consistent,
+            self.diffusion, self.alpha_bar, network, clip, guide, weight, self.guidance_interval,
+            labels, guide_labels=mode == "autoguidance", consistency=self.is_consistent,
         )  # fmt: skip
 
     def save_model(self, path: str | Path, half: bool = False) -> None:
@@ -367,11 +370,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
 
 def check_types(file: checkpoints.ModelFile) -> None:
     """Raises UserError if settings read from a file have other types than ours."""
-    config = {k.lower(): v for k, v in file.training_info["config"].items()}
-    for values in (file.architecture, config):
-        for name, setting in DDPMConfig.settings().items():
-            if name.lower() in values:
-                setting.check_type(f"{file.path}: {name}", values[name.lower()])
+    for values in (file.architecture, file.training_info["config"]):
+        DDPMConfig.check_types(values, str(file.path))
     for name, value in file.training_info["progress"].items():
         if not isinstance(value, (int, float, type(None))):
             raise UserError(f"{file.path}: {name} is {value!r}, but must be a number")

@@ -1,7 +1,7 @@
 """Denoiser: predicts the clean image with networks of any objective, guided."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from denoising_diffusion_pytorch import GaussianDiffusion
@@ -21,6 +21,7 @@ def move_from_guide(x_0: Tensor, x_0_guide: Tensor, weight: float | Tensor) -> T
 class ModelDenoiser:
     """The denoiser that samplers call (engine.samplers.Denoiser), made of networks.
 
+    alpha_bar: of each timestep of `process`, read from the device once.
     network, guide: called as network(x, t, previous, labels), x and previous (B, C, H, W), t and
     labels (B,); return what the objective of `process` says. previous is the last x_0, for
     self-conditioning: it is state, so create a denoiser per sample. guidance: the weight of
@@ -31,7 +32,7 @@ class ModelDenoiser:
     """
 
     def __init__(
-        self, process: GaussianDiffusion, network: Network, clip: bool,
+        self, process: GaussianDiffusion, alpha_bar: Sequence[float], network: Network, clip: bool,
         guide: Network | None = None, guidance: float = 1.0,
         interval: tuple[float, float] = (0.0, math.inf), labels: Tensor | None = None,
         guide_labels: bool = True, consistency: bool = False,
@@ -44,13 +45,13 @@ class ModelDenoiser:
         self.interval = interval
         self.labels = labels
         self.guide_labels = labels if guide_labels else None
-        self.alpha_bar: list[float] = process.alphas_cumprod.tolist()
-        self.last_usable_t = len(self.alpha_bar) - 1
+        self.alpha_bar = alpha_bar
+        self.last_usable_t = len(alpha_bar) - 1
         if process.objective == "pred_noise":  # does not determine x_0 where alpha_bar is 0
-            self.last_usable_t = max(t for t, a in enumerate(self.alpha_bar) if a > 0)
+            self.last_usable_t = max(t for t, a in enumerate(alpha_bar) if a > 0)
         if consistency:  # tuned up to SIGMA_MAX
             self.last_usable_t = max(
-                t for t, a in enumerate(self.alpha_bar) if t == 0 or sigma_of(a) <= SIGMA_MAX
+                t for t, a in enumerate(alpha_bar) if t == 0 or sigma_of(a) <= SIGMA_MAX
             )
         self.previous: Tensor | None = None
 

@@ -53,6 +53,7 @@ class GenerationMixin:
     image_size: int
     channels: int
     num_timesteps: int
+    alpha_bar: list[float]  # of each timestep, so that the host never waits for the GPU
     sampling_timesteps: int
     log_snr_shift: float  # of the noise schedule, by image size
     is_consistent = False  # tuned: x_0 is where the probability flow ends
@@ -162,7 +163,7 @@ class GenerationMixin:
         timesteps = below if len(below) > 1 else timesteps[-2:]
         noise, randn = self.noise(expand_seeds(seed, batch_size))
         x_0 = self.prepare_image(image) * 2 - 1
-        x = diffuse(x_0, noise, self.denoiser().alpha_bar[timesteps[0]])
+        x = diffuse(x_0, noise, self.alpha_bar[timesteps[0]])
         return unnormalize(final_x(self.trajectory(x, timesteps, function, randn, **options)))
 
     @torch.no_grad()
@@ -184,7 +185,7 @@ class GenerationMixin:
         known = self.prepare_image(image) * 2 - 1
         function, timesteps = self.sampling_plan(sampler, steps, spacing, noise_levels)
         x, randn = self.noise(expand_seeds(seed, batch_size))
-        alpha_bar = [*self.denoiser().alpha_bar, 1.0]  # at -1, the clean image
+        alpha_bar = [*self.alpha_bar, 1.0]  # at -1, the clean image
         for t, s in pairwise(timesteps):
             for resample in range(resamples if s >= 0 else 1):
                 # From s back to t, then both regions to s: generated and known.
@@ -234,11 +235,10 @@ class GenerationMixin:
             raise UserError(f"steps is {steps}, but must be at most {MAX_CONSISTENCY_STEPS}")
 
         # The timesteps, by noise levels or by spacing.
-        alpha_bar = self.denoiser().alpha_bar
         if levels:
             sigmas = [shift_sigma(level, self.log_snr_shift) for level in levels]
-            return sampler, samplers.timesteps_at(alpha_bar, sigmas)
-        return sampler, samplers.choose_timesteps(sampler, alpha_bar, steps, spacing)
+            return sampler, samplers.timesteps_at(self.alpha_bar, sigmas)
+        return sampler, samplers.choose_timesteps(sampler, self.alpha_bar, steps, spacing)
 
     def complete_plan(
         self, sampler: SamplerChoice, steps: int | None, spacing: str | None,

@@ -128,6 +128,14 @@ class Settings:
         return checked
 
     @classmethod
+    def check_types(cls, values: Mapping[str, Any], source: str) -> None:
+        """Raises UserError if values, by names in any case, are not of the settings' types."""
+        found = {name.lower(): value for name, value in values.items()}
+        for name, setting in cls.settings().items():
+            if name.lower() in found:
+                setting.check_type(f"{source}: {name}", found[name.lower()])
+
+    @classmethod
     def add_flags(cls, parser: argparse.ArgumentParser, defaults: Mapping[str, Any] = {}) -> None:
         """Adds a flag for each setting, lower case; absent from the result unless given.
 

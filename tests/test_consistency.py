@@ -231,7 +231,7 @@ def test_sampler_goes_back_to_lower_noise_levels():
 @pytest.mark.parametrize("base_size", [8, 32])
 def test_noise_levels_decide_the_timesteps(base_size):
     model = tuned_model(timesteps=1000, schedule_base_size=base_size)
-    alpha_bar = model.denoiser().alpha_bar
+    alpha_bar = model.alpha_bar
 
     def at(levels: tuple[float, ...]) -> list[int]:
         # At a quarter of the size a quarter of the noise hides as much of an image.

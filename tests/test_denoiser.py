@@ -49,6 +49,10 @@ class Constant:
         return torch.full_like(x, self.value)
 
 
+def make_denoiser(diffusion: GaussianDiffusion, *args, **kwargs) -> ModelDenoiser:
+    return ModelDenoiser(diffusion, diffusion.alphas_cumprod.tolist(), *args, **kwargs)
+
+
 def process(self_condition: bool = False, **changes) -> GaussianDiffusion:
     unet = Unet(8, dim_mults=(1,), self_condition=self_condition)
     return GaussianDiffusion(
@@ -65,7 +69,7 @@ def test_denoiser_recovers_x_0_from_a_perfect_prediction(objective):
         times = torch.full((2,), t)
         v = diffusion.predict_v(x_0, times, noise)
         output = {"pred_v": v, "pred_noise": noise, "pred_x0": x_0}[objective]
-        denoiser = ModelDenoiser(diffusion, lambda *_, output=output: output, clip=False)
+        denoiser = make_denoiser(diffusion, lambda *_, output=output: output, clip=False)
         prediction = denoiser(diffusion.q_sample(x_0, times, noise), t)
         torch.testing.assert_close(prediction, x_0, atol=1e-4, rtol=1e-3)
 
@@ -78,7 +82,7 @@ def test_guidance_applies_in_its_interval_only():
     guide.unet.load_state_dict(model.guide.state_dict())
     x = torch.randn(2, 3, 8, 8)
     low, high = model.guidance_interval
-    inside = [t for t, a in enumerate(model.denoiser().alpha_bar) if low <= sigma_of(a) <= high]
+    inside = [t for t, a in enumerate(model.alpha_bar) if low <= sigma_of(a) <= high]
     assert 5 < len(inside) < 35
     for t in (0, inside[0], inside[-1], 39):
         x_0 = main.denoiser(clip=False)(x, t)
@@ -121,7 +125,7 @@ def test_predictions_are_clipped_after_guidance(x_0, x_0_guide, expected):
     guide = Constant(x_0_guide)
     x = torch.zeros(1, 3, 8, 8)
     for clip in (True, False):
-        denoiser = ModelDenoiser(process(), network, clip, guide, guidance=2.0)
+        denoiser = make_denoiser(process(), network, clip, guide, guidance=2.0)
         value = min(expected, 1.0) if clip else expected
         torch.testing.assert_close(denoiser(x, 20), torch.full_like(x, value))
     assert [t for t, _, _ in guide.calls] == [20, 20]
@@ -131,7 +135,7 @@ def test_denoiser_passes_labels_to_both_networks():
     network = Constant(0.5)
     guide = Constant(0.1)
     labels = torch.tensor([3, 4])
-    denoiser = ModelDenoiser(process(), network, True, guide, 2.0, labels=labels)
+    denoiser = make_denoiser(process(), network, True, guide, 2.0, labels=labels)
     denoiser(torch.zeros(2, 3, 8, 8), 7)
     assert network.calls[0][2] is labels and guide.calls[0][2] is labels
 
@@ -194,7 +198,7 @@ def test_guidance_modes_that_do_not_exist_are_rejected():
 
 def test_denoiser_self_conditions_on_its_previous_prediction():
     network = Constant(0.5)
-    denoiser = ModelDenoiser(process(self_condition=True), network, True)
+    denoiser = make_denoiser(process(self_condition=True), network, True)
     x = torch.zeros(2, 3, 8, 8)
     outputs = [denoiser(x, t) for t in (30, 20)]
     assert network.calls[0][1] is None and network.calls[1][1] is outputs[0]
@@ -231,7 +235,7 @@ def test_count_nfe_counts_both_networks(sampler):
 @pytest.mark.parametrize("schedule", BETA_SCHEDULES)
 def test_denoiser_handles_zero_terminal_snr(schedule, objective):
     model = small(objective=objective, beta_schedule=schedule, timesteps=200)
-    model.diffusion.alphas_cumprod[-1] = 0
+    model.alpha_bar[-1] = 0.0
     x = torch.randn(2, 3, 8, 8)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error")
@@ -246,6 +250,6 @@ def test_denoiser_handles_zero_terminal_snr(schedule, objective):
         if objective == "pred_noise":
             torch.testing.assert_close(prediction, model.denoiser(clip=False)(x, 198))
         else:
-            model.diffusion.alphas_cumprod[-1] = 1e-12
+            model.alpha_bar[-1] = 1e-12
             almost = model.denoiser(clip=False)(x, 199)
             torch.testing.assert_close(prediction, almost, atol=1e-5, rtol=0)

@@ -44,7 +44,7 @@ class Exact(nn.Module):
 
 def exact(mean: float, std: float = 0.0, **changes) -> DDPMModel:
     model = small(objective="pred_x0", **changes)
-    model.diffusion.model = Exact(model.denoiser().alpha_bar, mean, std)
+    model.diffusion.model = Exact(model.alpha_bar, mean, std)
     return model
 
 
@@ -73,6 +73,17 @@ def test_sample_runs_in_evaluation_mode_and_restores_training_mode():
     model.train()
     assert torch.equal(model.sample(1, seed=0), expected)
     assert model.training and model.unet.training
+
+
+def test_schedule_is_that_of_the_weights_and_is_read_without_a_denoiser(monkeypatch):
+    model = small()
+    state = model.state_dict()
+    state["diffusion.alphas_cumprod"] = state["diffusion.alphas_cumprod"] / 2
+    model.load_state_dict(state)
+    expected = state["diffusion.alphas_cumprod"].tolist()
+    assert model.alpha_bar == model.denoiser().alpha_bar == expected
+    monkeypatch.setattr(DDPMModel, "denoiser", None)
+    assert model.sampling_plan("ddim", 2, "uniform")[1] == [39, 19, -1]
 
 
 @pytest.mark.parametrize("sampler", ["heun", SAMPLERS["heun"]])

@@ -131,7 +131,7 @@ def test_ddpm_and_ddim_match_upstream(name, steps, options, objective, schedule,
 
     torch.manual_seed(1)
     x = torch.randn(2, 3, 8, 8)
-    timesteps = uniform(model.denoiser().alpha_bar, steps)
+    timesteps = uniform(model.alpha_bar, steps)
     states = [x, *run_sampler(name, model.denoiser(), x, timesteps, **options)]
     torch.testing.assert_close((torch.stack(states, dim=1) + 1) / 2, expected, atol=1e-4, rtol=0)
 
@@ -158,7 +158,7 @@ def test_samplers_match_diffusers(name, objective, schedule, steps, clip):
         **clipping,
     )
     scheduler.set_timesteps(steps)
-    timesteps = SPACINGS["trailing"](model.denoiser().alpha_bar, steps)
+    timesteps = SPACINGS["trailing"](model.alpha_bar, steps)
     assert timesteps == [*scheduler.timesteps.tolist(), -1]
 
     torch.manual_seed(1)
