@@ -26,7 +26,7 @@ from engine.errors import RenamedWarning, UserError, warn_fallback
 from engine.generation import GenerationMixin, eval_mode, expand_seeds, unnormalize  # noqa: F401
 from engine.hub import HubMixin
 from engine.labels import UNCONDITIONAL, check_class_names
-from engine.noise_schedule import P_MEAN, edm_weighting, shift_log_snr, shift_sigma
+from engine.noise_schedule import EDM_P_MEAN, edm_weighting, shift_log_snr, shift_sigma
 from engine.unet import FastUnet
 
 GUIDANCE_INTERVAL = (0.2, 5.0)  # lowest and highest sigma to guide, where nothing is shifted
@@ -139,7 +139,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         # The distribution of the timesteps in training: uniform, or EDM's.
         timestep_cdf = torch.arange(1, timesteps + 1).double() / timesteps
         if loss_weighting == "edm":
-            density, weight = edm_weighting(self.diffusion, P_MEAN - shift / 2)
+            density, weight = edm_weighting(self.diffusion, EDM_P_MEAN - shift / 2)
             self.diffusion.loss_weight.copy_(weight)
             timestep_cdf = density.cumsum(0)
         self.register_buffer("timestep_cdf", timestep_cdf.float(), persistent=False)

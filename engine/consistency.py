@@ -18,9 +18,9 @@ from engine.noise_schedule import SIGMA_MAX, timestep_density
 
 Network = Callable[[Tensor, Tensor], Tensor]  # x_t (B, C, H, W) and t (B,) to v (B, C, H, W)
 
-# log(sigma) ~ N(P_MEAN, P_STD^2): wider than EDM's, as samples start from noise alone.
-P_MEAN = -1.1
-P_STD = 2.0
+# log(sigma) ~ N(ECT_P_MEAN, ECT_P_STD^2): wider than EDM's, as samples start from noise alone.
+ECT_P_MEAN = -1.1
+ECT_P_STD = 2.0
 HUBER = 5.4e-4  # c of the pseudo-Huber distance of a value (arXiv:2310.14189)
 HALVINGS = 3, 8  # of the gap between the noise levels, at the start of a run and at its end
 
@@ -37,7 +37,7 @@ class ConsistencyLoss(nn.Module):
         # At index -1 is the clean image.
         alpha_bar = F.pad(process.alphas_cumprod.double(), (0, 1), value=1.0)
         sigma = ((1 - alpha_bar) / alpha_bar).sqrt()
-        density = timestep_density(process, P_MEAN - shift / 2, P_STD)
+        density = timestep_density(process, ECT_P_MEAN - shift / 2, ECT_P_STD)
         density = density * (sigma[:-1] <= SIGMA_MAX)
         buffers = {
             "alpha_bar": alpha_bar, "sigma": sigma, "fraction": torch.ones(()),

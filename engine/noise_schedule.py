@@ -10,9 +10,9 @@ from torch import Tensor
 OBJECTIVES = ("pred_v", "pred_noise", "pred_x0")
 BETA_SCHEDULES = ("cosine", "linear", "sigmoid")
 
-# Of EDM, Karras et al. (arXiv:2206.00364), table 1: log(sigma) ~ N(P_MEAN, P_STD^2).
-P_MEAN = -1.2
-P_STD = 1.2
+# Of EDM, Karras et al. (arXiv:2206.00364), table 1: log(sigma) ~ N(EDM_P_MEAN, EDM_P_STD^2).
+EDM_P_MEAN = -1.2
+EDM_P_STD = 1.2
 SIGMA_DATA = 0.5
 SIGMA_MAX = 80.0  # above it an image is noise alone
 
@@ -88,7 +88,7 @@ def timestep_density(process: GaussianDiffusion, mean: float, std: float) -> Ten
     return density / density.sum()
 
 
-def edm_weighting(process: GaussianDiffusion, mean: float = P_MEAN) -> tuple[Tensor, Tensor]:
+def edm_weighting(process: GaussianDiffusion, mean: float = EDM_P_MEAN) -> tuple[Tensor, Tensor]:
     """Returns EDM's density of the training timesteps and its loss weights, both (T,).
 
     log(sigma) is normal around `mean`. EDM weighs the squared error of x_0, for images in [-1, 1],
@@ -97,7 +97,7 @@ def edm_weighting(process: GaussianDiffusion, mean: float = P_MEAN) -> tuple[Ten
     """
     alpha_bar = process.alphas_cumprod.double()
     sigma_squared = (1 - alpha_bar) / alpha_bar.clamp(min=1e-12)
-    density = timestep_density(process, mean, P_STD)
+    density = timestep_density(process, mean, EDM_P_STD)
     weight = (sigma_squared + SIGMA_DATA**2) / (sigma_squared * SIGMA_DATA**2)
     if process.objective == "pred_v":
         weight = weight * sigma_squared / (1 + sigma_squared)
