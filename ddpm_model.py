@@ -294,26 +294,26 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         label; `cfg`, classifier-free guidance, this network without a label; `both`, the guide
         without a label. None means the model's own.
         """
-        # The network to move away from, if any.
+        # The weaker network, if any.
         mode = guidance_mode or self.guidance_mode
         if mode not in GUIDANCE_MODES:
             known = ", ".join(GUIDANCE_MODES)
             raise UserError(f"unknown guidance_mode {mode}; choose from {known}")
         if mode == "cfg" and not self.class_names:
             raise UserError("guidance_mode cfg needs labels, but this model is unconditional")
-        other = self.unet if mode == "cfg" else self.guide
+        weaker = self.unet if mode == "cfg" else self.guide
         if mode == "cfg" and labels is None:  # the difference is zero
-            other = None
+            weaker = None
 
         # Both networks as functions of x and t.
         network = partial(self._run_network, self.unet)
-        guide = partial(self._run_network, other) if other is not None else None
+        weaker = partial(self._run_network, weaker) if weaker is not None else None
         weight = self.guidance if guidance is None else guidance
         if self.is_consistent:  # it has learned where the guided flow ends
             weight = 1.0
         return ModelDenoiser(
-            self.diffusion, self.alpha_bar, network, clip, guide, weight, self.guidance_interval,
-            labels, guide_labels=mode == "autoguidance", consistency=self.is_consistent,
+            self.diffusion, self.alpha_bar, network, clip, weaker, weight, self.guidance_interval,
+            labels, has_weaker_labels=mode == "autoguidance", consistency=self.is_consistent,
         )  # fmt: skip
 
     def save_model(self, path: str | Path, half: bool = False) -> None:

@@ -89,11 +89,11 @@ class ConsistencyModel(DDPMModel):
 
     def predict_by_teacher(self, labels: Tensor | None, x: Tensor, t: Tensor) -> Tensor:
         """Predicts x_0 in [-1, 1] from x_t (B, C, H, W) as the guided model before tuning."""
-        guide = self.teacher.unet if self.guidance_mode == "cfg" else self.teacher.guide
-        guide_labels = labels if self.guidance_mode == "autoguidance" else None
+        weaker = self.teacher.unet if self.guidance_mode == "cfg" else self.teacher.guide
+        weaker_labels = labels if self.guidance_mode == "autoguidance" else None
         networks = (
             partial(call_network, self.teacher.unet, previous=None, labels=labels),
-            partial(call_network, guide, previous=None, labels=guide_labels),
+            partial(call_network, weaker, previous=None, labels=weaker_labels),
         )
         return self.loss.predict_guided(*networks, x, t, self.guidance, self.guidance_interval)
 

@@ -36,7 +36,7 @@ class Candidate:
         """Yields sampler and steps, a tile (C, H, W), NFE of an image and seconds of all."""
         guidance = {"guidance": self.guidance, "guidance_mode": self.guidance_mode}
         options = {"spacing": self.spacing, "labels": self.labels, **guidance}
-        self.model.sample(len(seeds), seed=seeds, **options)  # warm-up, of the guide, too
+        self.model.sample(len(seeds), seed=seeds, **options)  # warm-up, of guidance, too
         for sampler, steps in itertools.product(self.samplers, self.steps):
             start = time.perf_counter()
             how = {"sampler": sampler, "steps": steps}

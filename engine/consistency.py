@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from denoising_diffusion_pytorch import GaussianDiffusion
 from torch import Tensor, nn
 
-from engine.denoiser import move_from_guide
+from engine.denoiser import apply_guidance
 from engine.noise_schedule import SIGMA_MAX, timestep_density
 
 Network = Callable[[Tensor, Tensor], Tensor]  # x_t (B, C, H, W) and t (B,) to v (B, C, H, W)
@@ -99,19 +99,19 @@ class ConsistencyLoss(nn.Module):
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def predict_guided(
-        self, network: Network, guide: Network, x: Tensor, t: Tensor, guidance: float,
+        self, network: Network, weaker: Network, x: Tensor, t: Tensor, guidance: float,
         interval: tuple[float, float],
     ) -> Tensor:  # fmt: skip
         """Predicts x_0 in [-1, 1] from x_t, guided as by ModelDenoiser, which takes a single t.
 
-        The guide runs outside its interval too: a CUDA graph cannot branch.
+        The weaker network runs outside the interval too: a CUDA graph cannot branch.
         """
         x_0 = self.predict_x_0(network, x, t)
-        x_0_guide = self.predict_x_0(guide, x, t)
+        x_0_weaker = self.predict_x_0(weaker, x, t)
         lowest, highest = interval
         is_guided = (self.sigma[t] >= lowest) & (self.sigma[t] <= highest)
         weight = torch.where(is_guided, guidance, 1.0)[:, None, None, None]
-        return move_from_guide(x_0, x_0_guide, weight).clamp(-1, 1)
+        return apply_guidance(x_0, x_0_weaker, weight).clamp(-1, 1)
 
 
 class Teacher(nn.Module):

@@ -13,38 +13,38 @@ GUIDANCE_MODES = ("autoguidance", "cfg", "both")
 Network = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
-def move_from_guide(x_0: Tensor, x_0_guide: Tensor, weight: float | Tensor) -> Tensor:
-    """Moves x_0 away from the guide's: equation 4 of Karras et al. (arXiv:2406.02507)."""
-    return x_0_guide + weight * (x_0 - x_0_guide)
+def apply_guidance(x_0: Tensor, x_0_weaker: Tensor, weight: float | Tensor) -> Tensor:
+    """Moves x_0 away from a weaker network's: equation 4 of Karras et al. (arXiv:2406.02507)."""
+    return x_0_weaker + weight * (x_0 - x_0_weaker)
 
 
 class ModelDenoiser:
     """The denoiser that samplers call (engine.samplers.Denoiser), made of networks.
 
     alpha_bar: of each timestep of `process`, read from the device once.
-    network, guide: called as network(x, t, previous, labels), x and previous (B, C, H, W), t and
+    network, weaker: called as network(x, t, previous, labels), x and previous (B, C, H, W), t and
     labels (B,); return what the objective of `process` says. previous is the last x_0, for
     self-conditioning: it is state, so create a denoiser per sample. guidance: the weight of
-    move_from_guide; 1 disables it.
-    interval: lowest and highest sigma to guide, Kynkaanniemi et al. (arXiv:2404.07724).
-    guide_labels: whether the guide gets the labels; without, a guide that is the network itself
-    makes this classifier-free guidance, Ho and Salimans (arXiv:2207.12598).
+    apply_guidance; 1 disables it. weaker: the network that samples are moved away from: a model's
+    guide, which is an earlier snapshot, or the network itself without labels, which makes this
+    classifier-free guidance, Ho and Salimans (arXiv:2207.12598). has_weaker_labels: whether it gets
+    the labels. interval: lowest and highest sigma to guide, Kynkaanniemi et al. (arXiv:2404.07724).
     """
 
     def __init__(
         self, process: GaussianDiffusion, alpha_bar: Sequence[float], network: Network, clip: bool,
-        guide: Network | None = None, guidance: float = 1.0,
+        weaker: Network | None = None, guidance: float = 1.0,
         interval: tuple[float, float] = (0.0, math.inf), labels: Tensor | None = None,
-        guide_labels: bool = True, consistency: bool = False,
+        has_weaker_labels: bool = True, consistency: bool = False,
     ):  # fmt: skip
         self.process = process
         self.network = network
         self.clip = clip
-        self.guide = guide
+        self.weaker = weaker
         self.guidance = guidance
         self.interval = interval
         self.labels = labels
-        self.guide_labels = labels if guide_labels else None
+        self.weaker_labels = labels if has_weaker_labels else None
         self.alpha_bar = alpha_bar
         self.last_usable_t = len(alpha_bar) - 1
         if process.objective == "pred_noise":  # does not determine x_0 where alpha_bar is 0
@@ -60,8 +60,8 @@ class ModelDenoiser:
         t = min(t, self.last_usable_t)  # beyond it, x is pure noise, hardly different
         x_0 = self._predict(self.network, x, t, self.labels)
         if self.is_guided(t):
-            x_0_guide = self._predict(self.guide, x, t, self.guide_labels)
-            x_0 = move_from_guide(x_0, x_0_guide, self.guidance)
+            x_0_weaker = self._predict(self.weaker, x, t, self.weaker_labels)
+            x_0 = apply_guidance(x_0, x_0_weaker, self.guidance)
         if self.clip:
             x_0 = x_0.clamp(-1, 1)
         if self.process.self_condition:
@@ -69,8 +69,8 @@ class ModelDenoiser:
         return x_0
 
     def is_guided(self, t: int) -> bool:
-        """Whether the guide is evaluated at timestep t."""
-        if self.guide is None or self.guidance == 1:
+        """Whether both networks are evaluated at timestep t."""
+        if self.weaker is None or self.guidance == 1:
             return False
         lowest, highest = self.interval
         return lowest <= sigma_of(self.alpha_bar[min(t, self.last_usable_t)]) <= highest
@@ -97,6 +97,6 @@ class NFECounter:
         self.count = 0
 
     def __call__(self, x: Tensor, t: int) -> Tensor:
-        """Returns x, and counts 1, or 2 where the guide is evaluated too."""
+        """Returns x, and counts 1, or 2 where both networks are evaluated."""
         self.count += 1 + self.denoiser.is_guided(t)
         return x

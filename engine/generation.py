@@ -217,7 +217,7 @@ class GenerationMixin:
     ) -> tuple[Callable, list[int]]:  # fmt: skip
         """Returns the sampler as a function and its timesteps, the last of which is -1.
 
-        steps: network evaluations (NFE), without the guide's. spacing: one of SPACINGS, by default
+        steps: network evaluations (NFE), without guidance's. spacing: one of SPACINGS, by default
         the sampler's own. noise_levels: of the sampler consistency, the sigma of each step, as in
         CONSISTENCY_LEVELS, in place of steps and spacing. UserError for unknown names, or more
         steps than the process has.
@@ -265,7 +265,7 @@ class GenerationMixin:
         self, sampler: Callable, timesteps: Sequence[int], guidance: float | None = None,
         guidance_mode: str | None = None,
     ) -> int:  # fmt: skip
-        """Returns the network evaluations (NFE) of a sample, the guide's included."""
+        """Returns the network evaluations (NFE) of a sample, guidance's included."""
         labels = torch.zeros(1, dtype=torch.long) if self.class_names else None
         denoiser = self.denoiser(guidance=guidance, labels=labels, guidance_mode=guidance_mode)
         counter = NFECounter(denoiser)

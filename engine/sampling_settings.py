@@ -70,7 +70,7 @@ class SamplingSettings(Settings):
         "the model's own"
     )  # fmt: skip
     steps = Setting(
-        0, "network evaluations per image, without the guide's; 0: the model's own number, for "
+        0, "network evaluations per image, without guidance's; 0: the model's own number, for "
         "ddpm all timesteps", min=0,
     )  # fmt: skip
     guidance = Setting(
