@@ -28,7 +28,7 @@ from engine import checkpoints, distributed, metrics, plots
 from engine import inference_jobs as jobs
 from engine.class_metrics import ClassMetrics, format_classes
 from engine.dataloader import Batch, ImageDataset, as_batch, train_val_split
-from engine.datasets import DATASETS, load_dataset
+from engine.datasets import DATASETS, load_dataset, require_stored
 from engine.devices import default_device, device_name
 from engine.errors import UserError, warn_fallback
 from engine.image_source import ReadOptions
@@ -51,7 +51,10 @@ class EvaluationSettings(SamplingSettings):
     dataset = Setting(
         None, "data set to compare with", choices=DATASETS[1:], type_=str, auto="the training data"
     )
-    data_dir = Setting("data", "dataset directory; with --dataset folder, the image folder")
+    data_dir = Setting(
+        None, "dataset directory; with --dataset folder, the image folder", type_=str,
+        auto="the run's; with --dataset, data",
+    )  # fmt: skip
     image_size = Setting(
         0, "side of the images, pixels; 0: that of the evaluated ones", min=0, max=1024
     )
@@ -167,11 +170,11 @@ def load_real_images(
     """
     # The data set that was asked for, else the one that the run trained on.
     dataset = settings.dataset or config.get("DATASET")
-    data_dir = settings.data_dir if settings.dataset else config.get("DATA_DIR")
     if not dataset:
         raise UserError(f"{path} has no training data: set --dataset and --data_dir")
-    if not settings.dataset and settings.data_dir != EvaluationSettings.data_dir:
-        raise UserError(f"--data_dir is {settings.data_dir}, but of which data set? Add --dataset")
+    data_dir = settings.data_dir or ("data" if settings.dataset else config.get("DATA_DIR"))
+    if settings.data_dir and not settings.dataset:
+        require_stored(dataset, Path(data_dir))
     size = settings.image_size or shape[2]
     channels = shape[0] if dataset == "folder" else 3
     options = replace(ReadOptions.from_config(config), channels=channels)

@@ -124,6 +124,16 @@ def test_main_scores_images_with_inception_weights_from_a_file(folder, monkeypat
     assert 1 <= scores["IS"] < 1.5 and abs(scores["KID"]) < 0.1
 
 
+def test_data_dir_alone_is_where_the_training_images_are_now(folder):
+    settings = evaluate.EvaluationSettings(data_dir="others")
+    config = {"DATASET": "folder", "IMAGE_SIZE": 16, "DATA_DIR": "real"}
+    arguments = (3, 16, 16), Path("run.pt")
+    data, reference = evaluate.load_real_images(settings, config, *arguments)
+    assert (len(data), reference["data_dir"]) == (14, "others")
+    with pytest.raises(UserError, match=r"others, which has no cifar10\. Add --dataset folder for"):
+        evaluate.load_real_images(settings, config | {"DATASET": "cifar10"}, *arguments)
+
+
 class Careless:
     def __reduce__(self):
         return (Path("unpickled").touch, ())
@@ -139,7 +149,6 @@ VS_REAL = ["--dataset", "folder", "--data_dir", "real"]
         (["--checkpoint", "a.pt", "--images", "real"], "choose one"),
         (["--images", "nowhere", *VS_REAL], "nowhere is not a folder"),
         (["--images", "real"], "real has no training data: set --dataset and --data_dir"),
-        (["--data_dir", "real"], "--data_dir is real, but of which data set? Add --dataset"),
         (["--images", "real", "--dataset", "cifar11"], "did you mean cifar10?"),
         (["--images", "bytes.npz", *VS_REAL], "bytes.npz is damaged"),
         (["--images", "planes.npz", *VS_REAL], "should hold images (N, H, W)"),
