@@ -47,11 +47,11 @@ def main(
 
     tuning: of a script that tunes a trained model, what is not as when that was trained.
     """
-    # Configuration: flags, checkpoint, data set and GPU.
+    # Configuration: flags, the run to resume or the model to start from, data set and GPU.
     request = parse_command_line(description, defaults, tuning=tuning)
     checkpoint = checkpoints.load_training(request.resume) if request.resume else None
-    source = DDPMModel.from_file(request.init_from) if request.init_from else None
-    config = configure(request, checkpoint, source)
+    init_model = DDPMModel.from_file(request.init_from) if request.init_from else None
+    config = configure(request, checkpoint, init_model)
     check_installed(config.LOG_WITH)
 
     # Data: rank 0 fetches and decodes before the process group exists, the others read the cache.
@@ -68,10 +68,11 @@ def main(
     if not config.CHANNELS:
         config.override({"CHANNELS": data.images.shape[1]}, "data")
 
+    # Model, and training or an estimate of it.
     with distributed.session(lambda: "start it again") as dist:
         model = model_class.from_config(config, classes=data.classes)
-        if source:
-            init_weights(model, source, request.init_from)
+        if init_model:
+            init_weights(model, init_model, request.init_from)
         elif checkpoint and tuning is not None:
             with checkpoints.refuse_damaged(checkpoint.path):
                 model.add_teacher(checkpoint.state["model"])  # its memory and time are measured
@@ -104,9 +105,9 @@ class TrainingRequest:
         """What the subclass and the flags set."""
         return {**(subclass_overrides(self.subclass) if self.subclass else {}), **self.flags}
 
-    def value(self, name: str, checkpoint: Mapping[str, Any] | None) -> Any:
-        """Returns a setting that no preset or tier sets. checkpoint: its configuration."""
-        base = DDPMConfig.current_names(checkpoint) if checkpoint else self.script
+    def setting(self, name: str, earlier_run: Mapping[str, Any] | None) -> Any:
+        """Returns a setting that no preset or tier sets. earlier_run: settings to continue with."""
+        base = DDPMConfig.current_names(earlier_run) if earlier_run else self.script
         values = {**DDPMConfig.values(), **base, **self.explicit}
         return DDPMConfig.settings()[name].check(name, values[name])
 
@@ -130,9 +131,9 @@ def parse_command_line(
         "--resume", nargs="?", const="newest", metavar="CHECKPOINT",
         help="resume a run: a checkpoint, a run's folder or name; without a value, the newest run",
     )  # fmt: skip
-    source = "init_from" if tuning is None else "checkpoint"
+    init_flag = "init_from" if tuning is None else "checkpoint"
     parser.add_argument(
-        f"--{source}", dest="init_from", metavar="CHECKPOINT",
+        f"--{init_flag}", dest="init_from", metavar="CHECKPOINT",
         help="start a new run from the EMA weights of a run, .pt or .safetensors, on any data",
     )  # fmt: skip
     DDPMConfig.add_flags(parser, script if tuning is None else tuning)
@@ -140,7 +141,7 @@ def parse_command_line(
     # Flags that exclude each other; files that they name.
     options = parser.parse_args(argv)
     flags = DDPMConfig.given(options)
-    for name, is_given in (("run_name", "RUN_NAME" in flags), (source, options.init_from)):
+    for name, is_given in (("run_name", "RUN_NAME" in flags), (init_flag, options.init_from)):
         if options.resume is not None and is_given:
             raise UserError(f"--{name} is for a new run and --resume continues one: choose one")
     subclass = load_subclass(options.config) if options.config else None
@@ -149,7 +150,7 @@ def parse_command_line(
         resume = checkpoints.resolve_checkpoint(resume, "--resume")
     init_from = options.init_from
     if init_from is not None:
-        init_from = checkpoints.resolve_checkpoint(init_from, f"--{source}")
+        init_from = checkpoints.resolve_checkpoint(init_from, f"--{init_flag}")
     elif tuning is not None and resume is None:
         init_from = distributed.from_rank0("checkpoint", checkpoints.newest)
     return TrainingRequest(script, subclass, flags, resume, options.dry_run, init_from, tuning)
@@ -169,43 +170,60 @@ def load_subclass(reference: str) -> type[DDPMConfig]:
 
 
 def configure(
-    request: TrainingRequest, checkpoint: TrainingCheckpoint | None, source: DDPMModel | None = None
-) -> Config:
+    request: TrainingRequest, checkpoint: TrainingCheckpoint | None,
+    init_model: DDPMModel | None = None,
+) -> Config:  # fmt: skip
     """Resolves the configuration here; caps GPU memory and chooses a data set.
 
-    source: the model of --init_from, whose network and noise schedule the new run has; in tuning
-    it has the other settings of that model's run, too.
+    init_model: the model of --init_from, whose network and noise schedule the new run has; in
+    tuning it has the other settings of that model's run, too.
     """
-    resumed = checkpoint.config if checkpoint else None
-    if source and request.tuning is not None:
-        resumed = source.training_info["config"] or None
-    if max_memory := request.value("MAX_MEMORY_GIB", resumed):
+    # The settings to continue with, if any: of the run to resume, or of the one to tune.
+    earlier_run = checkpoint.config if checkpoint else None
+    if init_model and request.tuning is not None:
+        earlier_run = init_model.training_info["config"] or None
+
+    # The GPU, and with it the data set.
+    if max_memory := request.setting("MAX_MEMORY_GIB", earlier_run):
         cap_memory(max_memory)
     tier = detect_tier()
+    dataset = choose_dataset(request, earlier_run, has_gpu=tier.name != "CPU")
 
-    dataset = request.value("DATASET", resumed)
+    # What the model to start from requires.
+    required = None
+    if init_model:
+        size = {"IMAGE_SIZE": init_model.image_size}
+        required = network_settings(init_model.architecture, request.setting("IMAGE_SIZE", size))
+        if request.tuning is not None:
+            required |= {"GUIDANCE": init_model.guidance}
+            required |= {"GUIDANCE_MODE": init_model.guidance_mode}
+            required |= {"CLASS_CONDITIONAL": bool(init_model.class_names)}
+            required |= request.tuning
+    layers = request.script, request.subclass, request.flags, earlier_run, required
+    return resolve(dataset, tier, *layers)
+
+
+def choose_dataset(
+    request: TrainingRequest, earlier_run: Mapping[str, Any] | None, has_gpu: bool
+) -> str:
+    """Returns the data set to train on, on all ranks what rank 0 finds.
+
+    earlier_run: settings to continue with. Raises UserError for a directory without a data set.
+    """
+    dataset = request.setting("DATASET", earlier_run)
     if dataset == "auto" and request.tuning is not None:  # on other data it would be ruined
         if request.init_from.resolve().parent != checkpoints.PRETRAINED_DIR:
             raise UserError(f"{request.init_from} does not name its training images. Add --dataset")
         dataset = "cifar10"
-    data_dir = Path(request.value("DATA_DIR", resumed))
+    data_dir = Path(request.setting("DATA_DIR", earlier_run))
     is_named = request.explicit.get("DATASET", "auto") != "auto"
-    if "DATA_DIR" in request.explicit and not is_named and not resumed:
+    if "DATA_DIR" in request.explicit and not is_named and not earlier_run:
         default = "cifar10" if dataset == "auto" else dataset
         distributed.from_rank0("data_dir", lambda: require_stored(default, data_dir))
     if dataset == "auto":
-        where = data_dir, tier.name != "CPU", not request.dry_run
+        where = data_dir, has_gpu, not request.dry_run
         dataset = distributed.from_rank0("dataset", lambda: choose_default_dataset(*where))
-    required = None
-    if source:
-        size = {"IMAGE_SIZE": source.image_size}
-        required = network_settings(source.architecture, request.value("IMAGE_SIZE", size))
-        if request.tuning is not None:
-            required |= {"GUIDANCE": source.guidance, "GUIDANCE_MODE": source.guidance_mode}
-            required["CLASS_CONDITIONAL"] = bool(source.class_names)
-            required |= request.tuning
-    layers = request.script, request.subclass, request.flags, resumed, required
-    return resolve(dataset, tier, *layers)
+    return dataset
 
 
 def network_settings(architecture: Mapping[str, Any], image_size: int) -> dict[str, Any]:
@@ -222,13 +240,13 @@ def network_settings(architecture: Mapping[str, Any], image_size: int) -> dict[s
     }  # fmt: skip
 
 
-def init_weights(model: DDPMModel, source: DDPMModel, path: Path) -> None:
+def init_weights(model: DDPMModel, init_model: DDPMModel, path: Path) -> None:
     """Copies the network of another model; raises UserError if it is another kind."""
-    architectures = source.architecture, model.architecture
+    architectures = init_model.architecture, model.architecture
     advice = "drop the flag that says so"
     checkpoints.check_architecture(path, *architectures, MUTABLE_ON_INIT, advice)
     with checkpoints.refuse_damaged(path, "has another network than --init_from can start from"):
-        model.start_from(source)
+        model.start_from(init_model)
     distributed.print0(f"starting from the EMA weights of {path}")
 
 
