@@ -133,7 +133,6 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         self.log_snr_shift = shift
         if shift:
             shift_log_snr(self.diffusion, shift, min_snr_gamma)
-        self.alpha_bar = self.diffusion.alphas_cumprod.tolist()
         self.guidance_interval = tuple(shift_sigma(sigma, shift) for sigma in GUIDANCE_INTERVAL)
 
         # The distribution of the timesteps in training: uniform, or EDM's.
@@ -219,9 +218,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
             for name, p in self.named_parameters()
             if "class_embedding" in name
         }
-        result = super().load_state_dict(embeddings | dict(state_dict), *args, **kwargs)
-        self.alpha_bar = self.diffusion.alphas_cumprod.tolist()
-        return result
+        self.__dict__.pop("alpha_bar", None)  # it may be another schedule
+        return super().load_state_dict(embeddings | dict(state_dict), *args, **kwargs)
 
     def start_from(self, source: "DDPMModel") -> None:
         """Copies the network of another model; for other classes, their embeddings are new."""

@@ -5,10 +5,12 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+from denoising_diffusion_pytorch import GaussianDiffusion
 from torch import Tensor, nn
 
 from engine import samplers
@@ -53,14 +55,19 @@ class GenerationMixin:
     image_size: int
     channels: int
     num_timesteps: int
-    alpha_bar: list[float]  # of each timestep, so that the host never waits for the GPU
     sampling_timesteps: int
     log_snr_shift: float  # of the noise schedule, by image size
     is_consistent = False  # tuned: x_0 is where the probability flow ends
     device: torch.device
+    diffusion: GaussianDiffusion
     denoiser: Callable[..., ModelDenoiser]
     class_names: tuple[str, ...]
     class_counts: tuple[int, ...]
+
+    @cached_property
+    def alpha_bar(self) -> list[float]:
+        """alpha_bar of each timestep, read from the device once."""
+        return self.diffusion.alphas_cumprod.tolist()
 
     @property
     def samplers(self) -> dict[str, Callable]:

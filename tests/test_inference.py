@@ -93,8 +93,6 @@ def guided(tmp_path, monkeypatch) -> Path:
     guided_model().save_model("checkpoints/ddpm_final.pt")
     rows = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     Image.fromarray(rows).save("a.png")
-    # Making the model that the checkpoint's replaces would take most of the time.
-    monkeypatch.setattr(inference, "DDPMModel", small_model)
     return tmp_path
 
 
@@ -162,7 +160,6 @@ def test_modes_of_gray_and_rgba_models_keep_their_channels(
     folder, infer, monkeypatch, channels, mode
 ):
     sizes = SMALL | {"channels": channels}
-    monkeypatch.setattr(inference, "DDPMModel", lambda: DDPMModel(**sizes))
     monkeypatch.setattr(comparison, "COMPARED_STEPS", (2,))
     DDPMModel(**sizes).save_model("checkpoints/own.pt")
     Image.new("RGB", (20, 9), (200, 100, 0)).save("color.png")
@@ -786,7 +783,6 @@ def conditional(tmp_path, monkeypatch) -> DDPMModel:
     for network in (model.unet, model.guide):
         network.class_embedding.weight.data.normal_()
     model.save_model("checkpoints/ddpm_final.pt")
-    monkeypatch.setattr(inference, "DDPMModel", small_model)
     return model
 
 
