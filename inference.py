@@ -41,6 +41,8 @@ from engine.samplers import batched
 from engine.sampling_settings import SamplingSettings, choose_sampling, plan_kwargs, sampling_label
 from engine.settings import Setting
 
+MAX_DEFAULT_IMAGES = 64  # of all classes together, where neither seeds nor a number is named
+MAX_GRID_COLUMNS = 16  # seeds in the grid of a model with classes
 CHUNK_IMAGES = 256  # images that mode batch samples and saves at a time
 
 
@@ -84,11 +86,11 @@ def generate_samples(job: jobs.InferenceJob) -> str:
     columns = round((1.6 * len(images)) ** 0.5)
     if len(classes) > 1:
         columns = len(seeds)
-        shown = images.unflatten(0, (len(classes), columns))[:100, :10]
+        shown = images.unflatten(0, (len(classes), columns))[:100, :MAX_GRID_COLUMNS]
         rows = [names[label] for label in classes[:100]]
-        headings = [f"seed {seed}" for seed in seeds[:10]]
+        headings = [f"seed {seed}" for seed in seeds[:MAX_GRID_COLUMNS]]
         figure = plots.table(shown.flatten(0, 1), rows, headings, job.settings["tile"])
-        job.save(figure, "grid.png", seeds=seeds[:10])
+        job.save(figure, "grid.png", seeds=seeds[:MAX_GRID_COLUMNS])
     else:
         job.save_grid("grid.png", images[:100], seeds[:100])
     job.save(plots.grid(images, columns, smallest=1, padding=1), "contact_sheet.png")
@@ -250,8 +252,9 @@ class InferenceSettings(SamplingSettings):
         None, "class names or numbers like cat,dog or 0-4", type_=str, auto="all of the model"
     )
     num_samples = Setting(
-        16, "number of images; of each class in mode samples", min=1, max=10_000_000
-    )
+        16, "number of images; in mode samples of each class, by default 64 of all classes at most",
+        min=1, max=10_000_000,
+    )  # fmt: skip
     eta = Setting(0.0, "noise that ddim adds: 0 none, 1 as much as ddpm", min=0, max=1)
     image = Setting(None, f"for vary and inpaint: {INPUT}", type_=str, auto="the first seed")
     image1 = Setting(None, f"for interpolate: {INPUT}", type_=str, auto="the first seed")
@@ -268,8 +271,8 @@ class InferenceSettings(SamplingSettings):
 
 def settings_from_command_line(
     description: str | None, defaults: Mapping
-) -> tuple[dict[str, Any], Path]:
-    """Returns the settings, as stored with each image, and the output folder."""
+) -> tuple[dict[str, Any], Path, bool]:
+    """Returns settings, as stored with each image, output folder, and whether seeds are named."""
     parser = Parser(description)
     parser.add_argument("--from_png", type=Path, help="reproduce an image of this script")
     folder = "inference_results"
@@ -288,7 +291,7 @@ def settings_from_command_line(
             raise UserError(f"--from_png takes all settings from the image. Drop --{name}")
         sampler = given.get("sampler")
         settings = jobs.settings_from_png(options.from_png, InferenceSettings, sampler)
-        return settings, options.output_dir
+        return settings, options.output_dir, True
     settings = InferenceSettings(**{**defaults, **given}).as_dict()
     if settings["mode"] == "compare":
         for name in given.keys() & {"steps", "noise_levels", "sampler"}:
@@ -305,7 +308,8 @@ def settings_from_command_line(
             raise UserError("--compare_with is for --mode compare. Drop it, or choose that mode")
         other = checkpoints.resolve_checkpoint(settings["compare_with"], "--compare_with")
         settings["compare_with"] = str(other)
-    return jobs.complete_settings(settings), options.output_dir
+    has_named_seeds = bool(given.keys() & {"seeds", "num_samples"})
+    return jobs.complete_settings(settings), options.output_dir, has_named_seeds
 
 
 def load_for_sampling(settings: dict[str, Any], device: torch.device) -> DDPMModel:
@@ -323,9 +327,18 @@ def load_for_sampling(settings: dict[str, Any], device: torch.device) -> DDPMMod
     return model
 
 
+def folder_name(settings: Mapping[str, Any]) -> str:
+    """Returns the name of a mode's results: model, sampler, classes and seeds."""
+    seeds = settings["seeds"]
+    ends = "-".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
+    model = checkpoints.display_name(Path(settings["checkpoint"]))
+    label = sampling_label(settings, settings["classes"])
+    return f"{settings['mode']}-{model}-{label}-seeds-{ends}"
+
+
 def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None = None) -> None:
     """Runs an inference script. The ranks share mode batch; rank 0 alone runs the others."""
-    settings, output_dir = settings_from_command_line(description, defaults or {})
+    settings, output_dir, has_named_seeds = settings_from_command_line(description, defaults or {})
     with distributed.session(lambda: "start the same command again") as dist:
         # Model and sampler, validated before any image is made; rank 0 says which is the newest.
         settings = distributed.broadcast_object(settings)
@@ -335,8 +348,9 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
         sampler = jobs.load_sampler(settings["sampler"])
         plan = model.sampling_plan(**plan_kwargs(settings, sampler))
         nfe = model.count_nfe(*plan, *guidance)
+        classes = model.class_names
         if settings["classes"] is not None:
-            parse_classes(settings["classes"], model.class_names)
+            classes = parse_classes(settings["classes"], classes)
         checkpoints.check_writable(output_dir)
 
         # What is about to be done, and flags that have no effect.
@@ -356,9 +370,6 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
             distributed.print0("note: rank 0 works alone; the ranks share --mode batch only")
 
         # Modes.
-        ends = dict.fromkeys((settings["seeds"][0], settings["seeds"][-1]))
-        label = sampling_label(settings, settings["classes"])
-        name = f"{checkpoints.display_name(Path(path))}-{label}-seeds-{'-'.join(map(str, ends))}"
         for mode in modes:
             if mode != "batch" and not dist.is_main_process:
                 continue
@@ -366,7 +377,10 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
             mode_settings = settings | {"mode": mode}
             if mode == "compare":  # unless one is named, each sampler has its own
                 mode_settings["spacing"] = named_spacing
-            folder = output_dir / f"{mode}-{name}"
+            if mode == "samples" and classes and not has_named_seeds:
+                count = max(1, MAX_DEFAULT_IMAGES // len(classes))
+                mode_settings["seeds"] = settings["seeds"][:count]
+            folder = output_dir / folder_name(mode_settings)
             if mode != "batch":  # which resumes
                 folder = jobs.unique_output_dir(folder, mode_settings)
             job = jobs.InferenceJob(model, mode_settings, folder, sampler)

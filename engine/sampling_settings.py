@@ -56,9 +56,9 @@ def sampling_label(settings: Mapping[str, Any], classes: str | None = None) -> s
     parts = [settings["sampler"].replace(".py:", "-").replace("/", "-"), str(settings["steps"])]
     has_levels = settings["sampler"] in CONSISTENCY_SAMPLERS
     own_levels = CONSISTENCY_LEVELS.get(settings["steps"]) if has_levels else None
-    placed = settings["noise_levels"] or settings["spacing"]
-    is_own = placed == (format_noise_levels(own_levels) or DEFAULT_SPACING)
-    parts += [] if is_own else [placed.replace(",", "-")]
+    own = format_noise_levels(own_levels) or DEFAULT_SPACING
+    used = settings["noise_levels"] or settings["spacing"] or own
+    parts += [] if used == own else [used.replace(",", "-")]
     return "-".join([*parts, *re.findall(r"\w+", classes or "")])[:80]
 
 

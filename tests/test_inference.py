@@ -803,6 +803,24 @@ def test_samples_have_a_row_for_each_class(conditional, infer, grids):
     assert len(list(Path("again").rglob("0*.png"))) == 1
 
 
+def test_samples_are_few_of_each_class_unless_a_number_is_named(
+    conditional, infer, grids, monkeypatch
+):
+    monkeypatch.setattr(inference, "MAX_DEFAULT_IMAGES", 38)
+    for flags, counts, last in (
+        ([], {"cat": 12, "dog": 12, "cow": 12}, 11),
+        (["--classes", "dog,cow"], {"dog": 16, "cow": 16}, 15),  # as without classes
+        (["--num_samples", "13"], {"cat": 13, "dog": 13, "cow": 13}, 12),
+        (["--seeds", "0-13"], {"cat": 14, "dog": 14, "cow": 14}, 13),
+    ):
+        output = f"of-{last}"
+        assert infer("--steps", "1", "--output_dir", output, *flags) == 0
+        folder = only(f"samples-*-seeds-0-{last}", output)
+        found = {path.name: len(list(path.iterdir())) for path in folder.iterdir() if path.is_dir()}
+        assert found == counts
+        assert len(grids[-1]) == sum(counts.values())  # all that was sampled
+
+
 def test_samples_of_the_classes_asked_for(conditional, infer):
     assert infer("--num_samples", "3", "--classes", "cow,1", "--guidance_mode", "cfg") == 0
     folder = only("samples-*")
