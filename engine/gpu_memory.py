@@ -89,14 +89,11 @@ class OomBatcher:
         start = 0
         while start < count:
             part = slice(start, min(start + self.size, count))
-            results = []
             try:
-                results.append(function(part))
+                yield function(part)
+                start = part.stop
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-            if not results:
+            if start < part.stop:
                 self.halve(part.stop - part.start)
-                continue
-            yield results.pop()
-            start = part.stop
