@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from engine import checkpoints, plots
@@ -84,16 +85,10 @@ def tolerate_write_errors(path: Path, errors: Any = Exception) -> Iterator[None]
 
 def checkpoint_bytes(train_step: TrainStep) -> int:
     """Returns the size of a checkpoint, with the guide that it will have."""
-
-    def sizes(value: Any) -> dict[int, int]:
-        """The bytes of tensors by their address: a file holds what they share once."""
-        if isinstance(value, dict):
-            return dict(item for v in value.values() for item in sizes(v).items())
-        return {value.data_ptr(): value.nbytes} if isinstance(value, Tensor) else {}
-
+    tensors = [leaf for leaf in tree_leaves(train_step.state_dict()) if isinstance(leaf, Tensor)]
+    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}  # what they share is held once
     is_guided = train_step.config.GUIDE_FRACTION and train_step.ema.guide is None
-    guide_bytes = train_step.params.nbytes if is_guided else 0
-    return sum(sizes(train_step.state_dict()).values()) + guide_bytes
+    return sum(sizes.values()) + (train_step.params.nbytes if is_guided else 0)
 
 
 def format_bytes(count: float) -> str:
