@@ -179,9 +179,9 @@ def to_labels(
 
     class_names: what the column's integers index; None if the values themselves are the classes.
     """
-    if class_names is not None:
-        return np.array([NO_LABEL if v is None else v for v in values], np.int64), (*class_names,)
-    classes = sorted({v for v in values if v is not None})
-    indices = {value: index for index, value in enumerate(classes)}
-    labels = np.array([indices.get(value, NO_LABEL) for value in values], np.int64)
-    return labels, tuple(map(str, classes))
+    if class_names is None:
+        classes = sorted({v for v in values if v is not None})
+        indices = {value: index for index, value in enumerate(classes)}
+        values = [indices.get(value) for value in values]
+        class_names = map(str, classes)
+    return np.array([NO_LABEL if v is None else v for v in values], np.int64), (*class_names,)

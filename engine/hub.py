@@ -58,7 +58,6 @@ class HubMixin:
     training_info: dict[str, dict[str, Any]]
     class_names: tuple[str, ...]
     image_size: int
-    channels: int
     unet: nn.Module
 
     @classmethod
