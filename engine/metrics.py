@@ -205,10 +205,13 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     F^T G: eigenvalues of S T would lose half of their digits to the root.
     """
     factors = []
-    for features, _, covariance in (a, b):
+    for features, mean, covariance in (a, b):
+        count, width = features.shape
+        if count <= width:  # few images are a factor themselves, and a small one
+            factors.append((features - mean).T / np.sqrt(count - 1))
+            continue
         values, vectors = np.linalg.eigh(covariance)
-        rank = len(features) - 1  # at most; the other eigenvalues, the first ones, are 0
-        factors.append((vectors * np.sqrt(values.clip(min=0)))[:, -rank:])  # rounding: some below 0
+        factors.append(vectors * np.sqrt(values.clip(min=0)))  # rounding: some below 0
     trace_of_root = np.linalg.norm(factors[0].T @ factors[1], "nuc")
     traces = np.trace(a.covariance) + np.trace(b.covariance)
     return max(0.0, float(np.square(a.mean - b.mean).sum() + traces - 2 * trace_of_root))

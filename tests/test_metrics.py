@@ -65,8 +65,9 @@ def test_frechet_distance_of_commuting_gaussians_is_the_closed_form():
     assert distance == pytest.approx(expected, rel=1e-7)
 
 
-def test_frechet_distance_agrees_with_scipy_sqrtm():
-    a, b = random_features(seed=0), random_features(seed=1, scale=2.0)
+@pytest.mark.parametrize("count", [10, 60])  # fewer and more than features
+def test_frechet_distance_agrees_with_scipy_sqrtm(count):
+    a, b = random_features(count, 20, seed=0), random_features(60, 20, seed=1, scale=2.0)
     s, t = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     means = np.square(a.mean(0) - b.mean(0)).sum()
     expected = means + np.trace(s + t - 2 * scipy.linalg.sqrtm(s @ t).real)
