@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TARGET_PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100
+TARGET_PROGRAMS = 528  # four for each of the 132 multiprocessors of an H100
 MAX_PROGRAMS_PER_IMAGE = 64
-TILE_ELEMENTS = 2048  # of each array that a program holds at a time
+TILE_ELEMENTS = 1024  # of each array that a program holds at a time
 BLOCK_SIZE = 2048  # elements for each program of an elementwise kernel
 
 
@@ -91,7 +91,7 @@ def _norm_backward(x_ptr, bias_ptr, gain_ptr, modulation_ptr, dy_ptr, dx_ptr, su
     dshift_acc = tl.zeros([ROWS, COLS], tl.float32)
     dbias_acc = tl.zeros([ROWS, COLS], tl.float32)
     end = tl.minimum((program + 1) * rows_per_program, pixels)
-    for start in range(program * rows_per_program, end, ROWS):
+    for start in tl.range(program * rows_per_program, end, ROWS, num_stages=2):  # loads ahead
         pixel = start + tl.arange(0, ROWS)
         mask = (pixel < end)[:, None] & col_mask[None, :]
         row = image * pixels + pixel

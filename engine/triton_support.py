@@ -9,11 +9,11 @@ from torch import Tensor
 from engine.errors import FallbackWarning, short_reason
 
 try:
-    from engine import triton_attention, triton_kernels
+    from engine import triton_attention, triton_concat, triton_kernels
 
     MISSING = ""
 except ImportError as error:  # PyTorch brings Triton on Linux only
-    triton_attention = triton_kernels = None
+    triton_attention = triton_concat = triton_kernels = None
     MISSING = str(error)
 
 
@@ -59,6 +59,12 @@ def probe_add_bias(device: torch.device, dtype: torch.dtype) -> None:
     y.backward(torch.ones_like(y))
 
 
+def probe_concat(device: torch.device, dtype: torch.dtype) -> None:
+    """Concatenates, forward and backward."""
+    x = torch.ones(1, 128, 8, 8, device=device, dtype=dtype, requires_grad=True)
+    sum(triton_concat.ConcatFunction.apply(x, x)).sum().backward()
+
+
 def probe_linear_attention(device: torch.device, dtype: torch.dtype) -> None:
     """Runs linear attention, forward and backward."""
     qkv = torch.ones(1, 64, 384, device=device, dtype=dtype, requires_grad=True)
@@ -84,6 +90,7 @@ def probe_optimizer(device: torch.device, _: torch.dtype) -> None:
 
 
 PROBES = {
-    "norm": probe_norm, "add_bias": probe_add_bias, "linear_attention": probe_linear_attention,
-    "full_attention": probe_full_attention, "optimizer": probe_optimizer,
+    "norm": probe_norm, "add_bias": probe_add_bias, "concat": probe_concat,
+    "linear_attention": probe_linear_attention, "full_attention": probe_full_attention,
+    "optimizer": probe_optimizer,
 }  # fmt: skip

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.cpu_norm import CpuNormFunction, use_cpu_norm
 from engine.errors import UserError
-from engine.triton_support import triton_attention, triton_kernels, use_triton
+from engine.triton_support import triton_attention, triton_concat, triton_kernels, use_triton
 
 Weights = dict[Tensor, Tensor]  # parameter -> its value in the precision of matrix products
 UPSTREAM_VERSIONS = "denoising-diffusion-pytorch>=2.1,<2.4"
@@ -82,9 +82,9 @@ class FastUnet(Unet):
                 return function(*inputs)
             return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
-        def block(x: Tensor, module: nn.Module) -> Tensor:
+        def block(x: Tensor, module: nn.Module, skip: Tensor | None = None) -> Tensor:
             mask = dropout_mask(x, module) if recompute else None
-            return run(resnet_block, x, module, weights, modulations[module], mask)
+            return run(resnet_block, x, skip, module, weights, modulations[module], mask)
 
         # Encoder.
         stem = conv(x, self.init_conv, weights)
@@ -104,11 +104,11 @@ class FastUnet(Unet):
 
         # Decoder.
         for block1, block2, attention, up in self.ups:
-            x = block(torch.cat((x, skips.pop()), dim=1), block1)
-            x = block(torch.cat((x, skips.pop()), dim=1), block2)
+            x = block(x, block1, skips.pop())
+            x = block(x, block2, skips.pop())
             x = run(attention_block, x, attention, weights)
             x = upsample(x, up, weights, self.upsample_matrix)
-        x = block(torch.cat((x, stem), dim=1), self.final_res_block)
+        x = block(x, self.final_res_block, stem)
         return conv(x, self.final_conv, weights)
 
     def _modulations(
@@ -183,18 +183,30 @@ class CastFunction(torch.autograd.Function):
 
 
 def resnet_block(
-    x: Tensor, module: nn.Module, weights: Weights, modulation: Tensor, mask: Tensor | None
-) -> Tensor:
-    """Upstream's ResnetBlock; mask, if any, replaces its dropout."""
+    x: Tensor, skip: Tensor | None, module: nn.Module, weights: Weights, modulation: Tensor,
+    mask: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Upstream's ResnetBlock of x and skip, concatenated; mask, if any, replaces its dropout."""
     block1 = module.block1
     block2 = module.block2
-    h = norm_act(*conv_and_bias(x, block1.proj, weights), block1.norm.g, modulation, activate=True)
+    h = x
+    if skip is not None:
+        h, x = concat(x, skip)
+    h = norm_act(*conv_and_bias(h, block1.proj, weights), block1.norm.g, modulation, activate=True)
     h = block1.dropout(h) if mask is None else h * mask
     h, bias = conv_and_bias(h, block2.proj, weights)
     skip_bias = None
     if isinstance(module.res_conv, nn.Conv2d):
         x, skip_bias = conv_and_bias(x, module.res_conv, weights)
     return norm_act(h, bias, block2.norm.g, None, x, skip_bias, activate=True)
+
+
+def concat(x: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+    """The channels of both, (B, C, H, W); twice, for the two ways through a block."""
+    if use_triton(x):
+        return triton_concat.ConcatFunction.apply(x, skip)
+    x = torch.cat((x, skip), dim=1)
+    return x, x
 
 
 def attention_block(x: Tensor, module: nn.Module, weights: Weights) -> Tensor:
@@ -229,7 +241,9 @@ def linear_attention(qkv: Tensor, mem_kv: Tensor) -> Tensor:
 
 def full_attention(qkv: Tensor, mem_kv: Tensor) -> Tensor:
     """qkv (B, N, 3 * heads * D) and mem_kv (2, heads, slots, D) to (B, N, heads * D)."""
-    if use_triton(qkv) and triton_attention.supports_full_attention(mem_kv):
+    # In fp32, PyTorch's is faster and takes less memory.
+    use_kernels = qkv.element_size() == 2 and use_triton(qkv)
+    if use_kernels and triton_attention.supports_full_attention(mem_kv):
         return triton_attention.FullAttentionFunction.apply(qkv, mem_kv)
     _, heads, _, dim = mem_kv.shape
     q, *kv = qkv.unflatten(2, (3, heads, dim)).permute(2, 0, 3, 1, 4)

@@ -141,6 +141,26 @@ def test_kernels_take_images_of_one_pixel():
     )
 
 
+# Shapes: a partial last tile, unequal halves, images of one pixel.
+@pytest.mark.parametrize("a_channels, b_channels, size", [(64, 64, 9), (24, 40, 5), (48, 16, 1)])
+def test_concat_kernels_match_formula(a_channels, b_channels, size, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(unet.triton_concat, "TILE_ELEMENTS", 512)
+    a = channels_last(3, 2 * a_channels, size, size)[:, a_channels:]
+    b = channels_last(3, b_channels, size, size)
+    weight = channels_last(3, a_channels + b_channels, size, size)
+
+    def weighted_sum(y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return y * weight + z.square()
+
+    compare(
+        lambda a, b: weighted_sum(*unet.triton_concat.ConcatFunction.apply(a, b)),
+        lambda a, b: weighted_sum(*unet.concat(a, b)),
+        [a, b],
+        torch.randn_like(weight),
+    )
+
+
 @pytest.mark.parametrize("batch, tokens, heads, dim, slots, dtype, limit", [
     (2, 64, 2, 32, 4, torch.float32, 1e-5),
     (1, 300, 2, 32, 2, torch.float32, 1e-5),
