@@ -32,6 +32,7 @@ from tests.helpers import (
     ROOT,
     STEP_SETTINGS,
     TINY_FLAGS,
+    checkpoint_weights,
     max_checkpoint_difference,
     run_script_ok,
 )
@@ -126,6 +127,24 @@ def test_two_ranks_make_the_updates_of_one_and_resume_from_each_other(folder, mo
     assert two | {"seconds": 0, "best": 0} == one | {"seconds": 0, "best": 0}
     rows = [json.loads(line) for line in Path("samples/two/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [3, 6, 9]
+
+
+def test_two_ranks_tune_a_labeled_model_as_one_does(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    flags = training_arguments("--class_conditional", "--guide_fraction", "0.5")
+    run_script_ok(folder, "train.py", *flags, "--max_steps", "12", "--run_name", "guided")
+    tuning = ["--checkpoint", "guided", "--max_steps", "4", "--keep", "0", "--run_name"]
+    assert "guided model" in run_script_ok(folder, "train_consistency.py", *tuning, "tuned_by_one")
+    output = finish(start_two_ranks(folder, "train_consistency.py", *tuning, "tuned_by_two"))
+    assert "2 x CPU" in output and output.count("consistency tuning") == 1
+    assert difference_of_runs("tuned_by_one", "tuned_by_two") < 1e-6
+    before, after = (
+        checkpoint_weights(Path("checkpoints", name, "final.pt"))[
+            "diffusion.model.init_conv.weight"
+        ]
+        for name in ("guided", "tuned_by_two")
+    )
+    assert (after - before).abs().max() > 1e-4
 
 
 def error_lines(errors: str) -> list[str]:
