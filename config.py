@@ -127,7 +127,7 @@ RUN_LENGTH_SETTINGS = {"EPOCHS": 0, "MAX_STEPS": 0, "MINUTES": 0.0}  # with the 
 MAX_SCHEDULE_RATIO = 16  # of SCHEDULE_BASE_SIZE to IMAGE_SIZE; above, early noise rounds to nothing
 
 DATASET_PRESETS: dict[str, dict[str, Any]] = {
-    "cifar10": {"IMAGE_SIZE": 32, "EPOCHS": 120},
+    "cifar10": {"CLASS_CONDITIONAL": True, "IMAGE_SIZE": 32, "EPOCHS": 120},
     "celeba": {"IMAGE_SIZE": 64},
     "stl10": {"IMAGE_SIZE": 96},
     "shapes": {"IMAGE_SIZE": 32, "HORIZONTAL_FLIP": False, "EPOCHS": 20},

@@ -106,6 +106,14 @@ def test_defaults_are_what_a_run_gets():
         assert DDPMModel().architecture == DDPMModel.from_config(config).architecture
 
 
+def test_classes_are_on_where_they_measured_better():
+    names = ("cifar10", "shapes", "celeba", "stl10", "folder")
+    is_on = {name: resolve(name, LARGE_TIER).CLASS_CONDITIONAL for name in names}
+    assert is_on == dict.fromkeys(names, False) | {"cifar10": True}
+    assert resolve("shapes", CPU_TIER).CLASS_CONDITIONAL
+    assert not resolve("cifar10", LARGE_TIER, flags={"CLASS_CONDITIONAL": False}).CLASS_CONDITIONAL
+
+
 def test_high_res_script_takes_the_larger_of_its_size_and_the_data_sets():
     script = train_true_high_res.DEFAULTS
     names = ("cifar10", "shapes", "celeba", "stl10", "folder")
