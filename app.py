@@ -218,7 +218,7 @@ class Page:
         has_guidance = model.guide is not None or bool(classes)
         sampler = {"choices": list(model.samplers), "value": model.default_sampler}
         steps = min(model.sampling_timesteps, MAX_STEPS)
-        most = MAX_CONSISTENCY_STEPS if model.is_consistent else MAX_STEPS
+        most = MAX_CONSISTENCY_STEPS if model.is_consistency_tuned else MAX_STEPS
         return {
             self.header: page.describe_model(served),
             self.controls["classes"]: gr.update(choices=classes, value=[], visible=bool(classes)),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from config import DDPMConfig
 from engine import checkpoints
 from engine.cuda_graphs import GraphCache, GraphCaptureError
-from engine.denoiser import GUIDANCE_MODES, ModelDenoiser
+from engine.denoiser import GUIDANCE_MODES, ModelDenoiser, weaker_network
 from engine.errors import RenamedWarning, UserError, warn_fallback
 from engine.generation import GenerationMixin, eval_mode, expand_seeds, unnormalize  # noqa: F401
 from engine.hub import HubMixin
@@ -113,7 +113,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         self.num_timesteps = timesteps
         self.sampling_timesteps = sampling_timesteps
         self.guidance = guidance
-        self.is_consistent = consistency
+        self.is_consistency_tuned = consistency
         check_class_names(classes)
         self.class_names = tuple(classes)
         self.class_counts = tuple(classes.values())
@@ -299,7 +299,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
             raise UserError(f"unknown guidance_mode {mode}; choose from {known}")
         if mode == "cfg" and not self.class_names:
             raise UserError("guidance_mode cfg needs labels, but this model is unconditional")
-        weaker = self.unet if mode == "cfg" else self.guide
+        weaker, weaker_labels = weaker_network(mode, self.unet, self.guide, labels)
         if mode == "cfg" and labels is None:  # the difference is zero
             weaker = None
 
@@ -307,11 +307,11 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         network = partial(self._run_network, self.unet)
         weaker = partial(self._run_network, weaker) if weaker is not None else None
         weight = self.guidance if guidance is None else guidance
-        if self.is_consistent:  # it has learned where the guided flow ends
+        if self.is_consistency_tuned:  # guidance is in its weights
             weight = 1.0
         return ModelDenoiser(
             self.diffusion, self.alpha_bar, network, clip, weaker, weight, self.guidance_interval,
-            labels, has_weaker_labels=mode == "autoguidance", consistency=self.is_consistent,
+            labels, weaker_labels, consistency=self.is_consistency_tuned,
         )  # fmt: skip
 
     def save_model(self, path: str | Path, half: bool = False) -> None:

@@ -363,7 +363,7 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
         if settings["eta"] and sampler != "ddim":
             distributed.print0(f"note: --eta is for ddim; {settings['sampler']} ignores it")
         modes = list(MODES if settings["mode"] == "all" else [settings["mode"]])
-        if model.is_consistent and len(modes) > 1:
+        if model.is_consistency_tuned and len(modes) > 1:
             modes.remove("interpolate")
             distributed.print0("note: a consistency-tuned model cannot interpolate: left out")
         if dist.num_processes > 1 and settings["mode"] not in ("batch", "all"):

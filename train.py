@@ -45,7 +45,7 @@ def main(
 ) -> None:  # fmt: skip
     """Runs a training script, which differs from the others in its defaults only.
 
-    tuning: of a script that tunes a trained model, what is not as when that was trained.
+    tuning: of a script that tunes a trained model, the settings that replace those of its run.
     """
     # Configuration: flags, the run to resume or the model to start from, data set and GPU.
     request = parse_command_line(description, defaults, tuning=tuning)
@@ -75,16 +75,18 @@ def main(
             init_weights(model, init_model, request.init_from)
         elif checkpoint and tuning is not None:
             with checkpoints.refuse_damaged(checkpoint.path):
-                model.add_teacher(checkpoint.state["model"])  # its memory and time are measured
+                # Empty, so that its memory and time are counted; train() loads the weights.
+                model.add_teacher(checkpoint.state["model"])
         if config.AUTO_MICRO_BATCH and dist.device.type == "cuda" and dist.num_processes == 1:
             config.split_batch(find_micro_batch(model, config, data.images))
         if not request.dry_run:
             train(model, data, config, checkpoint)
         elif dist.is_main_process:
-            # A frozen parameter takes 4 bytes of the 20 of the others.
-            count = sum(p.numel() // (1 if p.requires_grad else 5) for p in model.parameters())
-            shape = config.DIM, config.IMAGE_SIZE, config.BATCH_SIZE
-            memory = estimate_memory_gib(*shape, count, config.USE_AMP)
+            # Of the 20 bytes that the estimate gives each parameter, a frozen one takes 4.
+            parameters = sum(p.numel() // (1 if p.requires_grad else 5) for p in model.parameters())
+            memory = estimate_memory_gib(
+                config.DIM, config.IMAGE_SIZE, config.BATCH_SIZE, parameters, config.USE_AMP
+            )
             print(f"{config.table()}\n\n{estimate(model, len(data), config, memory)}")
 
 
@@ -92,13 +94,13 @@ def main(
 class TrainingRequest:
     """What a training script was asked to do, before data set, GPU and checkpoint are looked at."""
 
-    script: Mapping[str, Any]  # values that the script sets by default
+    defaults: Mapping[str, Any]  # of the script, where they are not DDPMConfig's
     subclass: type[DDPMConfig] | None
     flags: Mapping[str, Any]
     resume: Path | None  # the checkpoint
     dry_run: bool
     init_from: Path | None = None  # the checkpoint whose EMA weights a new run starts from
-    tuning: Mapping[str, Any] | None = None  # on top of the settings of that checkpoint's run
+    tuning: Mapping[str, Any] | None = None  # as in main
 
     @property
     def explicit(self) -> dict[str, Any]:
@@ -106,19 +108,22 @@ class TrainingRequest:
         return {**(subclass_overrides(self.subclass) if self.subclass else {}), **self.flags}
 
     def setting(self, name: str, earlier_run: Mapping[str, Any] | None) -> Any:
-        """Returns a setting that no preset or tier sets. earlier_run: settings to continue with."""
-        base = DDPMConfig.current_names(earlier_run) if earlier_run else self.script
+        """Returns a setting from flags, subclass, earlier_run or else the defaults, in this order.
+
+        Not for settings that presets or the tier choose. earlier_run: settings to continue with.
+        """
+        base = DDPMConfig.current_names(earlier_run) if earlier_run else self.defaults
         values = {**DDPMConfig.values(), **base, **self.explicit}
         return DDPMConfig.settings()[name].check(name, values[name])
 
 
 def parse_command_line(
-    description: str | None, script: Mapping[str, Any], argv: Sequence[str] | None = None,
+    description: str | None, defaults: Mapping[str, Any], argv: Sequence[str] | None = None,
     tuning: Mapping[str, Any] | None = None,
 ) -> TrainingRequest:  # fmt: skip
-    """Parses a training script's command line. script: the values it sets by default.
+    """Parses a training script's command line.
 
-    tuning: those of a script that tunes what --checkpoint, by default the newest, names.
+    defaults, tuning: as in main; with tuning, --checkpoint names the model, by default the newest.
     """
     # Flags of this script, and one for each setting.
     parser = Parser(f"{description or ''}\n{DEFAULTS_NOTE}")
@@ -136,7 +141,7 @@ def parse_command_line(
         f"--{init_flag}", dest="init_from", metavar="CHECKPOINT",
         help="start a new run from the EMA weights of a run, .pt or .safetensors, on any data",
     )  # fmt: skip
-    DDPMConfig.add_flags(parser, script if tuning is None else tuning)
+    DDPMConfig.add_flags(parser, defaults if tuning is None else tuning)
 
     # Flags that exclude each other; files that they name.
     options = parser.parse_args(argv)
@@ -153,7 +158,7 @@ def parse_command_line(
         init_from = checkpoints.resolve_checkpoint(init_from, f"--{init_flag}")
     elif tuning is not None and resume is None:
         init_from = distributed.from_rank0("checkpoint", checkpoints.newest)
-    return TrainingRequest(script, subclass, flags, resume, options.dry_run, init_from, tuning)
+    return TrainingRequest(defaults, subclass, flags, resume, options.dry_run, init_from, tuning)
 
 
 def load_subclass(reference: str) -> type[DDPMConfig]:
@@ -175,8 +180,8 @@ def configure(
 ) -> Config:  # fmt: skip
     """Resolves the configuration here; caps GPU memory and chooses a data set.
 
-    init_model: the model of --init_from, whose network and noise schedule the new run has; in
-    tuning it has the other settings of that model's run, too.
+    init_model: the model of --init_from, whose network and noise schedule the new run has. A
+    tuning run has all other settings of that model's run, too.
     """
     # The settings to continue with, if any: of the run to resume, or of the one to tune.
     earlier_run = checkpoint.config if checkpoint else None
@@ -192,15 +197,17 @@ def configure(
     # What the model to start from requires.
     required = None
     if init_model:
-        size = {"IMAGE_SIZE": init_model.image_size}
-        required = network_settings(init_model.architecture, request.setting("IMAGE_SIZE", size))
+        # The model's own size, unless another is named.
+        image_size = request.setting("IMAGE_SIZE", {"IMAGE_SIZE": init_model.image_size})
+        required = network_settings(init_model.architecture, image_size)
         if request.tuning is not None:
-            required |= {"GUIDANCE": init_model.guidance}
-            required |= {"GUIDANCE_MODE": init_model.guidance_mode}
-            required |= {"CLASS_CONDITIONAL": bool(init_model.class_names)}
-            required |= request.tuning
-    layers = request.script, request.subclass, request.flags, earlier_run, required
-    return resolve(dataset, tier, *layers)
+            required |= {
+                "GUIDANCE": init_model.guidance, "GUIDANCE_MODE": init_model.guidance_mode,
+                "CLASS_CONDITIONAL": bool(init_model.class_names), **request.tuning,
+            }  # fmt: skip
+    return resolve(
+        dataset, tier, request.defaults, request.subclass, request.flags, earlier_run, required
+    )
 
 
 def choose_dataset(
@@ -211,7 +218,8 @@ def choose_dataset(
     earlier_run: settings to continue with. Raises UserError for a directory without a data set.
     """
     dataset = request.setting("DATASET", earlier_run)
-    if dataset == "auto" and request.tuning is not None:  # on other data it would be ruined
+    if dataset == "auto" and request.tuning is not None and request.init_from:
+        # On other data than it was trained on, the model would be ruined.
         if request.init_from.resolve().parent != checkpoints.PRETRAINED_DIR:
             raise UserError(f"{request.init_from} does not name its training images. Add --dataset")
         dataset = "cifar10"
@@ -221,8 +229,10 @@ def choose_dataset(
         default = "cifar10" if dataset == "auto" else dataset
         distributed.from_rank0("data_dir", lambda: require_stored(default, data_dir))
     if dataset == "auto":
-        where = data_dir, has_gpu, not request.dry_run
-        dataset = distributed.from_rank0("dataset", lambda: choose_default_dataset(*where))
+        may_download = not request.dry_run
+        dataset = distributed.from_rank0(
+            "dataset", lambda: choose_default_dataset(data_dir, has_gpu, may_download)
+        )
     return dataset
 
 

@@ -22,10 +22,11 @@ import train_optimized
 from ddpm_model import DDPMModel, call_network
 from engine import distributed
 from engine.consistency import ConsistencyLoss, Teacher
+from engine.denoiser import weaker_network
 from engine.errors import UserError
 
-# What is not as in the run that trained the model. Without dropout, as it would differ between the
-# two predictions that the loss compares.
+# Settings that replace those of the run that trained the model. No dropout: it would differ between
+# the two predictions that the loss compares.
 TUNING = {
     "MINUTES": 10.0, "LEARNING_RATE": 5e-4, "LR_SCHEDULE": "cosine", "DROPOUT": 0.0,
     "GUIDE_FRACTION": 0.0, "SAMPLING_TIMESTEPS": 2, "RUN_NAME": "",
@@ -89,10 +90,10 @@ class ConsistencyModel(DDPMModel):
 
     def predict_by_teacher(self, labels: Tensor | None, x: Tensor, t: Tensor) -> Tensor:
         """Predicts x_0 in [-1, 1] from x_t (B, C, H, W) as the guided model before tuning."""
-        weaker = self.teacher.unet if self.guidance_mode == "cfg" else self.teacher.guide
-        weaker_labels = labels if self.guidance_mode == "autoguidance" else None
+        unet = self.teacher.unet
+        weaker, weaker_labels = weaker_network(self.guidance_mode, unet, self.teacher.guide, labels)
         networks = (
-            partial(call_network, self.teacher.unet, previous=None, labels=labels),
+            partial(call_network, unet, previous=None, labels=labels),
             partial(call_network, weaker, previous=None, labels=weaker_labels),
         )
         return self.loss.predict_guided(*networks, x, t, self.guidance, self.guidance_interval)

@@ -54,7 +54,7 @@ def compare_samplers(job: InferenceJob) -> str:
     model = job.model
     seeds = job.settings["seeds"][:4]
     samplers = [*model.samplers, *([job.sampler] if callable(job.sampler) else [])]
-    compared = CONSISTENCY_STEPS if model.is_consistent else COMPARED_STEPS
+    compared = CONSISTENCY_STEPS if model.is_consistency_tuned else COMPARED_STEPS
     steps = [count for count in compared if count <= model.num_timesteps]
     own = {name: job.settings[name] for name in ("spacing", "guidance", "guidance_mode")}
     path = Path(job.settings["checkpoint"])

@@ -1,9 +1,10 @@
-"""Consistency tuning: x_0 at two noise levels becomes the same, so that one step is enough.
+"""Consistency tuning: the x_0 predicted at two noise levels become equal, so one step is enough.
 
-Easy Consistency Tuning, Geng et al. (arXiv:2406.14548), of a network that predicts v: the target is
-what the network itself predicts at a lower noise level, down to the clean image, where x_0 is its
-input. The lower level is reached by a step of a teacher, the guided model before it was tuned, as
-in consistency distillation, Song et al. (arXiv:2303.01469); without one, by less of the noise.
+Easy Consistency Tuning, Geng et al. (arXiv:2406.14548), of a network that predicts v. The target at
+timestep t is what the network predicts from x_s at a lower noise level; if that is zero, x_s
+itself. A DDIM step of a teacher, the guided model before it was tuned, leads from x_t to x_s, as in
+consistency distillation, Song et al. (arXiv:2303.01469). Without a teacher, x_s is made of the same
+image and noise as x_t.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,7 @@ Network = Callable[[Tensor, Tensor], Tensor]  # x_t (B, C, H, W) and t (B,) to v
 ECT_P_MEAN = -1.1
 ECT_P_STD = 2.0
 HUBER = 5.4e-4  # c of the pseudo-Huber distance of a value (arXiv:2310.14189)
-HALVINGS = 3, 8  # of the gap between the noise levels, at the start of a run and at its end
+HALVINGS = 3, 8  # k of earlier_timesteps, at the start of a run and at its end
 
 
 class ConsistencyLoss(nn.Module):
@@ -57,7 +58,7 @@ class ConsistencyLoss(nn.Module):
         s = self.earlier_timesteps(t)
         x_t = self.diffuse(x_0, t, noise)
         prediction = self.predict_x_0(network, x_t, t)
-        # Second, or autocast would use again the weights that it cast without gradient.
+        # After the prediction: autocast would reuse weights that it casts here, without gradient.
         with torch.no_grad():
             if teacher:  # a step of DDIM
                 signal_scale, noise_scale = self.scales(t)
@@ -66,7 +67,7 @@ class ConsistencyLoss(nn.Module):
             target = self.predict_x_0(network, self.diffuse(x_0, s, noise), s)
         mse = (prediction - target).square().mean(dim=(1, 2, 3))
         huber = (mse + HUBER**2).sqrt() - HUBER
-        return (huber / (self.sigma[t] - self.sigma[s])).mean()
+        return (huber / (self.sigma[t] - self.sigma[s])).mean()  # ECT's weight
 
     def earlier_timesteps(self, t: Tensor) -> Tensor:
         """Returns the timesteps (B,), from -1 to t - 1, whose x_0 is the target at t (B,).
@@ -74,13 +75,13 @@ class ConsistencyLoss(nn.Module):
         sigma_s = sigma_t (1 - n / 2^k), n = 1 + 8 sigmoid(-sigma_t), ECT's mapping, where k grows
         with the fraction of the run.
         """
-        sigma = self.sigma[t]
+        sigma_t = self.sigma[t]
         first, last = HALVINGS
-        halvings = first + (last - first) * self.fraction
-        gap = (1 + 8 * torch.sigmoid(-sigma)) * torch.exp2(-halvings)
-        target = sigma * (1 - gap).clamp(min=0)
-        below = torch.searchsorted(self.sigma[:-1], target, right=True) - 1
-        return torch.minimum(below, t - 1)
+        k = first + (last - first) * self.fraction
+        n = 1 + 8 * torch.sigmoid(-sigma_t)
+        sigma_s = sigma_t * (1 - n * torch.exp2(-k)).clamp(min=0)
+        s = torch.searchsorted(self.sigma[:-1], sigma_s, right=True) - 1  # rounded down
+        return torch.minimum(s, t - 1)
 
     def diffuse(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Returns x_t, (B, C, H, W); x_0 at t = -1."""

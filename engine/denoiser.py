@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from denoising_diffusion_pytorch import GaussianDiffusion
@@ -18,6 +19,18 @@ def apply_guidance(x_0: Tensor, x_0_weaker: Tensor, weight: float | Tensor) -> T
     return x_0_weaker + weight * (x_0 - x_0_weaker)
 
 
+def weaker_network(
+    mode: str, network: Any, guide: Any, labels: Tensor | None
+) -> tuple[Any, Tensor | None]:
+    """Returns what one of GUIDANCE_MODES moves samples away from, and the labels that it gets.
+
+    That is the guide, an earlier snapshot of the network, or in classifier-free guidance, Ho and
+    Salimans (arXiv:2207.12598), the network itself without labels.
+    """
+    weaker = network if mode == "cfg" else guide
+    return weaker, labels if mode == "autoguidance" else None
+
+
 class ModelDenoiser:
     """The denoiser that samplers call (engine.samplers.Denoiser), made of networks.
 
@@ -25,17 +38,15 @@ class ModelDenoiser:
     network, weaker: called as network(x, t, previous, labels), x and previous (B, C, H, W), t and
     labels (B,); return what the objective of `process` says. previous is the last x_0, for
     self-conditioning: it is state, so create a denoiser per sample. guidance: the weight of
-    apply_guidance; 1 disables it. weaker: the network that samples are moved away from: a model's
-    guide, which is an earlier snapshot, or the network itself without labels, which makes this
-    classifier-free guidance, Ho and Salimans (arXiv:2207.12598). has_weaker_labels: whether it gets
-    the labels. interval: lowest and highest sigma to guide, Kynkaanniemi et al. (arXiv:2404.07724).
+    apply_guidance; 1 disables it. weaker, weaker_labels: from weaker_network. interval: lowest and
+    highest sigma to guide, Kynkaanniemi et al. (arXiv:2404.07724).
     """
 
     def __init__(
         self, process: GaussianDiffusion, alpha_bar: Sequence[float], network: Network, clip: bool,
         weaker: Network | None = None, guidance: float = 1.0,
         interval: tuple[float, float] = (0.0, math.inf), labels: Tensor | None = None,
-        has_weaker_labels: bool = True, consistency: bool = False,
+        weaker_labels: Tensor | None = None, consistency: bool = False,
     ):  # fmt: skip
         self.process = process
         self.network = network
@@ -44,7 +55,7 @@ class ModelDenoiser:
         self.guidance = guidance
         self.interval = interval
         self.labels = labels
-        self.weaker_labels = labels if has_weaker_labels else None
+        self.weaker_labels = weaker_labels
         self.alpha_bar = alpha_bar
         self.last_usable_t = len(alpha_bar) - 1
         if process.objective == "pred_noise":  # does not determine x_0 where alpha_bar is 0

@@ -34,12 +34,12 @@ Labels = int | Sequence[int] | Tensor | None  # of all images or of each; -1: no
 State = tuple[int, Tensor, Tensor]  # t, x_t and the predicted x_0, in [-1, 1]
 
 
-class SamplingChoice(NamedTuple):
-    """How to sample: at noise levels, one a step, or else at timesteps by a spacing."""
+class SamplingPlan(NamedTuple):
+    """How to sample. Timesteps follow from noise_levels, one a step, or else from spacing."""
 
     sampler: str | Callable
     steps: int
-    spacing: str | None  # None: by noise_levels
+    spacing: str | None
     noise_levels: Sequence[float] | None
 
 
@@ -57,7 +57,7 @@ class GenerationMixin:
     num_timesteps: int
     sampling_timesteps: int
     log_snr_shift: float  # of the noise schedule, by image size
-    is_consistent = False  # tuned: x_0 is where the probability flow ends
+    is_consistency_tuned = False  # x_0 is predicted as a sample, not as the mean of all
     device: torch.device
     diffusion: GaussianDiffusion
     denoiser: Callable[..., ModelDenoiser]
@@ -72,12 +72,12 @@ class GenerationMixin:
     @property
     def samplers(self) -> dict[str, Callable]:
         """The samplers that suit the model, by name."""
-        return CONSISTENCY_SAMPLERS if self.is_consistent else SAMPLERS
+        return CONSISTENCY_SAMPLERS if self.is_consistency_tuned else SAMPLERS
 
     @property
     def default_sampler(self) -> str:
         """The name of the sampler that is used where none is named."""
-        return "consistency" if self.is_consistent else samplers.DEFAULT_SAMPLER
+        return "consistency" if self.is_consistency_tuned else samplers.DEFAULT_SAMPLER
 
     def sample(
         self, batch_size: int = 16, return_all_timesteps: bool = False,
@@ -105,7 +105,7 @@ class GenerationMixin:
         labels: Labels = None, **options: Any,
     ) -> Iterator[State]:  # fmt: skip
         """Returns the states of `sample` from noise to image; arguments as there."""
-        # Noise first: the GPU may still be busy with earlier images, for which sampling_plan waits.
+        # Noise first: sampling_plan may read the schedule from the GPU, after earlier images.
         x, randn = self.noise(seeds)
         function, timesteps = self.sampling_plan(sampler, steps, spacing, noise_levels)
         if labels is None and self.class_names:
@@ -123,7 +123,7 @@ class GenerationMixin:
         Guidance is disabled: it would move the endpoints away from the inputs. labels: of both
         images, between which the class goes, too.
         """
-        if self.is_consistent:
+        if self.is_consistency_tuned:
             reason = "it has no flow to encode images. Use the model that it was tuned from"
             raise UserError(f"a consistency-tuned model cannot interpolate: {reason}")
         if num_steps < 2:
@@ -133,8 +133,8 @@ class GenerationMixin:
         pair = torch.stack([self.prepare_image(image1), self.prepare_image(image2)])
         function, timesteps = self.sampling_plan(sampler, min(steps, self.num_timesteps), "uniform")
         with eval_mode(self):
-            ends = self.prepare_labels(labels, 2)
-            denoiser = self.denoiser(clip=False, guidance=1, labels=ends)
+            end_labels = self.prepare_labels(labels, 2)
+            denoiser = self.denoiser(clip=False, guidance=1, labels=end_labels)
             codes = samplers.ddim_encode(denoiser, pair * 2 - 1, timesteps)
 
         # Points in between, of the noise and of the class.
@@ -142,7 +142,7 @@ class GenerationMixin:
         x = samplers.slerp(*codes, position)
         if labels is not None:
             classes = torch.arange(len(self.class_names), device=self.device)
-            first, last = (ends[:, None] == classes).float()
+            first, last = (end_labels[:, None] == classes).float()
             labels = torch.lerp(first, last, position[:, None])
 
         # All points to images.
@@ -166,6 +166,7 @@ class GenerationMixin:
         if not 0 < strength <= 1:
             raise UserError(f"strength is {strength}, but must be above 0 and at most 1")
         function, timesteps = self.sampling_plan(sampler, steps, spacing, noise_levels)
+        # Timesteps below strength and -1, the image: at least the last step.
         below = [t for t in timesteps if t < max(1, round(strength * self.num_timesteps))]
         timesteps = below if len(below) > 1 else timesteps[-2:]
         noise, randn = self.noise(expand_seeds(seed, batch_size))
@@ -231,7 +232,7 @@ class GenerationMixin:
         """
         # The sampler and the number of steps.
         sampler, steps, spacing, levels = self.complete_plan(sampler, steps, spacing, noise_levels)
-        if isinstance(sampler, str):
+        if isinstance(sampler, str):  # still a name: none of this model's samplers
             known = {**SAMPLERS, **CONSISTENCY_SAMPLERS}
             reason = "this model has no" if sampler in known else "unknown"
             raise UserError(f"{reason} sampler {sampler}; choose from {', '.join(self.samplers)}")
@@ -250,11 +251,12 @@ class GenerationMixin:
     def complete_plan(
         self, sampler: SamplerChoice, steps: int | None, spacing: str | None,
         noise_levels: Sequence[float] | None,
-    ) -> SamplingChoice:  # fmt: skip
-        """Returns the arguments with the model's own, and the sampler's, where they are None.
+    ) -> SamplingPlan:  # fmt: skip
+        """Fills in what is None, by the model and the sampler.
 
-        The sampler is a function if the model knows its name. Only the sampler consistency has
-        noise levels, by default none where a spacing is named. UserError for wrong ones.
+        A name of one of this model's samplers becomes its function; any other stays. Only the
+        sampler consistency has noise levels, by default none where a spacing is named. UserError
+        for wrong ones.
         """
         if spacing not in (None, *SPACINGS):
             raise UserError(f"unknown spacing {spacing}; choose from {', '.join(SPACINGS)}")
@@ -262,11 +264,11 @@ class GenerationMixin:
         sampler = self.samplers.get(sampler, sampler)
         if noise_levels is not None:
             samplers.check_noise_levels(noise_levels, sampler, steps)
-            return SamplingChoice(sampler, len(noise_levels), None, noise_levels)
+            return SamplingPlan(sampler, len(noise_levels), None, noise_levels)
         steps = self.sampling_timesteps if steps is None else steps
         if spacing is None and sampler is samplers.consistency and steps in CONSISTENCY_LEVELS:
-            return SamplingChoice(sampler, steps, None, CONSISTENCY_LEVELS[steps])
-        return SamplingChoice(sampler, steps, spacing or DEFAULT_SPACING, None)
+            return SamplingPlan(sampler, steps, None, CONSISTENCY_LEVELS[steps])
+        return SamplingPlan(sampler, steps, spacing or DEFAULT_SPACING, None)
 
     def count_nfe(
         self, sampler: Callable, timesteps: Sequence[int], guidance: float | None = None,

@@ -127,7 +127,9 @@ class Muon:
             count = len(list(equal))
             start = end
             end += count * padded_numel(rows * columns)
-            # Which matrices share a batch: `update` pads them to the largest of it.
+            # Matrices with the same key share a batch, padded to the largest of it: with mix_sizes,
+            # those whose short sides round up to the same power of two and whose long sides are at
+            # most MAX_SHARED_WIDTH, or equal.
             short, long = sorted((rows, columns))
             key = (short, long)
             if mix_sizes:
@@ -149,6 +151,7 @@ class Muon:
             updates = x.split([group.count for group in groups])
             for group, update in zip(groups, updates, strict=True):
                 target = transpose_if_tall(group.view_of(params))
+                # Where all singular values are 1, the RMS of the values is 1 / max_dim_sqrt.
                 max_dim_sqrt = max(group.rows, group.columns) ** 0.5
                 target.sub_(update[:, : target.shape[1], : target.shape[2]], alpha=max_dim_sqrt)
 

@@ -36,7 +36,7 @@ class TrainableModel(Protocol):
     image_size: int  # pixels
     channels: int
     architecture: dict[str, Any]  # the arguments that build the model, stored in checkpoints
-    guide: nn.Module | None  # what snapshot_guide saved
+    guide: nn.Module | None  # an earlier copy of the network, for autoguidance
     supports_cuda_graphs: bool  # whether a forward pass launches the same kernels every time
 
     def __call__(
@@ -81,13 +81,13 @@ def amp_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
-def step_noise(seed: int, step: int, shape: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
-    """Random inputs of a step: u (B,), noise (B, C, H, W), mirror and drop (B,).
+def randomness(seed: int, step: int, shape: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
+    """Random inputs of a step: u (B,), noise (B, C, H, W), mirror and label_u (B,).
 
     A function of (seed, step) for the global batch, so accumulation, ranks and resuming change
     nothing (dropout uses the global generators). u is uniform in [0, 1) but stratified, one value
     in each of B equal parts in ascending order: Kingma et al. (arXiv:2107.00630). mirror: which
-    images to mirror. drop: uniform in [0, 1); below LABEL_DROPOUT, an image loses its label.
+    images to mirror. label_u: uniform in [0, 1); below LABEL_DROPOUT, an image loses its label.
     """
     # A hash of the seed, so that runs with neighboring seeds share no noise.
     generator = torch.Generator(device).manual_seed((seed * 0x9E3779B1 + step) % 2**63)
@@ -95,16 +95,16 @@ def step_noise(seed: int, step: int, shape: torch.Size, device: torch.device) ->
     u = (offset + torch.arange(shape[0], device=device)) / shape[0]
     noise = torch.randn(shape, generator=generator, device=device)
     mirror = torch.rand(shape[:1], generator=generator, device=device) < 0.5
-    drop = torch.rand(shape[:1], generator=generator, device=device)
-    return u, noise, mirror, drop
+    label_u = torch.rand(shape[:1], generator=generator, device=device)
+    return u, noise, mirror, label_u
 
 
 class TrainStep:
     """Updates a model and its EMA copy from one batch.
 
-    config: BATCH_SIZE (the micro-batch), OPTIMIZER, GRAD_CLIP, EMA_DECAY, HORIZONTAL_FLIP,
-    LABEL_DROPOUT, USE_AMP, COMPILE_MODEL, CUDA_GRAPH, SEED. rank, world_size: each rank gets its
-    part of every batch.
+    config: BATCH_SIZE (the most images in one pass), OPTIMIZER, GRAD_CLIP, EMA_DECAY,
+    HORIZONTAL_FLIP, LABEL_DROPOUT, USE_AMP, COMPILE_MODEL, CUDA_GRAPH, SEED. rank, world_size: each
+    rank gets its part of every batch, and does it in one or several passes, the micro-batches.
     """
 
     def __init__(self, model: TrainableModel, config: Any, rank: int = 0, world_size: int = 1):
@@ -165,7 +165,7 @@ class TrainStep:
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.config.USE_AMP)
 
     def set_fraction(self, fraction: float) -> None:
-        """Passes on how much of the run is done, 0 to 1, to a model that wants to know."""
+        """Tells a model that asks how much of the run is done, 0 to 1; not the EMA, always at 1."""
         if hasattr(self.model, "set_fraction"):
             self.model.set_fraction(fraction)
 
@@ -189,10 +189,9 @@ class TrainStep:
                 self.loss_function = self.model
                 continue
             except (RuntimeError, MemoryError) as error:
-                # Handled outside, where the tensors of the failed attempt are free again.
                 if not is_out_of_memory(error):
                     raise
-            if loss is None:
+            if loss is None:  # in the except block, `error` would keep the failed tensors alive
                 self.halve_micro_batch(len(batch.images))
         if self.world_size > 1:
             distributed.all_reduce(self.grad)
@@ -213,10 +212,10 @@ class TrainStep:
         # Randomness of the global batch, of which this rank takes its rows.
         local_batch = len(batch.images)
         shape = torch.Size([local_batch * self.world_size, *batch.images.shape[1:]])
-        u, noise, mirror, drop = step_noise(self.config.SEED, step, shape, self.device)
+        u, noise, mirror, label_u = randomness(self.config.SEED, step, shape, self.device)
         rows = slice(self.rank * local_batch, (self.rank + 1) * local_batch)
         t = self.model.timesteps_from_uniform(u)[rows]
-        is_kept = drop[rows] >= self.config.LABEL_DROPOUT
+        is_kept = label_u[rows] >= self.config.LABEL_DROPOUT
         labels = [torch.where(is_kept, x, NO_LABEL) for x in self.labels_of(batch)]
         inputs = (batch.images, t, noise[rows], mirror[rows], *labels)
 
@@ -230,11 +229,11 @@ class TrainStep:
         return loss
 
     def add_micro_batch(self, local_batch: int, *inputs: Tensor) -> Tensor:
-        """Adds a micro-batch's gradient to `grad`; returns its part of the mean loss."""
+        """Puts a micro-batch's gradient into `grad`; returns its part of the mean loss."""
         compute = partial(self.loss_and_gradients, local_batch)
         parts = self.threads.map(compute, inputs) if self.threads else [compute(*inputs)]
         (loss, grads), *others = parts
-        # `grad` was zeroed only if the batch is split.
+        # A whole batch overwrites `grad`; parts are added to it, which accumulate_gradient zeroed.
         write = torch._foreach_copy_ if len(inputs[0]) == local_batch else torch._foreach_add_
         write(self.grad_views, grads)
         for other_loss, other_grads in others:
@@ -353,7 +352,8 @@ class TrainStep:
         The state may lack the class embedding: an unconditional run continues as a conditional one.
         The random state is rank 0's; the other ranks leave theirs alone.
         """
-        # Optimizer states, longer by a new class embedding.
+        # Optimizer states. An unconditional run's lacks the class embedding, which flatten() puts
+        # last, among Adam's parameters: zeros take its place.
         named = zip(self.param_names, self.param_views, strict=True)
         new = [p for name, p in named if "class_embedding" in name and name not in state["model"]]
         added = sum(padded_numel(p.numel()) for p in new)
@@ -361,7 +361,7 @@ class TrainStep:
             saved = state["optimizer"][name]
             for key, value in optimizer.state_dict().items():
                 saved_value = saved[key if key in saved else OLD_STATE_NAMES[key]]
-                if name == "adam" and value.ndim:  # what was added is last
+                if name == "adam" and value.ndim:  # not the number of updates
                     saved_value = nn.functional.pad(saved_value, (0, added))
                 if value.shape != saved_value.shape:
                     raise UserError("the run has another optimizer: resume with its --optimizer")

@@ -30,8 +30,10 @@ from engine.run_names import (
 from engine.train_step import TrainableModel, TrainStep, learning_rate, seed_everything
 
 MAX_NONFINITE_STEPS = 20  # in a row
-GUIDE_WARMUPS = 5  # warm-ups before the guide is saved
-LATE_GUIDE_WARMUPS = 2  # the same from half of the run on
+# The guide is an earlier copy of the network, which samples are moved away from (autoguidance). It
+# is not saved before this many times WARMUP_STEPS:
+GUIDE_WARMUPS = 5  # in the first half of a run
+LATE_GUIDE_WARMUPS = 2  # in the second
 # Entries of the architecture; classes have check_classes_on_resume.
 MUTABLE_ON_RESUME = {"sampling_timesteps", "guidance", "guidance_mode", "dropout", "classes"}
 
@@ -88,7 +90,8 @@ def train(
                     break
                 if stop.requested(progress.step):
                     run.on_interrupt()
-                    distributed.broadcast_object(None)  # waits for rank 0: the first exit ends all
+                    # Wait for rank 0, which may be writing: the launcher ends all once one exits.
+                    distributed.broadcast_object(None)
                     raise SystemExit(128 + stop.number)
             # Validation, best.pt, the epoch's checkpoint: if due, also after part of an epoch.
             progress.end_epoch()
@@ -149,7 +152,7 @@ def start_or_resume(
 def warn_if_short(config: Any, steps: float) -> None:
     """Warns if most of a run is warm-up, unless it was limited to a number of steps.
 
-    should_snapshot_guide saves no guide in less than LATE_GUIDE_WARMUPS warm-ups.
+    should_snapshot_guide saves no guide before LATE_GUIDE_WARMUPS times the warm-up.
     """
     if steps < LATE_GUIDE_WARMUPS * config.WARMUP_STEPS and not config.MAX_STEPS:
         found = f"only {steps:,.0f} steps, with a warm-up of {config.WARMUP_STEPS:,}"
@@ -178,7 +181,9 @@ def restore(
     if before != data_info:
         advice = f"to train on other data from its weights, start a new run with --init_from {path}"
         raise UserError(f"{path} was trained on {before}, but the data is {data_info}: {advice}")
-    saved = getattr(train_step.model, "upgrade_architecture", dict)(state["architecture"])
+    saved = state["architecture"]
+    if hasattr(train_step.model, "upgrade_architecture"):
+        saved = train_step.model.upgrade_architecture(saved)
     wanted = train_step.model.architecture
     checkpoints.check_architecture(path, saved, wanted, MUTABLE_ON_RESUME, "start another run")
     classes = wanted.get("classes", {})
@@ -192,7 +197,7 @@ def restore(
     progress = Progress(train_step.config, len(loader), dist, **fields)
 
     train_step.load_state_dict(state)
-    if train_step.rank > 0:  # only rank 0's random state is stored: a seed that was not used yet
+    if train_step.rank > 0:  # only rank 0's random state is stored: take a seed not used yet
         seed_everything(
             train_step.config.SEED + train_step.rank + train_step.world_size * progress.step
         )
@@ -212,8 +217,8 @@ def abort_if_diverged(train_step: TrainStep, step: int, name: str) -> None:
 def should_snapshot_guide(train_step: TrainStep, progress: Progress) -> bool:
     """Whether the EMA weights are now to be saved as the guide: at GUIDE_FRACTION of the run.
 
-    But not within GUIDE_WARMUPS warm-ups: guided by a network that knows little, samples are worse
-    than without a guide. From half of the run on, LATE_GUIDE_WARMUPS are enough.
+    But not before GUIDE_WARMUPS times the warm-up: a guide that knows little makes samples worse
+    than none does. From half of the run on, LATE_GUIDE_WARMUPS are enough.
     """
     config = train_step.config
     is_due = 0 < config.GUIDE_FRACTION <= progress.fraction

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.triton_kernels import as_channels_last_rows
 
-TILE_ELEMENTS = 4096  # of a program
+TILE_ELEMENTS = 4096  # that a program copies
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def _add_and_split(y_ptr, z_ptr, a_ptr, b_ptr, y_stride, z_stride, rows, a_chann
 
 
 def copy_grid(rows: int, a_channels: int, b_channels: int) -> tuple[tuple[int, int], dict]:
-    """Returns the programs of the two kernels above, and their constants."""
+    """Returns the launch grid of the two kernels above, and their constants."""
     cols = triton.next_power_of_2(max(a_channels, b_channels))
     tile_rows = max(TILE_ELEMENTS // cols, 1)
     return (triton.cdiv(rows, tile_rows), 2), dict(ROWS=tile_rows, COLS=cols)
@@ -79,6 +79,7 @@ class ConcatFunction(torch.autograd.Function):
         y = empty_rows(a, sum(ctx.channels))
         rows = images * height * width
         grid, constants = copy_grid(rows, *ctx.channels)
+        # Stride 3 leads to the next pixel, which is the next row.
         _concat[grid](a, b, y, a.stride(3), b.stride(3), rows, *ctx.channels, **constants)
         return y, y.view_as(y)
 

@@ -192,12 +192,14 @@ def resnet_block(
     h = x
     if skip is not None:
         h, x = concat(x, skip)
-    h = norm_act(*conv_and_bias(h, block1.proj, weights), block1.norm.g, modulation, activate=True)
+    h = norm_act(
+        *conv_deferring_bias(h, block1.proj, weights), block1.norm.g, modulation, activate=True
+    )
     h = block1.dropout(h) if mask is None else h * mask
-    h, bias = conv_and_bias(h, block2.proj, weights)
+    h, bias = conv_deferring_bias(h, block2.proj, weights)
     skip_bias = None
     if isinstance(module.res_conv, nn.Conv2d):
-        x, skip_bias = conv_and_bias(x, module.res_conv, weights)
+        x, skip_bias = conv_deferring_bias(x, module.res_conv, weights)
     return norm_act(h, bias, block2.norm.g, None, x, skip_bias, activate=True)
 
 
@@ -219,7 +221,7 @@ def attention_block(x: Tensor, module: nn.Module, weights: Weights) -> Tensor:
     if not is_linear:
         return conv(y, module.to_out, weights) + x
     to_out, out_norm = module.to_out
-    return norm_act(*conv_and_bias(y, to_out, weights), out_norm.g, residual=x)
+    return norm_act(*conv_deferring_bias(y, to_out, weights), out_norm.g, residual=x)
 
 
 def linear_attention(qkv: Tensor, mem_kv: Tensor) -> Tensor:
@@ -259,16 +261,18 @@ def conv(x: Tensor, module: nn.Conv2d, weights: Weights, with_bias: bool = True)
     if module.kernel_size == (1, 1):
         bias = None if bias is None else bias.to(x.dtype)
         return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    if use_cpu_norm(x):  # conv2d adds the bias for nothing; elsewhere that is a kernel of its own
+    if use_cpu_norm(x):  # conv2d adds the bias at no cost; elsewhere that is another kernel
         return F.conv2d(x, weight, bias, padding=module.padding)
     x = F.conv2d(x, weight, padding=module.padding)
     return x if bias is None else add_bias(x, bias)
 
 
-def conv_and_bias(x: Tensor, module: nn.Conv2d, weights: Weights) -> tuple[Tensor, Tensor | None]:
-    """A convolution, and its bias if the norm_act that follows has to add it.
+def conv_deferring_bias(
+    x: Tensor, module: nn.Conv2d, weights: Weights
+) -> tuple[Tensor, Tensor | None]:
+    """A convolution, and the bias that the norm_act which follows still has to add.
 
-    On a CPU None: conv2d adds it for nothing, norm_act in a pass of its own.
+    None on a CPU: there, conv2d adds it at no cost, and norm_act would in another pass.
     """
     if use_cpu_norm(x):
         return conv(x, module, weights), None
@@ -321,7 +325,7 @@ def norm_act(
     if use_triton(x):
         inputs = x, bias, gain, modulation, residual, residual_bias
         return triton_kernels.NormFunction.apply(*inputs, activate)
-    if bias is residual_bias is None and use_cpu_norm(x):
+    if bias is None and residual_bias is None and use_cpu_norm(x):
         return CpuNormFunction.apply(x, gain, modulation, residual, activate)
     y = x.float() if bias is None else x + bias.float().view(1, -1, 1, 1)
     # Not F.normalize: Triton 3.6 cannot compile Inductor's gradient of it in fp16.

@@ -340,6 +340,10 @@ def test_script_tunes_with_the_settings_of_the_run(tmp_path, monkeypatch):
     assert (config.EPOCHS, config.MAX_STEPS) == (0, 0)
     config = configure_script("--checkpoint", "mine", "--max_steps", "9", "--batch_size", "4")
     assert (config.MINUTES, config.MAX_STEPS, config.BATCH_SIZE) == (0, 9, 4)
+    request = train_script.parse_command_line(
+        "", {}, ["--resume", "mine", "--dataset", "auto"], TUNING
+    )
+    assert train_script.configure(request, checkpoints.load_training(request.resume)).DATASET
 
 
 def test_script_knows_the_images_of_the_pretrained_model_alone(tmp_path, monkeypatch):

@@ -131,13 +131,16 @@ def test_predictions_are_clipped_after_guidance(x_0, x_0_guide, expected):
     assert [t for t, _, _ in guide.calls] == [20, 20]
 
 
-def test_denoiser_passes_labels_to_both_networks():
+def test_denoiser_passes_each_network_its_labels():
     network = Constant(0.5)
     guide = Constant(0.1)
     labels = torch.tensor([3, 4])
-    denoiser = make_denoiser(process(), network, True, guide, 2.0, labels=labels)
+    others = torch.tensor([-1, 4])
+    denoiser = make_denoiser(
+        process(), network, True, guide, 2.0, labels=labels, weaker_labels=others
+    )
     denoiser(torch.zeros(2, 3, 8, 8), 7)
-    assert network.calls[0][2] is labels and guide.calls[0][2] is labels
+    assert network.calls[0][2] is labels and guide.calls[0][2] is others
 
 
 def conditional(**changes) -> DDPMModel:

@@ -145,7 +145,7 @@ def test_subclass_example_configures_its_command(folder):
     Path("my_config.py").write_text(block_with("class MyConfig"))
     (command,) = [c for c in commands(ROOT / "docs" / "configuration.md") if "--config" in c]
     request = train.parse_command_line("", train_optimized.DEFAULTS, shlex.split(command)[2:])
-    layers = (request.script, request.subclass, request.flags)
+    layers = (request.defaults, request.subclass, request.flags)
     config = resolve("folder", LARGE_TIER, *layers)
     assert (config.IMAGE_SIZE, config.DIM, config.EPOCHS, config.BATCH_SIZE) == (64, 48, 100, 16)
     assert config.set_by["DIM"] == "MyConfig" and config.set_by["BATCH_SIZE"] == "flag"
