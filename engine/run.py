@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from engine import checkpoints, plots
@@ -85,8 +84,10 @@ def tolerate_write_errors(path: Path, errors: Any = Exception) -> Iterator[None]
 
 def checkpoint_bytes(train_step: TrainStep) -> int:
     """Returns the size of a checkpoint, with the guide that it will have."""
-    tensors = [leaf for leaf in tree_leaves(train_step.state_dict()) if isinstance(leaf, Tensor)]
-    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}  # what they share is held once
+    state = train_step.state_dict()
+    parts = state["model"], state["ema"], *state["optimizer"].values()
+    values = [value for part in parts for value in part.values() if isinstance(value, Tensor)]
+    sizes = {value.data_ptr(): value.nbytes for value in values}  # what they share is held once
     is_guided = train_step.config.GUIDE_FRACTION and train_step.ema.guide is None
     return sum(sizes.values()) + (train_step.params.nbytes if is_guided else 0)
 
