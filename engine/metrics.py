@@ -204,15 +204,17 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     With S = F F^T and T = G G^T, the trace of (S T)^(1/2) is the sum of the singular values of
     F^T G: eigenvalues of S T would lose half of their digits to the root.
     """
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # others may not have float64
     factors = []
     for features, mean, covariance in (a, b):
         count, width = features.shape
         if count <= width:  # few images are a factor themselves, and a small one
-            factors.append((features - mean).T / np.sqrt(count - 1))
+            factor = (features - mean).T / np.sqrt(count - 1)
+            factors.append(torch.from_numpy(factor).to(device))
             continue
-        values, vectors = np.linalg.eigh(covariance)
-        factors.append(vectors * np.sqrt(values.clip(min=0)))  # rounding: some below 0
-    trace_of_root = np.linalg.norm(factors[0].T @ factors[1], "nuc")
+        values, vectors = torch.linalg.eigh(torch.from_numpy(covariance).to(device))
+        factors.append(vectors * values.clamp(min=0).sqrt())  # rounding: some below 0
+    trace_of_root = torch.linalg.svdvals(factors[0].T @ factors[1]).sum().item()
     traces = np.trace(a.covariance) + np.trace(b.covariance)
     return max(0.0, float(np.square(a.mean - b.mean).sum() + traces - 2 * trace_of_root))
 

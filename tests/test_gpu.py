@@ -139,6 +139,17 @@ def test_full_attention_kernels_are_as_exact_as_pytorch_and_repeat_bit_for_bit(t
         assert relative_error(a, d) < 1.5 * relative_error(c, d)
 
 
+@pytest.mark.parametrize("count", [100, 3000])
+def test_frechet_distance_is_the_cpus(count, monkeypatch):
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((2, count, 1280)).astype(np.float32)
+    features[1] += 0.1
+    statistics = [metrics.feature_statistics(part) for part in features]
+    found = metrics.frechet_distance(*statistics)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert found == pytest.approx(metrics.frechet_distance(*statistics), rel=1e-9)
+
+
 def test_sampling_by_graph_generates_the_same_images():
     torch.manual_seed(0)
     model = DDPMModel(image_size=32, dim=32).to(CUDA).eval()
