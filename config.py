@@ -6,10 +6,10 @@
 
     python train_optimized.py --config my_config.py:MyConfig --batch_size 32 --dry_run
 
-Later layers win: defaults, script, presets (data set, image size, CPU), tier, subclass, flags. On
---resume the checkpoint stands in for script, presets and tier. The tier leaves explicit values
-alone, but may multiply GRADIENT_ACCUMULATION, with a warning. `--dry_run` prints each value with
-its layer.
+Later layers win: defaults, the script's own, presets (data set, image size, CPU), tier, subclass,
+flags. On --resume the checkpoint stands in for script, presets and tier. The tier leaves explicit
+values alone, but may multiply GRADIENT_ACCUMULATION, with a warning. `--dry_run` prints each value
+with its layer.
 """
 
 import warnings
@@ -188,7 +188,7 @@ def estimate_memory_gib(
 ) -> float:
     """Estimates the peak memory of a training step, GiB.
 
-    Weights, gradients, moments, EMA and guide take 20 bytes per parameter.
+    20 bytes per parameter: weights, gradients, Muon's momentum, EMA and guide; Adam's has one more.
     """
     # Bytes per base channel, pixel and image, measured for dim_mults 1,2,4,8 at 32 px.
     activation_bytes = 150 if use_amp else 400

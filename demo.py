@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-from engine.cli import Parser, run_script
+from engine.cli import Parser, run_script  # first: sets what torch reads
 
 import numpy as np
 import torch

@@ -15,6 +15,7 @@ all settings.
 
 import argparse
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine.cli import Parser, run_script
+from engine.cli import Parser, run_script  # first: sets what torch reads
 
 import numpy as np
 import torch
@@ -41,8 +42,10 @@ from engine.samplers import batched
 from engine.sampling_settings import SamplingSettings, choose_sampling, plan_kwargs, sampling_label
 from engine.settings import Setting
 
-MAX_DEFAULT_IMAGES = 64  # of all classes together, where neither seeds nor a number is named
+MAX_DEFAULT_IMAGES = 64  # of all classes, if neither --seeds nor --num_samples is given
 MAX_GRID_COLUMNS = 16  # seeds in the grid of a model with classes
+FIGURE_TILES = 16  # of vary and inpaint
+MAX_FRAMES = 60  # of a GIF
 CHUNK_IMAGES = 256  # images that mode batch samples and saves at a time
 
 
@@ -114,8 +117,8 @@ def show_trajectory(job: jobs.InferenceJob) -> str:
         labels += ["predicted x_0"] * len(steps)
     job.save_grid("progressive.png", tiles, seeds, labels, columns=len(steps))
 
-    # GIF: some 60 frames at most, x_t above x_0.
-    frames = [*trajectory[:: max(1, len(trajectory) // 60)], trajectory[-1]]
+    # GIF: at most MAX_FRAMES, always with the last; x_t above x_0.
+    frames = trajectory[:: -math.ceil(len(trajectory) / MAX_FRAMES)][::-1]
     tiles = (plots.on_white(pair.flatten(0, 1)) for _, pair in frames)
     plots.save_gif(
         [plots.grid(each, columns=len(seeds)) for each in tiles], job.folder / "progressive.gif"
@@ -126,8 +129,8 @@ def show_trajectory(job: jobs.InferenceJob) -> str:
 def interpolate(job: jobs.InferenceJob) -> str:
     """Images between two given ones, and maybe two classes: a strip and a GIF."""
     ends = (job.classes[0], job.classes[-1]) if job.classes else None
-    image1, label1 = job.load_input_image("image1", ends and ends[0])
-    image2, label2 = job.load_input_image("image2", ends and ends[1])
+    image1, title1 = job.load_input_image("image1", ends and ends[0])
+    image2, title2 = job.load_input_image("image2", ends and ends[1])
     # The encoder is DDIM's, so DDIM decodes unless there is a custom sampler.
     sampler = job.sampler if callable(job.sampler) else "ddim"
     steps = min(max(100, job.settings["steps"]), job.model.num_timesteps)
@@ -135,7 +138,7 @@ def interpolate(job: jobs.InferenceJob) -> str:
     images = job.model.interpolate(image1, image2, count, sampler, steps, ends).float().cpu()
 
     # Figures.
-    labels = [label1, *(f"{i / (count - 1):.2f}" for i in range(count)), label2]
+    labels = [title1, *(f"{i / (count - 1):.2f}" for i in range(count)), title2]
     tiles = torch.cat([image1[None].cpu(), images, image2[None].cpu()])
     columns = min(len(tiles), job.settings["columns"] + 2)
     job.save_grid("interpolation.png", tiles, job.settings["seeds"], labels, columns=columns)
@@ -188,9 +191,9 @@ def generate_batch(job: jobs.InferenceJob) -> str:
 
     # All chunks, in one file if it is an npz.
     if dist.is_main_process:
-        for chunk in missing_chunks():
-            reason = f"lacks the images from seed {chunk[0]} on (can all machines write there?)"
-            raise UserError(f"{folder} {reason}. Run it again", 1)
+        if missing := missing_chunks():
+            start = f"lacks the images from seed {missing[0][0]} on"
+            raise UserError(f"{folder} {start} (can all machines write there?). Run it again", 1)
         if is_npz:
             parts = [jobs.read_part(file) for chunk in chunks for file in files(chunk)]
             arrays = {"images": np.concatenate(parts), "seeds": np.array(seeds)}
@@ -204,7 +207,7 @@ def generate_batch(job: jobs.InferenceJob) -> str:
 
 def vary(job: jobs.InferenceJob) -> str:
     """Variations of an image."""
-    seeds = job.settings["seeds"][:15]
+    seeds = job.settings["seeds"][: FIGURE_TILES - 1]  # and the original
     image, _ = job.load_input_image("image")
     kwargs = {"strength": job.settings["strength"], "labels": job.labels_if_asked(seeds)}
     images = job.run_batched(job.model.vary, seeds, image=image, **kwargs)
@@ -215,13 +218,13 @@ def vary(job: jobs.InferenceJob) -> str:
 
 def inpaint(job: jobs.InferenceJob) -> str:
     """An image with new content where a mask is white."""
-    seeds = job.settings["seeds"][:14]
+    seeds = job.settings["seeds"][: FIGURE_TILES - 2]  # and the original, and it masked
     image, _ = job.load_input_image("image")
     size = job.model.image_size
     mask = (torch.arange(size) >= size // 2).expand(size, size)
     if job.settings["mask"]:
-        files = (jobs.open_input(job.settings[name]) for name in ("mask", "image"))
-        mask = jobs.read_mask(*files, size)
+        given_mask = jobs.open_input(job.settings["mask"])
+        mask = jobs.read_mask(given_mask, jobs.open_input(job.settings["image"]), size)
     kwargs = {"resamples": job.settings["resamples"], "labels": job.labels_if_asked(seeds)}
     images = job.run_batched(job.model.inpaint, seeds, image=image, mask=mask, **kwargs)
     original = image[None].cpu()
@@ -252,8 +255,8 @@ class InferenceSettings(SamplingSettings):
         None, "class names or numbers like cat,dog or 0-4", type_=str, auto="all of the model"
     )
     num_samples = Setting(
-        16, "number of images; in mode samples of each class, by default 64 of all classes at most",
-        min=1, max=10_000_000,
+        16, "number of images; in mode samples: of each class, by default fewer, so that all "
+        "classes together have at most 64", min=1, max=10_000_000,
     )  # fmt: skip
     eta = Setting(0.0, "noise that ddim adds: 0 none, 1 as much as ddpm", min=0, max=1)
     image = Setting(None, f"for vary and inpaint: {INPUT}", type_=str, auto="the first seed")
@@ -272,7 +275,7 @@ class InferenceSettings(SamplingSettings):
 def settings_from_command_line(
     description: str | None, defaults: Mapping
 ) -> tuple[dict[str, Any], Path, bool]:
-    """Returns settings, as stored with each image, output folder, and whether seeds are named."""
+    """Returns settings as stored with each image, output folder, and whether seeds were given."""
     parser = Parser(description)
     parser.add_argument("--from_png", type=Path, help="reproduce an image of this script")
     folder = "inference_results"
@@ -308,8 +311,8 @@ def settings_from_command_line(
             raise UserError("--compare_with is for --mode compare. Drop it, or choose that mode")
         other = checkpoints.resolve_checkpoint(settings["compare_with"], "--compare_with")
         settings["compare_with"] = str(other)
-    has_named_seeds = bool(given.keys() & {"seeds", "num_samples"})
-    return jobs.complete_settings(settings), options.output_dir, has_named_seeds
+    has_given_seeds = bool(given.keys() & {"seeds", "num_samples"})
+    return jobs.complete_settings(settings), options.output_dir, has_given_seeds
 
 
 def load_for_sampling(settings: dict[str, Any], device: torch.device) -> DDPMModel:
@@ -338,25 +341,26 @@ def folder_name(settings: Mapping[str, Any]) -> str:
 
 def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None = None) -> None:
     """Runs an inference script. The ranks share mode batch; rank 0 alone runs the others."""
-    settings, output_dir, has_named_seeds = settings_from_command_line(description, defaults or {})
+    settings, output_dir, has_given_seeds = settings_from_command_line(description, defaults or {})
     with distributed.session(lambda: "start the same command again") as dist:
         # Model and sampler, validated before any image is made; rank 0 says which is the newest.
         settings = distributed.broadcast_object(settings)
-        path, *guidance = (settings[n] for n in ("checkpoint", "guidance", "guidance_mode"))
-        named_spacing = settings["spacing"]
+        path = settings["checkpoint"]
+        guidance = settings["guidance"], settings["guidance_mode"]
+        given_spacing = settings["spacing"]
         model = load_for_sampling(settings, default_device())
         sampler = jobs.load_sampler(settings["sampler"])
         plan = model.sampling_plan(**plan_kwargs(settings, sampler))
         nfe = model.count_nfe(*plan, *guidance)
-        classes = model.class_names
+        num_classes = len(model.class_names)
         if settings["classes"] is not None:
-            classes = parse_classes(settings["classes"], classes)
+            num_classes = len(parse_classes(settings["classes"], model.class_names))
         checkpoints.check_writable(output_dir)
 
         # What is about to be done, and flags that have no effect.
         how = f"{settings['sampler']}, {settings['steps']} steps, {nfe} NFE per image"
         distributed.print0(f"{path}: {model.image_size} px, {how}, {model.device.type}")
-        is_unguided = nfe == model.count_nfe(*plan, 1)
+        is_unguided = nfe == model.count_nfe(*plan, 1)  # no step evaluates a second network
         if is_unguided and guidance[0] not in (None, 1):
             flag = f"--guidance {guidance[0]:g}"
             distributed.print0(f"note: this model has no guide, so {flag} changes nothing")
@@ -376,9 +380,9 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
             start = time.perf_counter()
             mode_settings = settings | {"mode": mode}
             if mode == "compare":  # unless one is named, each sampler has its own
-                mode_settings["spacing"] = named_spacing
-            if mode == "samples" and classes and not has_named_seeds:
-                count = max(1, MAX_DEFAULT_IMAGES // len(classes))
+                mode_settings["spacing"] = given_spacing
+            if mode == "samples" and num_classes and not has_given_seeds:
+                count = max(1, MAX_DEFAULT_IMAGES // num_classes)
                 mode_settings["seeds"] = settings["seeds"][:count]
             folder = output_dir / folder_name(mode_settings)
             if mode != "batch":  # which resumes

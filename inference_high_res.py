@@ -7,7 +7,7 @@
 Modes and flags are those of inference.py.
 """
 
-from engine.cli import run_script
+from engine.cli import run_script  # first: sets what torch reads
 
 import inference
 

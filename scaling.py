@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine.cli import Parser, run_script
+from engine.cli import Parser, run_script  # first: sets what torch reads
 
 import torch
 from accelerate import PartialState

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.cli import Parser, import_from_file, run_script
+from engine.cli import Parser, import_from_file, run_script  # first: sets what torch reads
 
 from config import Config, DDPMConfig, detect_tier, estimate_memory_gib, resolve, subclass_overrides
 from ddpm_model import DDPMModel

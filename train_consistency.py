@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from engine.cli import run_script
+from engine.cli import run_script  # first: sets what torch reads
 
 from torch import Tensor
 

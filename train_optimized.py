@@ -8,7 +8,7 @@ Ends with a sample grid in samples/<run>/ and a model in checkpoints/ddpm_final.
 optimization is a flag: --help lists them, --dry_run shows the configuration that results.
 """
 
-from engine.cli import run_script
+from engine.cli import run_script  # first: sets what torch reads
 
 import train
 

@@ -7,7 +7,7 @@
 Everything else is as in train_true_high_res.py.
 """
 
-from engine.cli import run_script
+from engine.cli import run_script  # first: sets what torch reads
 
 import train
 import train_true_high_res

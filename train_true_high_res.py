@@ -8,7 +8,7 @@ Everything is on as in train_optimized.py, and the largest micro-batch that fits
 by a short search. The settings for large images are in config.py (SIZE_PRESETS).
 """
 
-from engine.cli import run_script
+from engine.cli import run_script  # first: sets what torch reads
 
 import train
 import train_optimized

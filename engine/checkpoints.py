@@ -255,10 +255,10 @@ def step_of(path: Path) -> int:
 
 
 def resolve_checkpoint(reference: str | None, flag: str = "--checkpoint") -> Path:
-    """Returns the checkpoint that a file, a run's folder or name, or `newest` means.
+    """Returns the checkpoint that a file, a run's folder or name, "newest" or None means.
 
-    Of a run it is the one with most steps, which a killed process may have saved under any name.
-    `newest` is the run saved last, None the newest file, see `newest`.
+    Of a run, and of "newest", the run saved last, it is the one with most steps, which a killed
+    process may have saved under any name. None means newest().
     """
     if reference is None:
         return newest()
@@ -272,6 +272,7 @@ def resolve_checkpoint(reference: str | None, flag: str = "--checkpoint") -> Pat
     if Path(reference).is_file():
         return Path(reference)
     for folder in (Path(reference), CHECKPOINT_DIR / reference):
+        # last.pt first: max takes the first of those with equal steps.
         files = sorted(folder.glob("[!.]*.pt"), key=lambda path: path.name != "last.pt")
         if files:
             return max(files, key=step_of)

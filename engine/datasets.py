@@ -43,7 +43,7 @@ class Archive:
     record_bytes: int = 0  # of each image in a file
     to_pixels: Callable[[np.ndarray], np.ndarray] | None = None  # record to (height, width, 3)
     class_names: tuple[str, ...] = ()
-    # a byte per image of the first file, from 1 on; else records begin with it
+    # labels of the first file's images, a byte each, from 1 on; else each record begins with one
     label_file: str = ""
 
 
@@ -110,7 +110,7 @@ def load_dataset(
     """Loads the training images of a data set, their center squares resized.
 
     dataset: one of DATASETS except "auto", or what hf_source reads. image_size: 0 for the images'
-    own, if all have one.
+    own, if it is the same for all.
     data_dir: where its files are or will be stored; for "folder", a folder, .zip or .tar of images,
     or an .npz or .npy of arrays. workers: decoding threads. upsampling: whether more than half of
     the images may be smaller than image_size. use_labels: whether to return labels, too. options:
@@ -133,26 +133,26 @@ def load_dataset(
     small = sum(size < image_size for size in sizes)
     if 2 * small > len(sizes):
         median = sizes[len(sizes) // 2]
-        # What the levels of the presets can halve.
-        works = max(8, median // (16 if median >= 128 else 8) * (16 if median >= 128 else 8))
+        # What fits and the levels of the preset can halve: five from 128 px on, or four.
+        multiple = 16 if median >= 128 else 8
+        works = max(8, median // multiple * multiple)
         raise UserError(
             f"images in {source.location} are {median} px, smaller than --image_size {image_size} "
             f"({small} of {len(sizes)} checked). Use --image_size {works}, or --use_upsampling"
         )
-    label = file_label(dataset)
-    data = load_cached(source, label, image_size, Path(cache_dir), workers, progress)
+    data = load_cached(source, file_slug(dataset), image_size, Path(cache_dir), workers, progress)
     if use_labels:
         check_classes(data.class_names, source.location)
     return data
 
 
-def file_label(dataset: str) -> str:
+def file_slug(dataset: str) -> str:
     """Returns a data set's name for file names: `hf:user/name` is `hf-user-name`."""
     return re.sub(r"[^\w.-]+", "-", dataset)[:60]
 
 
 def placeholder(dataset: str, image_size: int, use_labels: bool = False) -> ImageDataset | None:
-    """Returns a stand-in for a data set: black images in its number, and its classes.
+    """Returns a stand-in for a data set: as many black images, with its classes.
 
     None for a folder, and for a data set of the Hub that does not say its count or classes.
     """

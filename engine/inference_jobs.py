@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine.cli import import_from_file
+from engine.cli import import_from_file  # first: sets what torch reads
 
 import numpy as np
 import torch
@@ -40,8 +40,9 @@ MAX_SEEDS = 10_000_000
 PACKAGES = ("torch", "denoising-diffusion-pytorch", "numpy", "pillow")
 # Settings that do not change the images; the checkpoint counts by its content, sha256.
 NOT_COMPARED = {"checkpoint", "batch_size", "compile_model"}
-# Settings that earlier images do not store.
-OPTIONAL = {"num_samples", "classes", "guidance_mode", "image_size", "noise_levels", "compare_with"}
+# Settings that images of earlier versions lack, with what they were then.
+ADDED_LATER = dict.fromkeys(("classes", "guidance_mode", "noise_levels", "compare_with"))
+ADDED_LATER["image_size"] = 0
 
 
 @dataclass
@@ -57,7 +58,7 @@ class InferenceJob:
     def __post_init__(self) -> None:
         self.batcher = OomBatcher(self.settings["batch_size"])
         text = self.settings["classes"]
-        # The labels that were asked for, if any were.
+        # The labels that --classes names, empty without it.
         self.classes = parse_classes(text, self.model.class_names) if text is not None else []
 
     @property
@@ -182,13 +183,11 @@ def run_batched(
 
 
 def complete_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns settings, of any version, with the defaults that depend on seeds."""
-    first = str(settings["seeds"][0])
-    last = str(settings["seeds"][-1])
+    """Returns settings of any version, with what they lack and the defaults by the seeds."""
     complete = {name: value for name, value in settings.items() if name != "channels_last"}
-    for name, default in (("image", first), ("image1", first), ("image2", last)):
-        complete[name] = settings.get(name) or default
-    complete = dict.fromkeys(OPTIONAL - {"num_samples"}) | {"image_size": 0} | complete
+    for name, index in (("image", 0), ("image1", 0), ("image2", -1)):
+        complete[name] = settings.get(name) or str(settings["seeds"][index])
+    complete = ADDED_LATER | complete
     if complete["noise_levels"]:  # in place of a spacing, which earlier images store as well
         complete["spacing"] = None
     return complete | {"guidance": settings.get("guidance") or None}  # 0 meant None
@@ -197,7 +196,7 @@ def complete_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 def has_other_settings(file: Path, settings: Mapping[str, Any]) -> bool:
     """Whether `file`, a settings.json or summary.json, has other settings.
 
-    So it is if it is damaged: nobody knows what the images next to it are.
+    A damaged file counts as other: what made the images next to it is unknown.
     """
     if not file.exists():
         return False
@@ -259,7 +258,8 @@ def read_png_settings(path: Path, declared: type[Settings]) -> dict[str, Any]:
     # Settings that are not declared: seeds as numbers, and the checkpoint's content.
     try:
         stored = json.loads(plots.read_png_metadata(path) or "{}")
-        missing = {*declared.settings(), "sha256"} - OPTIONAL - stored.keys()
+        known = {"num_samples", *ADDED_LATER, *stored.keys()}  # the number is that of the seeds
+        missing = {*declared.settings(), "sha256"} - known
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"the settings in {path} are damaged. Use another image") from error
     if missing:
@@ -275,7 +275,7 @@ def read_png_settings(path: Path, declared: type[Settings]) -> dict[str, Any]:
 
 
 def parse_seeds(text: str, limit: int = MAX_SEEDS) -> list[int]:
-    """Parses `7`, `0-63` or `1,5,10-12`; UserError for anything else or too many."""
+    """Parses `7`, `0-63` or `1,5,10-12`; UserError for anything else, repeated or too many."""
     seeds: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part.strip())
@@ -286,6 +286,8 @@ def parse_seeds(text: str, limit: int = MAX_SEEDS) -> list[int]:
         if len(seeds) + len(span) > limit:
             raise UserError(f"seeds is {text!r}, but at most {limit:,} images are possible")
         seeds += span
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"seeds is {text!r}, but names a seed twice")
     return seeds
 
 
@@ -358,7 +360,7 @@ def autocast(model: nn.Module, use_amp: bool) -> torch.autocast:
 
 
 def compile_networks(model: nn.Module) -> None:
-    """Compiles a model's network and guide, which CUDA graphs cannot capture then."""
+    """Compiles a model's network and guide; without CUDA graphs, which cannot capture them then."""
     model.cuda_graph = False
     model.unet.compile()
     if model.guide is not None:

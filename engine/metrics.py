@@ -273,21 +273,24 @@ def inception_scores(network: Inception, features: np.ndarray, real: np.ndarray)
     scores = {name: scores[key] for name, key in keys.items() if key in scores}
     if subset > NUM_NEIGHBORS:
         print("precision and recall: distances between all pairs of features", flush=True)
-        scores |= {"precision": coverage(*pair), "recall": coverage(*reversed(pair))}
+        generated, real = pair
+        scores |= {"precision": share_inside(generated, real)}
+        scores |= {"recall": share_inside(real, generated)}
     return scores
 
 
-def coverage(x: Tensor, y: Tensor) -> float:
-    """Returns the share of x (N, D) that lies near y (M, D): precision, or recall if exchanged.
+def share_inside(x: Tensor, y: Tensor) -> float:
+    """Returns the share of points x (N, D) that lie inside the manifold of points y (M, D).
 
-    Near is within the distance of a row of y to its third nearest neighbor, Kynkaanniemi et al.
-    (arXiv:1904.06991). torch-fidelity's fetches all distances from the GPU, which takes minutes.
+    A point is inside if it is closer to some y than that is to its third nearest neighbor:
+    improved precision and recall, Kynkaanniemi et al. (arXiv:1904.06991). torch-fidelity's own
+    function fetches all distances from the GPU, which takes minutes.
     """
     k = NUM_NEIGHBORS + 1  # the nearest row is the row itself
     radius = [torch.cdist(rows, y).kthvalue(k).values for rows in y.split(CHUNK_ROWS)]
     radius = torch.cat(radius)
-    is_near = [(torch.cdist(rows, y) <= radius).any(dim=1) for rows in x.split(CHUNK_ROWS)]
-    return torch.cat(is_near).double().mean().item()
+    is_inside = [(torch.cdist(rows, y) <= radius).any(dim=1) for rows in x.split(CHUNK_ROWS)]
+    return torch.cat(is_inside).double().mean().item()
 
 
 def nearest_neighbors(queries: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -31,7 +31,7 @@ VALIDATION_TIME_FRACTION = 0.02  # of the time, after those epochs
 
 
 class MetricsLog:
-    """Writes metrics to metrics.jsonl and a tracker, and sample grids; a full disk costs some."""
+    """Writes metrics to metrics.jsonl and a tracker, and sample grids; write errors only warn."""
 
     def __init__(self, folder: Path, progress: Progress, tracker: Tracker):
         self.folder = folder
@@ -53,7 +53,7 @@ class MetricsLog:
         self.tracker.log(values, progress.step)
 
     def validation_loss(self, progress: Progress, loss: float) -> None:
-        """Logs the validation loss of a step, unless a killed session has."""
+        """Logs the validation loss of a step, unless the session that was resumed has."""
         if progress.step not in self.validation_losses:
             self.validation_losses[progress.step] = loss
             self.scalars(progress, validation_loss=loss)
@@ -100,7 +100,9 @@ def format_bytes(count: float) -> str:
 def max_checkpoints(config: Any, epochs: float) -> int:
     """Returns how many checkpoints a run of some epochs has on disk at the same time."""
     every = config.CHECKPOINT_EVERY
-    kept = config.KEEP if every is None else epochs // every if every else 0
+    kept = epochs // every if every else 0
+    if every is None:
+        kept = config.KEEP
     return int(kept) + 3  # last.pt, which final.pt is a link to, best.pt and one being written
 
 

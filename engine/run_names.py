@@ -8,7 +8,7 @@ from typing import Any
 
 from engine import checkpoints
 from engine.checkpoints import TrainingCheckpoint
-from engine.datasets import file_label
+from engine.datasets import file_slug
 from engine.errors import UserError
 
 SAMPLES_DIR = Path("samples")
@@ -21,7 +21,7 @@ def new_run_name(config: Any) -> str:
     """
     name = config.RUN_NAME
     if not name:
-        base = f"{file_label(config.DATASET)}-{config.IMAGE_SIZE}px-{datetime.now():%Y%m%d-%H%M%S}"
+        base = f"{file_slug(config.DATASET)}-{config.IMAGE_SIZE}px-{datetime.now():%Y%m%d-%H%M%S}"
         return create_run_folder(base)
     if not checkpoints.is_run_name(name):
         raise UserError(

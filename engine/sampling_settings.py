@@ -20,7 +20,7 @@ from engine.settings import Setting, Settings
 
 
 def choose_sampling(model: GenerationMixin, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of the plan, with the model's own where they are not set."""
+    """Returns sampler, steps, spacing and noise levels, the model's own where they are not set."""
     name = settings["sampler"]
     name = model.default_sampler if name == "auto" else name
     own_steps = model.num_timesteps if name == "ddpm" else None
@@ -54,11 +54,13 @@ def format_noise_levels(levels: Sequence[float] | None) -> str | None:
 def sampling_label(settings: Mapping[str, Any], classes: str | None = None) -> str:
     """Returns how images were sampled for names of result files, e.g. unipc-14-cat-dog."""
     parts = [settings["sampler"].replace(".py:", "-").replace("/", "-"), str(settings["steps"])]
-    has_levels = settings["sampler"] in CONSISTENCY_SAMPLERS
-    own_levels = CONSISTENCY_LEVELS.get(settings["steps"]) if has_levels else None
-    own = format_noise_levels(own_levels) or DEFAULT_SPACING
+    # Noise levels or spacing, unless they are the sampler's own.
+    own = DEFAULT_SPACING
+    if settings["sampler"] in CONSISTENCY_SAMPLERS:
+        own = format_noise_levels(CONSISTENCY_LEVELS.get(settings["steps"])) or own
     used = settings["noise_levels"] or settings["spacing"] or own
-    parts += [] if used == own else [used.replace(",", "-")]
+    if used != own:
+        parts.append(used.replace(",", "-"))
     return "-".join([*parts, *re.findall(r"\w+", classes or "")])[:80]
 
 

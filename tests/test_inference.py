@@ -247,6 +247,15 @@ def test_progressive_shows_the_trajectory_of_each_seed(guided, infer, grids):
     assert (tiles[:, 0, 0] - tiles[:, 1, 0]).abs().mean() > 0.05  # x_T and the x_0 predicted
 
 
+def test_gif_of_many_steps_has_few_frames(folder, infer, monkeypatch):
+    monkeypatch.setattr(inference, "MAX_FRAMES", 6)
+    gifs: list[list] = []
+    monkeypatch.setattr(inference.plots, "save_gif", lambda frames, _: gifs.append(frames))
+    for steps, frames in ((4, 5), (5, 6), (6, 4), (11, 6), (12, 5)):  # and x_T: one state more
+        assert infer("--mode", "progressive", "--seeds", "0", "--steps", str(steps)) == 0
+        assert len(gifs.pop()) == frames
+
+
 def test_compare_samples_with_every_sampler_and_the_given_guidance(guided, infer, monkeypatch):
     monkeypatch.setattr(comparison, "COMPARED_STEPS", (2, 3))
     calls, sample = [], DDPMModel.sample
@@ -918,6 +927,8 @@ def test_seeds_are_parsed():
     for text in ("", "3-", "-3", "1.5", "1,,2", "²"):
         with pytest.raises(UserError, match="must look like"):
             inference_jobs.parse_seeds(text)
+    with pytest.raises(UserError, match="'3-5,4', but names a seed twice"):
+        inference_jobs.parse_seeds("3-5,4")
 
 
 def test_input_image_of_other_size_and_mode_is_converted_with_a_notice(folder, infer, capsys):
