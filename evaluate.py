@@ -89,22 +89,25 @@ def sample_images(
 
     labels: of the samples, on rank 0; None: in the proportions of the training images.
     """
-    # Rank 0 may evaluate the previous samples for longer than a collective operation waits.
+    # Wait for rank 0, which may score earlier samples for longer than a collective operation waits.
     distributed.rank0_first(f"sample {path}", lambda: None)
     start = time.perf_counter()
+
+    # Samples.
     chosen = choose_sampling(model, settings.as_dict())
-    options = plan_kwargs(chosen, jobs.load_sampler(chosen["sampler"]))
-    plan = model.sampling_plan(**options)
+    plan_options = plan_kwargs(chosen, jobs.load_sampler(chosen["sampler"]))
+    guidance = {"guidance": settings.guidance, "guidance_mode": settings.guidance_mode}
     batch_size = settings.batch_size or jobs.auto_batch_size(model, settings.use_amp)
-    arguments = (settings.num_samples, batch_size, settings.seed)
-    guidance = settings.guidance, settings.guidance_mode
-    options |= {"guidance": guidance[0], "guidance_mode": guidance[1]}
-    options["labels"] = distributed.broadcast_object(labels)
+    labels = distributed.broadcast_object(labels)
     with jobs.autocast(model, settings.use_amp):
-        images = batch_generate(model, *arguments, **options)
-    nfe = model.count_nfe(*plan, *guidance)
+        arguments = settings.num_samples, batch_size, settings.seed
+        images = batch_generate(model, *arguments, labels=labels, **plan_options, **guidance)
+
+    # How they were sampled. Guidance that adds no evaluations changes nothing: its weight is 1.
+    plan = model.sampling_plan(**plan_options)
+    nfe = model.count_nfe(*plan, **guidance)
     weight = model.guidance if settings.guidance is None else settings.guidance
-    weight = 1.0 if nfe == model.count_nfe(*plan, 1) else weight
+    weight = weight if nfe > model.count_nfe(*plan, 1) else 1.0
     progress = model.training_info["progress"]
     return plots.to_bytes(images).transpose(0, 3, 1, 2), {
         "name": checkpoints.display_name(path), "checkpoint": str(path),

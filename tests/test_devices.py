@@ -1,5 +1,6 @@
 """engine/devices.py: inference and evaluation run where training does."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ import evaluate
 import inference
 import train
 from ddpm_model import DDPMModel
-from engine import comparison, devices, distributed
+from engine import class_metrics, comparison, devices, distributed, metrics
 from engine.errors import UserError
 from engine.train_step import get_rng_state, set_rng_state
 from tests.helpers import CPU, TINY_FLAGS
@@ -71,13 +72,18 @@ class NoFloat64(TorchDispatchMode):
 
 def test_training_inference_and_evaluation_need_no_float64(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    build = DDPMModel._build
 
-    def build_on_cpu(*args, **kwargs):
-        with _disable_current_modes():
-            build(*args, **kwargs)
+    def on_cpu(function: Callable) -> Callable:
+        def run(*args, **kwargs):
+            with _disable_current_modes():
+                return function(*args, **kwargs)
 
-    monkeypatch.setattr(DDPMModel, "_build", build_on_cpu)
+        return run
+
+    # A model is built, and a distance computed, on the CPU.
+    monkeypatch.setattr(DDPMModel, "_build", on_cpu(DDPMModel._build))
+    for module in (metrics, class_metrics):
+        monkeypatch.setattr(module, "frechet_distance", on_cpu(metrics.frechet_distance))
     monkeypatch.setattr(evaluate, "load_feature_networks", lambda *_: [MeanColors()])
     monkeypatch.setattr(comparison, "COMPARED_STEPS", (2,))
     with NoFloat64():
