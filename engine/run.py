@@ -35,41 +35,43 @@ class MetricsLog:
 
     def __init__(self, folder: Path, progress: Progress, tracker: Tracker):
         self.folder = folder
-        self.metrics = folder / "metrics.jsonl"
+        self.metrics_file = folder / "metrics.jsonl"
         # Steps after the resumed checkpoint are done, and logged, again.
-        kept = [row for row in plots.read_metrics(self.metrics) if row["step"] <= progress.step]
-        checkpoints.write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        kept = [
+            row for row in plots.read_metrics(self.metrics_file) if row["step"] <= progress.step
+        ]
+        checkpoints.write_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
         self.validation_losses = {
             row["step"]: row["validation_loss"] for row in kept if "validation_loss" in row
         }
         self.tracker = tracker
 
-    def scalars(self, progress: Progress, **values: float) -> None:
+    def write_scalars(self, progress: Progress, **values: float) -> None:
         """Logs values at the current step."""
         row = {"step": progress.step, "epoch": progress.epoch, "images": progress.images}
         row |= {"seconds": round(progress.seconds, 3), **values}
-        with tolerate_write_errors(self.folder), open(self.metrics, "a") as file:
+        with tolerate_write_errors(self.folder), open(self.metrics_file, "a") as file:
             file.write(json.dumps(row) + "\n")
         self.tracker.log(values, progress.step)
 
-    def validation_loss(self, progress: Progress, loss: float) -> None:
+    def write_validation_loss(self, progress: Progress, loss: float) -> None:
         """Logs the validation loss of a step, unless the session that was resumed has."""
         if progress.step not in self.validation_losses:
             self.validation_losses[progress.step] = loss
-            self.scalars(progress, validation_loss=loss)
+            self.write_scalars(progress, validation_loss=loss)
 
-    def grid(self, images: Tensor, step: int, file: str, columns: int | None = None) -> None:
+    def write_grid(self, images: Tensor, step: int, file: str, columns: int | None = None) -> None:
         """Writes samples (B, C, H, W) in [0, 1] as a grid and updates the loss curve."""
         with tolerate_write_errors(self.folder):
             plots.save_image(plots.grid(images, columns), self.folder / file)
-            plots.save_loss_curve(self.metrics, self.folder / "loss.png")
+            plots.save_loss_curve(self.metrics_file, self.folder / "loss.png")
         self.tracker.log_grid(self.folder / file, step)
 
     def close(self) -> None:
         """Closes the tracker and updates the loss curve."""
         self.tracker.close()
         with tolerate_write_errors(self.folder):
-            plots.save_loss_curve(self.metrics, self.folder / "loss.png")
+            plots.save_loss_curve(self.metrics_file, self.folder / "loss.png")
 
 
 @contextlib.contextmanager
@@ -217,7 +219,7 @@ class Run:
         speed = (progress.images - self.logged_images) / (now - self.last_log_time)
         self.last_log_time = now
         self.logged_images = progress.images
-        self.log.scalars(
+        self.log.write_scalars(
             progress, loss=loss.item(), learning_rate=lr, gradient_norm=grad_norm.item(),
             images_per_second=speed, skipped=self.train_step.skipped_updates.item(),
             fraction=min(1.0, progress.fraction),
@@ -229,7 +231,7 @@ class Run:
         """Validates, and saves best.pt if the loss is the lowest so far."""
         start = time.monotonic()
         self.validation_loss = self.train_step.validate(self.validation_split)
-        self.log.validation_loss(self.progress, self.validation_loss)
+        self.log.write_validation_loss(self.progress, self.validation_loss)
         if self.progress.best is None or self.validation_loss < self.progress.best:
             self.progress.best = self.validation_loss
             self.save("best.pt")
@@ -282,7 +284,7 @@ class Run:
         except Exception as error:
             warn_fallback(file, error)
         else:
-            self.log.grid(images, self.progress.step, file, columns)
+            self.log.write_grid(images, self.progress.step, file, columns)
 
     def save(self, file: str) -> None:
         """Writes a checkpoint. A failure is a warning, except for final.pt, where it is raised."""

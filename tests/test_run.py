@@ -309,8 +309,8 @@ def test_metrics_log_hands_rows_and_grids_to_its_tracker(tmp_path):
     )
     reached = Progress(None, 4, ALONE, step=20)
     log = MetricsLog(tmp_path, reached, tracker)
-    log.scalars(reached, loss=1.0)
-    log.grid(torch.rand(4, 3, 8, 8), 20, "grid.png")
+    log.write_scalars(reached, loss=1.0)
+    log.write_grid(torch.rand(4, 3, 8, 8), 20, "grid.png")
     log.close()
     assert calls == [({"loss": 1.0}, 20), (True, "grid.png", 20), "closed"]
 
@@ -319,7 +319,7 @@ def test_metrics_log_drops_rows_after_the_resumed_checkpoint(tmp_path):
     for step in (10, 20, 30):
         reached = Progress(None, 4, ALONE, step=step)
         log = MetricsLog(tmp_path, reached, NO_TRACKER)
-        log.scalars(reached, loss=1.0)
+        log.write_scalars(reached, loss=1.0)
         log.close()
     MetricsLog(tmp_path, Progress(None, 4, ALONE, step=20), NO_TRACKER).close()
     assert [row["step"] for row in plots.read_metrics(tmp_path / "metrics.jsonl")] == [10, 20]
