@@ -21,9 +21,9 @@ from engine import hf_datasets
 from engine.dataloader import ImageDataset
 from engine.distributed import print0
 from engine.errors import UserError
-from engine.image_cache import Source, load_cached
+from engine.image_cache import load_cached
 from engine.image_files import file_fingerprint
-from engine.image_source import DEFAULT_OPTIONS, ReadOptions, image_source, path_source
+from engine.image_source import DEFAULT_OPTIONS, ReadOptions, Source, image_source, path_source
 from engine.labels import NO_LABEL, check_classes, labels_from_folders
 from engine.shapes import SHAPE_KINDS, draw_shapes, kind_of
 

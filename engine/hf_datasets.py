@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from engine.errors import UserError, type_and_message
-from engine.image_cache import BLOCK, Source
+from engine.image_source import BLOCK, Source
 from engine.labels import NO_LABEL, check_classes
 from engine.pixels import read_pixels
 

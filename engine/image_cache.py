@@ -3,9 +3,7 @@
 import hashlib
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -16,40 +14,10 @@ from tqdm import tqdm
 from engine.checkpoints import link_or_copy, write_atomically
 from engine.dataloader import ImageDataset, read_ahead
 from engine.errors import FallbackWarning, UserError, warn_fallback
+from engine.image_source import Source
 
-BLOCK = 64  # images that a thread decodes at a time
 MAX_UNREADABLE_FRACTION = 1 / 20  # with more, something is wrong with the source
 MIN_CHECKED = 1000  # images of a stream before that counts, except at its end
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the images of a data set come from, and their labels if it has classes."""
-
-    location: str
-    fingerprint: str  # changes whenever the images or labels at the location do
-    count: int  # 0: known only after all are read
-    # read(block, size): of each, its images, uint8 (n, C, size, size), or why it is left out
-    read: Callable[[Sequence, int], list[np.ndarray | str]]
-    # channels(): C; may take a look at each image
-    channels: Callable[[], int] = lambda: 3
-    # sample_sizes(): shorter sides of some of the images in pixels; none if they have any size
-    sample_sizes: Callable[[], Iterable[int]] = tuple
-    # labels(): int64 (count,), indices into the class names or -1, and those; called after reading
-    labels: Callable[[], tuple[np.ndarray, tuple[str, ...]]] | None = None
-    names: Iterable[str] = ()  # of the files, below the location
-    variant: str = ""  # how they are read; each has a cache
-    # chosen_variant(): another name of the variant, once channels() is known
-    chosen_variant: Callable[[], str] | None = None
-    # stream(): blocks for `read`, in order; ranges of indices unless given
-    stream: Callable[[], Iterable[Sequence]] | None = None
-
-    def blocks(self) -> Iterable[Sequence]:
-        """Returns what `read` takes: the stream's blocks, or ranges of indices."""
-        if self.stream:
-            return self.stream()
-        starts = range(0, self.count, BLOCK)
-        return (range(start, min(start + BLOCK, self.count)) for start in starts)
 
 
 def load_cached(

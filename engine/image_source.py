@@ -3,7 +3,7 @@
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -16,15 +16,45 @@ from tqdm import tqdm
 from engine import pixels
 from engine.distributed import print0
 from engine.errors import UserError
-from engine.image_cache import Source
 from engine.image_files import file_fingerprint, find_images
 from engine.pixels import Range
 
+BLOCK = 64  # images that a thread decodes at a time
 MAX_SIZES_CHECKED = 200  # images whose size is compared with --image_size
 MAX_CROPPED_FRACTION = 0.1  # of an image; with more, a line says so
 MIN_BRIGHTEST = 64  # of 255, of the brightest pixel in colors with 16 bits
 ARRAY_FILES = (".npz", ".npy")
 CHANNEL_NAMES = {1: "gray", 3: "RGB", 4: "RGBA"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the images of a data set come from, and their labels if it has classes."""
+
+    location: str
+    fingerprint: str  # changes whenever the images or labels at the location do
+    count: int  # 0: known only after all are read
+    # read(block, size): of each, its images, uint8 (n, C, size, size), or why it is left out
+    read: Callable[[Sequence, int], list[np.ndarray | str]]
+    # channels(): C; may take a look at each image
+    channels: Callable[[], int] = lambda: 3
+    # sample_sizes(): shorter sides, in pixels, of some of the images; none if they have any size
+    sample_sizes: Callable[[], Iterable[int]] = tuple
+    # labels(): int64 (count,) of indices into the class names or -1, and these; after reading
+    labels: Callable[[], tuple[np.ndarray, tuple[str, ...]]] | None = None
+    names: Iterable[str] = ()  # of the files, below the location
+    variant: str = ""  # how they are read; each has a cache
+    # chosen_variant(): the variant that names these channels(), whose runs find the same cache
+    chosen_variant: Callable[[], str] | None = None
+    # stream(): blocks for `read`, in order; ranges of indices unless given
+    stream: Callable[[], Iterable[Sequence]] | None = None
+
+    def blocks(self) -> Iterable[Sequence]:
+        """Returns what `read` takes: the stream's blocks, or ranges of indices."""
+        if self.stream:
+            return self.stream()
+        starts = range(0, self.count, BLOCK)
+        return (range(start, min(start + BLOCK, self.count)) for start in starts)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from engine import image_cache
 from engine.dataloader import ImageDataset
 from engine.datasets import load_dataset
 from engine.errors import FallbackWarning, UserError
-from engine.image_cache import Source, load_cached
-from engine.image_source import ReadOptions
+from engine.image_cache import load_cached
+from engine.image_source import ReadOptions, Source
 from tests.forked_script import ForkedScript
 from tests.helpers import random_images
 
