@@ -188,7 +188,7 @@ def estimate_memory_gib(
 ) -> float:
     """Estimates the peak memory of a training step, GiB.
 
-    20 bytes per parameter: weights, gradients, Muon's momentum, EMA and guide; Adam's has one more.
+    20 bytes per parameter: weights, gradients, Muon's momentum, EMA and guide. Adam takes 4 more.
     """
     # Bytes per base channel, pixel and image, measured for dim_mults 1,2,4,8 at 32 px.
     activation_bytes = 150 if use_amp else 400

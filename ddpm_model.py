@@ -218,7 +218,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
             for name, p in self.named_parameters()
             if "class_embedding" in name
         }
-        self.__dict__.pop("alpha_bar", None)  # it may be another schedule
+        self.__dict__.pop("alpha_bar", None)  # cached; the new schedule may be another
         return super().load_state_dict(embeddings | dict(state_dict), *args, **kwargs)
 
     def start_from(self, source: "DDPMModel") -> None:

@@ -192,8 +192,8 @@ def generate_batch(job: jobs.InferenceJob) -> str:
     # All chunks, in one file if it is an npz.
     if dist.is_main_process:
         if missing := missing_chunks():
-            start = f"lacks the images from seed {missing[0][0]} on"
-            raise UserError(f"{folder} {start} (can all machines write there?). Run it again", 1)
+            reason = f"lacks the images from seed {missing[0][0]} on"
+            raise UserError(f"{folder} {reason} (can all machines write there?). Run it again", 1)
         if is_npz:
             parts = [jobs.read_part(file) for chunk in chunks for file in files(chunk)]
             arrays = {"images": np.concatenate(parts), "seeds": np.array(seeds)}
@@ -379,7 +379,7 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
                 continue
             start = time.perf_counter()
             mode_settings = settings | {"mode": mode}
-            if mode == "compare":  # unless one is named, each sampler has its own
+            if mode == "compare":  # unless one is given, each sampler has its own
                 mode_settings["spacing"] = given_spacing
             if mode == "samples" and num_classes and not has_given_seeds:
                 count = max(1, MAX_DEFAULT_IMAGES // num_classes)

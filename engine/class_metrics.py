@@ -27,6 +27,7 @@ def fit_classifier(features: np.ndarray, labels: np.ndarray, num_classes: int) -
 
     # A linear layer, zero at first.
     x = standardize(features)
+    y = torch.from_numpy(labels)
     linear = nn.Linear(x.shape[1], num_classes)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
@@ -37,7 +38,7 @@ def fit_classifier(features: np.ndarray, labels: np.ndarray, num_classes: int) -
     def loss() -> Tensor:
         optimizer.zero_grad()
         penalty = 0.5 * WEIGHT_DECAY * linear.weight.square().sum()
-        value = nn.functional.cross_entropy(linear(x), torch.from_numpy(labels)) + penalty
+        value = nn.functional.cross_entropy(linear(x), y) + penalty
         value.backward()
         return value
 

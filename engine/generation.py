@@ -57,7 +57,7 @@ class GenerationMixin:
     num_timesteps: int
     sampling_timesteps: int
     log_snr_shift: float  # of the noise schedule, by image size
-    is_consistency_tuned = False  # x_0 is predicted as a sample, not as the mean of all
+    is_consistency_tuned = False  # if so, a predicted x_0 is a sample, not an average of many
     device: torch.device
     diffusion: GaussianDiffusion
     denoiser: Callable[..., ModelDenoiser]

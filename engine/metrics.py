@@ -273,9 +273,11 @@ def inception_scores(network: Inception, features: np.ndarray, real: np.ndarray)
     scores = {name: scores[key] for name, key in keys.items() if key in scores}
     if subset > NUM_NEIGHBORS:
         print("precision and recall: distances between all pairs of features", flush=True)
-        generated, real = pair
-        scores |= {"precision": share_inside(generated, real)}
-        scores |= {"recall": share_inside(real, generated)}
+        generated, reference = pair
+        scores |= {
+            "precision": share_inside(generated, reference),
+            "recall": share_inside(reference, generated),
+        }
     return scores
 
 

@@ -102,9 +102,8 @@ def format_bytes(count: float) -> str:
 def max_checkpoints(config: Any, epochs: float) -> int:
     """Returns how many checkpoints a run of some epochs has on disk at the same time."""
     every = config.CHECKPOINT_EVERY
-    kept = epochs // every if every else 0
-    if every is None:
-        kept = config.KEEP
+    of_epochs = epochs // every if every else 0
+    kept = config.KEEP if every is None else of_epochs
     return int(kept) + 3  # last.pt, which final.pt is a link to, best.pt and one being written
 
 

@@ -26,10 +26,10 @@ def choose_sampling(model: GenerationMixin, settings: Mapping[str, Any]) -> dict
     own_steps = model.num_timesteps if name == "ddpm" else None
     levels = parse_noise_levels(settings["noise_levels"])
     steps = settings["steps"] or own_steps
-    choice = model.complete_plan(name, steps, settings["spacing"], levels)
+    plan = model.complete_plan(name, steps, settings["spacing"], levels)
     # Stored, so that other defaults will not change what the settings reproduce.
-    levels = format_noise_levels(choice.noise_levels)
-    return choice._asdict() | {"sampler": name, "noise_levels": levels}
+    levels = format_noise_levels(plan.noise_levels)
+    return plan._asdict() | {"sampler": name, "noise_levels": levels}
 
 
 def plan_kwargs(settings: Mapping[str, Any], sampler: str | Callable) -> dict[str, Any]:

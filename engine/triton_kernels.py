@@ -91,7 +91,7 @@ def _norm_backward(x_ptr, bias_ptr, gain_ptr, modulation_ptr, dy_ptr, dx_ptr, su
     dshift_acc = tl.zeros([ROWS, COLS], tl.float32)
     dbias_acc = tl.zeros([ROWS, COLS], tl.float32)
     end = tl.minimum((program + 1) * rows_per_program, pixels)
-    for start in tl.range(program * rows_per_program, end, ROWS, num_stages=2):  # loads ahead
+    for start in tl.range(program * rows_per_program, end, ROWS, num_stages=2):  # prefetches
         pixel = start + tl.arange(0, ROWS)
         mask = (pixel < end)[:, None] & col_mask[None, :]
         row = image * pixels + pixel
