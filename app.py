@@ -110,7 +110,7 @@ class Page:
 
     def grid(self, session: Session, area: str) -> str:
         """Returns the images of an area, the chosen ones framed."""
-        images = [(p.data_uri, p.label) for p in session.images.get(area, [])]
+        images = [(p.data_uri, p.caption) for p in session.images.get(area, [])]
         return page.image_grid(images, [p.data_uri for p in session.chosen])
 
     def choose(self, session: Session, event: gr.EventData) -> tuple[str, str, str]:

@@ -20,7 +20,6 @@ from engine.cli import Parser, run_script  # first: sets what torch reads
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 from ddpm_model import DDPMModel
@@ -31,17 +30,22 @@ from engine.dataloader import Batch, ImageDataset, as_batch, train_val_split
 from engine.datasets import DATASETS, load_dataset, require_stored
 from engine.devices import default_device, device_name
 from engine.errors import UserError, warn_fallback
+from engine.evaluation_report import (
+    Evaluation,
+    format_table,
+    plot_nearest_neighbors,
+    result_name,
+    save_curves,
+)
 from engine.image_source import ReadOptions
 from engine.labels import NO_LABEL, labels_of_seeds
-from engine.metrics import Scores
-from engine.sampling_settings import SamplingSettings, choose_sampling, plan_kwargs, sampling_label
+from engine.metrics import References, Scores
+from engine.sampling_settings import SamplingSettings, choose_sampling, plan_kwargs
 from engine.settings import Setting
 from inference import batch_generate
 
 RGB = ReadOptions(channels=3)
 NEAREST_SAMPLES = 16  # in the figure of nearest training images
-Evaluation = dict[str, Any]  # scores of images and how they were made, as in the JSON file
-References = dict[nn.Module, metrics.Statistics]  # of the real images, by feature network
 
 
 class EvaluationSettings(SamplingSettings):
@@ -137,30 +141,6 @@ def compute_scores(features: dict[nn.Module, np.ndarray], references: References
     return scores
 
 
-def plot_nearest_neighbors(
-    samples: np.ndarray, names: list[str], real: np.ndarray, references: References,
-    device: torch.device,
-) -> Image.Image:  # fmt: skip
-    """Returns samples and, below each, the real images nearest in pixels and features."""
-    queries = np.concatenate([samples, samples[..., ::-1]])  # training may mirror images
-    spaces = [("pixels", queries.reshape(len(queries), -1), real.reshape(len(real), -1), 255)]
-    for network, reference in references.items():
-        features = metrics.extract_features(network, queries, device)
-        spaces.append((network.title.removeprefix("FD-"), features, reference.features, 1))
-    tiles = [samples]
-    labels = list(names)
-    for name, points, rows, unit in spaces:
-        found = metrics.nearest_neighbors(points, rows)
-        distance, index = (values.reshape(2, -1) for values in found)
-        mirrored = distance[1] < distance[0]
-        nearest = real[np.where(mirrored, index[1], index[0])]
-        tiles.append(np.where(mirrored[:, None, None, None], nearest[..., ::-1], nearest))
-        labels += [f"{name} {value:.3f}" for value in distance.min(axis=0) / unit]
-    title = "samples and, below each, the nearest real images with their root mean square distance"
-    images = torch.from_numpy(np.concatenate(tiles)) / 255
-    return plots.labeled_grid(images, labels, columns=len(samples), title=title, smallest=96)
-
-
 def load_real_images(
     settings: EvaluationSettings, config: dict[str, Any], shape: tuple[int, ...], path: Path,
     class_names: tuple[str, ...] = (),
@@ -220,30 +200,6 @@ def image_shape(model: DDPMModel) -> tuple[int, ...]:
     return model.channels, model.image_size, model.image_size
 
 
-def format_table(results: list[Evaluation]) -> str:
-    """Returns the scores as aligned columns."""
-    columns = [name for name in results[0]["scores"] if not name.endswith(" std")]
-    width = max(len(row["name"]) for row in results)
-    lines = [" " * width + "".join(f"{name:>16}" for name in (*columns, "seconds"))]
-    for row in results:
-        scores = "".join(f"{row['scores'][name]:16.4g}" for name in columns)
-        lines.append(f"{row['name']:{width}}{scores}{row['seconds']:16.0f}")
-    return "\n".join(lines)
-
-
-def result_label(first: Evaluation, others: int, reference: dict[str, Any]) -> str:
-    """Returns the name of result files: what was evaluated, how sampled, compared with what."""
-    parts = [first["name"], *([f"and-{others}-more"] if others else [])]
-    if "checkpoint" in first:
-        parts.append(sampling_label(first))
-        mode = "" if first["guidance_mode"] == "autoguidance" else f"{first['guidance_mode']}-"
-        parts += [f"{mode}guidance-{first['guidance']:g}"] if first["guidance"] != 1 else []
-        parts += [f"seeds-{first['seeds']}"] if not first["seeds"].startswith("0-") else []
-    is_folder = reference["dataset"] == "folder"
-    source = Path(reference["data_dir"]).resolve().name if is_folder else reference["dataset"]
-    return "-".join(["evaluate", *parts, str(first["num_samples"]), "vs", source])
-
-
 def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.device) -> None:
     """Evaluates checkpoints or images; writes table, JSON and figures."""
     # What to evaluate.
@@ -291,14 +247,13 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
         row["seconds"] = round(time.perf_counter() - row_start, 2)
         results.append(row)
         report["seconds"] = round(time.perf_counter() - start, 2)
-        label = result_label(results[0], len(paths) - 1, reference)
-        checkpoints.write_text(output_dir / f"{label}.json", json.dumps(report, indent=2) + "\n")
+        stem = output_dir / result_name(results[0], len(paths) - 1, reference)
+        checkpoints.write_text(Path(f"{stem}.json"), json.dumps(report, indent=2) + "\n")
 
     # Tables and figures.
     print(format_table(results))
     if by_class is not None:
         print_classes(results, networks[-1].title, by_class)
-    stem = output_dir / label
     if images.shape[1:] == real.shape[1:]:
         save_nearest(settings, images, real, references, stem)
     save_curves(results, losses, [network.title for network in networks], stem)
@@ -351,25 +306,9 @@ def save_nearest(
     """Writes the figure of the first images and the real ones nearest to them."""
     kind = "image" if settings.images else "seed"
     samples = images[:NEAREST_SAMPLES]
-    names = [f"{kind} {settings.seed + i}" for i in range(len(samples))]
-    figure = plot_nearest_neighbors(samples, names, real, references, default_device())
+    captions = [f"{kind} {settings.seed + i}" for i in range(len(samples))]
+    figure = plot_nearest_neighbors(samples, captions, real, references, default_device())
     plots.save_image(figure, stem.with_name(f"{stem.name}-nearest.png"))
-
-
-def save_curves(
-    results: list[Evaluation], losses: dict[str, tuple[list[int], list[float]]],
-    titles: list[str], stem: Path,
-) -> None:  # fmt: skip
-    """Plots losses, by name as timesteps and values, and distances by training time."""
-    if losses:
-        timesteps, _ = next(iter(losses.values()))
-        values = {name: loss for name, (_, loss) in losses.items()}
-        plots.save_loss_by_timestep(timesteps, values, stem.with_name(f"{stem.name}-loss.png"))
-    trained = [row for row in results if row.get("trained_seconds")]
-    if len(trained) > 1:
-        minutes = [row["trained_seconds"] / 60 for row in trained]
-        distances = {title: [row["scores"][title] for row in trained] for title in titles}
-        plots.plot_fd_over_time(minutes, distances, stem.with_name(f"{stem.name}-curve.png"))
 
 
 def main() -> None:

@@ -14,12 +14,9 @@ all settings.
 """
 
 import argparse
-import json
-import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +25,19 @@ from engine.cli import Parser, run_script  # first: sets what torch reads
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ddpm_model import DDPMModel, unnormalize
+from ddpm_model import DDPMModel
 from engine import checkpoints, distributed, plots
 from engine import inference_jobs as jobs
-from engine.comparison import compare_samplers
 from engine.devices import default_device
 from engine.errors import RenamedWarning, UserError
 from engine.gpu_memory import OomBatcher
+from engine.inference_modes import MODES
 from engine.labels import parse_classes
-from engine.samplers import batched
-from engine.sampling_settings import SamplingSettings, choose_sampling, plan_kwargs, sampling_label
+from engine.sampling_settings import SamplingSettings, choose_sampling, plan_kwargs, sampling_name
 from engine.settings import Setting
 
 MAX_DEFAULT_IMAGES = 64  # of all classes, if neither --seeds nor --num_samples is given
-MAX_GRID_COLUMNS = 16  # seeds in the grid of a model with classes
-FIGURE_TILES = 16  # of vary and inpaint
-MAX_FRAMES = 60  # of a GIF
-CHUNK_IMAGES = 256  # images that mode batch samples and saves at a time
 
 
 def batch_generate(
@@ -77,167 +68,6 @@ def batch_generate(
     return images
 
 
-def generate_samples(job: jobs.InferenceJob) -> str:
-    """Single images, a grid (with classes, a row for each) and a contact sheet."""
-    seeds = job.settings["seeds"]
-    names = job.model.class_names
-    classes = job.classes or range(len(names))
-    labels = np.repeat(classes, len(seeds)).tolist() if names else None
-    every_seed = seeds * max(len(classes), 1)
-    images = job.run_batched(job.model.sample, every_seed, labels=labels)
-    job.save_each(images, every_seed, labels=labels)
-    columns = round((1.6 * len(images)) ** 0.5)
-    if len(classes) > 1:
-        columns = len(seeds)
-        shown = images.unflatten(0, (len(classes), columns))[:100, :MAX_GRID_COLUMNS]
-        rows = [names[label] for label in classes[:100]]
-        headings = [f"seed {seed}" for seed in seeds[:MAX_GRID_COLUMNS]]
-        figure = plots.table(shown.flatten(0, 1), rows, headings, job.settings["tile"])
-        job.save(figure, "grid.png", seeds=seeds[:MAX_GRID_COLUMNS])
-    else:
-        job.save_grid("grid.png", images[:100], seeds[:100])
-    job.save(plots.grid(images, columns, smallest=1, padding=1), "contact_sheet.png")
-    return f"{len(images)} images, grid.png, contact_sheet.png"
-
-
-def show_trajectory(job: jobs.InferenceJob) -> str:
-    """x_t and the x_0 predicted from it: a strip of some timesteps and a GIF of all."""
-    # Trajectory of (t, [x_t, x_0]).
-    seeds = job.settings["seeds"][:4]
-    states = job.model.sample_states(seeds, labels=job.labels_of(seeds), **job.sampler_kwargs)
-    trajectory = [(t, unnormalize(torch.stack([x_t, x_0])).float().cpu()) for t, x_t, x_0 in states]
-
-    # Strip: for each seed a row of x_t and a row of x_0.
-    shown = np.linspace(0, len(trajectory) - 1, job.settings["columns"]).round().astype(int)
-    steps = [trajectory[i] for i in np.unique(shown)]
-    tiles = torch.stack([pair for _, pair in steps], dim=2).transpose(0, 1).flatten(0, 2)
-    labels = []
-    for seed in seeds:
-        labels += [f"x, t = {t}" if t >= 0 else f"seed {seed}" for t, _ in steps]
-        labels += ["predicted x_0"] * len(steps)
-    job.save_grid("progressive.png", tiles, seeds, labels, columns=len(steps))
-
-    # GIF: at most MAX_FRAMES, always with the last; x_t above x_0.
-    frames = trajectory[:: -math.ceil(len(trajectory) / MAX_FRAMES)][::-1]
-    tiles = (plots.on_white(pair.flatten(0, 1)) for _, pair in frames)
-    plots.save_gif(
-        [plots.grid(each, columns=len(seeds)) for each in tiles], job.folder / "progressive.gif"
-    )
-    return "progressive.png (upper row x_t, lower row the predicted x_0), progressive.gif"
-
-
-def interpolate(job: jobs.InferenceJob) -> str:
-    """Images between two given ones, and maybe two classes: a strip and a GIF."""
-    ends = (job.classes[0], job.classes[-1]) if job.classes else None
-    image1, title1 = job.load_input_image("image1", ends and ends[0])
-    image2, title2 = job.load_input_image("image2", ends and ends[1])
-    # The encoder is DDIM's, so DDIM decodes unless there is a custom sampler.
-    sampler = job.sampler if callable(job.sampler) else "ddim"
-    steps = min(max(100, job.settings["steps"]), job.model.num_timesteps)
-    count = job.settings["num_steps"]
-    images = job.model.interpolate(image1, image2, count, sampler, steps, ends).float().cpu()
-
-    # Figures.
-    labels = [title1, *(f"{i / (count - 1):.2f}" for i in range(count)), title2]
-    tiles = torch.cat([image1[None].cpu(), images, image2[None].cpu()])
-    columns = min(len(tiles), job.settings["columns"] + 2)
-    job.save_grid("interpolation.png", tiles, job.settings["seeds"], labels, columns=columns)
-    frames = plots.enlarge(plots.on_white(torch.cat([images, images.flip(0)[1:-1]])), 128)
-    plots.save_gif(list(map(plots.to_image, frames)), job.folder / "interpolation.gif")
-
-    psnr = [round(jobs.psnr(images[i], tiles[i]), 1) for i in (0, -1)]
-    name = job.settings["sampler"] if callable(job.sampler) else sampler
-    job.results = {"psnr": psnr, "decoder": {"sampler": name, "steps": steps}}
-    return f"interpolation.png, interpolation.gif; PSNR of the ends {psnr[0]} and {psnr[1]} dB"
-
-
-def generate_batch(job: jobs.InferenceJob) -> str:
-    """Many images straight to disk, shared by the ranks; those that exist are kept."""
-    # The files of each chunk: PNGs, or a part of the npz.
-    dist = distributed.init()
-    seeds = job.settings["seeds"]
-    is_npz = job.settings["format"] == "npz"
-    folder = job.folder / ("parts" if is_npz else "images")
-    chunks = batched(seeds, CHUNK_IMAGES)
-
-    def files(chunk: list[int]) -> list[Path]:
-        if is_npz:
-            return [folder / f"{chunk[0]:08d}.npy"]
-        return [folder / path for path in job.image_paths(chunk, job.labels_of(chunk))]
-
-    def missing_chunks() -> list[list[int]]:
-        return [chunk for chunk in chunks if not all(file.exists() for file in files(chunk))]
-
-    # The settings of what is in the folder.
-    settings_file = job.folder / "settings.json"
-    if jobs.has_other_settings(settings_file, job.settings):
-        raise UserError(f"{job.folder} holds other images. Remove it or change --output_dir")
-    if dist.is_main_process:
-        checkpoints.remove_leftovers(job.folder)
-        checkpoints.write_text(settings_file, json.dumps(job.settings, sort_keys=True))
-
-    # This rank's chunks; the files do not depend on the number of ranks.
-    missing = distributed.broadcast_object(missing_chunks())
-    own = missing[dist.process_index :: dist.num_processes]
-    for chunk in tqdm(own, unit="chunk", desc="batch", disable=not dist.is_main_process):
-        labels = job.labels_of(chunk)
-        images = job.run_batched(job.model.sample, chunk, labels=labels)
-        if is_npz:
-            save = partial(np.save, arr=plots.to_bytes(images))
-            checkpoints.write_atomically(files(chunk)[0], save)
-        else:
-            job.save_each(images, chunk, "images", labels)
-    dist.wait_for_everyone()
-
-    # All chunks, in one file if it is an npz.
-    if dist.is_main_process:
-        if missing := missing_chunks():
-            reason = f"lacks the images from seed {missing[0][0]} on"
-            raise UserError(f"{folder} {reason} (can all machines write there?). Run it again", 1)
-        if is_npz:
-            parts = [jobs.read_part(file) for chunk in chunks for file in files(chunk)]
-            arrays = {"images": np.concatenate(parts), "seeds": np.array(seeds)}
-            if job.model.class_names:
-                arrays["labels"] = np.array(job.labels_of(seeds))
-            save = partial(np.savez, **arrays)
-            checkpoints.write_atomically(job.folder / "images.npz", save)
-    job.results = {"processes": dist.num_processes}
-    return f"{len(seeds)} images: {'images.npz' if is_npz else 'images/'}"
-
-
-def vary(job: jobs.InferenceJob) -> str:
-    """Variations of an image."""
-    seeds = job.settings["seeds"][: FIGURE_TILES - 1]  # and the original
-    image, _ = job.load_input_image("image")
-    kwargs = {"strength": job.settings["strength"], "labels": job.labels_if_asked(seeds)}
-    images = job.run_batched(job.model.vary, seeds, image=image, **kwargs)
-    job.save_grid("variations.png", torch.cat([image[None].cpu(), images]), seeds, ["original"])
-    job.save_each(images, seeds, "variations")
-    return "variations.png, single images in variations/"
-
-
-def inpaint(job: jobs.InferenceJob) -> str:
-    """An image with new content where a mask is white."""
-    seeds = job.settings["seeds"][: FIGURE_TILES - 2]  # and the original, and it masked
-    image, _ = job.load_input_image("image")
-    size = job.model.image_size
-    mask = (torch.arange(size) >= size // 2).expand(size, size)
-    if job.settings["mask"]:
-        given_mask = jobs.open_input(job.settings["mask"])
-        mask = jobs.read_mask(given_mask, jobs.open_input(job.settings["image"]), size)
-    kwargs = {"resamples": job.settings["resamples"], "labels": job.labels_if_asked(seeds)}
-    images = job.run_batched(job.model.inpaint, seeds, image=image, mask=mask, **kwargs)
-    original = image[None].cpu()
-    tiles = torch.cat([original, original.masked_fill(mask, 0.5), images])
-    job.save_grid("inpainted.png", tiles, seeds, ["original", "masked"])
-    job.save_each(images, seeds, "inpainted")
-    return "inpainted.png, single images in inpainted/"
-
-
-MODES: dict[str, Callable[[jobs.InferenceJob], str]] = {
-    "samples": generate_samples, "interpolate": interpolate, "progressive": show_trajectory,
-    "batch": generate_batch, "compare": compare_samplers, "vary": vary, "inpaint": inpaint,
-}  # fmt: skip
 INPUT = "a file, a seed or data:INDEX of the training images"
 
 
@@ -335,8 +165,8 @@ def folder_name(settings: Mapping[str, Any]) -> str:
     seeds = settings["seeds"]
     ends = "-".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
     model = checkpoints.display_name(Path(settings["checkpoint"]))
-    label = sampling_label(settings, settings["classes"])
-    return f"{settings['mode']}-{model}-{label}-seeds-{ends}"
+    sampling = sampling_name(settings, settings["classes"])
+    return f"{settings['mode']}-{model}-{sampling}-seeds-{ends}"
 
 
 def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None = None) -> None:

@@ -64,14 +64,14 @@ def compare_samplers(job: InferenceJob) -> str:
 
     # Images.
     tiles = []
-    labels = []
+    captions = []
     seconds_by_sampler = {}
     for candidate in candidates:
         name = display_name(candidate.path)
         for sampler, tile, nfe, seconds in candidate.sample(seeds):
             tiles.append(tile)
-            label = f"{sampler}: {nfe} NFE, {seconds:.3f} s"
-            labels.append(f"{name}\n{label}" if len(candidates) > 1 else label)
+            caption = f"{sampler}: {nfe} NFE, {seconds:.3f} s"
+            captions.append(f"{name}\n{caption}" if len(candidates) > 1 else caption)
             key = sampler if candidate is candidates[0] else f"{name} {sampler}"
             seconds_by_sampler[key] = round(seconds, 3)
 
@@ -79,7 +79,7 @@ def compare_samplers(job: InferenceJob) -> str:
     columns = len(steps) if len(samplers) > 1 else len(tiles)
     of = f"network evaluations (NFE) of an image, seconds for {len(seeds)} images"
     title = f"seeds {', '.join(map(str, seeds))}; sampler, steps: {of}"
-    job.save_grid("compare.png", torch.stack(tiles), seeds, labels, columns=columns, title=title)
+    job.save_grid("compare.png", torch.stack(tiles), seeds, captions, columns=columns, title=title)
     job.results = {"seconds_by_sampler": seconds_by_sampler}
     return "compare.png"
 

@@ -1,4 +1,4 @@
-"""Devices: the one that training, inference, evaluation and the demo run on, and its name."""
+"""Devices: the one that everything here runs on, its name and its 16-bit floats."""
 
 import functools
 
@@ -32,3 +32,10 @@ def device_name(device: torch.device) -> str:
     if device.type in ("cuda", "xpu"):
         return torch.get_device_module(device).get_device_name(device)
     return device.type.upper()
+
+
+def amp_dtype(device: torch.device) -> torch.dtype:
+    """bf16, or fp16 on a GPU without native bf16."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16

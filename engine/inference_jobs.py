@@ -1,17 +1,14 @@
-"""Shared by inference.py and evaluate.py: batching, output folders, PNG metadata, input files."""
+"""Shared by inference.py and evaluate.py: batching, output folders, PNG metadata."""
 
-import base64
 import contextlib
 import hashlib
 import importlib.metadata
-import io
 import itertools
 import json
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +16,21 @@ from engine.cli import import_from_file  # first: sets what torch reads
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine import distributed, plots
 from engine.checkpoints import CHECKPOINT_DIR, write_text
 from engine.datasets import load_dataset
-from engine.devices import device_name
+from engine.devices import amp_dtype, device_name
 from engine.errors import UserError
 from engine.gpu_memory import OomBatcher
 from engine.image_source import ReadOptions
+from engine.input_images import open_input, read_image
 from engine.labels import labels_of_seeds, parse_classes
-from engine.pixels import MODES, center_square, convert, to_rgb
 from engine.sampling_settings import plan_kwargs
 from engine.settings import Settings
-from engine.train_step import amp_dtype
 
 MAX_SEEDS = 10_000_000
 PACKAGES = ("torch", "denoising-diffusion-pytorch", "numpy", "pillow")
@@ -145,12 +141,12 @@ class InferenceJob:
             self.save(plots.to_image(images[i]), f"{folder}/{path}", **changes)
 
     def save_grid(
-        self, name: str, images: Tensor, seeds: Sequence[int], labels: Sequence[str] = (),
+        self, name: str, images: Tensor, seeds: Sequence[int], captions: Sequence[str] = (),
         **layout: Any,
     ) -> None:  # fmt: skip
-        """Writes a figure; images without a label are labeled with the seeds."""
-        labels = [*labels, *(f"seed {seed}" for seed in seeds)][: len(images)]
-        grid = plots.labeled_grid(images, labels, smallest=self.settings["tile"], **layout)
+        """Writes a figure; images without a caption have their seeds."""
+        captions = [*captions, *(f"seed {seed}" for seed in seeds)][: len(images)]
+        grid = plots.captioned_grid(images, captions, smallest=self.settings["tile"], **layout)
         self.save(grid, name, seeds=seeds)
 
     def write_summary(self, seconds: float) -> None:
@@ -299,59 +295,6 @@ def load_sampler(name: str) -> str | Callable:
     if not callable(getattr(module, function, None)):
         raise UserError(f"{module.__file__} has no function {function}")
     return getattr(module, function)
-
-
-def is_embedded(source: str | None) -> bool:
-    """Whether a setting contains an image, as a data URI, instead of naming one."""
-    return (source or "").startswith(plots.PNG_DATA_URI)
-
-
-def open_input(source: str) -> Path | io.BytesIO:
-    """Returns what a setting names: a file's path, or the PNG of its data URI."""
-    if not is_embedded(source):
-        return Path(source)
-    try:
-        return io.BytesIO(base64.b64decode(source.removeprefix(plots.PNG_DATA_URI), validate=True))
-    except ValueError as error:
-        raise UserError(f"the image in the settings is damaged: {error}") from error
-
-
-def read_image(file: Path | io.BytesIO, size: int, channels: int) -> Tensor:
-    """Reads an image as a model takes it, with a notice: (C, size, size) in [0, 1]."""
-    name = _name_of(file)
-    if channels not in MODES:
-        raise UserError(f"no image file has {channels} channels. Name a seed instead of {name}")
-    image, mode = _open_image(file, "an image", partial(convert, channels=channels))
-    if image.size != (size, size) or mode != image.mode:
-        was = f"{image.width}x{image.height} {mode}"
-        print(f"{name}: {was}, cropped and resized to {size}x{size} {image.mode}")
-    return torch.from_numpy(center_square(image, size).copy()) / 255
-
-
-def read_mask(path: Path | io.BytesIO, image: Path | io.BytesIO, size: int) -> Tensor:
-    """Reads a mask of the image's size, white where to inpaint: bool (size, size)."""
-    mask, _ = _open_image(path, "a mask", lambda file: file.convert("RGB"))
-    # The image may also be a seed or data:INDEX.
-    expected = (size, size)
-    if isinstance(image, io.BytesIO) or image.is_file():
-        expected = _open_image(image, "an image", to_rgb)[0].size
-    if mask.size != expected:
-        mask_size, image_size = ("x".join(map(str, each)) for each in (mask.size, expected))
-        raise UserError(f"{_name_of(path)} is {mask_size}, but the image is {image_size}")
-    return torch.from_numpy(center_square(mask, size)[0] > 127)
-
-
-def _name_of(file: Path | io.BytesIO) -> str:
-    return str(file) if isinstance(file, Path) else "the image in the settings"
-
-
-def _open_image(file: Path | io.BytesIO, kind: str, converted: Callable) -> tuple[Image.Image, str]:
-    """Returns an image, rotated by its EXIF data and `converted`, and the mode it had."""
-    try:
-        with Image.open(file) as image:
-            return converted(ImageOps.exif_transpose(image)), image.mode
-    except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
-        raise UserError(f"{_name_of(file)} cannot be read as {kind}: {error}") from error
 
 
 def autocast(model: nn.Module, use_amp: bool) -> torch.autocast:

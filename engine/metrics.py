@@ -186,6 +186,9 @@ class Statistics(NamedTuple):
     covariance: np.ndarray
 
 
+References = dict[nn.Module, Statistics]  # of real images, by feature network
+
+
 def feature_statistics(features: np.ndarray) -> Statistics:
     """Returns mean and unbiased covariance of features (N, D); UserError for N < 2."""
     if len(features) < 2:
@@ -275,14 +278,14 @@ def inception_scores(network: Inception, features: np.ndarray, real: np.ndarray)
         print("precision and recall: distances between all pairs of features", flush=True)
         generated, reference = pair
         scores |= {
-            "precision": share_inside(generated, reference),
-            "recall": share_inside(reference, generated),
+            "precision": fraction_inside(generated, reference),
+            "recall": fraction_inside(reference, generated),
         }
     return scores
 
 
-def share_inside(x: Tensor, y: Tensor) -> float:
-    """Returns the share of points x (N, D) that lie inside the manifold of points y (M, D).
+def fraction_inside(x: Tensor, y: Tensor) -> float:
+    """Returns the fraction of points x (N, D) that lie inside the manifold of points y (M, D).
 
     A point is inside if it is closer to some y than that is to its third nearest neighbor:
     improved precision and recall, Kynkaanniemi et al. (arXiv:1904.06991). torch-fidelity's own

@@ -22,6 +22,7 @@ from engine import inference_jobs as jobs
 from engine.devices import device_name
 from engine.errors import UserError
 from engine.generation import State
+from engine.input_images import is_embedded, open_input, read_image, read_mask
 from engine.labels import labels_of_seeds, parse_classes
 from engine.sampling_settings import choose_sampling
 from engine.settings import Settings
@@ -145,7 +146,7 @@ class PageImage:
     """An image (C, H, W), in multiples of 1/255 as its PNG has it, and how it was made."""
 
     image: Tensor
-    label: str
+    caption: str
     settings: dict[str, Any]
 
     def __post_init__(self) -> None:
@@ -212,11 +213,11 @@ class Plan:
         made = []
         for i, (image, seed) in enumerate(zip(images, self.seeds, strict=True)):
             settings = self.settings | {"seeds": [seed]}
-            label = f"seed {seed}"
+            caption = f"seed {seed}"
             if self.labels:
                 settings["classes"] = self.model.class_names[self.labels[i]]
-                label += f", {settings['classes']}"
-            made.append(PageImage(image, label, settings))
+                caption += f", {settings['classes']}"
+            made.append(PageImage(image, caption, settings))
         return made
 
 
@@ -255,7 +256,7 @@ def take_upload(
     inference.py. Raises UserError for what is not an image.
     """
     try:
-        image = jobs.read_image(path, model.image_size, model.channels)
+        image = read_image(path, model.image_size, model.channels)
         has_settings = bool(plots.read_png_metadata(path))
         settings = jobs.read_png_settings(path, declared) if has_settings else {}
     except UserError as error:
@@ -268,12 +269,12 @@ def take_upload(
 
     # The sources of variations and inpainted images are in their settings; never a path.
     mode = settings["mode"]
-    files = {n: settings[n] for n in ("mask", "image") if jobs.is_embedded(settings[n])}
+    files = {n: settings[n] for n in ("mask", "image") if is_embedded(settings[n])}
     if "image" in files:
-        image = jobs.read_image(jobs.open_input(files["image"]), model.image_size, model.channels)
+        image = read_image(open_input(files["image"]), model.image_size, model.channels)
     session.choose(PageImage(image, "upload", settings if mode == "samples" else {}))
     if mode == "inpaint" and len(files) == 2:
-        session.mask = jobs.read_mask(*map(jobs.open_input, files.values()), model.image_size)
+        session.mask = read_mask(*map(open_input, files.values()), model.image_size)
     session.panel = {"vary": "Vary", "inpaint": "Inpaint"}.get(mode, session.panel)
     controls: dict[str, Any] = {"seeds": format_seeds(settings["seeds"][:MAX_IMAGES])}
     classes = settings["classes"] if model.class_names else None
@@ -317,13 +318,13 @@ def parse_mask(text: Any, size: int) -> Tensor:
 def image_grid(images: Sequence[tuple[str, str]], chosen: Sequence[str] = ()) -> str:
     """Returns images as a grid of buttons; those in `chosen` are framed.
 
-    images: (data URI, label) of each; without a label it cannot be clicked. chosen: data URIs.
+    images: (data URI, caption) of each; without a caption it cannot be clicked. chosen: data URIs.
     """
     columns = 4 if len(images) <= 16 else 6
     buttons = (
-        f'<button data-index="{i}" aria-pressed="{str(uri in chosen).lower()}" title="{label}"'
-        f'{"" if label else " disabled"}><img src="{uri}" alt="{label}"></button>'
-        for i, (uri, label) in enumerate((uri, html.escape(label)) for uri, label in images)
+        f'<button data-index="{i}" aria-pressed="{str(uri in chosen).lower()}" title="{caption}"'
+        f'{"" if caption else " disabled"}><img src="{uri}" alt="{caption}"></button>'
+        for i, (uri, caption) in enumerate((uri, html.escape(text)) for uri, text in images)
     )
     return f'<div class="images" style="--columns: {columns}">{"".join(buttons)}</div>'
 
@@ -353,9 +354,9 @@ def chosen_images(images: Sequence[PageImage]) -> str:
     if not images:
         return note("Click an image to choose it, or upload one.")
     figures = (
-        f'<figure><img src="{uri}" alt="{label}"><figcaption>{label} · '
-        f'<a href="{uri}" download="ddpm {label}.png">PNG</a></figcaption></figure>'
-        for uri, label in ((p.data_uri, html.escape(p.label)) for p in images)
+        f'<figure><img src="{uri}" alt="{caption}"><figcaption>{caption} · '
+        f'<a href="{uri}" download="ddpm {caption}.png">PNG</a></figcaption></figure>'
+        for uri, caption in ((p.data_uri, html.escape(p.caption)) for p in images)
     )
     return f'<div class="chosen">{"".join(figures)}</div>'
 

@@ -91,32 +91,32 @@ def enlarge(images: Tensor, smallest: int = MIN_TILE) -> Tensor:
     return images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
 
 
-def labeled_grid(
-    images: Tensor, labels: Sequence[str], columns: int | None = None, title: str = "",
+def captioned_grid(
+    images: Tensor, captions: Sequence[str], columns: int | None = None, title: str = "",
     smallest: int = MIN_TILE,
 ) -> Image.Image:  # fmt: skip
-    """Images (B, C, H, W) in [0, 1] as a grid with a title, each above the lines of its label."""
+    """Images (B, C, H, W) in [0, 1] as a grid with a title, each above the lines of its caption."""
     font = ImageFont.load_default(11)
     tiles = [to_image(image) for image in enlarge(images, smallest)]
     columns = columns or math.ceil(math.sqrt(len(tiles)))
     gap = 4
     title_height = 22 if title else 0
-    lines = [label.split("\n") for label in labels]
-    label_widths = (math.ceil(font.getlength(line)) for line in itertools.chain(*lines))
-    content_width = max(tiles[0].width, *label_widths)
+    lines = [caption.split("\n") for caption in captions]
+    caption_widths = (math.ceil(font.getlength(line)) for line in itertools.chain(*lines))
+    content_width = max(tiles[0].width, *caption_widths)
     column_width = content_width + gap
     row_height = tiles[0].height + 14 * max(map(len, lines)) + gap
     height = title_height + math.ceil(len(tiles) / columns) * row_height + gap
     sheet = Image.new("RGB", (columns * column_width + gap, height), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((gap, gap), title, "black", font)
-    for i, (tile, label) in enumerate(zip(tiles, labels, strict=True)):
+    for i, (tile, caption) in enumerate(zip(tiles, captions, strict=True)):
         x = gap + i % columns * column_width
         y = gap + title_height + i // columns * row_height
         tile_x = x + (content_width - tile.width) // 2
         sheet.paste(tile, (tile_x, y), tile if tile.mode == "RGBA" else None)
         position = (x + content_width // 2, y + tile.height)
-        draw.text(position, label, "black", font, anchor="ma", align="center", spacing=3)
+        draw.text(position, caption, "black", font, anchor="ma", align="center", spacing=3)
     return sheet
 
 

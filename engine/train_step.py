@@ -3,8 +3,7 @@
 import copy
 import inspect
 import math
-import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,10 +14,12 @@ from engine import distributed
 from engine.batch_threads import BatchThreads, use_batch_threads
 from engine.cuda_graphs import CapturedFunction, GraphCaptureError
 from engine.dataloader import Batch
+from engine.devices import amp_dtype
 from engine.errors import UserError, warn_fallback
 from engine.gpu_memory import OomBatcher, is_out_of_memory
 from engine.labels import NO_LABEL
 from engine.optimizer import OLD_STATE_NAMES, Adam, Muon, flatten, padded_numel, use_muon, views
+from engine.randomness import get_rng_state, set_rng_state, step_randomness
 
 INITIAL_LOSS_SCALE = 2.0**12  # in fp16, where small gradients would round to zero
 LOSS_SCALE_GROWTH_STEPS = 2000  # finite steps before the loss scale doubles
@@ -72,31 +73,6 @@ def learning_rate(peak: float, schedule: str, step: int, warmup: int, fraction: 
 def ema_decay(limit: float, step: int) -> float:
     """EMA decay after `step` updates, low at first to forget the initial weights."""
     return min(limit, (1 + step) / (10 + step))
-
-
-def amp_dtype(device: torch.device) -> torch.dtype:
-    """bf16, or fp16 on a GPU without native bf16."""
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
-
-
-def randomness(seed: int, step: int, shape: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
-    """Random inputs of a step: u (B,), noise (B, C, H, W), mirror and label_u (B,).
-
-    A function of (seed, step) for the global batch, so accumulation, ranks and resuming change
-    nothing (dropout uses the global generators). u is uniform in [0, 1) but stratified, one value
-    in each of B equal parts in ascending order: Kingma et al. (arXiv:2107.00630). mirror: which
-    images to mirror. label_u: uniform in [0, 1); below LABEL_DROPOUT, an image loses its label.
-    """
-    # A hash of the seed, so that runs with neighboring seeds share no noise.
-    generator = torch.Generator(device).manual_seed((seed * 0x9E3779B1 + step) % 2**63)
-    offset = torch.rand(shape[:1], generator=generator, device=device)
-    u = (offset + torch.arange(shape[0], device=device)) / shape[0]
-    noise = torch.randn(shape, generator=generator, device=device)
-    mirror = torch.rand(shape[:1], generator=generator, device=device) < 0.5
-    label_u = torch.rand(shape[:1], generator=generator, device=device)
-    return u, noise, mirror, label_u
 
 
 class TrainStep:
@@ -212,12 +188,12 @@ class TrainStep:
         # Randomness of the global batch, of which this rank takes its rows.
         local_batch = len(batch.images)
         shape = torch.Size([local_batch * self.world_size, *batch.images.shape[1:]])
-        u, noise, mirror, label_u = randomness(self.config.SEED, step, shape, self.device)
+        drawn = step_randomness(self.config.SEED, step, shape, self.device)
         rows = slice(self.rank * local_batch, (self.rank + 1) * local_batch)
-        t = self.model.timesteps_from_uniform(u)[rows]
-        is_kept = label_u[rows] >= self.config.LABEL_DROPOUT
+        t = self.model.timesteps_from_uniform(drawn.u)[rows]
+        is_kept = drawn.label_u[rows] >= self.config.LABEL_DROPOUT
         labels = [torch.where(is_kept, x, NO_LABEL) for x in self.labels_of(batch)]
-        inputs = (batch.images, t, noise[rows], mirror[rows], *labels)
+        inputs = (batch.images, t, drawn.noise[rows], drawn.mirror[rows], *labels)
 
         # One micro-batch after the other; several are added up.
         if self.micro_batch < local_batch:
@@ -376,25 +352,3 @@ class TrainStep:
         self.skipped_updates.fill_(state["skipped"])
         if self.rank == 0:
             set_rng_state(state["rng"], self.device)
-
-
-def seed_everything(seed: int) -> None:
-    """Seeds the global generators, which dropout and self-conditioning use."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-
-
-def get_rng_state(device: torch.device) -> dict[str, Any]:
-    """Returns the state of the global generators, that of a GPU under the name of its backend."""
-    state = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if device.type != "cpu":
-        state[device.type] = torch.get_device_module(device).get_rng_state()
-    return state
-
-
-def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Restores what get_rng_state returned."""
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    if device.type in state:
-        torch.get_device_module(device).set_rng_state(state[device.type])

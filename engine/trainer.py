@@ -19,6 +19,7 @@ from engine.devices import default_device, device_name
 from engine.errors import FallbackWarning, UserError
 from engine.labels import check_classes_on_resume
 from engine.progress import Progress, StopSignal, format_duration
+from engine.randomness import seed_everything
 from engine.run import VERSION, NullRun, Run, checkpoint_bytes, format_bytes, max_checkpoints
 from engine.run_names import (
     SAMPLES_DIR,
@@ -27,7 +28,7 @@ from engine.run_names import (
     resume_hint,
     resumed_run_name,
 )
-from engine.train_step import TrainableModel, TrainStep, learning_rate, seed_everything
+from engine.train_step import TrainableModel, TrainStep, learning_rate
 
 MAX_NONFINITE_STEPS = 20  # in a row
 # The guide is an earlier copy of the network, which samples are moved away from (autoguidance). It

@@ -62,7 +62,7 @@ def samples_of(plan: Plan) -> torch.Tensor:
 
 def save_png(image: PageImage, path: str) -> Path:
     """Writes an image as the browser's download does."""
-    png = page.jobs.open_input(image.data_uri).getvalue()
+    png = page.open_input(image.data_uri).getvalue()
     Path(path).write_bytes(png)
     return Path(path)
 
@@ -226,7 +226,7 @@ def test_png_of_a_class_restores_the_class(tmp_path, monkeypatch):
     served = ModelKeeper(lambda: path, app.load_shared_model).refresh()
     plan = plan_of(served, seeds="0-2", classes=["dog <b>", "cat"])
     images = plan.attach_settings(samples_of(plan))
-    assert [p.label for p in images] == ["seed 0, dog <b>", "seed 1, cat", "seed 2, dog <b>"]
+    assert [p.caption for p in images] == ["seed 0, dog <b>", "seed 1, cat", "seed 2, dog <b>"]
     assert "<b>" not in page.chosen_images(images[:1])
     upload = save_png(images[2], "a.png")
     controls = page.take_upload(Session(), upload, served.model, InferenceSettings)

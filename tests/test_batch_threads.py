@@ -8,7 +8,8 @@ import torch
 from ddpm_model import DDPMModel
 from engine.batch_threads import BatchThreads
 from engine.dataloader import Batch
-from engine.train_step import TrainStep, seed_everything
+from engine.randomness import seed_everything
+from engine.train_step import TrainStep
 from tests.helpers import STEP_SETTINGS, max_weight_difference
 
 

@@ -1,7 +1,6 @@
 """engine/devices.py: inference and evaluation run where training does."""
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ import train
 from ddpm_model import DDPMModel
 from engine import class_metrics, comparison, devices, distributed, metrics
 from engine.errors import UserError
-from engine.train_step import get_rng_state, set_rng_state
 from tests.helpers import CPU, TINY_FLAGS
 from tests.test_metrics import MeanColors
 
@@ -97,16 +95,3 @@ def test_training_inference_and_evaluation_need_no_float64(tmp_path, monkeypatch
             monkeypatch.setattr("sys.argv", ["script.py", *flags])
             main()
     assert list(tmp_path.glob("results/evaluate-*.json"))
-
-
-def test_rng_state_of_another_device_is_saved(monkeypatch):
-    backend = SimpleNamespace(get_rng_state=lambda: "state")
-    monkeypatch.setattr(torch, "get_device_module", lambda device: backend)
-    restored = []
-    backend.set_rng_state = restored.append
-    state = get_rng_state(torch.device("mps"))
-    assert state["mps"] == "state"
-    set_rng_state(state, CPU)
-    assert restored == []
-    set_rng_state(state, torch.device("mps"))
-    assert restored == ["state"]

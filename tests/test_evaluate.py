@@ -79,8 +79,8 @@ def test_main_writes_table_json_and_figures(folder, monkeypatch, capsys):
     assert "warning: FID failed (no network here); continuing without it" in printed.err
     assert "FD-Lite0" in printed.out
 
-    label = "results/evaluate-run-late-and-1-more-heun-2-seeds-3-8-6-vs-real"
-    report = json.loads(Path(f"{label}.json").read_text())
+    stem = "results/evaluate-run-late-and-1-more-heun-2-seeds-3-8-6-vs-real"
+    report = json.loads(Path(f"{stem}.json").read_text())
     expected = {"images": 24, "image_size": 16, "dataset": "folder"}
     assert report["reference"] | expected == report["reference"]
     late, early = report["evaluations"]
@@ -88,7 +88,7 @@ def test_main_writes_table_json_and_figures(folder, monkeypatch, capsys):
     assert (late["nfe"], late["seeds"], late["num_samples"]) == (1, "3-8", 6)
     assert (late["trained_seconds"], early["trained_seconds"]) == (150, 60)
     for name in ("nearest", "loss", "curve"):
-        assert Image.open(f"{label}-{name}.png").width > 300
+        assert Image.open(f"{stem}-{name}.png").width > 300
 
     # The score is that of the images that the API samples.
     images = DDPMModel.from_file(paths[0]).sample(6, seed=3, steps=2, sampler="heun")
@@ -206,7 +206,7 @@ def evaluate_colors(folder, monkeypatch):
     plotted = {}
 
     def evaluate_colors(*arguments: str) -> dict:
-        for name in ("plot_fd_over_time", "save_loss_by_timestep", "labeled_grid"):
+        for name in ("plot_fd_over_time", "save_loss_by_timestep", "captioned_grid"):
 
             def keep(*values, name=name, **_):
                 plotted[name] = values
@@ -232,8 +232,8 @@ def test_evaluate_plots_each_checkpoints_minutes_and_distances(evaluate_colors):
     timesteps, losses, _ = report["save_loss_by_timestep"]
     assert timesteps == [0, 59] and losses == {"run-late": [1, 2], "run-early": [1.5, 2]}
     assert (late["trained_images"], early["trained_images"]) == (150_000, 60_000)
-    images, labels = report["labeled_grid"]
-    assert labels[:4] == ["seed 3", "seed 4", "seed 5", "seed 6"]
+    images, captions = report["captioned_grid"]
+    assert captions[:4] == ["seed 3", "seed 4", "seed 5", "seed 6"]
     expected = DDPMModel.from_file("checkpoints/run/early.pt").sample(4, seed=3)  # the last
     np.testing.assert_allclose(images[:4], expected, atol=0.51 / 255)
 
@@ -247,7 +247,7 @@ def test_evaluate_compares_with_an_explicit_data_set(evaluate_colors):
 
 def test_evaluate_resizes_real_images_to_an_explicit_size(evaluate_colors):
     report = evaluate_colors("--image_size", "8")
-    assert report["reference"]["image_size"] == 8 and "labeled_grid" not in report
+    assert report["reference"]["image_size"] == 8 and "captioned_grid" not in report
 
 
 def test_evaluate_warns_without_the_validation_split(evaluate_colors, capsys):
@@ -468,77 +468,3 @@ def test_main_without_the_models_classes_in_the_reference_warns(conditional, mon
     assert expected in capsys.readouterr().err
     (path,) = Path("results").glob("*.json")
     assert "classes" not in json.loads(path.read_text())["evaluations"][0]
-
-
-# Results.
-
-
-def test_plot_nearest_neighbors_finds_mirrored_copies_in_pixels_and_features():
-    real = draw_shapes(np.arange(40), 32, 0)
-    network = metrics.Lite0()
-    references = {network: metrics.feature_statistics(metrics.extract_features(network, real, CPU))}
-    samples = np.ascontiguousarray(real[[7, 19], ..., ::-1])
-    figure = evaluate.plot_nearest_neighbors(samples, ["a", "b"], real, references, CPU)
-    pixels = np.asarray(figure)
-    # 96 pixels and a line of text each.
-    sampled, by_pixels, by_features = (pixels[top : top + 96, 4:200] for top in (26, 140, 254))
-    assert sampled.std() > 10
-    assert np.array_equal(sampled, by_pixels) and np.array_equal(sampled, by_features)
-
-
-def test_plot_nearest_neighbors_shows_and_labels_the_nearest(monkeypatch):
-    shown = []
-    keep = lambda *values, **options: shown.append((values, options))  # noqa: E731
-    monkeypatch.setattr(plots, "labeled_grid", keep)
-    real = np.random.default_rng(0).integers(51, 200, (6, 3, 4, 4), np.uint8)
-    samples = np.stack([real[4] + 51, real[1, :, :, ::-1]]).astype(np.uint8)
-    network = MeanColors()
-    features = metrics.extract_features(network, real, CPU)
-    features[[4, 5]] = features[[5, 4]] + np.float32([[51], [1000]])
-    # In features, image 5 is the nearest to sample 0.
-    features[5] = metrics.extract_features(network, samples[:1], CPU)[0] + 2
-    references = {network: metrics.feature_statistics(features)}
-    evaluate.plot_nearest_neighbors(samples, ["a", "b"], real, references, CPU)
-    (((images, labels), options),) = shown
-    expected = np.stack([*samples, real[4], samples[1], real[5], real[1]])
-    np.testing.assert_array_equal((images * 255).round().numpy()[:5], expected[:5])
-    assert labels[:5] == ["a", "b", "pixels 0.200", "pixels 0.000", "Colors 2.000"]
-    assert labels[5] == "Colors 0.000" and options["columns"] == 2
-
-
-def test_format_table_leaves_out_stds():
-    rows = [
-        {"name": name, "seconds": 12.3, "scores": {"FID": fid, "KID": 0.5, "KID std": 9.0}}
-        for name, fid in (("first", 1.25), ("second", 30.0))
-    ]
-    assert [line.split() for line in evaluate.format_table(rows).splitlines()] == [
-        ["FID", "KID", "seconds"], ["first", "1.25", "0.5", "12"], ["second", "30", "0.5", "12"]
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("changes", "others", "label"),
-    [
-        ({}, 0, "run-final-unipc-14-100-vs-cifar10"),
-        ({"guidance": 2.0}, 0, "run-final-unipc-14-guidance-2-100-vs-cifar10"),
-        (
-            {"guidance": 2.0, "guidance_mode": "cfg"},
-            0,
-            "run-final-unipc-14-cfg-guidance-2-100-vs-cifar10",
-        ),
-        ({"seeds": "5-104"}, 2, "run-final-and-2-more-unipc-14-seeds-5-104-100-vs-cifar10"),
-        ({"spacing": "own"}, 0, "run-final-unipc-14-own-100-vs-cifar10"),
-        (
-            {"sampler": "consistency", "steps": 2, "noise_levels": "80,0.25"},
-            0,
-            "run-final-consistency-2-80-0.25-100-vs-cifar10",
-        ),
-        ({"sampler": "a/my.py:f"}, 0, "run-final-a-my-f-14-100-vs-cifar10"),
-    ],
-)
-def test_result_label_says_how_images_were_sampled(changes, others, label):
-    row = {"name": "run-final", "checkpoint": "x.pt", "sampler": "unipc", "steps": 14}
-    row |= {"spacing": "karras", "guidance": 1.0, "seeds": "0-99", "num_samples": 100}
-    row |= {"guidance_mode": "autoguidance", "noise_levels": None}
-    reference = {"dataset": "cifar10", "data_dir": "data"}
-    assert evaluate.result_label(row | changes, others, reference) == f"evaluate-{label}"

@@ -21,7 +21,7 @@ from torchvision.utils import make_grid
 
 import inference
 from ddpm_model import DDPMModel
-from engine import checkpoints, comparison, inference_jobs, plots
+from engine import checkpoints, comparison, inference_jobs, inference_modes, input_images, plots
 from engine.errors import FallbackWarning, UserError
 from engine.inference_jobs import InferenceJob
 from engine.labels import labels_of_seeds
@@ -105,7 +105,7 @@ def grids(monkeypatch) -> list[Tensor]:
         made.append(images)
         return function(images, *args, **kwargs)
 
-    for name in ("labeled_grid", "table"):
+    for name in ("captioned_grid", "table"):
         monkeypatch.setattr(plots, name, partial(record, getattr(plots, name)))
     return made
 
@@ -248,9 +248,9 @@ def test_progressive_shows_the_trajectory_of_each_seed(guided, infer, grids):
 
 
 def test_gif_of_many_steps_has_few_frames(folder, infer, monkeypatch):
-    monkeypatch.setattr(inference, "MAX_FRAMES", 6)
+    monkeypatch.setattr(inference_modes, "MAX_FRAMES", 6)
     gifs: list[list] = []
-    monkeypatch.setattr(inference.plots, "save_gif", lambda frames, _: gifs.append(frames))
+    monkeypatch.setattr(inference_modes.plots, "save_gif", lambda frames, _: gifs.append(frames))
     for steps, frames in ((4, 5), (5, 6), (6, 4), (11, 6), (12, 5)):  # and x_T: one state more
         assert infer("--mode", "progressive", "--seeds", "0", "--steps", str(steps)) == 0
         assert len(gifs.pop()) == frames
@@ -587,7 +587,7 @@ def test_batch_generate_halves_the_batch_when_out_of_memory(monkeypatch):
 
 @pytest.mark.parametrize("format_", ["png", "npz"])
 def test_batch_resumes_after_an_interrupt_with_the_same_files(folder, infer, monkeypatch, format_):
-    monkeypatch.setattr(inference, "CHUNK_IMAGES", 4)
+    monkeypatch.setattr(inference_modes, "CHUNK_IMAGES", 4)
     flags = ["--mode", "batch", "--num_samples", "12", "--format", format_]
     assert infer(*flags, "--output_dir", "straight") == 0
     sampled, sample = [], DDPMModel.sample
@@ -631,7 +631,7 @@ def test_batch_killed_while_writing_leaves_complete_images_only(folder):
 
 @pytest.mark.parametrize("lost", [0, 3, 5])
 def test_batch_adds_missing_images(guided, infer, monkeypatch, lost):
-    monkeypatch.setattr(inference, "CHUNK_IMAGES", 4)
+    monkeypatch.setattr(inference_modes, "CHUNK_IMAGES", 4)
     flags = ["--mode", "batch", "--num_samples", "6", "--steps", "2"]
     assert infer(*flags) == 0
     images = sorted(only("batch-*").glob("images/*.png"))
@@ -642,7 +642,7 @@ def test_batch_adds_missing_images(guided, infer, monkeypatch, lost):
 
 
 def test_batch_reports_images_that_are_not_there(guided, infer, monkeypatch, capsys):
-    monkeypatch.setattr(inference, "CHUNK_IMAGES", 2)
+    monkeypatch.setattr(inference_modes, "CHUNK_IMAGES", 2)
     save_each = InferenceJob.save_each
     monkeypatch.setattr(
         InferenceJob,
@@ -942,5 +942,5 @@ def test_input_image_is_rotated_by_its_exif_data(folder):
     image.paste("white", (0, 0, 20, 10))
     exif[0x0112] = 6  # rotate by 90 degrees clockwise to show it
     image.save("photo.png", exif=exif)
-    image = inference_jobs.read_image(Path("photo.png"), 20, 3)
+    image = input_images.read_image(Path("photo.png"), 20, 3)
     assert image[:, :, 15].min() == 1 and image[:, :, 5].max() == 0

@@ -289,7 +289,7 @@ def test_inception_scores_precision_uses_three_neighbors():
     assert 0 < np.mean(inside) < 1
 
 
-def test_share_inside_is_torch_fidelitys_precision_and_recall(monkeypatch):
+def test_fraction_inside_is_torch_fidelitys_precision_and_recall(monkeypatch):
     from torch_fidelity import metric_prc
 
     monkeypatch.setattr(metrics, "CHUNK_ROWS", 7)
@@ -297,8 +297,8 @@ def test_share_inside_is_torch_fidelitys_precision_and_recall(monkeypatch):
     samples, real = (torch.randn(count, 5, generator=generator) for count in (50, 40))
     options = {"prc_neighborhood": metrics.NUM_NEIGHBORS, "save_cpu_ram": True, "verbose": False}
     expected = metric_prc.prc_features_to_metric(samples, real, **options)
-    assert metrics.share_inside(samples, real) == pytest.approx(expected["precision"])
-    assert metrics.share_inside(real, samples) == pytest.approx(expected["recall"])
+    assert metrics.fraction_inside(samples, real) == pytest.approx(expected["precision"])
+    assert metrics.fraction_inside(real, samples) == pytest.approx(expected["recall"])
     assert expected["precision"] != expected["recall"]
 
 

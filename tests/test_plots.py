@@ -21,13 +21,13 @@ def test_to_bytes_clips_and_rounds_with_channels_last():
     assert gray.mode == "L" and gray.size == (4, 2) and gray.getpixel((3, 1)) == 255
 
 
-def test_labeled_grid_is_filled_row_by_row():
+def test_captioned_grid_is_filled_row_by_row():
     images = torch.linspace(0, 1, 5).reshape(5, 1, 1, 1).expand(5, 3, 4, 4)
-    sheet = np.asarray(plots.labeled_grid(images, [""] * 5, columns=3, smallest=8))
+    sheet = np.asarray(plots.captioned_grid(images, [""] * 5, columns=3, smallest=8))
     corners = [sheet[4 + row * 26, 4 + column * 12, 0] for row in (0, 1) for column in range(3)]
     assert corners[:5] == [0, 64, 128, 191, 255] and sheet.shape == (56, 40, 3)
     with pytest.raises(ValueError, match="shorter"):
-        plots.labeled_grid(images, ["a"])
+        plots.captioned_grid(images, ["a"])
 
 
 def test_table_has_names_around_the_images_in_their_order():
@@ -42,10 +42,10 @@ def test_table_has_names_around_the_images_in_their_order():
     assert all(sheet[:top, left + pitch * i :][:, :pitch].min() < 128 for i in range(3))
 
 
-def test_labeled_grid_has_its_title_above_the_images():
+def test_captioned_grid_has_its_title_above_the_images():
     images = torch.zeros(2, 3, 100, 100)
     plain, titled = (
-        np.asarray(plots.labeled_grid(images, ["a", "b"], title=title)) for title in ("", "title")
+        np.asarray(plots.captioned_grid(images, ["a", "b"], title=title)) for title in ("", "title")
     )
     assert np.array_equal(titled[22 + 4 :], plain[4:]) and titled[:22].min() < 128
 
@@ -62,7 +62,7 @@ def test_grids_have_the_channels_of_their_images(channels, mode):
     grid = plots.grid(images)
     pixel = np.ravel(grid.getpixel((9, 9)))
     assert grid.mode == mode and pixel.tolist() == [128] * channels
-    labeled = plots.labeled_grid(images, ["a", "b"]).getpixel((9, 9))
+    labeled = plots.captioned_grid(images, ["a", "b"]).getpixel((9, 9))
     assert labeled == ((191 if channels == 4 else 128),) * 3  # on white
 
 

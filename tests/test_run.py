@@ -1,7 +1,6 @@
 """A run: what it is called, who may train it, what is due when, and what it writes."""
 
 import os
-import random
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from engine.progress import Progress
 from engine.run import MetricsLog, Run
 from engine.run_names import new_run_name
 from engine.trackers import Tracker
-from engine.train_step import TrainStep, get_rng_state, set_rng_state
+from engine.train_step import TrainStep
 from engine.trainer import should_snapshot_guide
 from tests.helpers import CPU, CPU_TIER, ROOT, FakeTime, random_images
 
@@ -323,13 +322,3 @@ def test_metrics_log_drops_rows_after_the_resumed_checkpoint(tmp_path):
         log.close()
     MetricsLog(tmp_path, Progress(None, 4, ALONE, step=20), NO_TRACKER).close()
     assert [row["step"] for row in plots.read_metrics(tmp_path / "metrics.jsonl")] == [10, 20]
-
-
-# --- state
-
-
-def test_rng_state_of_both_generators_is_restored():
-    state = get_rng_state(CPU)
-    values = random.random(), torch.rand(1).item()
-    set_rng_state(state, CPU)
-    assert (random.random(), torch.rand(1).item()) == values

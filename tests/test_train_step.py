@@ -13,11 +13,10 @@ from ddpm_model import DDPMModel
 from engine.cuda_graphs import CapturedFunction, GraphCaptureError
 from engine.dataloader import Batch, BatchLoader, ImageDataset
 from engine.errors import FallbackWarning, UserError
-from engine.train_step import TrainStep, ema_decay, learning_rate, randomness
+from engine.randomness import step_randomness
+from engine.train_step import TrainStep, ema_decay, learning_rate
 from engine.trainer import MAX_NONFINITE_STEPS
 from tests.helpers import CPU, STEP_SETTINGS, max_weight_difference
-
-PAIRS = [(seed, step) for seed in range(4) for step in range(4)]
 
 
 class FragileModel(DDPMModel):
@@ -56,10 +55,10 @@ def test_step_is_adam_on_the_clipped_gradient_of_the_loss():
     # Adam's first step amplifies the rounding of small gradients: the same memory layout.
     reference.to(memory_format=torch.channels_last)
     adam = torch.optim.Adam(reference.parameters(), lr=0.01, betas=(0.9, 0.99))
-    u, noise, mirror, _ = randomness(0, 3, torch.Size([32, 3, 8, 8]), CPU)
+    drawn = step_randomness(0, 3, torch.Size([32, 3, 8, 8]), CPU)
     images = make_batch().images / 255
-    x = torch.where(mirror[:, None, None, None], images.flip(-1), images)
-    expected = reference(x, (u * 50).long(), noise)
+    x = torch.where(drawn.mirror[:, None, None, None], images.flip(-1), images)
+    expected = reference(x, (drawn.u * 50).long(), drawn.noise)
     expected.backward()
     expected_norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
     adam.step()
@@ -136,21 +135,9 @@ def test_learning_rate_rises_then_falls_to_zero():
 # --- randomness
 
 
-@pytest.mark.parametrize("part", ["u", "noise", "mirror", "drop"])
-def test_randomness_differs_for_every_seed_and_step(part):
-    index = ["u", "noise", "mirror", "drop"].index(part)
-    shape = torch.Size([64, 1, 2, 2])
-    values = {tuple(randomness(*pair, shape, CPU)[index].flatten().tolist()) for pair in PAIRS}
-    assert len(values) == len(PAIRS)
-
-
-def test_randomness_is_reproducible():
-    first, second = (randomness(3, 7, torch.Size([8, 3, 2, 2]), CPU) for _ in range(2))
-    assert all(map(torch.equal, first, second))
-
-
 def test_step_draws_noise_by_the_configured_seed_and_its_number():
-    losses = [make_step(SEED=seed)(make_batch(), step, 1e-3)[0].item() for seed, step in PAIRS[:5]]
+    pairs = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]
+    losses = [make_step(SEED=seed)(make_batch(), step, 1e-3)[0].item() for seed, step in pairs]
     assert len(set(losses)) == 5
 
 
@@ -204,7 +191,7 @@ def test_step_drops_labels_by_seed_and_step_but_not_in_validation():
     for number, batch in enumerate(loader.epoch(0)):
         step.model.calls.clear()
         step(batch, number, 1e-3)
-        *_, label_u = randomness(3, number, batch.images.shape, CPU)
+        label_u = step_randomness(3, number, batch.images.shape, CPU).label_u
         expected = torch.where(label_u < 0.5, -1, batch.labels).tolist()
         assert [x for _, labels in step.model.calls for x in labels] == expected
         assert 0 < expected.count(-1) < len(expected)
