@@ -191,9 +191,9 @@ class Page:
         settings = session.chosen[0].settings
         if settings.get("mode") != "samples" or settings["sha256"] != self.keeper.refresh().sha256:
             return page.note("Choose one of the samples: only they start from noise.")
-        classes = [settings["classes"]] if settings["classes"] else []
+        class_names = [settings["classes"]] if settings["classes"] else []
         controls = (settings[name] for name in ("sampler", "steps", "guidance"))
-        plan = self.plan(request, str(settings["seeds"][0]), classes, *controls)
+        plan = self.plan(request, str(settings["seeds"][0]), class_names, *controls)
         return page.film([
             (page.image_uri(unnormalize(torch.cat([x_t[0], x_0[0]], dim=-1))), f"t = {max(t, 0)}")
             for t, x_t, x_0 in plan.trajectory()
@@ -214,14 +214,14 @@ class Page:
             gr.Info("The checkpoint has changed: the new model is used from now on.")
         session.model_version = served.version
         model = served.model
-        classes = list(model.class_names)
-        has_guidance = model.guide is not None or bool(classes)
+        names = list(model.class_names)
+        has_guidance = model.guide is not None or bool(names)
         sampler = {"choices": list(model.samplers), "value": model.default_sampler}
         steps = min(model.sampling_timesteps, MAX_STEPS)
         most = MAX_CONSISTENCY_STEPS if model.is_consistency_tuned else MAX_STEPS
         return {
             self.header: page.describe_model(served),
-            self.controls["classes"]: gr.update(choices=classes, value=[], visible=bool(classes)),
+            self.controls["classes"]: gr.update(choices=names, value=[], visible=bool(names)),
             self.controls["sampler"]: gr.update(**sampler),
             self.controls["steps"]: gr.update(value=steps, maximum=min(model.num_timesteps, most)),
             self.controls["guidance"]: gr.update(value=model.guidance, visible=has_guidance),

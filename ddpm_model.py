@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from config import DDPMConfig
 from engine import checkpoints
 from engine.cuda_graphs import GraphCache, GraphCaptureError
-from engine.denoiser import GUIDANCE_MODES, ModelDenoiser, weaker_network
+from engine.denoiser import GUIDANCE_MODES, ModelDenoiser, call_network, weaker_network
 from engine.errors import RenamedWarning, UserError, warn_fallback
 from engine.generation import GenerationMixin, eval_mode, expand_seeds, unnormalize  # noqa: F401
 from engine.hub import HubMixin
-from engine.labels import UNCONDITIONAL, check_class_names
+from engine.labels import check_class_names
 from engine.noise_schedule import EDM_P_MEAN, edm_weighting, shift_log_snr, shift_sigma
 from engine.unet import FastUnet
 
@@ -42,7 +42,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
 
     Images are float tensors (B, C, H, W) in [0, 1]. The arguments are DDPMConfig's settings in
     lower case; full_attn (one per level), attn_heads, attn_dim_head and others, such as
-    `self_condition`, go to upstream's Unet. classes: the number of training images by class name;
+    `self_condition`, go to upstream's Unet. class_counts: numbers of training images by class name;
     a model with any is class-conditional. consistency: tuned by train_consistency.py, to be sampled
     in a few steps. guidance, in every method: the weight of guidance, 1 disables it, None means the
     model's own; guidance_mode: one of GUIDANCE_MODES, see `denoiser`. training_info: `config` and
@@ -65,13 +65,16 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         full_attn: Sequence[bool] | None = None,
         attn_heads: int | Sequence[int] = DDPMConfig.ATTENTION_HEADS,
         attn_dim_head: int | Sequence[int] = DDPMConfig.ATTENTION_DIM,
-        classes: Mapping[str, int] | None = None,
+        class_counts: Mapping[str, int] | None = None,
         guidance_mode: str = DDPMConfig.GUIDANCE_MODE, consistency: bool = False,
         **unet_kwargs: Any,
     ):  # fmt: skip
         super().__init__()
         self.given_size = image_size
         image_size = image_size or DDPMConfig.IMAGE_SIZE
+        if "classes" in unet_kwargs:
+            warnings.warn("classes is now class_counts", RenamedWarning, stacklevel=2)
+            class_counts = unet_kwargs.pop("classes")
         # Reject sizes that exclude each other.
         factor = 2 ** (len(dim_mults) - 1)
         if image_size % factor:
@@ -91,8 +94,9 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
             "loss_weighting": loss_weighting, "min_snr_gamma": min_snr_gamma,
             "schedule_base_size": schedule_base_size, "guidance": guidance, "dropout": dropout,
             "full_attn": list(full_attn), "attn_heads": per_level(attn_heads, dim_mults),
-            "attn_dim_head": per_level(attn_dim_head, dim_mults), "classes": dict(classes or {}),
-            "guidance_mode": guidance_mode, "consistency": consistency, **unet_kwargs,
+            "attn_dim_head": per_level(attn_dim_head, dim_mults),
+            "class_counts": dict(class_counts or {}), "guidance_mode": guidance_mode,
+            "consistency": consistency, **unet_kwargs,
         }  # fmt: skip
         self.training_info: dict[str, dict[str, Any]] = {"config": {}, "progress": {}}
         self.graph_cache = GraphCache()
@@ -101,8 +105,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
     def _build(
         self, image_size: int, channels: int, timesteps: int, sampling_timesteps: int,
         objective: str, beta_schedule: str, loss_weighting: str, min_snr_gamma: float,
-        schedule_base_size: int, guidance: float, classes: Mapping[str, int], guidance_mode: str,
-        consistency: bool, **unet_kwargs: Any,
+        schedule_base_size: int, guidance: float, class_counts: Mapping[str, int],
+        guidance_mode: str, consistency: bool, **unet_kwargs: Any,
     ) -> None:  # fmt: skip
         """Creates network and process of an architecture, with new weights and no guide.
 
@@ -114,15 +118,15 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         self.sampling_timesteps = sampling_timesteps
         self.guidance = guidance
         self.is_consistency_tuned = consistency
-        check_class_names(classes)
-        self.class_names = tuple(classes)
-        self.class_counts = tuple(classes.values())
-        self.guidance_mode = guidance_mode if classes else "autoguidance"
+        check_class_names(class_counts)
+        self.class_names = tuple(class_counts)
+        self.class_counts = dict(class_counts)
+        self.guidance_mode = guidance_mode if class_counts else "autoguidance"
         self.guide: nn.Module | None = None
         # JSON has lists where upstream wants tuples.
         unet_kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in unet_kwargs.items()}
         self.diffusion = GaussianDiffusion(
-            FastUnet(channels=channels, num_classes=len(classes), **unet_kwargs),
+            FastUnet(channels=channels, num_classes=len(class_counts), **unet_kwargs),
             image_size=image_size, timesteps=timesteps, sampling_timesteps=sampling_timesteps,
             objective=objective, beta_schedule=beta_schedule, min_snr_loss_weight=min_snr_gamma > 0,
             min_snr_gamma=min_snr_gamma,
@@ -145,7 +149,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
 
     @classmethod
     def from_config(
-        cls, config: DDPMConfig, classes: Mapping[str, int] | None = None
+        cls, config: DDPMConfig, class_counts: Mapping[str, int] | None = None
     ) -> "DDPMModel":
         """Creates the model of a configuration; its weights are a function of SEED."""
         torch.manual_seed(config.SEED)
@@ -156,7 +160,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
             min_snr_gamma=config.MIN_SNR_GAMMA, schedule_base_size=config.SCHEDULE_BASE_SIZE,
             guidance=config.GUIDANCE, dropout=config.DROPOUT,
             full_attn=full_attention_levels(config), attn_heads=config.ATTENTION_HEADS,
-            attn_dim_head=config.ATTENTION_DIM, classes=classes,
+            attn_dim_head=config.ATTENTION_DIM, class_counts=class_counts,
             guidance_mode=config.GUIDANCE_MODE,
         )  # fmt: skip
         model.unet.checkpointing = config.GRADIENT_CHECKPOINTING
@@ -167,13 +171,13 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         """Returns an architecture read from a file of any version in today's names."""
         levels = len(architecture["dim_mults"])
         former_defaults = {
-            "loss_weighting": "min_snr", "guidance": 1.0, "classes": {},
+            "loss_weighting": "min_snr", "guidance": 1.0, "class_counts": {},
             "guidance_mode": "autoguidance", "consistency": False, "dropout": 0.0,
-            "schedule_base_size": architecture.get("schedule_size", 0),
-            "full_attn": [False] * (levels - 1) + [True], "attn_heads": [4] * levels,
-            "attn_dim_head": [32] * levels,
+            "schedule_base_size": 0, "full_attn": [False] * (levels - 1) + [True],
+            "attn_heads": [4] * levels, "attn_dim_head": [32] * levels,
         }  # fmt: skip
-        return former_defaults | {k: v for k, v in architecture.items() if k != "schedule_size"}
+        former_names = {"schedule_size": "schedule_base_size", "classes": "class_counts"}
+        return former_defaults | {former_names.get(k, k): v for k, v in architecture.items()}
 
     def __getattr__(self, name: str) -> Any:
         """Finds attributes by their former names, with a warning."""
@@ -373,17 +377,6 @@ def check_types(file: checkpoints.ModelFile) -> None:
     for name, value in file.training_info["progress"].items():
         if not isinstance(value, (int, float, type(None))):
             raise UserError(f"{file.path}: {name} is {value!r}, but must be a number")
-
-
-def call_network(
-    network: nn.Module, x: Tensor, t: Tensor, previous: Tensor | None, labels: Tensor | None
-) -> Tensor:
-    """Calls a network; raises UserError for labels that an unconditional one is given."""
-    if labels is None:
-        return network(x, t, previous)
-    if not getattr(network, "num_classes", 0):
-        raise UserError(UNCONDITIONAL)
-    return network(x, t, previous, labels)
 
 
 def per_level(values: int | Sequence[int], dim_mults: Sequence[int]) -> list[int]:

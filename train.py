@@ -31,7 +31,7 @@ from engine.trainer import estimate, train
 # What may differ between a model and the one that it starts from: all that is no weight.
 MUTABLE_ON_INIT = {
     "image_size", "sampling_timesteps", "loss_weighting", "min_snr_gamma", "schedule_base_size",
-    "guidance", "guidance_mode", "dropout", "classes", "consistency",
+    "guidance", "guidance_mode", "dropout", "class_counts", "consistency",
 }  # fmt: skip
 DEFAULTS_NOTE = (
     "Defaults shown are those before presets and the GPU's tier; --dry_run shows what a run gets."
@@ -70,7 +70,7 @@ def main(
 
     # Model, and training or an estimate of it.
     with distributed.session(lambda: "start it again") as dist:
-        model = model_class.from_config(config, classes=data.classes)
+        model = model_class.from_config(config, data.class_counts)
         if init_model:
             init_weights(model, init_model, request.init_from)
         elif checkpoint and tuning is not None:

@@ -19,10 +19,10 @@ from torch import Tensor
 
 import train
 import train_optimized
-from ddpm_model import DDPMModel, call_network
+from ddpm_model import DDPMModel
 from engine import distributed
 from engine.consistency import ConsistencyLoss, Teacher
-from engine.denoiser import weaker_network
+from engine.denoiser import call_network, weaker_network
 from engine.errors import UserError
 
 # Settings that replace those of the run that trained the model. No dropout: it would differ between

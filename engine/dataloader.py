@@ -2,6 +2,7 @@
 
 import hashlib
 import mmap
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.errors import UserError
+from engine.errors import RenamedWarning, UserError
 from engine.gpu_memory import memory_limit
 
 MAX_GPU_FRACTION = 0.25  # of the GPU memory we may use; larger data sets are streamed by threads
@@ -33,12 +34,18 @@ class ImageDataset:
     class_names: tuple[str, ...] = ()
 
     @property
-    def classes(self) -> dict[str, int]:
+    def class_counts(self) -> dict[str, int]:
         """The number of images of each class by its name."""
         if self.labels is None:
             return {}
         counts = np.bincount(self.labels + 1, minlength=len(self.class_names) + 1)[1:]
         return dict(zip(self.class_names, counts.tolist(), strict=True))
+
+    @property
+    def classes(self) -> dict[str, int]:
+        """The former name of class_counts."""
+        warnings.warn("classes is now class_counts", RenamedWarning, stacklevel=2)
+        return self.class_counts
 
     def __len__(self) -> int:
         return len(self.images)

@@ -6,12 +6,25 @@ from typing import Any
 
 import torch
 from denoising_diffusion_pytorch import GaussianDiffusion
-from torch import Tensor
+from torch import Tensor, nn
 
+from engine.errors import UserError
+from engine.labels import UNCONDITIONAL
 from engine.noise_schedule import SIGMA_MAX, sigma_of
 
 GUIDANCE_MODES = ("autoguidance", "cfg", "both")
 Network = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+
+
+def call_network(
+    network: nn.Module, x: Tensor, t: Tensor, previous: Tensor | None, labels: Tensor | None
+) -> Tensor:
+    """Calls a network; raises UserError for labels that an unconditional one is given."""
+    if labels is None:
+        return network(x, t, previous)
+    if not getattr(network, "num_classes", 0):
+        raise UserError(UNCONDITIONAL)
+    return network(x, t, previous, labels)
 
 
 def apply_guidance(x_0: Tensor, x_0_weaker: Tensor, weight: float | Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class GenerationMixin:
     diffusion: GaussianDiffusion
     denoiser: Callable[..., ModelDenoiser]
     class_names: tuple[str, ...]
-    class_counts: tuple[int, ...]
+    class_counts: dict[str, int]
 
     @cached_property
     def alpha_bar(self) -> list[float]:
@@ -109,7 +109,7 @@ class GenerationMixin:
         x, randn = self.noise(seeds)
         function, timesteps = self.sampling_plan(sampler, steps, spacing, noise_levels)
         if labels is None and self.class_names:
-            labels = labels_of_seeds(seeds, self.class_counts)
+            labels = labels_of_seeds(seeds, [*self.class_counts.values()])
         return self.trajectory(x, timesteps, function, randn, labels=labels, **options)
 
     @torch.no_grad()
@@ -141,8 +141,8 @@ class GenerationMixin:
         position = torch.linspace(0, 1, num_steps, device=self.device)
         x = samplers.slerp(*codes, position)
         if labels is not None:
-            classes = torch.arange(len(self.class_names), device=self.device)
-            first, last = (end_labels[:, None] == classes).float()
+            every_label = torch.arange(len(self.class_names), device=self.device)
+            first, last = (end_labels[:, None] == every_label).float()
             labels = torch.lerp(first, last, position[:, None])
 
         # All points to images.

@@ -180,8 +180,8 @@ def to_labels(
     class_names: what the column's integers index; None if the values themselves are the classes.
     """
     if class_names is None:
-        classes = sorted({v for v in values if v is not None})
-        indices = {value: index for index, value in enumerate(classes)}
+        known = sorted({v for v in values if v is not None})
+        indices = {value: index for index, value in enumerate(known)}
         values = [indices.get(value) for value in values]
-        class_names = map(str, classes)
+        class_names = map(str, known)
     return np.array([NO_LABEL if v is None else v for v in values], np.int64), (*class_names,)

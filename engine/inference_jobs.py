@@ -55,7 +55,7 @@ class InferenceJob:
         self.batcher = OomBatcher(self.settings["batch_size"])
         text = self.settings["classes"]
         # The labels that --classes names, empty without it.
-        self.classes = parse_classes(text, self.model.class_names) if text is not None else []
+        self.given_labels = parse_classes(text, self.model.class_names) if text is not None else []
 
     @property
     def sampler_kwargs(self) -> dict[str, Any]:
@@ -69,15 +69,15 @@ class InferenceJob:
         """Returns the class of each seed; None if the model has no classes."""
         if not self.model.class_names:
             return None
-        counts = np.array(self.model.class_counts)
-        if self.classes:
-            is_wanted = np.isin(np.arange(len(counts)), self.classes)
+        counts = np.array([*self.model.class_counts.values()])
+        if self.given_labels:
+            is_wanted = np.isin(np.arange(len(counts)), self.given_labels)
             counts = np.where(is_wanted, counts.clip(min=1), 0)
         return labels_of_seeds(seeds, counts).tolist()
 
     def labels_if_asked(self, seeds: Sequence[int]) -> list[int] | None:
         """Returns labels_of with --classes, else None: an image's class is unknown."""
-        return self.labels_of(seeds) if self.classes else None
+        return self.labels_of(seeds) if self.given_labels else None
 
     def run_batched(self, function: Callable, seeds: Sequence[int], **kwargs: Any) -> Tensor:
         """As the function run_batched, with the job's sampler."""
@@ -125,8 +125,8 @@ class InferenceJob:
         names = [f"{seed:06d}.png" for seed in seeds]
         if labels is None:
             return names
-        classes = [self.model.class_names[label] for label in labels]
-        return [f"{name}/{file}" for name, file in zip(classes, names, strict=True)]
+        folders = [self.model.class_names[label] for label in labels]
+        return [f"{folder}/{name}" for folder, name in zip(folders, names, strict=True)]
 
     def save_each(
         self, images: Tensor, seeds: Sequence[int], folder: str = ".",

@@ -28,16 +28,16 @@ def generate_samples(job: InferenceJob) -> str:
     """Single images, a grid (with classes, a row for each) and a contact sheet."""
     seeds = job.settings["seeds"]
     names = job.model.class_names
-    classes = job.classes or range(len(names))
-    labels = np.repeat(classes, len(seeds)).tolist() if names else None
-    every_seed = seeds * max(len(classes), 1)
+    row_labels = job.given_labels or range(len(names))
+    labels = np.repeat(row_labels, len(seeds)).tolist() if names else None
+    every_seed = seeds * max(len(row_labels), 1)
     images = job.run_batched(job.model.sample, every_seed, labels=labels)
     job.save_each(images, every_seed, labels=labels)
     columns = round((1.6 * len(images)) ** 0.5)
-    if len(classes) > 1:
+    if len(row_labels) > 1:
         columns = len(seeds)
-        shown = images.unflatten(0, (len(classes), columns))[:100, :MAX_GRID_COLUMNS]
-        rows = [names[label] for label in classes[:100]]
+        shown = images.unflatten(0, (len(row_labels), columns))[:100, :MAX_GRID_COLUMNS]
+        rows = [names[label] for label in row_labels[:100]]
         headings = [f"seed {seed}" for seed in seeds[:MAX_GRID_COLUMNS]]
         figure = plots.table(shown.flatten(0, 1), rows, headings, job.settings["tile"])
         job.save(figure, "grid.png", seeds=seeds[:MAX_GRID_COLUMNS])
@@ -75,7 +75,7 @@ def show_trajectory(job: InferenceJob) -> str:
 
 def interpolate(job: InferenceJob) -> str:
     """Images between two given ones, and maybe two classes: a strip and a GIF."""
-    ends = (job.classes[0], job.classes[-1]) if job.classes else None
+    ends = (job.given_labels[0], job.given_labels[-1]) if job.given_labels else None
     image1, title1 = job.load_input_image("image1", ends and ends[0])
     image2, title2 = job.load_input_image("image2", ends and ends[1])
     # The encoder is DDIM's, so DDIM decodes unless there is a custom sampler.

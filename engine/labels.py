@@ -28,8 +28,8 @@ def labels_from_folders(paths: Sequence[str], location: str) -> tuple[np.ndarray
             f"{location} has images outside its class folders ({len(outside)}, e.g. {outside[0]}), "
             "whose class is unknown. Move them into a folder, or drop --class_conditional"
         )
-    classes = [path.partition("/")[0] for path in paths]
-    names, labels = np.unique(classes, return_inverse=True)
+    folders = [path.partition("/")[0] for path in paths]
+    names, labels = np.unique(folders, return_inverse=True)
     return labels.astype(np.int64), tuple(names.tolist())
 
 
@@ -74,30 +74,31 @@ def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
     return list(dict.fromkeys(labels))
 
 
-def check_class_names(classes: Mapping[str, int]) -> None:
+def check_class_names(class_counts: Mapping[str, int]) -> None:
     """Raises UserError for class names that could not be names of folders."""
-    for name, count in classes.items():
+    for name, count in class_counts.items():
         if name in ("", ".", "..") or set(name) & set("/\\\0") or not isinstance(count, int):
             raise UserError(f"{name!r} is not a class: names are those of folders, with counts")
 
 
 def check_classes_on_resume(
-    path: Path, saved: Mapping[str, int], classes: Mapping[str, int]
+    path: Path, saved: Mapping[str, int], class_counts: Mapping[str, int]
 ) -> None:
     """Raises UserError if a run would continue with other or smaller classes.
 
-    saved, classes: images by class name. An unconditional run may continue as a conditional one.
+    saved, class_counts: images by class name, of the run and of the data. An unconditional run may
+    continue as a conditional one.
     """
-    if not saved or saved == classes:
+    if not saved or saved == class_counts:
         return
     was, now = (
         textwrap.shorten(", ".join(f"{count} {name}" for name, count in each.items()), 80)
-        for each in (saved, classes)
+        for each in (saved, class_counts)
     )
     message = f"{path} was trained on {len(saved)} classes ({was})"
-    if not classes:
+    if not class_counts:
         raise UserError(f"{message}. Resume with --class_conditional")
-    raise UserError(f"{message}, but the data has {len(classes)} ({now}): start another run")
+    raise UserError(f"{message}, but the data has {len(class_counts)} ({now}): start another run")
 
 
 def labels_of_seeds(seeds: Iterable[int], counts: Sequence[int]) -> np.ndarray:

@@ -168,7 +168,7 @@ class Plan:
     @classmethod
     def of_controls(
         cls, served: ServedModel, request: Request, declared: type[Settings], seeds: str,
-        classes: list[str], sampler: str, steps: float, guidance: float,
+        class_names: list[str], sampler: str, steps: float, guidance: float,
     ) -> "Plan":  # fmt: skip
         """Checks what the controls ask for. declared: the settings of inference.py.
 
@@ -177,12 +177,12 @@ class Plan:
         model = served.model.serve(request)
         if not 1 <= steps <= MAX_STEPS or len(seeds) > MAX_TEXT:
             raise UserError(f"at most {MAX_STEPS} steps and {MAX_IMAGES} images are possible")
-        if sampler not in model.samplers or not set(classes) <= set(model.class_names):
+        if sampler not in model.samplers or not set(class_names) <= set(model.class_names):
             raise UserError("this model has no such sampler or class. Reload the page")
         options = {"sampler": sampler, "steps": int(steps), "guidance": float(guidance)}
         options = declared.check(options, "the page")
         numbers = jobs.parse_seeds(seeds, MAX_IMAGES)
-        chosen = [model.class_names.index(name) for name in classes]
+        chosen = [model.class_names.index(name) for name in class_names]
         labels = [label for _, label in zip(numbers, itertools.cycle(chosen), strict=False)]
         settings = declared(**options, checkpoint=str(served.path)).as_dict()
         settings |= choose_sampling(model, settings)
@@ -193,7 +193,8 @@ class Plan:
     def trajectory(self) -> Iterator[State]:
         """Yields t, x_t and the predicted x_0, from noise to image, like DDPMModel.sample."""
         if self.labels is None and self.model.class_names:
-            self.labels = labels_of_seeds(self.seeds, self.model.class_counts).tolist()
+            counts = [*self.model.class_counts.values()]
+            self.labels = labels_of_seeds(self.seeds, counts).tolist()
         return self.model.sample_states(self.seeds, labels=self.labels, **self.options)
 
     def edit(self, mode: str, count: int, source: PageImage, options: dict) -> list[PageImage]:
@@ -277,8 +278,8 @@ def take_upload(
         session.mask = read_mask(*map(open_input, files.values()), model.image_size)
     session.panel = {"vary": "Vary", "inpaint": "Inpaint"}.get(mode, session.panel)
     controls: dict[str, Any] = {"seeds": format_seeds(settings["seeds"][:MAX_IMAGES])}
-    classes = settings["classes"] if model.class_names else None
-    labels = parse_classes(classes, model.class_names) if classes else []
+    has_classes = model.class_names and settings["classes"]
+    labels = parse_classes(settings["classes"], model.class_names) if has_classes else []
     controls["classes"] = [model.class_names[label] for label in labels]
     names = ("sampler", "steps", "guidance", "strength")
     return controls | {name: settings[name] for name in names if settings[name]}

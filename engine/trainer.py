@@ -36,7 +36,7 @@ MAX_NONFINITE_STEPS = 20  # in a row
 GUIDE_WARMUPS = 5  # in the first half of a run
 LATE_GUIDE_WARMUPS = 2  # in the second
 # Entries of the architecture; classes have check_classes_on_resume.
-MUTABLE_ON_RESUME = {"sampling_timesteps", "guidance", "guidance_mode", "dropout", "classes"}
+MUTABLE_ON_RESUME = {"sampling_timesteps", "guidance", "guidance_mode", "dropout", "class_counts"}
 
 
 def train(
@@ -187,8 +187,8 @@ def restore(
         saved = train_step.model.upgrade_architecture(saved)
     wanted = train_step.model.architecture
     checkpoints.check_architecture(path, saved, wanted, MUTABLE_ON_RESUME, "start another run")
-    classes = wanted.get("classes", {})
-    check_classes_on_resume(path, saved.get("classes", {}), classes)
+    counts = (architecture.get("class_counts", {}) for architecture in (saved, wanted))
+    check_classes_on_resume(path, *counts)
 
     # Progress; with another batch size an epoch continues after the same number of images.
     fields = dict(state["progress"])

@@ -121,8 +121,8 @@ class FastUnet(Unet):
         if labels is not None:
             class_mix = labels
             if not labels.is_floating_point():  # -1 is no class
-                classes = torch.arange(self.num_classes, device=labels.device)
-                class_mix = (labels[:, None] == classes).float()
+                every_label = torch.arange(self.num_classes, device=labels.device)
+                class_mix = (labels[:, None] == every_label).float()
             t = t + (class_mix @ self.class_embedding.weight).to(dtype)
         linears = [block.mlp[1] for block in self.blocks]
         weight = torch.cat([weights[linear.weight] for linear in linears])

@@ -222,7 +222,7 @@ def test_png_of_a_derived_image_restores_its_source(served, mode, monkeypatch):
 
 def test_png_of_a_class_restores_the_class(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = save_model("checkpoints/ddpm_final.pt", classes={"cat": 3, "dog <b>": 5})
+    path = save_model("checkpoints/ddpm_final.pt", class_counts={"cat": 3, "dog <b>": 5})
     served = ModelKeeper(lambda: path, app.load_shared_model).refresh()
     plan = plan_of(served, seeds="0-2", classes=["dog <b>", "cat"])
     images = plan.attach_settings(samples_of(plan))

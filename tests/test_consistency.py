@@ -75,7 +75,7 @@ def guided_source(**changes) -> DDPMModel:
 @pytest.mark.parametrize("mode", ["none", "autoguidance", "cfg", "both"])
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
 def test_loss_is_that_of_a_plain_second_implementation(fraction, mode):
-    options = {"timesteps": 1000, "classes": {"cat": 1, "dog": 1}}
+    options = {"timesteps": 1000, "class_counts": {"cat": 1, "dog": 1}}
     options |= {"guidance": 1.0} if mode == "none" else {"guidance": 2.0, "guidance_mode": mode}
     source = guided_source(**options)
     source.unet.class_embedding.weight.data.normal_()
@@ -349,7 +349,7 @@ def test_script_tunes_with_the_settings_of_the_run(tmp_path, monkeypatch):
 def test_script_knows_the_images_of_the_pretrained_model_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checkpoints, "PRETRAINED_DIR", tmp_path / "weights")
-    DDPMModel(**SMALL, classes={"cat": 1, "dog": 1}).save_model("weights/cifar10.safetensors")
+    DDPMModel(**SMALL, class_counts={"cat": 1, "dog": 1}).save_model("weights/cifar10.safetensors")
     for flags in ((), ("--checkpoint", "weights/cifar10.safetensors")):
         config = configure_script(*flags)
         assert (config.DATASET, config.IMAGE_SIZE, config.DIM) == ("cifar10", 8, 8)
@@ -406,7 +406,7 @@ def test_tuned_model_is_not_guided_again_and_its_file_holds_the_teacher_once(tun
     model = DDPMModel.from_file(path)
     assert model.guide is None and not any("teacher" in key for key in model.state_dict())
     classes = {"cat": 1, "dog": 1}
-    model = tuned_model(classes=classes, guidance=2.0, guidance_mode="cfg")
+    model = tuned_model(class_counts=classes, guidance=2.0, guidance_mode="cfg")
     assert model.count_nfe(*model.sampling_plan()) == 2
 
 

@@ -211,14 +211,14 @@ def test_cifar10_labels_are_the_first_bytes(load, cifar10):
     write_files(load.data, cifar10_files(cifar10))
     data = load_labeled(load, "cifar10", 32)
     assert data.labels.tolist() == [7] * 10 and data.class_names[7] == "horse"
-    assert data.classes == dict.fromkeys(data.class_names, 0) | {"horse": 10}
+    assert data.class_counts == dict.fromkeys(data.class_names, 0) | {"horse": 10}
 
 
 def test_stl10_labels_start_at_1_and_unlabeled_images_have_none(load, stl10):
     write_files(load.data, stl10_files(stl10))
     data = load_labeled(load, "stl10", 96)
     assert data.labels.tolist() == [9, 0, -1, -1, -1]
-    assert data.classes == dict.fromkeys(data.class_names, 0) | {"truck": 1, "airplane": 1}
+    assert data.class_counts == dict.fromkeys(data.class_names, 0) | {"truck": 1, "airplane": 1}
 
 
 def test_shapes_are_labeled_by_kind(load, monkeypatch):
@@ -233,7 +233,7 @@ def test_folder_labels_are_the_first_folders_in_order(load):
     for name, value in values.items():
         save_gray(load.data / name, value)
     data = load_labeled(load, "folder", 4)
-    assert data.class_names == ("cat", "dog") and data.classes == {"cat": 2, "dog": 1}
+    assert data.class_names == ("cat", "dog") and data.class_counts == {"cat": 2, "dog": 1}
     assert dict(zip(data.images[:, 0, 0, 0].tolist(), data.labels.tolist(), strict=True)) == {
         0: 0, 1: 0, 3: 1,
     }  # fmt: skip
@@ -382,7 +382,7 @@ def test_choose_default_dataset_without_download_expects_cifar10(load, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("dataset", "count", "classes"),
+    ("dataset", "count", "num_classes"),
     [
         ("cifar10", 50_000, 10),
         ("stl10", 105_000, 10),
@@ -390,12 +390,13 @@ def test_choose_default_dataset_without_download_expects_cifar10(load, monkeypat
         ("shapes", 20_480, 4),
     ],
 )
-def test_placeholder_has_as_many_images_as_the_data_set(dataset, count, classes):
+def test_placeholder_has_as_many_images_as_the_data_set(dataset, count, num_classes):
     data = datasets.placeholder(dataset, 16)
     assert data.images.shape == (count, 3, 16, 16) and data.labels is None
-    if classes:
+    if num_classes:
         labeled = datasets.placeholder(dataset, 16, use_labels=True)
-        assert len(labeled) == sum(labeled.classes.values()) and len(labeled.classes) == classes
+        assert len(labeled.class_counts) == num_classes
+        assert len(labeled) == sum(labeled.class_counts.values())
     else:
         with pytest.raises(UserError, match="celeba has no labels"):
             datasets.placeholder(dataset, 16, use_labels=True)

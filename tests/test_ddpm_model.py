@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
@@ -15,10 +16,11 @@ from config import DDPMConfig, resolve
 from ddpm_model import DDPMModel
 from engine import checkpoints
 from engine.cuda_graphs import GraphCaptureError
+from engine.dataloader import ImageDataset
 from engine.errors import FallbackWarning, RenamedWarning, UserError
 from engine.noise_schedule import BETA_SCHEDULES, OBJECTIVES
 from engine.samplers import ddim, uniform
-from tests.helpers import CPU_TIER
+from tests.helpers import CPU_TIER, random_images
 
 SMALL = {"image_size": 8, "dim": 8, "dim_mults": (1, 2), "timesteps": 40, "sampling_timesteps": 10}
 TRAINING_INFO = {"config": {"DIM": 8}, "progress": {"step": 3}}
@@ -65,7 +67,7 @@ def test_from_config_passes_every_setting():
         "sampling_timesteps": 7, "objective": "pred_x0", "beta_schedule": "sigmoid",
         "loss_weighting": "min_snr", "min_snr_gamma": 4.0, "schedule_base_size": 32,
         "guidance": 1.7, "dropout": 0.3, "full_attn": [False, True, True],
-        "attn_heads": [1, 2, 3], "attn_dim_head": [8, 16, 24], "classes": {"a": 2, "b": 3},
+        "attn_heads": [1, 2, 3], "attn_dim_head": [8, 16, 24], "class_counts": {"a": 2, "b": 3},
         "guidance_mode": "both", "consistency": False,
     }  # fmt: skip
     assert model.unet.checkpointing
@@ -92,6 +94,11 @@ def test_former_names_work_with_a_warning():
     assert model.guide is not None
     with pytest.warns(RenamedWarning, match="provenance is now training_info"):
         assert model.provenance is model.training_info
+    with pytest.warns(RenamedWarning, match="classes is now class_counts"):
+        assert small(classes={"a": 2, "b": 3}).class_names == ("a", "b")
+    data = ImageDataset(random_images(3, 8), np.array([0, 1, -1]), ("a", "b"))
+    with pytest.warns(RenamedWarning, match="classes is now class_counts"):
+        assert data.classes == {"a": 1, "b": 1}
     with pytest.raises(AttributeError, match="nothing"):
         _ = model.nothing
 
@@ -236,13 +243,14 @@ def test_save_model_includes_the_guide(name, half, tmp_path):
 def test_load_model_reads_architectures_of_earlier_versions(tmp_path):
     model = small(
         image_size=32, schedule_base_size=64, loss_weighting="min_snr", guidance=1.0,
-        full_attn=(False, True),
+        full_attn=(False, True), class_counts={"a": 2, "b": 3},
     )  # fmt: skip
     path = tmp_path / "old.pt"
     old = dict(model.architecture)
     for name in ("loss_weighting", "guidance", "full_attn", "dropout", "attn_heads"):
         del old[name]
     old["schedule_size"] = old.pop("schedule_base_size")
+    old["classes"] = old.pop("class_counts")
     checkpoints.save(path, {"architecture": old, "model": model.state_dict()})
     loaded = DDPMModel.from_file(path)
     for name in DDPMModel.upgrade_architecture(old):

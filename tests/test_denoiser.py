@@ -145,7 +145,7 @@ def test_denoiser_passes_each_network_its_labels():
 
 def conditional(**changes) -> DDPMModel:
     """A model of three classes with a guide, whose class embeddings are not zero."""
-    return guided(classes={"a": 1, "b": 1, "c": 2}, **changes)
+    return guided(class_counts={"a": 1, "b": 1, "c": 2}, **changes)
 
 
 def x_0_of(network: torch.nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:

@@ -91,7 +91,7 @@ def train_alone(max_steps: int, resume: str = "", run_name: str = "") -> None:
     config = resolve("shapes", detect_tier(), flags=flags)
     path = Path("checkpoints") / resume / "last.pt" if resume else None
     data = load_dataset("shapes", 8, Path("data"), use_labels=config.CLASS_CONDITIONAL)
-    train(DDPMModel.from_config(config, data.classes), data, config, path)
+    train(DDPMModel.from_config(config, data.class_counts), data, config, path)
 
 
 def difference_of_runs(a: str, b: str) -> float:

@@ -62,7 +62,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     torch.manual_seed(0)
     size = {"image_size": 8, "dim": 8, "dim_mults": (1, 2)}
     classes = dict.fromkeys(ARCHIVES["cifar10"].class_names, 1)
-    model = DDPMModel(**size, timesteps=20, sampling_timesteps=2, classes=classes)
+    model = DDPMModel(**size, timesteps=20, sampling_timesteps=2, class_counts=classes)
     model.save_model("weights/cifar10.safetensors")
     model.save_model("checkpoints/ddpm_final.pt")
     return tmp_path

@@ -427,7 +427,7 @@ def conditional(tmp_path, monkeypatch) -> DDPMModel:
         Image.new("RGB", (8, 8), (int(level + value),) * 3).save(f"real/{name}/{i:03d}.png")
     torch.manual_seed(0)
     sizes = {"image_size": 8, "dim": 8, "dim_mults": (1, 2), "timesteps": 60}
-    model = DDPMModel(**sizes, sampling_timesteps=8, classes={"bright": 1, "dark": 1})
+    model = DDPMModel(**sizes, sampling_timesteps=8, class_counts={"bright": 1, "dark": 1})
     config = {"DATASET": "folder", "IMAGE_SIZE": 8, "DATA_DIR": "real"}
     state = {"architecture": model.architecture, "model": model.state_dict(), "config": config}
     checkpoints.save(Path("checkpoints/run/final.pt"), state)

@@ -167,7 +167,7 @@ def test_class_conditional_model_trains_and_samples_by_graph_as_without():
     steps = []
     for use_graph in (False, True):
         torch.manual_seed(0)
-        model = DDPMModel(image_size=32, dim=32, classes=classes).to(CUDA)
+        model = DDPMModel(image_size=32, dim=32, class_counts=classes).to(CUDA)
         settings = {"CUDA_GRAPH": use_graph, "USE_AMP": True, "LABEL_DROPOUT": 0.5}
         steps.append(TrainStep(model, SimpleNamespace(**(STEP_SETTINGS | settings))))
     for number in range(5):

@@ -65,7 +65,7 @@ def test_model_card_has_grid_recipe_figures_and_license_but_no_local_path(model,
 
 def test_model_card_names_classes_and_no_absolute_path_of_a_data_set(model, tmp_path):
     classes = {"cat": 3, "dog": 1}
-    conditional = DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), classes=classes)
+    conditional = DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), class_counts=classes)
     conditional.training_info = model.training_info | {"config": {"DATASET": "hf:/home/me/pets"}}
     conditional.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()

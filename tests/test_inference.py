@@ -273,10 +273,10 @@ def test_compare_samples_with_every_sampler_and_the_given_guidance(guided, infer
 def test_compare_with_adds_another_model_with_its_own_settings(conditional, infer, grids):
     names = {"cow": 1, "dog": 1, "cat": 1}  # of the same classes in another order
     torch.manual_seed(1)
-    other = DDPMModel(**SMALL, classes=names).eval()
+    other = DDPMModel(**SMALL, class_counts=names).eval()
     other.unet.class_embedding.weight.data.normal_()
     other.save_model("other/final.pt")
-    tuned = DDPMModel(**SMALL, classes={"cat": 1, "dog": 1, "cow": 1}, consistency=True).eval()
+    tuned = DDPMModel(**SMALL, class_counts={"cat": 1, "dog": 1, "cow": 1}, consistency=True).eval()
     tuned.save_model("tuned/final.pt")
     flags = ["--mode", "compare", "--checkpoint", "tuned/final.pt", "--classes", "dog"]
     assert infer(*flags, "--num_samples", "4", "--compare_with", "other/final.pt") == 0
@@ -787,7 +787,7 @@ def conditional(tmp_path, monkeypatch) -> DDPMModel:
     """A small model of three classes in checkpoints/ of the working folder."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    model = DDPMModel(**SMALL, classes={"cat": 2, "dog": 1, "cow": 1}).eval()
+    model = DDPMModel(**SMALL, class_counts={"cat": 2, "dog": 1, "cow": 1}).eval()
     model.snapshot_guide()
     for network in (model.unet, model.guide):
         network.class_embedding.weight.data.normal_()
@@ -843,7 +843,7 @@ def test_samples_of_the_classes_asked_for(conditional, infer):
 
 def test_batch_draws_classes_in_proportion_by_seed(conditional, infer):
     flags = ("--mode", "batch", "--num_samples", "40")
-    labels = labels_of_seeds(range(40), conditional.class_counts)
+    labels = labels_of_seeds(range(40), [*conditional.class_counts.values()])
     counts = np.bincount(labels).tolist()
     assert counts == [21, 10, 9]
     expected = plots.to_bytes(conditional.sample(40, seed=0, labels=labels))

@@ -16,9 +16,8 @@ CLASSES = {"cat": 3, "dog": 1}
 def conditional() -> DDPMModel:
     """A small model whose classes differ."""
     torch.manual_seed(0)
-    model = DDPMModel(
-        image_size=8, dim=8, dim_mults=(1, 2), timesteps=40, sampling_timesteps=4, classes=CLASSES
-    )
+    size = {"image_size": 8, "dim": 8, "dim_mults": (1, 2)}
+    model = DDPMModel(**size, timesteps=40, sampling_timesteps=4, class_counts=CLASSES)
     model.unet.class_embedding.weight.data.normal_()
     return model
 
@@ -67,14 +66,14 @@ def test_class_names_are_stored_with_the_model(tmp_path, suffix):
     model = conditional()
     model.save_model(tmp_path / f"model{suffix}")
     loaded = DDPMModel.from_file(tmp_path / f"model{suffix}")
-    assert loaded.class_names == ("cat", "dog") and loaded.class_counts == (3, 1)
+    assert loaded.class_names == ("cat", "dog") and loaded.class_counts == {"cat": 3, "dog": 1}
     assert torch.equal(loaded.sample(2, seed=0), model.sample(2, seed=0))
 
 
 @pytest.mark.parametrize("classes", [{"../x": 1}, {"": 1}, {"a\\b": 1}, {"..": 1}, {"a": "1"}])
 def test_class_names_from_a_file_cannot_leave_a_folder(classes):
     with pytest.raises(UserError, match="is not a class: names are those of folders"):
-        DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), classes=classes)
+        DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), class_counts=classes)
 
 
 def test_unconditional_weights_fit_a_conditional_model():

@@ -341,7 +341,7 @@ def test_nearest_neighbors_finds_the_copy_and_measures_the_others(monkeypatch):
 def test_loss_by_timestep_is_the_training_loss_without_its_weight():
     torch.manual_seed(0)
     classes = {"cat": 2, "dog": 3}
-    model = DDPMModel(image_size=16, dim=8, dim_mults=(1, 2), timesteps=60, classes=classes)
+    model = DDPMModel(image_size=16, dim=8, dim_mults=(1, 2), timesteps=60, class_counts=classes)
     model.unet.class_embedding.weight.data.normal_()
     images = torch.from_numpy(draw_shapes(np.arange(5), 16, 0))
     labels = torch.tensor([0, 1, 1, -1, 0])

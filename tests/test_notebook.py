@@ -24,7 +24,9 @@ def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     (tmp_path / "train.py").touch()
     monkeypatch.chdir(tmp_path / "notebooks")
     monkeypatch.setattr(checkpoints, "PRETRAINED_DIR", tmp_path)
-    pretrained = DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), classes={"cat": 1, "horse": 1})
+    pretrained = DDPMModel(
+        image_size=8, dim=8, dim_mults=(1, 2), class_counts={"cat": 1, "horse": 1}
+    )
     pretrained.save_model(tmp_path / "cifar10.safetensors")
     monkeypatch.setitem(CPU_PRESETS, "shapes", TOY)
     monkeypatch.setattr(datasets, "SHAPES_COUNT", 128)

@@ -204,7 +204,7 @@ def test_step_drops_labels_by_seed_and_step_but_not_in_validation():
 def test_step_of_an_unconditional_run_continues_as_a_conditional_one(optimizer):
     def make(classes: dict[str, int]) -> TrainStep:
         torch.manual_seed(0)
-        model = DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), timesteps=50, classes=classes)
+        model = DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), timesteps=50, class_counts=classes)
         changes = {"OPTIMIZER": optimizer, "LABEL_DROPOUT": 1.0}
         return TrainStep(model, SimpleNamespace(**(STEP_SETTINGS | changes)))
 
@@ -231,7 +231,7 @@ def test_classes_of_constant_colors_are_sampled_in_their_color():
     colors = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.9, 0.1], [0.1, 0.1, 0.9]])
     torch.manual_seed(0)
     model = DDPMModel(
-        image_size=2, dim=16, dim_mults=(1,), timesteps=100, classes=dict.fromkeys("rgb", 1)
+        image_size=2, dim=16, dim_mults=(1,), timesteps=100, class_counts=dict.fromkeys("rgb", 1)
     )
     changes = {"OPTIMIZER": "muon", "LABEL_DROPOUT": 0.1}
     step = TrainStep(model, SimpleNamespace(**(STEP_SETTINGS | changes)))

@@ -573,10 +573,10 @@ def test_train_continues_an_unconditional_run_with_classes(trained_by_api, tmp_p
     labels = np.arange(80) % 2
     data = ImageDataset(random_images(80, 8), labels, ("a", "b"))
     config = configure(MAX_STEPS=8, CLASS_CONDITIONAL=True)
-    model = DDPMModel.from_config(config, data.classes)
+    model = DDPMModel.from_config(config, data.class_counts)
     final = train(model, data, config, Path("checkpoints/whole/last.pt"))
     trained = DDPMModel.from_file(final)
-    assert trained.architecture["classes"] == {"a": 40, "b": 40}
+    assert trained.architecture["class_counts"] == {"a": 40, "b": 40}
     assert trained.unet.class_embedding.weight.abs().min() > 0
     assert grids[-1].width == grids[-1].height  # 4 images: a row of 2 for each class
     before, after = (
@@ -594,7 +594,7 @@ def test_train_continues_an_unconditional_run_with_classes(trained_by_api, tmp_p
             "but the data has 2 .80 a, 0 b.: start",
         ),
     ):
-        model = DDPMModel.from_config(config, changed.classes)
+        model = DDPMModel.from_config(config, changed.class_counts)
         with pytest.raises(UserError, match=message):
             train(model, changed, config, final)
 
