@@ -107,7 +107,7 @@ def sample_images(
         arguments = settings.num_samples, batch_size, settings.seed
         images = batch_generate(model, *arguments, labels=labels, **plan_options, **guidance)
 
-    # How they were sampled. Guidance that adds no evaluations changes nothing: its weight is 1.
+    # How they were sampled. Guidance that adds no NFE changes nothing: its weight is 1.
     plan = model.sampling_plan(**plan_options)
     nfe = model.count_nfe(*plan, **guidance)
     weight = model.guidance if settings.guidance is None else settings.guidance

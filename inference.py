@@ -51,15 +51,15 @@ def batch_generate(
     In a distributed run every rank must call this: they share the work, and all get all images.
     """
     dist = distributed.init()
-    own = slice(dist.process_index, None, dist.num_processes)
-    seeds = range(seed, seed + total_samples)[own]
+    rank_part = slice(dist.process_index, None, dist.num_processes)
+    seeds = range(seed, seed + total_samples)[rank_part]
     options |= {"sampler": sampler, "steps": steps}
     if labels is not None:
-        options["labels"] = np.broadcast_to(labels, total_samples)[own].tolist()
+        options["labels"] = np.broadcast_to(labels, total_samples)[rank_part].tolist()
     images = torch.zeros(total_samples, model.channels, model.image_size, model.image_size)
     if seeds:
         batcher = OomBatcher(batch_size)
-        images[own] = jobs.run_batched(model.sample, seeds, batcher, "sampling", **options)
+        images[rank_part] = jobs.run_batched(model.sample, seeds, batcher, "sampling", **options)
     if dist.num_processes > 1:
         for part in images.split(1024):  # small enough for the GPU; images of other ranks are 0
             on_device = part.to(model.device)
@@ -188,8 +188,8 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
         checkpoints.check_writable(output_dir)
 
         # What is about to be done, and flags that have no effect.
-        how = f"{settings['sampler']}, {settings['steps']} steps, {nfe} NFE per image"
-        distributed.print0(f"{path}: {model.image_size} px, {how}, {model.device.type}")
+        sampling = f"{settings['sampler']}, {settings['steps']} steps, {nfe} NFE per image"
+        distributed.print0(f"{path}: {model.image_size} px, {sampling}, {model.device.type}")
         is_unguided = nfe == model.count_nfe(*plan, 1)  # no step evaluates a second network
         if is_unguided and guidance[0] not in (None, 1):
             flag = f"--guidance {guidance[0]:g}"

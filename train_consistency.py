@@ -1,11 +1,11 @@
-"""Tunes a trained model so that it samples in one or two evaluations: consistency tuning.
+"""Tunes a trained model so that it samples in one or two steps: consistency tuning.
 
     python train_consistency.py                            the newest run, or the pretrained model
     python train_consistency.py --checkpoint my_run --minutes 60
     python train_consistency.py --resume                   resumes the newest run, if it is tuning
 
-Data, classes, precision and whatever else are those of the run that trained the model. Ends with a
-sample grid in samples/<run>/, one evaluation above two, and a model in checkpoints/ddpm_final.pt.
+Data, classes, precision and all other settings are those of the run that trained the model. Ends
+with a sample grid in samples/<run>/, one step above two, and a model in checkpoints/ddpm_final.pt.
 """
 
 import copy

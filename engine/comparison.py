@@ -39,8 +39,8 @@ class Candidate:
         self.model.sample(len(seeds), seed=seeds, **options)  # warm-up, of guidance, too
         for sampler, steps in itertools.product(self.samplers, self.steps):
             start = time.perf_counter()
-            how = {"sampler": sampler, "steps": steps}
-            images = self.model.sample(len(seeds), seed=seeds, **how, **options).float().cpu()
+            sampling = options | {"sampler": sampler, "steps": steps}
+            images = self.model.sample(len(seeds), seed=seeds, **sampling).float().cpu()
             seconds = time.perf_counter() - start
             plan = self.model.sampling_plan(sampler, steps, self.spacing)
             nfe = self.model.count_nfe(*plan, **guidance)
@@ -56,9 +56,9 @@ def compare_samplers(job: InferenceJob) -> str:
     samplers = [*model.samplers, *([job.sampler] if callable(job.sampler) else [])]
     compared = CONSISTENCY_STEPS if model.is_consistency_tuned else COMPARED_STEPS
     steps = [count for count in compared if count <= model.num_timesteps]
-    own = {name: job.settings[name] for name in ("spacing", "guidance", "guidance_mode")}
+    sampling = {name: job.settings[name] for name in ("spacing", "guidance", "guidance_mode")}
     path = Path(job.settings["checkpoint"])
-    candidates = [Candidate(model, path, job.labels_of(seeds), samplers, steps, **own)]
+    candidates = [Candidate(model, path, job.labels_of(seeds), samplers, steps, **sampling)]
     if job.settings["compare_with"]:
         candidates.append(load_other(job, seeds))
 

@@ -150,12 +150,12 @@ def image_source(
         return examine(items, open_image, options) if options else (3, None)
 
     def read(block: range, size: int) -> list[np.ndarray | str]:
-        how = (*survey(), all_frames)
+        arguments = (*survey(), all_frames)
         results: list[np.ndarray | str] = []
         for index in block:
             try:
                 with open_image(items[index]) as image:
-                    results.append(pixels.read_pixels(image, size, *how))
+                    results.append(pixels.read_pixels(image, size, *arguments))
             except Exception as error:  # Pillow raises nearly anything on a broken file
                 results.append(f"{items[index]}: {error!r}")
         return results

@@ -126,8 +126,8 @@ def generate_batch(job: InferenceJob) -> str:
 
     # This rank's chunks; the files do not depend on the number of ranks.
     missing = distributed.broadcast_object(missing_chunks())
-    own = missing[dist.process_index :: dist.num_processes]
-    for chunk in tqdm(own, unit="chunk", desc="batch", disable=not dist.is_main_process):
+    rank_chunks = missing[dist.process_index :: dist.num_processes]
+    for chunk in tqdm(rank_chunks, unit="chunk", desc="batch", disable=not dist.is_main_process):
         labels = job.labels_of(chunk)
         images = job.run_batched(job.model.sample, chunk, labels=labels)
         if is_npz:

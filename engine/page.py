@@ -76,7 +76,7 @@ class Request:
 
 
 class SharingMixin:
-    """Lets several visitors use a DDPMModel at once: network evaluations take turns."""
+    """Lets several visitors use a DDPMModel at once: forward passes take turns."""
 
     turns = Turns()  # of all models, which share the device
     request: Request | None = None  # without one, work has no time limit
@@ -211,15 +211,15 @@ class Plan:
 
     def attach_settings(self, images: Tensor) -> list[PageImage]:
         """Returns images (B, C, H, W), one per seed, with settings to reproduce each."""
-        made = []
+        page_images = []
         for i, (image, seed) in enumerate(zip(images, self.seeds, strict=True)):
             settings = self.settings | {"seeds": [seed]}
             caption = f"seed {seed}"
             if self.labels:
                 settings["classes"] = self.model.class_names[self.labels[i]]
                 caption += f", {settings['classes']}"
-            made.append(PageImage(image, caption, settings))
-        return made
+            page_images.append(PageImage(image, caption, settings))
+        return page_images
 
 
 @dataclass

@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -60,10 +60,18 @@ class MetricsLog:
             self.validation_losses[progress.step] = loss
             self.write_scalars(progress, validation_loss=loss)
 
-    def write_grid(self, images: Tensor, step: int, file: str, columns: int | None = None) -> None:
-        """Writes samples (B, C, H, W) in [0, 1] as a grid and updates the loss curve."""
+    def write_grid(
+        self, images: Tensor, step: int, file: str, columns: int | None = None,
+        rows: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        """Writes samples (B, C, H, W) in [0, 1] as a grid and updates the loss curve.
+
+        rows: their names, if any; the columns are those of seeds then.
+        """
         with tolerate_write_errors(self.folder):
-            plots.save_image(plots.grid(images, columns), self.folder / file)
+            seeds = [f"seed {seed}" for seed in range(columns or 0)]
+            grid = plots.table(images, rows, seeds) if rows else plots.grid(images, columns)
+            plots.save_image(grid, self.folder / file)
             plots.save_loss_curve(self.metrics_file, self.folder / "loss.png")
         self.tracker.log_grid(self.folder / file, step)
 
@@ -253,15 +261,17 @@ class Run:
             warnings.warn(f"{message}; continuing without what will not fit", FallbackWarning, 3)
 
     def sample_grid(self, file: str) -> None:
-        """Samples with the EMA weights, a row for each class; no failure stops training."""
+        """Samples with the EMA weights, a class in each row; no failure stops training."""
+        # With classes, at most 1.6 times as many rows as columns, spread evenly over the classes.
         seeds = list(range(self.config.GRID_IMAGES))
         columns = None
         labels: list[int] = []
-        if num_classes := len(getattr(self.train_step.ema, "class_names", ())):
-            rows = min(num_classes, len(seeds))
+        class_names = getattr(self.train_step.ema, "class_names", ())
+        if class_names:
+            rows = min(len(class_names), int((1.6 * len(seeds)) ** 0.5))
             columns = len(seeds) // rows
             seeds = seeds[:columns] * rows
-            labels = [row for row in range(rows) for _ in range(columns)]
+            labels = [row * len(class_names) // rows for row in range(rows) for _ in range(columns)]
 
         # One block of whole rows for each number of sampler steps.
         grid_steps = getattr(self.train_step.ema, "grid_steps", ())
@@ -283,7 +293,8 @@ class Run:
         except Exception as error:
             warn_fallback(file, error)
         else:
-            self.log.write_grid(images, self.progress.step, file, columns)
+            names = [class_names[label] for label in labels[::columns]] * max(len(grid_steps), 1)
+            self.log.write_grid(images, self.progress.step, file, columns, names)
 
     def save(self, file: str) -> None:
         """Writes a checkpoint. A failure is a warning, except for final.pt, where it is raised."""

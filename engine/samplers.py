@@ -203,7 +203,7 @@ def batched(seeds: Sequence[int], size: int) -> list[list[int]]:
 
 
 def num_intervals(sampler: Callable[..., SamplerOutput], steps: int) -> int:
-    """Returns the intervals for `steps` network evaluations; heun makes 2 in all but the last."""
+    """Returns the intervals that take `steps` NFE; heun takes 2 in all but the last."""
     return (steps + 1) // 2 if sampler is heun else steps
 
 
@@ -256,7 +256,7 @@ def choose_timesteps(
     Heun's last correction is half of its first sigma times the error of a prediction at the lowest
     sigma, which is near 1. If that sigma is more than MAX_HEUN_RATIO times the lowest, the images
     would be noise; the lowest timestep is then left out, and the last step ends at the clean image.
-    Consistency leaves it out always: an evaluation there would change nothing.
+    Consistency leaves it out always: running the network there would change nothing.
     """
     count = num_intervals(sampler, steps)
     if sampler is consistency:

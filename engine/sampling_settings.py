@@ -55,11 +55,11 @@ def sampling_name(settings: Mapping[str, Any], classes: str | None = None) -> st
     """Returns how images were sampled for names of result files, e.g. unipc-14-cat-dog."""
     parts = [settings["sampler"].replace(".py:", "-").replace("/", "-"), str(settings["steps"])]
     # Noise levels or spacing, unless they are the sampler's own.
-    own = DEFAULT_SPACING
+    default = DEFAULT_SPACING
     if settings["sampler"] in CONSISTENCY_SAMPLERS:
-        own = format_noise_levels(CONSISTENCY_LEVELS.get(settings["steps"])) or own
-    used = settings["noise_levels"] or settings["spacing"] or own
-    if used != own:
+        default = format_noise_levels(CONSISTENCY_LEVELS.get(settings["steps"])) or default
+    used = settings["noise_levels"] or settings["spacing"] or default
+    if used != default:
         parts.append(used.replace(",", "-"))
     return "-".join([*parts, *re.findall(r"\w+", classes or "")])[:80]
 
@@ -72,8 +72,8 @@ class SamplingSettings(Settings):
         "the model's own"
     )  # fmt: skip
     steps = Setting(
-        0, "network evaluations per image, without guidance's; 0: the model's own number, for "
-        "ddpm all timesteps", min=0,
+        0, "network evaluations (NFE) per image, without guidance's; 0: the model's own number, "
+        "for ddpm all timesteps", min=0,
     )  # fmt: skip
     guidance = Setting(
         None, "weight of guidance; 1 disables it", 0, 10, type_=float, auto="the model's own"

@@ -188,12 +188,12 @@ class TrainStep:
         # Randomness of the global batch, of which this rank takes its rows.
         local_batch = len(batch.images)
         shape = torch.Size([local_batch * self.world_size, *batch.images.shape[1:]])
-        drawn = step_randomness(self.config.SEED, step, shape, self.device)
+        randomness = step_randomness(self.config.SEED, step, shape, self.device)
         rows = slice(self.rank * local_batch, (self.rank + 1) * local_batch)
-        t = self.model.timesteps_from_uniform(drawn.u)[rows]
-        is_kept = drawn.label_u[rows] >= self.config.LABEL_DROPOUT
+        t = self.model.timesteps_from_uniform(randomness.u)[rows]
+        is_kept = randomness.label_u[rows] >= self.config.LABEL_DROPOUT
         labels = [torch.where(is_kept, x, NO_LABEL) for x in self.labels_of(batch)]
-        inputs = (batch.images, t, drawn.noise[rows], drawn.mirror[rows], *labels)
+        inputs = (batch.images, t, randomness.noise[rows], randomness.mirror[rows], *labels)
 
         # One micro-batch after the other; several are added up.
         if self.micro_batch < local_batch:

@@ -75,7 +75,7 @@ def run(command: Command, environment: dict[str, str] | None = None) -> tuple[in
 
 
 def prepare() -> None:
-    """Makes a finished run, its model as .safetensors, a picture of it and some real images."""
+    """Makes a finished run, its model as .safetensors, a sample of it and some real images."""
     flags = ["--run_name", "whole", "--max_steps", "4"]
     assert run(["train.py", *TINY_FLAGS, *flags])[0] == 0
     DDPMModel.from_file("checkpoints/whole/last.pt").save_model("model.safetensors")

@@ -410,7 +410,7 @@ def test_tuned_model_is_not_guided_again_and_its_file_holds_the_teacher_once(tun
     assert model.count_nfe(*model.sampling_plan()) == 2
 
 
-def test_grids_have_one_evaluation_above_two(tuned):
+def test_grids_have_one_step_above_two(tuned):
     grid = np.asarray(Image.open(tuned / "samples/tuned/final.png"))
     model = DDPMModel.from_file(tuned / "checkpoints/tuned/final.pt")
     images = [model.sample(4, seed=range(4), steps=steps) for steps in (1, 2)]

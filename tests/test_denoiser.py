@@ -172,7 +172,7 @@ def test_guidance_modes_are_the_guide_no_label_or_both():
         assert not torch.allclose(reference, x_0, atol=1e-3)
 
 
-def test_guidance_mode_defaults_to_the_models_own_and_counts_all_evaluations():
+def test_guidance_mode_defaults_to_the_models_own_and_counts_all_nfe():
     model = conditional(guidance_mode="cfg", guidance=2.0)
     model.guide = None  # classifier-free guidance needs none
     calls = []

@@ -44,7 +44,7 @@ def test_pretrained_model_denoises_its_samples(pretrained):
     assert error < 0.1 < 0.5 < untrained
 
 
-def test_tuned_model_draws_in_two_evaluations_what_its_teacher_draws_in_19(pretrained):
+def test_tuned_model_samples_in_two_steps_what_its_teacher_does_in_19_nfe(pretrained):
     size = (checkpoints.PRETRAINED_DIR / "cifar10-tuned.safetensors").stat().st_size
     assert size < 16e6
     tuned = DDPMModel.from_pretrained("cifar10-tuned")

@@ -15,8 +15,8 @@ PAIRS = [(seed, step) for seed in range(4) for step in range(4)]
 @pytest.mark.parametrize("part", StepRandomness._fields)
 def test_step_randomness_differs_for_every_seed_and_step(part):
     shape = torch.Size([64, 1, 2, 2])
-    drawn = (getattr(step_randomness(*pair, shape, CPU), part) for pair in PAIRS)
-    values = {tuple(each.flatten().tolist()) for each in drawn}
+    tensors = (getattr(step_randomness(*pair, shape, CPU), part) for pair in PAIRS)
+    values = {tuple(each.flatten().tolist()) for each in tensors}
     assert len(values) == len(PAIRS)
 
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from config import Config, resolve
 from ddpm_model import DDPMModel
@@ -279,6 +280,39 @@ def test_run_continues_without_a_grid_that_fails(error, tmp_path, monkeypatch):
     with pytest.warns(FallbackWarning, match=r"step.png failed \(.*\); continuing"):
         made.sample_grid("step.png")
     made.close()
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "grid_images", "shown", "columns"),
+    [
+        (30, 64, range(0, 30, 3), 6), (10, 64, range(10), 6), (2, 9, (0, 1), 4), (3, 4, (0, 1), 2),
+        (5, 1, (0,), 1),
+    ],
+)  # fmt: skip
+def test_sample_grid_spreads_readable_rows_over_the_classes(
+    num_classes, grid_images, shown, columns, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    made = make_run("mine")
+    made.config.GRID_IMAGES = grid_images
+    pairs, tables = [], []
+
+    def sample(count, *, seed, labels):
+        pairs.extend(zip(labels, seed, strict=True))
+        return torch.zeros(count, 3, 8, 8)
+
+    def table(images, rows, headings):
+        tables.append((rows, headings))
+        return Image.new("L", (1, 1))
+
+    made.train_step.ema.class_names = [f"class {label}" for label in range(num_classes)]
+    monkeypatch.setattr(made.train_step.ema, "sample", sample)
+    monkeypatch.setattr(plots, "table", table)
+    made.sample_grid("step.png")
+    made.close()
+    assert pairs == [(label, seed) for label in shown for seed in range(columns)]
+    headings = [f"seed {seed}" for seed in range(columns)]
+    assert tables == [([f"class {label}" for label in shown], headings)]
 
 
 def test_should_snapshot_guide_waits_for_its_fraction_and_the_warm_up():

@@ -221,7 +221,7 @@ def test_samplers_have_a_limit_at_zero_terminal_snr(name, spacing):
 
 @pytest.mark.parametrize("steps", [1, 2, 9, 10])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_num_intervals_makes_steps_network_evaluations(name, steps):
+def test_num_intervals_has_steps_nfe(name, steps):
     denoiser = Mixture(SMOOTH)
     timesteps = uniform(SMOOTH, num_intervals(SAMPLERS[name], steps))
     run_sampler(name, denoiser, torch.randn(1, 1, 2, 2).double(), timesteps)

@@ -55,10 +55,10 @@ def test_step_is_adam_on_the_clipped_gradient_of_the_loss():
     # Adam's first step amplifies the rounding of small gradients: the same memory layout.
     reference.to(memory_format=torch.channels_last)
     adam = torch.optim.Adam(reference.parameters(), lr=0.01, betas=(0.9, 0.99))
-    drawn = step_randomness(0, 3, torch.Size([32, 3, 8, 8]), CPU)
+    randomness = step_randomness(0, 3, torch.Size([32, 3, 8, 8]), CPU)
     images = make_batch().images / 255
-    x = torch.where(drawn.mirror[:, None, None, None], images.flip(-1), images)
-    expected = reference(x, (drawn.u * 50).long(), drawn.noise)
+    x = torch.where(randomness.mirror[:, None, None, None], images.flip(-1), images)
+    expected = reference(x, (randomness.u * 50).long(), randomness.noise)
     expected.backward()
     expected_norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
     adam.step()

@@ -79,7 +79,7 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(trained, tmp_path) -> Path:
-    """A folder with the image cache of `trained`, whose drawing takes a second."""
+    """A folder with the image cache of `trained`, which takes a second to build."""
     shutil.copytree(trained / "data", tmp_path / "data")
     return tmp_path
 
