@@ -25,13 +25,14 @@ from torch import nn
 from ddpm_model import DDPMModel
 from engine import checkpoints, distributed, metrics, plots
 from engine import inference_jobs as jobs
-from engine.class_metrics import ClassMetrics, format_classes
+from engine.class_metrics import ClassMetrics
 from engine.dataloader import Batch, ImageDataset, as_batch, train_val_split
 from engine.datasets import DATASETS, load_dataset, require_stored
 from engine.devices import default_device, device_name
 from engine.errors import UserError, warn_fallback
 from engine.evaluation_report import (
     Evaluation,
+    format_classes,
     format_table,
     plot_nearest_neighbors,
     result_name,
@@ -130,17 +131,6 @@ def labels_as_in(real: np.ndarray, settings: EvaluationSettings, num_classes: in
     return labels_of_seeds(seeds, counts) + NO_LABEL
 
 
-def compute_scores(features: dict[nn.Module, np.ndarray], references: References) -> Scores:
-    """Returns all scores of images against the real ones, both by their features."""
-    scores = {}
-    for network, real in references.items():
-        statistics = metrics.feature_statistics(features[network])
-        scores[network.title] = metrics.frechet_distance(statistics, real)
-        if isinstance(network, metrics.Inception):
-            scores |= metrics.inception_scores(network, features[network], real.features)
-    return scores
-
-
 def load_real_images(
     settings: EvaluationSettings, config: dict[str, Any], shape: tuple[int, ...], path: Path,
     class_names: tuple[str, ...] = (),
@@ -186,18 +176,13 @@ def validation_batch(model: DDPMModel) -> Batch | None:
         arguments = config["DATASET"], config["IMAGE_SIZE"], Path(config["DATA_DIR"])
         data = load_dataset(*arguments, options=options, use_labels=bool(model.class_names))
         found = data.images.shape[1:], data.class_names
-        wanted = image_shape(model), model.class_names
+        wanted = model.image_shape, model.class_names
         if found != wanted:
             raise UserError(f"shape and classes are {found}, but the model's {wanted}")
     except (UserError, KeyError) as error:
         warn_fallback("loading the validation split", error, "its loss")
         return None
     return as_batch(data[train_val_split(len(data))[1]])
-
-
-def image_shape(model: DDPMModel) -> tuple[int, ...]:
-    """Returns the (C, H, W) of a model's images."""
-    return model.channels, model.image_size, model.image_size
 
 
 def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.device) -> None:
@@ -211,7 +196,7 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
     else:
         model = DDPMModel.from_file(paths[0], settings.image_size or None).to(device)
         config = model.training_info["config"]
-        shape = image_shape(model)
+        shape = model.image_shape
 
     # What to compare with.
     output_dir = Path(settings.output_dir)
@@ -253,7 +238,7 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
     # Tables and figures.
     print(format_table(results))
     if by_class is not None:
-        print_classes(results, networks[-1].title, by_class)
+        print(format_classes(results, networks[-1].title, by_class.real_accuracy))
     if images.shape[1:] == real.shape[1:]:
         save_nearest(settings, images, real, references, stem)
     save_curves(results, losses, [network.title for network in networks], stem)
@@ -277,26 +262,24 @@ def score_images(
     labels: np.ndarray | None, device: torch.device,
 ) -> Evaluation:  # fmt: skip
     """Returns the number of images, uint8 (N, C, H, W), and their scores."""
-    features = {n: metrics.extract_features(n, images, device) for n in references}
-    row: Evaluation = {"num_samples": len(images), "scores": compute_scores(features, references)}
-    if by_class is not None:
-        accuracy, row["classes"] = by_class.score(features[[*references][-1]], labels)
-        row["scores"] |= {} if accuracy is None else {"class accuracy": accuracy}
+    scores: Scores = {}
+    for network, real in references.items():
+        features = metrics.extract_features(network, images, device)
+        scores[network.title] = metrics.frechet_distance(metrics.feature_statistics(features), real)
+        if isinstance(network, metrics.Inception):
+            scores |= metrics.inception_scores(network, features, real.features)
+    row: Evaluation = {"num_samples": len(images), "scores": scores}
+    if by_class is not None:  # by the features of the last network
+        accuracy, row["classes"] = by_class.score(features, labels)
+        scores |= {} if accuracy is None else {"class accuracy": accuracy}
     return row
 
 
 def check_shape(model: DDPMModel, path: Path, shape: tuple[int, ...], first: Path) -> None:
     """Raises UserError if a model's images have another shape than the first one's."""
-    if image_shape(model) != shape:
-        difference = f"{image_shape(model)}, but those of {first} {shape}"
+    if model.image_shape != shape:
+        difference = f"{model.image_shape}, but those of {first} {shape}"
         raise UserError(f"images of {path} are {difference}. Evaluate it alone")
-
-
-def print_classes(results: list[Evaluation], title: str, by_class: ClassMetrics) -> None:
-    """Prints the scores of each class, and the classifier's accuracy on real images."""
-    for row in results:
-        print(format_classes(row["name"], title, row["classes"]))
-    print(f"class accuracy of held-out real images: {by_class.real_accuracy}")
 
 
 def save_nearest(

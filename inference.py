@@ -56,7 +56,7 @@ def batch_generate(
     options |= {"sampler": sampler, "steps": steps}
     if labels is not None:
         options["labels"] = np.broadcast_to(labels, total_samples)[rank_part].tolist()
-    images = torch.zeros(total_samples, model.channels, model.image_size, model.image_size)
+    images = torch.zeros(total_samples, *model.image_shape)
     if seeds:
         batcher = OomBatcher(batch_size)
         images[rank_part] = jobs.run_batched(model.sample, seeds, batcher, "sampling", **options)

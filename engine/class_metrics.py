@@ -99,17 +99,3 @@ class ClassMetrics:
 def rounded_mean(is_right: np.ndarray) -> float | None:
     """Returns the fraction that is right; None of no values."""
     return round(float(is_right.mean()), 4) if len(is_right) else None
-
-
-def format_classes(name: str, title: str, rows: Sequence[ClassRow]) -> str:
-    """Returns the rows of an evaluation as aligned columns. title: of the distance."""
-    width = max(len("class"), *(len(row["class"]) for row in rows))
-    columns = {"samples": "samples", "accuracy": "accuracy", "real accuracy": "real accuracy"}
-    if any("distance" in row for row in rows):
-        columns["distance"] = title
-    lines = [name, f"{'class':{width}}" + "".join(f"{text:>15}" for text in columns.values())]
-    for row in rows:
-        values = (row.get(key) for key in columns)
-        cells = (f"{'-' if value is None else f'{value:.4g}':>15}" for value in values)
-        lines.append(f"{row['class']:{width}}{''.join(cells)}")
-    return "\n".join(lines)

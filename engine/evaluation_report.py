@@ -1,4 +1,4 @@
-"""What evaluate.py reports: a table, the names of files, figures."""
+"""What evaluate.py reports: tables, the names of files, figures."""
 
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,24 @@ def format_table(results: list[Evaluation]) -> str:
         scores = "".join(f"{row['scores'][name]:16.4g}" for name in columns)
         lines.append(f"{row['name']:{width}}{scores}{row['seconds']:16.0f}")
     return "\n".join(lines)
+
+
+def format_classes(results: list[Evaluation], title: str, real_accuracy: float | None) -> str:
+    """Returns the scores of each class as aligned columns. title: of the distance."""
+    lines = []
+    for result in results:
+        rows = result["classes"]
+        width = max(len("class"), *(len(row["class"]) for row in rows))
+        columns = {"samples": "samples", "accuracy": "accuracy", "real accuracy": "real accuracy"}
+        if any("distance" in row for row in rows):
+            columns["distance"] = title
+        heads = "".join(f"{text:>15}" for text in columns.values())
+        lines += [result["name"], f"{'class':{width}}{heads}"]
+        for row in rows:
+            values = (row.get(key) for key in columns)
+            cells = (f"{'-' if value is None else f'{value:.4g}':>15}" for value in values)
+            lines.append(f"{row['class']:{width}}{''.join(cells)}")
+    return "\n".join([*lines, f"class accuracy of held-out real images: {real_accuracy}"])
 
 
 def result_name(first: Evaluation, others: int, reference: dict[str, Any]) -> str:

@@ -70,6 +70,11 @@ class GenerationMixin:
         return self.diffusion.alphas_cumprod.tolist()
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return self.channels, self.image_size, self.image_size
+
+    @property
     def samplers(self) -> dict[str, Callable]:
         """The samplers that suit the model, by name."""
         return CONSISTENCY_SAMPLERS if self.is_consistency_tuned else SAMPLERS
@@ -284,8 +289,7 @@ class GenerationMixin:
     def noise(self, seeds: Sequence[int]) -> tuple[Tensor, SeededNoise]:
         """Returns x_T of each seed, (B, C, H, W), and the source of their further noise."""
         randn = SeededNoise(seeds)
-        shape = (len(seeds), self.channels, self.image_size, self.image_size)
-        return randn(torch.empty(shape, device=self.device)), randn
+        return randn(torch.empty(len(seeds), *self.image_shape, device=self.device)), randn
 
     def prepare_labels(self, labels: Labels, count: int) -> Tensor | None:
         """Returns the labels of `count` images on the model's device: int64 (count,).

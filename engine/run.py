@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -60,17 +61,9 @@ class MetricsLog:
             self.validation_losses[progress.step] = loss
             self.write_scalars(progress, validation_loss=loss)
 
-    def write_grid(
-        self, images: Tensor, step: int, file: str, columns: int | None = None,
-        rows: Sequence[str] = (),
-    ) -> None:  # fmt: skip
-        """Writes samples (B, C, H, W) in [0, 1] as a grid and updates the loss curve.
-
-        rows: their names, if any; the columns are those of seeds then.
-        """
+    def write_grid(self, grid: Image.Image, step: int, file: str) -> None:
+        """Writes a grid of samples and updates the loss curve."""
         with tolerate_write_errors(self.folder):
-            seeds = [f"seed {seed}" for seed in range(columns or 0)]
-            grid = plots.table(images, rows, seeds) if rows else plots.grid(images, columns)
             plots.save_image(grid, self.folder / file)
             plots.save_loss_curve(self.metrics_file, self.folder / "loss.png")
         self.tracker.log_grid(self.folder / file, step)
@@ -290,11 +283,15 @@ class Run:
                 for steps in grid_steps or (None,)
             )
             images = torch.cat(list(chain.from_iterable(batches)))
+            if labels:
+                names = [class_names[i] for i in labels[::columns]] * max(len(grid_steps), 1)
+                grid = plots.table(images, names, [f"seed {i}" for i in range(columns)])
+            else:
+                grid = plots.grid(images, columns)
         except Exception as error:
             warn_fallback(file, error)
         else:
-            names = [class_names[label] for label in labels[::columns]] * max(len(grid_steps), 1)
-            self.log.write_grid(images, self.progress.step, file, columns, names)
+            self.log.write_grid(grid, self.progress.step, file)
 
     def save(self, file: str) -> None:
         """Writes a checkpoint. A failure is a warning, except for final.pt, where it is raised."""

@@ -270,13 +270,13 @@ def test_validation_images_are_exactly_the_validation_split(monkeypatch):
     monkeypatch.setattr(evaluate, "load_dataset", load)
     config = {"DATASET": "folder", "IMAGE_SIZE": 4, "DATA_DIR": "dir", "CHANNELS": 1}
     info = {"config": config}
-    model = SimpleNamespace(training_info=info, channels=3, image_size=4, class_names=())
+    model = SimpleNamespace(training_info=info, image_shape=(3, 4, 4), class_names=())
     batch = evaluate.validation_batch(model)
     assert batch.images[:, 0, 0, 0].tolist() == list(range(0, 200, 20)) and batch.labels is None
     assert loaded == [("folder", 4, Path("dir"), 1, False)]
     model.class_names = ("cat", "dog")
     assert evaluate.validation_batch(model).labels.tolist() == [0] * 10  # every 20th has label 0
-    for name, value in (("class_names", ("dog", "cat")), ("channels", 1)):
+    for name, value in (("class_names", ("dog", "cat")), ("image_shape", (1, 4, 4))):
         setattr(model, name, value)
         with pytest.warns(FallbackWarning, match=r"shape and classes are \(\(3, 4, 4\), \('cat',"):
             assert evaluate.validation_batch(model) is None
@@ -329,7 +329,7 @@ class ScoredColors(MeanColors, metrics.Inception):
         self.name, self.batch_sizes = "scored", []
 
 
-def test_compute_scores_compares_features_with_each_networks_reference(monkeypatch):
+def test_score_images_compares_features_with_each_networks_reference(monkeypatch):
     def inception_scores(network, features, real_features):
         assert isinstance(network, ScoredColors)
         return {"features": features, "real": real_features}
@@ -340,8 +340,9 @@ def test_compute_scores_compares_features_with_each_networks_reference(monkeypat
     features = metrics.extract_features(colors, real, CPU)
     plain, shifted = (metrics.feature_statistics(features + offset) for offset in (0, 1))
     expected = metrics.feature_statistics(metrics.extract_features(colors, images, CPU))
-    features_of_images = dict.fromkeys((colors, scored), expected.features)
-    scores = evaluate.compute_scores(features_of_images, {colors: plain, scored: shifted})
+    references = {colors: plain, scored: shifted}
+    row = evaluate.score_images(images, references, None, None, CPU)
+    scores = row["scores"]
     distances = [metrics.frechet_distance(expected, each) for each in (plain, shifted)]
     assert [scores["FD-Colors"], scores["FID"]] == distances
     np.testing.assert_array_equal(scores["features"], expected.features)

@@ -578,7 +578,8 @@ def test_train_continues_an_unconditional_run_with_classes(trained_by_api, tmp_p
     trained = DDPMModel.from_file(final)
     assert trained.architecture["class_counts"] == {"a": 40, "b": 40}
     assert trained.unet.class_embedding.weight.abs().min() > 0
-    assert grids[-1].width == grids[-1].height  # 4 images: a row of 2 for each class
+    images = trained.sample(4, seed=[0, 1, 0, 1], labels=[0, 0, 1, 1])
+    assert np.array_equal(grids[-1], plots.table(images, ["a", "b"], ["seed 0", "seed 1"]))
     before, after = (
         checkpoint_weights(f / "checkpoints/whole/final.pt") for f in (trained_by_api, tmp_path)
     )
