@@ -224,14 +224,10 @@ class Config(DDPMConfig):
 
 
 def resolve(
-    dataset: str,
-    tier: Tier,
-    script: Mapping[str, Any] | None = None,
-    subclass: type[DDPMConfig] | None = None,
-    flags: Mapping[str, Any] | None = None,
-    checkpoint: Mapping[str, Any] | None = None,
-    init_from: Mapping[str, Any] | None = None,
-) -> Config:
+    dataset: str, tier: Tier, script: Mapping[str, Any] | None = None,
+    subclass: type[DDPMConfig] | None = None, flags: Mapping[str, Any] | None = None,
+    checkpoint: Mapping[str, Any] | None = None, init_from: Mapping[str, Any] | None = None,
+) -> Config:  # fmt: skip
     """Merges the configuration layers in order and validates the result.
 
     dataset: one of DATASETS but not `auto`. checkpoint: the configuration of a run to resume; it

@@ -247,8 +247,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         images, noise: (B, C, H, W), images in [0, 1]. t: timesteps, (B,). labels: int64 (B,), -1:
         no label; None: none at all.
         """
-        mse = self.mse_per_image(images, t, noise, labels)
-        return (self.diffusion.loss_weight[t] * mse).mean()
+        return (self.diffusion.loss_weight[t] * self.mse_per_image(images, t, noise, labels)).mean()
 
     def mse_per_image(
         self, images: Tensor, t: Tensor, noise: Tensor, labels: Tensor | None = None

@@ -24,20 +24,14 @@ from torch import nn
 
 from ddpm_model import DDPMModel
 from engine import checkpoints, distributed, metrics, plots
+from engine import evaluation_report as reporting
 from engine import inference_jobs as jobs
 from engine.class_metrics import ClassMetrics
 from engine.dataloader import Batch, ImageDataset, as_batch, train_val_split
 from engine.datasets import DATASETS, load_dataset, require_stored
 from engine.devices import default_device, device_name
 from engine.errors import UserError, warn_fallback
-from engine.evaluation_report import (
-    Evaluation,
-    format_classes,
-    format_table,
-    plot_nearest_neighbors,
-    result_name,
-    save_curves,
-)
+from engine.evaluation_report import Evaluation
 from engine.image_source import ReadOptions
 from engine.labels import NO_LABEL, labels_of_seeds
 from engine.metrics import References, Scores
@@ -232,16 +226,16 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
         row["seconds"] = round(time.perf_counter() - row_start, 2)
         results.append(row)
         report["seconds"] = round(time.perf_counter() - start, 2)
-        stem = output_dir / result_name(results[0], len(paths) - 1, reference)
+        stem = output_dir / reporting.result_name(results[0], len(paths) - 1, reference)
         checkpoints.write_text(Path(f"{stem}.json"), json.dumps(report, indent=2) + "\n")
 
     # Tables and figures.
-    print(format_table(results))
+    print(reporting.format_table(results))
     if by_class is not None:
-        print(format_classes(results, networks[-1].title, by_class.real_accuracy))
+        print(reporting.format_classes(results, networks[-1].title, by_class.real_accuracy))
     if images.shape[1:] == real.shape[1:]:
         save_nearest(settings, images, real, references, stem)
-    save_curves(results, losses, [network.title for network in networks], stem)
+    reporting.save_curves(results, losses, [network.title for network in networks], stem)
     about = f"{len(real)} real images of {reference['dataset']} ({reference['data_dir']})"
     print(f"{about}; results: {stem}*")
 
@@ -290,7 +284,7 @@ def save_nearest(
     kind = "image" if settings.images else "seed"
     samples = images[:NEAREST_SAMPLES]
     captions = [f"{kind} {settings.seed + i}" for i in range(len(samples))]
-    figure = plot_nearest_neighbors(samples, captions, real, references, default_device())
+    figure = reporting.plot_nearest_neighbors(samples, captions, real, references, default_device())
     plots.save_image(figure, stem.with_name(f"{stem.name}-nearest.png"))
 
 

@@ -122,8 +122,7 @@ def settings_from_command_line(
     if options.from_png:
         for name in given.keys() - {"sampler"}:
             raise UserError(f"--from_png takes all settings from the image. Drop --{name}")
-        sampler = given.get("sampler")
-        settings = jobs.settings_from_png(options.from_png, InferenceSettings, sampler)
+        settings = jobs.settings_from_png(options.from_png, InferenceSettings, given.get("sampler"))
         return settings, options.output_dir, True
     settings = InferenceSettings(**{**defaults, **given}).as_dict()
     if settings["mode"] == "compare":

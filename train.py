@@ -184,7 +184,7 @@ def configure(
     tuning run has all other settings of that model's run, too.
     """
     # The settings to continue with, if any: of the run to resume, or of the one to tune.
-    earlier_run = checkpoint.config if checkpoint else None
+    earlier_run = checkpoint.state["config"] if checkpoint else None
     if init_model and request.tuning is not None:
         earlier_run = init_model.training_info["config"] or None
 

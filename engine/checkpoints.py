@@ -9,7 +9,6 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -44,17 +43,11 @@ class ModelFile(NamedTuple):
     training_info: dict[str, dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class TrainingCheckpoint:
+class TrainingCheckpoint(NamedTuple):
     """A checkpoint that a run can resume from, as read from `path`."""
 
     path: Path
     state: dict[str, Any]
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The configuration of the run that wrote it."""
-        return self.state["config"]
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -239,8 +232,7 @@ def load_model_file(path: Path, image_size: int | None) -> ModelFile:
     file = load(path)
     training_info = {name: file.get(name, {}) for name in ("config", "progress")}
     if file.get("architecture") is None:
-        found = import_lucidrains_checkpoint(file, image_size, path)
-        return ModelFile(path, *found, training_info)
+        return ModelFile(path, *import_lucidrains_checkpoint(file, image_size, path), training_info)
     weights = file.get("model") if file.get("ema") is None else file["ema"]
     return ModelFile(path, file["architecture"], weights, training_info)
 

@@ -31,8 +31,7 @@ def fit_classifier(features: np.ndarray, labels: np.ndarray, num_classes: int) -
     linear = nn.Linear(x.shape[1], num_classes)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
-    weights = linear.parameters()
-    optimizer = torch.optim.LBFGS(weights, max_iter=100, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     # L-BFGS evaluates the loss several times in its one step.
     def loss() -> Tensor:

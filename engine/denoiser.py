@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ def weaker_network(
     return weaker, labels if mode == "autoguidance" else None
 
 
+@dataclass(eq=False)
 class ModelDenoiser:
     """The denoiser that samplers call (engine.samplers.Denoiser), made of networks.
 
@@ -55,29 +57,25 @@ class ModelDenoiser:
     highest sigma to guide, Kynkaanniemi et al. (arXiv:2404.07724).
     """
 
-    def __init__(
-        self, process: GaussianDiffusion, alpha_bar: Sequence[float], network: Network, clip: bool,
-        weaker: Network | None = None, guidance: float = 1.0,
-        interval: tuple[float, float] = (0.0, math.inf), labels: Tensor | None = None,
-        weaker_labels: Tensor | None = None, consistency: bool = False,
-    ):  # fmt: skip
-        self.process = process
-        self.network = network
-        self.clip = clip
-        self.weaker = weaker
-        self.guidance = guidance
-        self.interval = interval
-        self.labels = labels
-        self.weaker_labels = weaker_labels
-        self.alpha_bar = alpha_bar
-        self.last_usable_t = len(alpha_bar) - 1
-        if process.objective == "pred_noise":  # does not determine x_0 where alpha_bar is 0
-            self.last_usable_t = max(t for t, a in enumerate(alpha_bar) if a > 0)
-        if consistency:  # tuned up to SIGMA_MAX
-            self.last_usable_t = max(
-                t for t, a in enumerate(alpha_bar) if t == 0 or sigma_of(a) <= SIGMA_MAX
-            )
-        self.previous: Tensor | None = None
+    process: GaussianDiffusion
+    alpha_bar: Sequence[float]
+    network: Network
+    clip: bool
+    weaker: Network | None = None
+    guidance: float = 1.0
+    interval: tuple[float, float] = (0.0, math.inf)
+    labels: Tensor | None = None
+    weaker_labels: Tensor | None = None
+    consistency: bool = False
+    previous: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        usable = range(len(self.alpha_bar))
+        if self.process.objective == "pred_noise":  # does not determine x_0 where alpha_bar is 0
+            usable = [t for t in usable if self.alpha_bar[t] > 0]
+        if self.consistency:  # tuned up to SIGMA_MAX
+            usable = [t for t in usable if t == 0 or sigma_of(self.alpha_bar[t]) <= SIGMA_MAX]
+        self.last_usable_t = max(usable)
 
     def __call__(self, x: Tensor, t: int) -> Tensor:
         """Predicts x_0 (B, C, H, W) from x_t, t in [0, T); clipped to [-1, 1] if `clip`."""

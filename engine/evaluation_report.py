@@ -69,8 +69,7 @@ def plot_nearest_neighbors(
     tiles = [samples]
     captions = list(captions)
     for name, points, rows, unit in spaces:
-        found = nearest_neighbors(points, rows)
-        distance, index = (values.reshape(2, -1) for values in found)
+        distance, index = (values.reshape(2, -1) for values in nearest_neighbors(points, rows))
         mirrored = distance[1] < distance[0]
         nearest = real[np.where(mirrored, index[1], index[0])]
         tiles.append(np.where(mirrored[:, None, None, None], nearest[..., ::-1], nearest))

@@ -18,15 +18,7 @@ from engine.denoiser import ModelDenoiser, NFECounter
 from engine.errors import UserError
 from engine.labels import NO_LABEL, UNCONDITIONAL, labels_of_seeds
 from engine.noise_schedule import diffuse, shift_sigma
-from engine.samplers import (
-    CONSISTENCY_LEVELS,
-    CONSISTENCY_SAMPLERS,
-    DEFAULT_SPACING,
-    MAX_CONSISTENCY_STEPS,
-    SAMPLERS,
-    SPACINGS,
-    SeededNoise,
-)
+from engine.samplers import CONSISTENCY_LEVELS, SAMPLERS, SPACINGS, SeededNoise
 
 SamplerChoice = str | Callable | None  # a name, a sampler function, or the default
 Seeds = int | Sequence[int] | None  # the first of consecutive seeds, one per image, or random
@@ -77,7 +69,7 @@ class GenerationMixin:
     @property
     def samplers(self) -> dict[str, Callable]:
         """The samplers that suit the model, by name."""
-        return CONSISTENCY_SAMPLERS if self.is_consistency_tuned else SAMPLERS
+        return samplers.CONSISTENCY_SAMPLERS if self.is_consistency_tuned else SAMPLERS
 
     @property
     def default_sampler(self) -> str:
@@ -114,7 +106,7 @@ class GenerationMixin:
         x, randn = self.noise(seeds)
         function, timesteps = self.sampling_plan(sampler, steps, spacing, noise_levels)
         if labels is None and self.class_names:
-            labels = labels_of_seeds(seeds, [*self.class_counts.values()])
+            labels = labels_of_seeds(seeds, self.class_counts.values())
         return self.trajectory(x, timesteps, function, randn, labels=labels, **options)
 
     @torch.no_grad()
@@ -153,8 +145,7 @@ class GenerationMixin:
         # All points to images.
         randn = SeededNoise(range(num_steps))
         options |= {"clip": False, "guidance": 1, "labels": labels}
-        states = self.trajectory(x, timesteps, function, randn, **options)
-        return unnormalize(final_x(states))
+        return unnormalize(final_x(self.trajectory(x, timesteps, function, randn, **options)))
 
     @torch.no_grad()
     def vary(
@@ -238,14 +229,15 @@ class GenerationMixin:
         # The sampler and the number of steps.
         sampler, steps, spacing, levels = self.complete_plan(sampler, steps, spacing, noise_levels)
         if isinstance(sampler, str):  # still a name: none of this model's samplers
-            known = {**SAMPLERS, **CONSISTENCY_SAMPLERS}
+            known = {**SAMPLERS, **samplers.CONSISTENCY_SAMPLERS}
             reason = "this model has no" if sampler in known else "unknown"
             raise UserError(f"{reason} sampler {sampler}; choose from {', '.join(self.samplers)}")
         if not 1 <= steps <= self.num_timesteps:
             bounds = f"between 1 and {self.num_timesteps}"
             raise UserError(f"steps is {steps}, but this model has {bounds}")
-        if sampler is samplers.consistency and steps > MAX_CONSISTENCY_STEPS:
-            raise UserError(f"steps is {steps}, but must be at most {MAX_CONSISTENCY_STEPS}")
+        most = samplers.MAX_CONSISTENCY_STEPS
+        if sampler is samplers.consistency and steps > most:
+            raise UserError(f"steps is {steps}, but must be at most {most}")
 
         # The timesteps, by noise levels or by spacing.
         if levels:
@@ -273,7 +265,7 @@ class GenerationMixin:
         steps = self.sampling_timesteps if steps is None else steps
         if spacing is None and sampler is samplers.consistency and steps in CONSISTENCY_LEVELS:
             return SamplingPlan(sampler, steps, None, CONSISTENCY_LEVELS[steps])
-        return SamplingPlan(sampler, steps, spacing or DEFAULT_SPACING, None)
+        return SamplingPlan(sampler, steps, spacing or samplers.DEFAULT_SPACING, None)
 
     def count_nfe(
         self, sampler: Callable, timesteps: Sequence[int], guidance: float | None = None,

@@ -127,10 +127,9 @@ def find_image_column(features: dict[str, Any], name: str, dataset: str) -> str:
     """Returns the column of the images: the given one, the only one, or by its name."""
     import datasets
 
-    def holds_images(feature: Any) -> bool:
-        return isinstance(feature, (datasets.Image, dict)) or feature == datasets.Value("binary")
-
-    able = [n for n, feature in features.items() if holds_images(feature)]
+    kinds = (datasets.Image, dict)
+    binary = datasets.Value("binary")
+    able = [n for n, f in features.items() if isinstance(f, kinds) or f == binary]
     typed = [n for n in able if isinstance(features[n], datasets.Image)]
     found = typed or [n for n in able if n.lower() in IMAGE_NAMES]
     return choose_column("images", features, name, able, found, dataset)
@@ -138,11 +137,8 @@ def find_image_column(features: dict[str, Any], name: str, dataset: str) -> str:
 
 def find_label_column(features: dict[str, Any], name: str, dataset: str) -> str:
     """Returns the column of the labels: the given one, the only one, or by its name."""
-
-    def holds_labels(feature: Any) -> bool:
-        return str(getattr(feature, "dtype", "")).rstrip("0123456789") in LABEL_TYPES
-
-    able = [n for n, feature in features.items() if holds_labels(feature)]
+    types = {n: str(getattr(f, "dtype", "")).rstrip("0123456789") for n, f in features.items()}
+    able = [n for n, type_ in types.items() if type_ in LABEL_TYPES]
     typed = [n for n in able if hasattr(features[n], "names")]
     named = [n for n in able if n.lower() in LABEL_NAMES]
     found = named if named and len(typed) != 1 else typed

@@ -233,8 +233,7 @@ class Survey:
         """Returns the option, or the range of what was found."""
         if self.options.value_range:
             return pixels.parse_range(self.options.value_range)
-        is_known = self.lowest <= self.highest
-        return pixels.find_range(self.lowest, self.highest) if is_known else None
+        return pixels.find_range(self.lowest, self.highest) if self.lowest <= self.highest else None
 
     def print(self) -> None:
         """Prints a line for each choice; UserError for colors that are too dark."""

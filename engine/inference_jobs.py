@@ -93,8 +93,7 @@ class InferenceJob:
         source = self.settings[name]
         if source.isdecimal():
             labels = None if label is None else [label]
-            seeds = parse_seeds(source)
-            images = self.run_batched(self.model.sample, seeds, labels=labels)
+            images = self.run_batched(self.model.sample, parse_seeds(source), labels=labels)
             return images[0], f"seed {source}"
 
         # A file, or a PNG as a data URI.

@@ -171,8 +171,7 @@ def inpaint(job: InferenceJob) -> str:
     size = job.model.image_size
     mask = (torch.arange(size) >= size // 2).expand(size, size)
     if job.settings["mask"]:
-        given_mask = open_input(job.settings["mask"])
-        mask = read_mask(given_mask, open_input(job.settings["image"]), size)
+        mask = read_mask(open_input(job.settings["mask"]), open_input(job.settings["image"]), size)
     kwargs = {"resamples": job.settings["resamples"], "labels": job.labels_if_asked(seeds)}
     images = job.run_batched(job.model.inpaint, seeds, image=image, mask=mask, **kwargs)
     original = image[None].cpu()

@@ -28,8 +28,7 @@ def labels_from_folders(paths: Sequence[str], location: str) -> tuple[np.ndarray
             f"{location} has images outside its class folders ({len(outside)}, e.g. {outside[0]}), "
             "whose class is unknown. Move them into a folder, or drop --class_conditional"
         )
-    folders = [path.partition("/")[0] for path in paths]
-    names, labels = np.unique(folders, return_inverse=True)
+    names, labels = np.unique([path.partition("/")[0] for path in paths], return_inverse=True)
     return labels.astype(np.int64), tuple(names.tolist())
 
 
@@ -101,11 +100,12 @@ def check_classes_on_resume(
     raise UserError(f"{message}, but the data has {len(class_counts)} ({now}): start another run")
 
 
-def labels_of_seeds(seeds: Iterable[int], counts: Sequence[int]) -> np.ndarray:
+def labels_of_seeds(seeds: Iterable[int], counts: Iterable[int]) -> np.ndarray:
     """Returns a label for each seed, int64 (N,), in proportion to the counts.
 
     Consecutive seeds spread evenly: a seed's place in [0, 1) is the fractional part of its product
     with the golden ratio.
     """
     places = [(seed * 0x9E3779B97F4A7C15 % 2**64 >> 11) / 2**53 for seed in seeds]
-    return np.searchsorted(np.cumsum(counts) / np.sum(counts), places, side="right")
+    bounds = np.cumsum(list(counts))
+    return np.searchsorted(bounds / bounds[-1], places, side="right")

@@ -277,10 +277,8 @@ def inception_scores(network: Inception, features: np.ndarray, real: np.ndarray)
     if subset > NUM_NEIGHBORS:
         print("precision and recall: distances between all pairs of features", flush=True)
         generated, reference = pair
-        scores |= {
-            "precision": fraction_inside(generated, reference),
-            "recall": fraction_inside(reference, generated),
-        }
+        scores["precision"] = fraction_inside(generated, reference)
+        scores["recall"] = fraction_inside(reference, generated)
     return scores
 
 

@@ -193,8 +193,7 @@ class Plan:
     def trajectory(self) -> Iterator[State]:
         """Yields t, x_t and the predicted x_0, from noise to image, like DDPMModel.sample."""
         if self.labels is None and self.model.class_names:
-            counts = [*self.model.class_counts.values()]
-            self.labels = labels_of_seeds(self.seeds, counts).tolist()
+            self.labels = labels_of_seeds(self.seeds, self.model.class_counts.values()).tolist()
         return self.model.sample_states(self.seeds, labels=self.labels, **self.options)
 
     def edit(self, mode: str, count: int, source: PageImage, options: dict) -> list[PageImage]:

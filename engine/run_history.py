@@ -44,8 +44,7 @@ def plot_run(version: tuple[Any, ...]) -> str:
 def run_grids(name: str) -> list[tuple[str, str]]:
     """Returns (data URI, caption) of a run's sample grids in order, MAX_GRIDS at most."""
     folder = SAMPLES_DIR / name
-    steps = sorted(folder.glob("step_*.png"), reverse=True)
-    paths = [*folder.glob("final.png"), *steps]
+    paths = [*folder.glob("final.png"), *sorted(folder.glob("step_*.png"), reverse=True)]
     every = -(-len(paths) // MAX_GRIDS) or 1
     shown = paths[::every][::-1]  # with the newest
     return [(plots.png_data_uri(path.read_bytes()), caption_of(path)) for path in shown]
@@ -76,14 +75,10 @@ def summarize_run(version: tuple[Any, ...], now: float) -> dict[str, str]:
     if (folder / "final.png").exists() and (fraction or 1) >= 1:
         state = "finished"
         left = "-"
+    counts = {name: f"{last[name]:,}" for name in ("step", "epoch", "images")}
     return {
-        "state": state,
-        "time left": left,
-        "trained for": format_duration(last["seconds"]),
-        "speed": f"{sum(speeds) / len(speeds):,.0f} images/s",
-        "step": f"{last['step']:,}",
-        "epoch": f"{last['epoch']:,}",
-        "images": f"{last['images']:,}",
+        "state": state, "time left": left, "trained for": format_duration(last["seconds"]),
+        "speed": f"{sum(speeds) / len(speeds):,.0f} images/s", **counts,
         "loss": f"{last['loss']:.4f}",
         "validation loss": f"{validations[-1]:.4f}" if validations else "-",
-    }
+    }  # fmt: skip

@@ -6,16 +6,10 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from engine import samplers
 from engine.denoiser import GUIDANCE_MODES
 from engine.errors import RenamedWarning, UserError
 from engine.generation import GenerationMixin
-from engine.samplers import (
-    CONSISTENCY_LEVELS,
-    CONSISTENCY_SAMPLERS,
-    DEFAULT_SPACING,
-    SAMPLERS,
-    SPACINGS,
-)
 from engine.settings import Setting, Settings
 
 
@@ -25,8 +19,7 @@ def choose_sampling(model: GenerationMixin, settings: Mapping[str, Any]) -> dict
     name = model.default_sampler if name == "auto" else name
     own_steps = model.num_timesteps if name == "ddpm" else None
     levels = parse_noise_levels(settings["noise_levels"])
-    steps = settings["steps"] or own_steps
-    plan = model.complete_plan(name, steps, settings["spacing"], levels)
+    plan = model.complete_plan(name, settings["steps"] or own_steps, settings["spacing"], levels)
     # Stored, so that other defaults will not change what the settings reproduce.
     levels = format_noise_levels(plan.noise_levels)
     return plan._asdict() | {"sampler": name, "noise_levels": levels}
@@ -55,9 +48,9 @@ def sampling_name(settings: Mapping[str, Any], classes: str | None = None) -> st
     """Returns how images were sampled for names of result files, e.g. unipc-14-cat-dog."""
     parts = [settings["sampler"].replace(".py:", "-").replace("/", "-"), str(settings["steps"])]
     # Noise levels or spacing, unless they are the sampler's own.
-    default = DEFAULT_SPACING
-    if settings["sampler"] in CONSISTENCY_SAMPLERS:
-        default = format_noise_levels(CONSISTENCY_LEVELS.get(settings["steps"])) or default
+    default = samplers.DEFAULT_SPACING
+    if settings["sampler"] in samplers.CONSISTENCY_SAMPLERS:
+        default = format_noise_levels(samplers.CONSISTENCY_LEVELS.get(settings["steps"])) or default
     used = settings["noise_levels"] or settings["spacing"] or default
     if used != default:
         parts.append(used.replace(",", "-"))
@@ -68,8 +61,8 @@ class SamplingSettings(Settings):
     """How images are sampled."""
 
     sampler = Setting(
-        "auto", f"{', '.join((*SAMPLERS, *CONSISTENCY_SAMPLERS))}, or file.py:function; auto: "
-        "the model's own"
+        "auto", f"{', '.join((*samplers.SAMPLERS, *samplers.CONSISTENCY_SAMPLERS))}, "
+        "or file.py:function; auto: the model's own"
     )  # fmt: skip
     steps = Setting(
         0, "network evaluations (NFE) per image, without guidance's; 0: the model's own number, "
@@ -83,7 +76,7 @@ class SamplingSettings(Settings):
         auto="the model's own"
     )  # fmt: skip
     spacing = Setting(
-        None, "which timesteps are visited", choices=tuple(SPACINGS), type_=str,
+        None, "which timesteps are visited", choices=tuple(samplers.SPACINGS), type_=str,
         auto="the sampler's own",
     )  # fmt: skip
     noise_levels = Setting(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from engine import checkpoints, distributed
+from engine import checkpoints, distributed, run_names
 from engine.checkpoints import TrainingCheckpoint
 from engine.dataloader import Batch, BatchLoader, ImageDataset
 from engine.devices import default_device, device_name
@@ -21,13 +21,6 @@ from engine.labels import check_classes_on_resume
 from engine.progress import Progress, StopSignal, format_duration
 from engine.randomness import seed_everything
 from engine.run import VERSION, NullRun, Run, checkpoint_bytes, format_bytes, max_checkpoints
-from engine.run_names import (
-    SAMPLES_DIR,
-    is_published,
-    new_run_name,
-    resume_hint,
-    resumed_run_name,
-)
 from engine.train_step import TrainableModel, TrainStep, learning_rate
 
 MAX_NONFINITE_STEPS = 20  # in a row
@@ -40,11 +33,9 @@ MUTABLE_ON_RESUME = {"sampling_timesteps", "guidance", "guidance_mode", "dropout
 
 
 def train(
-    model: TrainableModel,
-    data: ImageDataset | np.ndarray,
-    config: Any,
+    model: TrainableModel, data: ImageDataset | np.ndarray, config: Any,
     resume: TrainingCheckpoint | Path | None = None,
-) -> Path:
+) -> Path:  # fmt: skip
     """Trains until the configured length is reached and returns the final checkpoint.
 
     data: a data set, or uint8 images (N, C, H, W). config: the attributes of DDPMConfig. Under
@@ -65,7 +56,7 @@ def train(
     }  # fmt: skip
     name, progress = start_or_resume(checkpoint, data_info, train_step, loader, dist)
     run = (Run if dist.is_main_process else NullRun)(name, data_info, train_step, loader, progress)
-    hint = partial(resume_hint, name)
+    hint = partial(run_names.resume_hint, name)
 
     with distributed.session(hint), StopSignal(dist, hint) as stop, closing(run):
         while not progress.is_finished:
@@ -134,13 +125,14 @@ def start_or_resume(
     if checkpoint:
         with checkpoints.refuse_damaged(checkpoint.path):
             progress = restore(checkpoint, data_info, train_step, loader, dist)
-        name = resumed_run_name(checkpoint) if dist.is_main_process else ""
+        name = run_names.resumed_run_name(checkpoint) if dist.is_main_process else ""
     else:
-        name = new_run_name(train_step.config) if dist.is_main_process else ""
+        name = run_names.new_run_name(train_step.config) if dist.is_main_process else ""
         progress = Progress(train_step.config, len(loader), dist)
     name = distributed.broadcast_object(name)
-    if progress.is_finished and is_published(name, progress.step):
-        checkpoints.remove_leftovers(SAMPLES_DIR / name)  # of a process killed while it plotted
+    if progress.is_finished and run_names.is_published(name, progress.step):
+        # Of a process killed while it plotted.
+        checkpoints.remove_leftovers(run_names.SAMPLES_DIR / name)
         advice = "raise --epochs, --max_steps or --minutes to continue it"
         raise UserError(f"{checkpoint.path} is of a finished run: {advice}")
     count = len(loader.train_indices)

@@ -297,7 +297,7 @@ def test_gray_and_rgba_models_are_compared_with_images_of_their_channels(
     compared = []
     monkeypatch.setattr(evaluate, "load_feature_networks", lambda *_: [MeanColors()])
     monkeypatch.setattr(
-        evaluate, "plot_nearest_neighbors",
+        evaluate.reporting, "plot_nearest_neighbors",
         lambda samples, _, real, *__: compared.append((samples, real)) or Image.new("L", (1, 1)),
     )  # fmt: skip
     flags = ["--checkpoint", "checkpoints/own.pt", "--num_samples", "4"]

@@ -843,7 +843,7 @@ def test_samples_of_the_classes_asked_for(conditional, infer):
 
 def test_batch_draws_classes_in_proportion_by_seed(conditional, infer):
     flags = ("--mode", "batch", "--num_samples", "40")
-    labels = labels_of_seeds(range(40), [*conditional.class_counts.values()])
+    labels = labels_of_seeds(range(40), conditional.class_counts.values())
     counts = np.bincount(labels).tolist()
     assert counts == [21, 10, 9]
     expected = plots.to_bytes(conditional.sample(40, seed=0, labels=labels))
