@@ -217,11 +217,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         self.guide = None
         if any(name.startswith("guide.") for name in state_dict):
             self.snapshot_guide()
-        embeddings = {
-            name: torch.zeros_like(p)
-            for name, p in self.named_parameters()
-            if "class_embedding" in name
-        }
+        added = ((k, v) for k, v in self.named_parameters() if "class_embedding" in k)
+        embeddings = {k: torch.zeros_like(v) for k, v in added}
         self.__dict__.pop("alpha_bar", None)  # cached; the new schedule may be another
         return super().load_state_dict(embeddings | dict(state_dict), *args, **kwargs)
 

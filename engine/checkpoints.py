@@ -348,9 +348,8 @@ def import_lucidrains_checkpoint(
         raise UserError(f"{path} is neither of this project nor of lucidrains' Trainer")
     if image_size is None:
         advice = "--image_size, or from_file(path, image_size=...), says it"
-        raise UserError(
-            f"{path} is of lucidrains' Trainer and does not store its image size: {advice}"
-        )
+        reason = "is of lucidrains' Trainer and does not store its image size"
+        raise UserError(f"{path} {reason}: {advice}")
     state = {name.removeprefix(prefix): v for name, v in source.items() if name.startswith(prefix)}
     unet = {name.removeprefix("model."): v for name, v in state.items()}
 

@@ -147,11 +147,9 @@ class BatchLoader:
     ):  # fmt: skip
         self.train_indices, self.val_indices = train_val_split(len(data))
         if len(self.train_indices) < effective_batch:
-            raise UserError(
-                f"{len(self.train_indices)} training images (of {len(data)}) are fewer than one "
-                f"batch of {effective_batch}. "
-                "Add data or lower --batch_size and --gradient_accumulation"
-            )
+            found = f"{len(self.train_indices)} training images (of {len(data)})"
+            advice = "Add data or lower --batch_size and --gradient_accumulation"
+            raise UserError(f"{found} are fewer than one batch of {effective_batch}. {advice}")
         if effective_batch % world_size:
             raise UserError(f"a batch of {effective_batch} cannot be divided by {world_size} ranks")
         self.data = data

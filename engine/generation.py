@@ -308,7 +308,7 @@ class GenerationMixin:
 
     def prepare_image(self, image: Tensor) -> Tensor:
         """Returns an image as (C, H, W) on the model's device; UserError for another size."""
-        shape = (self.channels, self.image_size, self.image_size)
+        shape = self.image_shape
         if tuple(image.shape[-3:]) != shape or image.numel() != math.prod(shape):
             raise UserError(f"the image is {tuple(image.shape)}, but must be {shape}")
         return image.reshape(shape).to(self.device)
@@ -316,8 +316,7 @@ class GenerationMixin:
 
 def final_x(states: Iterator[State]) -> Tensor:
     """Runs a trajectory to its end and returns the sample, in [-1, 1]."""
-    _, x, _ = deque(states, maxlen=1).pop()
-    return x
+    return deque(states, maxlen=1).pop()[1]
 
 
 @contextlib.contextmanager

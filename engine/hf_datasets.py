@@ -109,9 +109,8 @@ def open_table(name: str) -> tuple[str, str, int, Any]:
                 table = table.cast_column(column, datasets.Image(decode=False))
     except Exception as error:  # of HTTP, of the Hub, of the files
         advice = "It must be user/name of the Hugging Face Hub, or a folder"
-        raise UserError(
-            f"--dataset hf:{name} cannot be read ({type_and_message(error)}). {advice}"
-        ) from error
+        reason = type_and_message(error)
+        raise UserError(f"--dataset hf:{name} cannot be read ({reason}). {advice}") from error
     if format_ not in FORMATS:
         raise UserError(f"--dataset hf:{name} has {format_} files, but must have {FORMATS}")
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from engine.cli import import_from_file  # first: sets what torch reads
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -69,10 +68,9 @@ class InferenceJob:
         """Returns the class of each seed; None if the model has no classes."""
         if not self.model.class_names:
             return None
-        counts = np.array([*self.model.class_counts.values()])
+        counts = [*self.model.class_counts.values()]
         if self.given_labels:
-            is_wanted = np.isin(np.arange(len(counts)), self.given_labels)
-            counts = np.where(is_wanted, counts.clip(min=1), 0)
+            counts = [max(1, n) if i in self.given_labels else 0 for i, n in enumerate(counts)]
         return labels_of_seeds(seeds, counts).tolist()
 
     def labels_if_asked(self, seeds: Sequence[int]) -> list[int] | None:
@@ -207,14 +205,6 @@ def unique_output_dir(folder: Path, settings: Mapping[str, Any]) -> Path:
     numbered = (folder.with_name(f"{folder.name}_{i}") for i in itertools.count(2))
     paths = itertools.chain([folder], numbered)
     return next(p for p in paths if not has_other_settings(p / "summary.json", settings))
-
-
-def read_part(file: Path) -> np.ndarray:
-    """Reads a chunk of an unfinished .npz; raises UserError if it is damaged."""
-    try:
-        return np.load(file)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{file} is damaged. Delete it and run this again") from error
 
 
 def settings_from_png(

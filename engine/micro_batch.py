@@ -52,8 +52,7 @@ def find_micro_batch(
         known[key] = {"micro_batch": micro, "peak_gib": round(peak_gib, 3)}
         write_text(cache_file, json.dumps(known, indent=1) + "\n")
     micro = known[key]["micro_batch"]
-    peak_gib = known[key]["peak_gib"]
-    memory = f"peak {peak_gib:.1f} of {available:g} GiB"
+    memory = f"peak {known[key]['peak_gib']:.1f} of {available:g} GiB"
     print(f"micro-batch {micro} of {effective}, {memory} (cached in {cache_file})", flush=True)
     return micro
 

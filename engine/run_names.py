@@ -24,9 +24,8 @@ def new_run_name(config: Any) -> str:
         base = f"{file_slug(config.DATASET)}-{config.IMAGE_SIZE}px-{datetime.now():%Y%m%d-%H%M%S}"
         return create_run_folder(base)
     if not checkpoints.is_run_name(name):
-        raise UserError(
-            f"--run_name is {name}, but must name a folder below {checkpoints.CHECKPOINT_DIR}/"
-        )
+        expected = f"name a folder below {checkpoints.CHECKPOINT_DIR}/"
+        raise UserError(f"--run_name is {name}, but must {expected}")
     # A run that ended before it saved anything may start again.
     if checkpoints.run_exists(name) or (SAMPLES_DIR / name / "final.png").exists():
         advice = f"resume it (--resume {name}) or choose another --run_name"

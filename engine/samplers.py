@@ -259,14 +259,12 @@ def choose_timesteps(
     Consistency leaves it out always: running the network there would change nothing.
     """
     count = num_intervals(sampler, steps)
-    if sampler is consistency:
-        return [*SPACINGS[spacing](alpha_bar, count + 1)[:-2], -1]
     timesteps = SPACINGS[spacing](alpha_bar, count)
+    skip_lowest = sampler is consistency
     if sampler is heun and count > 1:
         high, low = (min(sigma_of(alpha_bar[t]), SIGMA_MAX) for t in timesteps[-3:-1])
-        if high > MAX_HEUN_RATIO * low:
-            return [*SPACINGS[spacing](alpha_bar, count + 1)[:-2], -1]
-    return timesteps
+        skip_lowest = high > MAX_HEUN_RATIO * low
+    return [*SPACINGS[spacing](alpha_bar, count + 1)[:-2], -1] if skip_lowest else timesteps
 
 
 def check_noise_levels(levels: Sequence[float], sampler: Callable, steps: int | None) -> None:

@@ -191,9 +191,8 @@ def restore(
 
     train_step.load_state_dict(state)
     if train_step.rank > 0:  # only rank 0's random state is stored: take a seed not used yet
-        seed_everything(
-            train_step.config.SEED + train_step.rank + train_step.world_size * progress.step
-        )
+        offset = train_step.rank + train_step.world_size * progress.step
+        seed_everything(train_step.config.SEED + offset)
     return progress
 
 

@@ -11,7 +11,7 @@ import evaluate
 import inference
 import train
 from ddpm_model import DDPMModel
-from engine import class_metrics, comparison, devices, distributed, metrics
+from engine import class_metrics, devices, distributed, inference_modes, metrics
 from engine.errors import UserError
 from tests.helpers import CPU, TINY_FLAGS
 from tests.test_metrics import MeanColors
@@ -83,7 +83,7 @@ def test_training_inference_and_evaluation_need_no_float64(tmp_path, monkeypatch
     for module in (metrics, class_metrics):
         monkeypatch.setattr(module, "frechet_distance", on_cpu(metrics.frechet_distance))
     monkeypatch.setattr(evaluate, "load_feature_networks", lambda *_: [MeanColors()])
-    monkeypatch.setattr(comparison, "COMPARED_STEPS", (2,))
+    monkeypatch.setattr(inference_modes, "COMPARED_STEPS", (2,))
     with NoFloat64():
         with pytest.raises(TypeError, match="makes float64"):
             torch.zeros(1).double()

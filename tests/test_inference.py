@@ -21,7 +21,7 @@ from torchvision.utils import make_grid
 
 import inference
 from ddpm_model import DDPMModel
-from engine import checkpoints, comparison, inference_jobs, inference_modes, input_images, plots
+from engine import checkpoints, inference_jobs, inference_modes, input_images, plots
 from engine.errors import FallbackWarning, UserError
 from engine.inference_jobs import InferenceJob
 from engine.labels import labels_of_seeds
@@ -130,7 +130,7 @@ def is_image(path: Path, image: Tensor) -> bool:
 @pytest.mark.parametrize("sampler", ["ddim", "mine.py:plain"])
 def test_modes_work_with_built_in_and_custom_samplers(folder, infer, monkeypatch, sampler):
     (folder / "mine.py").write_text(CUSTOM_SAMPLER)
-    monkeypatch.setattr(comparison, "COMPARED_STEPS", (2, 3))
+    monkeypatch.setattr(inference_modes, "COMPARED_STEPS", (2, 3))
     flags = ["--mode", "all", "--sampler", sampler, "--num_samples", "3", "--resamples", "2"]
     assert infer(*flags) == 0
     expected = {
@@ -160,7 +160,7 @@ def test_modes_of_gray_and_rgba_models_keep_their_channels(
     folder, infer, monkeypatch, channels, mode
 ):
     sizes = SMALL | {"channels": channels}
-    monkeypatch.setattr(comparison, "COMPARED_STEPS", (2,))
+    monkeypatch.setattr(inference_modes, "COMPARED_STEPS", (2,))
     DDPMModel(**sizes).save_model("checkpoints/own.pt")
     Image.new("RGB", (20, 9), (200, 100, 0)).save("color.png")
     flags = ["--checkpoint", "checkpoints/own.pt", "--num_samples", "2", "--steps", "2"]
@@ -257,7 +257,7 @@ def test_gif_of_many_steps_has_few_frames(folder, infer, monkeypatch):
 
 
 def test_compare_samples_with_every_sampler_and_the_given_guidance(guided, infer, monkeypatch):
-    monkeypatch.setattr(comparison, "COMPARED_STEPS", (2, 3))
+    monkeypatch.setattr(inference_modes, "COMPARED_STEPS", (2, 3))
     calls, sample = [], DDPMModel.sample
     monkeypatch.setattr(
         DDPMModel, "sample", lambda model, *a, **k: calls.append(k) or sample(model, *a, **k)
@@ -702,7 +702,7 @@ def test_high_res_figures_are_larger(folder, monkeypatch, capsys):
     torch.manual_seed(0)
     sizes = {"image_size": 64, "dim_mults": (1, 2), "timesteps": 8, "sampling_timesteps": 3}
     DDPMModel(**NARROW, **sizes).save_model("checkpoints/large.pt")
-    monkeypatch.setattr(comparison, "COMPARED_STEPS", (2, 3))
+    monkeypatch.setattr(inference_modes, "COMPARED_STEPS", (2, 3))
     flags = ["--checkpoint", "checkpoints/large.pt", "--mode", "all", "--resamples", "1"]
     monkeypatch.setattr("sys.argv", ["inference_high_res.py", *flags])
     with pytest.raises(SystemExit) as exit_:
@@ -858,7 +858,7 @@ def test_batch_draws_classes_in_proportion_by_seed(conditional, infer):
 
 
 def test_modes_take_classes(conditional, infer, grids, monkeypatch):
-    monkeypatch.setattr(comparison, "COMPARED_STEPS", (2,))
+    monkeypatch.setattr(inference_modes, "COMPARED_STEPS", (2,))
     Image.new("RGB", (8, 8), "red").save("a.png")
     image = torch.tensor([1.0, 0, 0]).view(3, 1, 1).expand(3, 8, 8)
     flags = ("--image", "a.png", "--num_samples", "2", "--resamples", "2")
