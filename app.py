@@ -218,12 +218,12 @@ class Page:
         has_guidance = model.guide is not None or bool(names)
         sampler = {"choices": list(model.samplers), "value": model.default_sampler}
         steps = min(model.sampling_timesteps, MAX_STEPS)
-        most = MAX_CONSISTENCY_STEPS if model.is_consistency_tuned else MAX_STEPS
+        limit = MAX_CONSISTENCY_STEPS if model.is_consistency_tuned else MAX_STEPS
         return {
             self.header: page.describe_model(served),
             self.controls["classes"]: gr.update(choices=names, value=[], visible=bool(names)),
             self.controls["sampler"]: gr.update(**sampler),
-            self.controls["steps"]: gr.update(value=steps, maximum=min(model.num_timesteps, most)),
+            self.controls["steps"]: gr.update(value=steps, maximum=min(model.num_timesteps, limit)),
             self.controls["guidance"]: gr.update(value=model.guidance, visible=has_guidance),
         }
 
@@ -332,8 +332,8 @@ class Page:
             grid.pick(self.choose, session, self.chosen_outputs, **quiet).then(**panel)
         self.canvas.paint(self.take_mask, session, None, **quiet).then(**panel)
         self.tabs.select(self.open_panel, panel["inputs"], panels, **quiet)
-        taken = [*controls.values(), *self.chosen_outputs, self.tabs]
-        uploaded = self.upload.upload(self.take_upload, [session, self.upload], taken, **quiet)
+        outputs = [*controls.values(), *self.chosen_outputs, self.tabs]
+        uploaded = self.upload.upload(self.take_upload, [session, self.upload], outputs, **quiet)
         uploaded.then(**sample).then(**panel)
 
         # The model, now and every POLL_SECONDS; a run while its tab is open.

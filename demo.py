@@ -175,8 +175,8 @@ def check_sampling(demo: SimpleNamespace) -> str:
         options = {"sampler": sampler, "steps": 10}
         images, again = (demo.model.sample(4, seed=5, **options) for _ in range(2))
         check(torch.equal(images, again), f"{sampler}: two images of the same seed")
-        alone = demo.model.sample(1, seed=7, **options)
-        check_close(alone[0], images[2], 1e-4, f"{sampler}: seed 7 alone")
+        single = demo.model.sample(1, seed=7, **options)
+        check_close(single[0], images[2], 1e-4, f"{sampler}: seed 7 alone")
         difference = (images[0] - images[1]).abs().mean()
         check(difference > 1e-3, f"{sampler}: the same image of two seeds")
         check(((images >= 0) & (images <= 1)).all(), f"{sampler}: values outside [0, 1]")
@@ -210,12 +210,12 @@ def check_saving(demo: SimpleNamespace) -> str:
 def check_interpolation(demo: SimpleNamespace) -> str:
     """Interpolation starts and ends at the given images; guidance would move it away from them."""
     check(demo.model.guide is not None, "the model has no guide")
-    ends = torch.from_numpy(demo.data.images[[0, 5]]).to(demo.device) / 255
-    images = demo.model.interpolate(*ends, num_steps=8)
+    endpoints = torch.from_numpy(demo.data.images[[0, 5]]).to(demo.device) / 255
+    images = demo.model.interpolate(*endpoints, num_steps=8)
     check(images.shape == (8, 3, 16, 16), f"shape {tuple(images.shape)}")
-    worst = min(psnr(images[0], ends[0]), psnr(images[-1], ends[1]))
+    worst = min(psnr(images[0], endpoints[0]), psnr(images[-1], endpoints[1]))
     check(worst > MIN_PSNR, f"the ends are at {worst:.1f} dB from the given images")
-    row = torch.cat([ends[:1], images, ends[1:]])
+    row = torch.cat([endpoints[:1], images, endpoints[1:]])
     plots.save_image(plots.grid(row, columns=10), Path("interpolation.png"))
     return f"the ends are within {worst:.1f} dB of the given images"
 

@@ -170,9 +170,9 @@ def validation_batch(model: DDPMModel) -> Batch | None:
         arguments = config["DATASET"], config["IMAGE_SIZE"], Path(config["DATA_DIR"])
         data = load_dataset(*arguments, options=options, use_labels=bool(model.class_names))
         found = data.images.shape[1:], data.class_names
-        wanted = model.image_shape, model.class_names
-        if found != wanted:
-            raise UserError(f"shape and classes are {found}, but the model's {wanted}")
+        expected = model.image_shape, model.class_names
+        if found != expected:
+            raise UserError(f"shape and classes are {found}, but the model's {expected}")
     except (UserError, KeyError) as error:
         warn_fallback("loading the validation split", error, "its loss")
         return None

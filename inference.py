@@ -162,10 +162,10 @@ def load_for_sampling(settings: dict[str, Any], device: torch.device) -> DDPMMod
 def folder_name(settings: Mapping[str, Any]) -> str:
     """Returns the name of a mode's results: model, sampler, classes and seeds."""
     seeds = settings["seeds"]
-    ends = "-".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
+    first_and_last = "-".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
     model = checkpoints.display_name(Path(settings["checkpoint"]))
     sampling = sampling_name(settings, settings["classes"])
-    return f"{settings['mode']}-{model}-{sampling}-seeds-{ends}"
+    return f"{settings['mode']}-{model}-{sampling}-seeds-{first_and_last}"
 
 
 def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None = None) -> None:

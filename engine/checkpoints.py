@@ -118,11 +118,11 @@ def _check_file(path: Path) -> None:
 
 
 def check_architecture(
-    path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], mutable: Collection[str],
+    path: Path, saved: Mapping[str, Any], expected: Mapping[str, Any], mutable: Collection[str],
     advice: str,
 ) -> None:  # fmt: skip
     """Raises UserError if a checkpoint's architecture is another one, but for `mutable` entries."""
-    for key, value in wanted.items():
+    for key, value in expected.items():
         if saved.get(key, value) != value and key not in mutable:
             change = f"{key} {saved[key]}, which cannot become {value}"
             raise UserError(f"{path} was trained with {change}: {advice}")
@@ -372,8 +372,8 @@ def import_lucidrains_checkpoint(
     base_weight = {"pred_noise": 1 / snr, "pred_x0": torch.ones_like(snr), "pred_v": 1 / (snr + 1)}
     weights = {(o, g): base_weight[o] * snr.clamp(max=g) for o in OBJECTIVES for g in (inf, 5.0)}
     found = state["loss_weight"].double()
-    same = (k for k, v in weights.items() if torch.allclose(found, v, rtol=1e-2, atol=1e-6))
-    objective, gamma = next(same, (None, 0.0))
+    matches = (k for k, v in weights.items() if torch.allclose(found, v, rtol=1e-2, atol=1e-6))
+    objective, gamma = next(matches, (None, 0.0))
     betas = ((s, upstream_betas(s, timesteps)) for s in BETA_SCHEDULES)
     schedule = next((s for s, values in betas if torch.allclose(values, state["betas"])), None)
     if not objective or not schedule:

@@ -278,12 +278,12 @@ def binary_source(archive: Archive, folder: Path) -> Source:
 @contextmanager
 def socket_timeout(seconds: float) -> Iterator[None]:
     """Sets the default socket timeout, without which torchvision may wait forever."""
-    before = socket.getdefaulttimeout()
+    previous = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
         yield
     finally:
-        socket.setdefaulttimeout(before)
+        socket.setdefaulttimeout(previous)
 
 
 @socket_timeout(CONNECT_SECONDS)

@@ -235,9 +235,9 @@ class GenerationMixin:
         if not 1 <= steps <= self.num_timesteps:
             bounds = f"between 1 and {self.num_timesteps}"
             raise UserError(f"steps is {steps}, but this model has {bounds}")
-        most = samplers.MAX_CONSISTENCY_STEPS
-        if sampler is samplers.consistency and steps > most:
-            raise UserError(f"steps is {steps}, but must be at most {most}")
+        limit = samplers.MAX_CONSISTENCY_STEPS
+        if sampler is samplers.consistency and steps > limit:
+            raise UserError(f"steps is {steps}, but must be at most {limit}")
 
         # The timesteps, by noise levels or by spacing.
         if levels:

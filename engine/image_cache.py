@@ -107,9 +107,9 @@ def _build(source: Source, size: int, path: Path, labels_path: Path, workers, pr
 
     def check(total: int) -> None:
         if len(unreadable) > MAX_UNREADABLE_FRACTION * total:
-            some = "; ".join(unreadable[:3])
+            examples = "; ".join(unreadable[:3])
             which = f"{total} images in {source.location}"
-            raise UserError(f"too many of the {which} cannot be read ({some})")
+            raise UserError(f"too many of the {which} cannot be read ({examples})")
 
     def write(file) -> None:
         shape = (source.count, source.channels(), size, size)

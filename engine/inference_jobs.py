@@ -163,11 +163,11 @@ def run_batched(
     """
 
     def run_slice(part: slice) -> Tensor:
-        some = list(seeds[part])
+        part_seeds = list(seeds[part])
         if labels is not None:
             kwargs["labels"] = labels[part]
-        images = function(batch_size=len(some), seed=some, **kwargs).float().cpu()
-        bar.update(len(some))
+        images = function(batch_size=len(part_seeds), seed=part_seeds, **kwargs).float().cpu()
+        bar.update(len(part_seeds))
         return images
 
     options = {"leave": False, "disable": distributed.launched_rank() > 0}
@@ -306,10 +306,10 @@ def auto_batch_size(model: nn.Module, use_amp: bool) -> int:
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    allocated = torch.cuda.memory_allocated()
     with autocast(model, use_amp):
         model.sample(4, steps=1, seed=0)
-    bytes_per_image = max(1, (torch.cuda.max_memory_allocated() - before) // 4)
+    bytes_per_image = max(1, (torch.cuda.max_memory_allocated() - allocated) // 4)
     return distributed.broadcast_object(max(1, min(256, int(0.7 * free / bytes_per_image))))
 
 

@@ -80,14 +80,14 @@ def show_trajectory(job: InferenceJob) -> str:
 
 def interpolate(job: InferenceJob) -> str:
     """Images between two given ones, and maybe two classes: a strip and a GIF."""
-    ends = (job.given_labels[0], job.given_labels[-1]) if job.given_labels else None
-    image1, title1 = job.load_input_image("image1", ends and ends[0])
-    image2, title2 = job.load_input_image("image2", ends and ends[1])
+    labels = (job.given_labels[0], job.given_labels[-1]) if job.given_labels else None
+    image1, title1 = job.load_input_image("image1", labels and labels[0])
+    image2, title2 = job.load_input_image("image2", labels and labels[1])
     # The encoder is DDIM's, so DDIM decodes unless there is a custom sampler.
     sampler = job.sampler if callable(job.sampler) else "ddim"
     steps = min(max(100, job.settings["steps"]), job.model.num_timesteps)
     count = job.settings["num_steps"]
-    images = job.model.interpolate(image1, image2, count, sampler, steps, ends).float().cpu()
+    images = job.model.interpolate(image1, image2, count, sampler, steps, labels).float().cpu()
 
     # Figures.
     captions = [title1, *(f"{i / (count - 1):.2f}" for i in range(count)), title2]

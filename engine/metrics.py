@@ -301,12 +301,12 @@ def nearest_neighbors(queries: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray
 
     queries: (Q, D). rows: (N, D). The distance is the root mean square over D.
     """
-    wanted = torch.from_numpy(queries.astype(np.float32))
+    points = torch.from_numpy(queries.astype(np.float32))
     exact = "donot_use_mm_for_euclid_dist"
     distances = []
     for start in range(0, len(rows), CHUNK_ROWS):
         chunk = torch.from_numpy(rows[start : start + CHUNK_ROWS].astype(np.float32))
-        distances.append(torch.cdist(wanted, chunk, compute_mode=exact))
+        distances.append(torch.cdist(points, chunk, compute_mode=exact))
     distance, index = torch.cat(distances, dim=1).min(dim=1)
     return distance.numpy() / math.sqrt(queries.shape[1]), index.numpy()
 

@@ -74,10 +74,10 @@ def read_results(cache_file: Path) -> dict[str, dict[str, Any]]:
 
 def available_gib(images: np.ndarray) -> float:
     """Returns the GPU memory that a run may use next to its images, GiB, to the half below."""
-    held = images.nbytes if fits_on_gpu(images) else 0
+    image_bytes = images.nbytes if fits_on_gpu(images) else 0
     # Other processes may use the card.
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    return (min(memory_limit(), free) - held) / 2**30 // 0.5 / 2
+    return (min(memory_limit(), free) - image_bytes) / 2**30 // 0.5 / 2
 
 
 def probe_micro_batch(model: TrainableModel, config: Any, limit_gib: float) -> tuple[int, float]:

@@ -219,8 +219,8 @@ def _save_plot(
         axes.plot(x, y, **style)
     axes.set(xlabel=x_label, ylabel=y_label, yscale="log")
     if integer_x:
-        whole_numbers = MaxNLocator(8, steps=(1, 2, 5, 10), integer=True, min_n_ticks=1)
-        axes.xaxis.set_major_locator(whole_numbers)
+        integers = MaxNLocator(8, steps=(1, 2, 5, 10), integer=True, min_n_ticks=1)
+        axes.xaxis.set_major_locator(integers)
     # Within a factor of ten, 1, 2 and 5 times a power of ten are too few: equal distances.
     low, high = axes.get_ylim()
     locator = LogLocator(subs=(1, 2, 5) if high / low < 1e4 else (1,))

@@ -1,4 +1,4 @@
-"""How far a run is, and whether it shall stop: the two questions of the training loop."""
+"""How far a run is, and whether it should stop: the two questions of the training loop."""
 
 import os
 import signal

@@ -105,7 +105,7 @@ def unipc(denoiser: Denoiser, x: Tensor, timesteps: Timesteps, randn: Randn) -> 
     the interval that led there (UniC-2); the last interval stays uncorrected.
     """
     interval = None  # from r to t: x_r, x_0 predicted at r, a_r, h
-    before = None  # change of x_0 over the interval that ended at r, h
+    previous = None  # change of x_0 over the interval that ended at r, h
     for t, s, a_t, a_s in intervals(denoiser, timesteps):
         h = half_log_snr(a_s) - half_log_snr(a_t)
         x_0 = average = denoiser(x, t)
@@ -114,14 +114,14 @@ def unipc(denoiser: Denoiser, x: Tensor, timesteps: Timesteps, randn: Randn) -> 
             x_r, x_0_r, a_r, h_r = interval
             change = x_0 - x_0_r
             corrected = x_0_r + change / 2
-            if before:
-                change_before, h_before = before
-                g = h_r / h_before
+            if previous:
+                previous_change, previous_h = previous
+                g = h_r / previous_h
                 b_1 = -1 / math.expm1(-h_r) - 1 / h_r
                 b_2 = -1 / math.expm1(-h_r) - 2 * b_1 / h_r
-                weighted = (b_1 + b_2 * g) * change + (b_1 - b_2) * g**2 * change_before
+                weighted = (b_1 + b_2 * g) * change + (b_1 - b_2) * g**2 * previous_change
                 corrected = x_0_r + weighted / (1 + g)
-            before = change, h_r
+            previous = change, h_r
             x = ddim_step(x_r, corrected, a_r, a_t)
             if s >= 0:
                 average = x_0 + h / (2 * h_r) * change

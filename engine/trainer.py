@@ -167,19 +167,19 @@ def restore(
     state = checkpoint.state
     if state["version"] != VERSION:
         raise UserError(f"{path} was written by another version of this project: start another run")
-    before = state["data"]
-    if "fingerprint" not in before:
+    old_data = state["data"]
+    if "fingerprint" not in old_data:
         distributed.print0(f"note: {path} does not say which images it was trained on")
-        before = before | {"fingerprint": data_info["fingerprint"]}
-    if before != data_info:
+        old_data = old_data | {"fingerprint": data_info["fingerprint"]}
+    if old_data != data_info:
         advice = f"to train on other data from its weights, start a new run with --init_from {path}"
-        raise UserError(f"{path} was trained on {before}, but the data is {data_info}: {advice}")
+        raise UserError(f"{path} was trained on {old_data}, but the data is {data_info}: {advice}")
     saved = state["architecture"]
     if hasattr(train_step.model, "upgrade_architecture"):
         saved = train_step.model.upgrade_architecture(saved)
-    wanted = train_step.model.architecture
-    checkpoints.check_architecture(path, saved, wanted, MUTABLE_ON_RESUME, "start another run")
-    counts = (architecture.get("class_counts", {}) for architecture in (saved, wanted))
+    expected = train_step.model.architecture
+    checkpoints.check_architecture(path, saved, expected, MUTABLE_ON_RESUME, "start another run")
+    counts = (architecture.get("class_counts", {}) for architecture in (saved, expected))
     check_classes_on_resume(path, *counts)
 
     # Progress; with another batch size an epoch continues after the same number of images.

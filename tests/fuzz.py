@@ -94,16 +94,16 @@ def damage(content: bytes, rng: random.Random) -> bytes:
     """Cuts a file, flips a bit, overwrites a part, or replaces all of it."""
     data = bytearray(content)
     position = rng.randrange(len(data))
-    how = rng.choice(["cut", "bit", "burst", "random", "empty", "text"])
-    if how == "cut":
+    kind = rng.choice(["cut", "bit", "burst", "random", "empty", "text"])
+    if kind == "cut":
         return bytes(data[:position])
-    if how == "bit":
+    if kind == "bit":
         data[position] ^= 1 << rng.randrange(8)
-    elif how == "burst":
+    elif kind == "burst":
         data[position : position + 60] = rng.randbytes(60)
     else:
         other = {"random": rng.randbytes(rng.randrange(1, 5000)), "empty": b"", "text": b"hello\n"}
-        return other[how]
+        return other[kind]
     return bytes(data)
 
 

@@ -84,14 +84,14 @@ def test_optimizers_on_the_gpu_match_the_cpu(optimizer):
 def test_loader_streams_what_it_holds_on_the_gpu(tmp_path, monkeypatch):
     data = load_dataset("shapes", 16, tmp_path, tmp_path)
     data = ImageDataset(data.images[:640], np.arange(640))
-    resident = BatchLoader(data, 64, 0, CUDA, 2)
-    assert resident.gpu_data is not None
+    on_gpu = BatchLoader(data, 64, 0, CUDA, 2)
+    assert on_gpu.gpu_data is not None
     monkeypatch.setattr(dataloader, "MAX_GPU_FRACTION", 0.0)
     streamed = BatchLoader(data, 64, 0, CUDA, 2)
     assert streamed.gpu_data is None
-    for a, b in zip(resident.epoch(2, 3), streamed.epoch(2, 3), strict=True):
+    for a, b in zip(on_gpu.epoch(2, 3), streamed.epoch(2, 3), strict=True):
         for x, y in zip(a, b, strict=True):
-            assert x.device == y.device == resident.gpu_data.images.device and torch.equal(x, y)
+            assert x.device == y.device == on_gpu.gpu_data.images.device and torch.equal(x, y)
 
 
 def test_step_in_bf16_follows_full_precision(monkeypatch):
