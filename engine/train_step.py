@@ -31,7 +31,7 @@ class TrainableModel(Protocol):
     An optional static method `upgrade_architecture` converts the architecture of an older
     checkpoint to the current format. An optional method `set_fraction` is called before each step
     with how much of the run is done, 0 to 1. Optional attributes: with `class_names`, grids have a
-    row for each and `sample` gets `labels`; with `grid_steps`, it gets each of them as `steps`.
+    class in each row and `sample` gets `labels`; with `grid_steps`, it gets each as `steps`.
     """
 
     image_size: int  # pixels

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from engine import metrics, plots
-from engine.evaluation_report import format_table, plot_nearest_neighbors, result_name
+from engine.evaluation_report import (
+    format_classes,
+    format_table,
+    plot_nearest_neighbors,
+    result_name,
+)
 from engine.shapes import draw_shapes
 from tests.helpers import CPU
 from tests.test_metrics import MeanColors
@@ -50,6 +55,21 @@ def test_format_table_leaves_out_stds():
     ]
     assert [line.split() for line in format_table(rows).splitlines()] == [
         ["FID", "KID", "seconds"], ["first", "1.25", "0.5", "12"], ["second", "30", "0.5", "12"]
+    ]  # fmt: skip
+
+
+def test_format_classes_has_a_distance_where_any_class_does():
+    cat = {"class": "cat", "samples": 3, "accuracy": 0.66666, "real accuracy": None}
+    results = [
+        {"name": "first", "classes": [cat | {"distance": 1.5}, cat | {"class": "a bird"}]},
+        {"name": "second", "classes": [cat]},
+    ]
+    rows = [line.split() for line in format_classes(results, "FID", 0.9).splitlines()]
+    heads = ["class", "samples", "accuracy", "real", "accuracy"]
+    assert rows == [
+        ["first"], [*heads, "FID"], ["cat", "3", "0.6667", "-", "1.5"],
+        ["a", "bird", "3", "0.6667", "-", "-"], ["second"], heads, ["cat", "3", "0.6667", "-"],
+        ["class", "accuracy", "of", "held-out", "real", "images:", "0.9"],
     ]  # fmt: skip
 
 
