@@ -1,4 +1,4 @@
-"""Measures training and sampling on this machine, next to other implementations.
+"""Measures training and sampling on this machine, next to lucidrains' denoising-diffusion-pytorch.
 
     python benchmark.py                         everything; about ten minutes on a GPU
     python benchmark.py --quick --only training
@@ -6,16 +6,14 @@
     python benchmark.py --memory                what fits on cards of 3, 6, 12 and 24 GiB
     python benchmark.py --docs                  writes docs/benchmarks.md from results/
 
-Compared are the step of denoising-diffusion-pytorch's Trainer, its 1000 ancestral steps, and
-diffusers' UNet2DModel with the same number of parameters, within 10 %. A variant that fails, hangs
-or dies costs its own row only. Writes results/benchmark-<device>.json and .png.
+The baselines are the step of its Trainer and its 1000 ancestral steps. A variant that fails, hangs
+or dies costs its own row only. Writes results/benchmark-<device>.json, again after each row.
 """
 
 import copy
+import gc
 import itertools
-import math
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -29,111 +27,81 @@ import torch
 from accelerate import Accelerator
 from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 from ema_pytorch import EMA
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import train_optimized
 from config import DATASET_PRESETS, Config, DDPMConfig, detect_tier, resolve, tier_for_memory
 from ddpm_model import DDPMModel, full_attention_levels, per_level
-from engine import benchmarking, dataloader
-from engine.benchmarking import BenchmarkJob, time_steps
+from engine import benchmarking, dataloader, distributed
+from engine.benchmarking import BenchmarkJob, Row, run_section, time_steps
 from engine.checkpoints import write_text
-from engine.dataloader import Batch, BatchLoader, ImageDataset
+from engine.dataloader import BatchLoader, ImageDataset, as_batch, train_val_split
 from engine.datasets import load_dataset
 from engine.errors import FallbackWarning, UserError
 from engine.gpu_memory import cap_memory
-from engine.micro_batch import HEADROOM, probe_micro_batch
+from engine.micro_batch import find_micro_batch
 from engine.samplers import DEFAULT_SAMPLER
 from engine.settings import Setting, Settings
 from engine.train_step import TrainStep, amp_dtype, learning_rate
 
-DOCS = Path("docs/benchmarks.md")
-MAX_PARAM_DIFFERENCE = 0.1  # of diffusers' network to ours
 SAMPLERS = (("ddim", 50), ("dpmpp_2m", 20), ("heun", 19), ("ddpm", 50))  # next to the default
+EPOCH_STEPS = 40  # steps in an epoch of random images
 CAPS = (3.0, 6.0, 12.0, 24.0)  # GiB: a card of each tier
 SECTIONS = ("training", "sampling", "curves", "data")
 NETWORK = ("IMAGE_SIZE", "DIM", "DIM_MULTS", "FULL_ATTENTION_MAX_SIZE")
-FAST = "bf16, CUDA graph"
-Row = dict[str, Any]  # of a table of results
-MODES = {
-    "fp32": {}, "bf16": {"USE_AMP": True}, "fp32, CUDA graph": {"CUDA_GRAPH": True},
-    FAST: {"USE_AMP": True, "CUDA_GRAPH": True},
-    "bf16, compiled, CUDA graph": {"USE_AMP": True, "COMPILE_MODEL": True, "CUDA_GRAPH": True},
-}  # fmt: skip
+# Words that a row's name consists of, and what they switch on.
+MODES = {"bf16": "USE_AMP", "compiled": "COMPILE_MODEL", "CUDA graph": "CUDA_GRAPH"}
 
 
 class BenchmarkSettings(Settings):
     """What to measure."""
 
-    PRESET = Setting(
-        "", "preset to benchmark", choices=tuple(DATASET_PRESETS), auto="cifar10; shapes on a CPU"
-    )
+    PRESET = Setting("", "preset", choices=tuple(DATASET_PRESETS), auto="cifar10; shapes on a CPU")
     IMAGE_SIZE, DIM, DIM_MULTS, FULL_ATTENTION_MAX_SIZE = map(DDPMConfig.settings().get, NETWORK)
     BATCH = Setting(
-        (), "batches of a training step; those between the first and the last with our fast path "
-        "only", min=1, auto="128,256,512; at 64 px and above, or on a CPU, the preset's",
+        (), "batches of a training step; upstream's has the first and the last", min=1,
+        auto="128,256,512; at 64 px and above, or on a CPU, the preset's",
     )  # fmt: skip
     THREADS = Setting(0, "CPU threads; 0 leaves the choice to PyTorch", min=0, max=1024)
     QUICK = Setting(False, "fewer variants and steps")
     ONLY = Setting("", "section to measure", choices=SECTIONS, auto="all")
     MEMORY = Setting(False, "measure what fits on cards of 3, 6, 12 and 24 GiB")
-    DOCS = Setting(False, f"write {DOCS}, measuring nothing", old_name="README")
+    DOCS = Setting(False, "write docs/benchmarks.md, measuring nothing", old_name="README")
 
 
-class UpstreamDiffusion(GaussianDiffusion):
-    """Upstream's diffusion process around its network."""
-
-    def __init__(self, config: Config):
-        levels = config.DIM_MULTS
-        network = Unet(
-            config.DIM, dim_mults=levels, dropout=config.DROPOUT,
-            full_attn=tuple(full_attention_levels(config)),
-            attn_heads=tuple(per_level(config.ATTENTION_HEADS, levels)),
-            attn_dim_head=tuple(per_level(config.ATTENTION_DIM, levels)),
-        )  # fmt: skip
-        super().__init__(network, image_size=config.IMAGE_SIZE, objective=config.OBJECTIVE)
+def upstream_diffusion(config: Config) -> GaussianDiffusion:
+    """Returns upstream's diffusion process around its network, which is as large as ours."""
+    network = Unet(
+        config.DIM, dim_mults=config.DIM_MULTS, dropout=config.DROPOUT,
+        full_attn=tuple(full_attention_levels(config)),
+        attn_heads=tuple(per_level(config.ATTENTION_HEADS, config.DIM_MULTS)),
+        attn_dim_head=tuple(per_level(config.ATTENTION_DIM, config.DIM_MULTS)),
+    )  # fmt: skip
+    return GaussianDiffusion(network, image_size=config.IMAGE_SIZE, objective=config.OBJECTIVE)
 
 
-class DiffusersDiffusion(nn.Module):
-    """diffusers' schedule and network (Ho et al., arXiv:2006.11239), about as large as ours.
+def compute_mfu(config: Config, images_per_second: float, device: torch.device) -> float:
+    """Returns the MFU (arXiv:2204.02311) of training: its FLOP/s over those of a large matmul.
 
-    Raises UserError if the number of parameters differs by more than MAX_PARAM_DIFFERENCE.
+    The backward pass does each product of the forward pass twice: for inputs and for weights. The
+    matmul is 16-bit on a GPU.
     """
-
-    def __init__(self, config: Config):
-        from diffusers import DDPMScheduler, UNet2DModel
-
-        super().__init__()
-        # The network has 545 width^2 parameters and normalizes groups of 32 channels.
-        ours = count_parameters(config)
-        width = 32 * max(2, round(math.sqrt(ours / 545) / 32))
-        self.schedule = DDPMScheduler()
-        self.model = UNet2DModel(
-            config.IMAGE_SIZE, block_out_channels=(32 * round(width / 64), width, width, width),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=None,
-        )  # fmt: skip
-        theirs = sum(p.numel() for p in self.model.parameters())
-        if abs(theirs / ours - 1) > MAX_PARAM_DIFFERENCE:
-            raise UserError(f"the closest width has {theirs:,} parameters, our network {ours:,}")
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Returns the loss of images (B, 3, H, W) in [-1, 1]."""
-        noise = torch.randn_like(images)
-        t = torch.randint(1000, (len(images),), device=images.device)
-        predicted = self.model(self.schedule.add_noise(images, noise, t), t).sample
-        return nn.functional.mse_loss(predicted.float(), noise)
+    inputs = (1, 3, config.IMAGE_SIZE, config.IMAGE_SIZE), (1,)
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        upstream_diffusion(config).model(*map(torch.zeros, inputs))
+    gc.collect()  # what was timed may hold the memory
+    is_gpu = device.type == "cuda"
+    size = 8192 if is_gpu else 2048
+    dtype = amp_dtype(device) if is_gpu else torch.float32
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    matmuls_per_second = time_steps(lambda: a @ b, 1, device)["images_per_second"]
+    return 3 * counter.get_total_flops() * images_per_second / (2 * size**3 * matmuls_per_second)
 
 
-def count_parameters(config: Config) -> int:
-    """Counts the parameters of our (and upstream's) network, allocating nothing."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in UpstreamDiffusion(config).model.parameters())
-
-
-def upstream_step(config: Config, device: torch.device) -> Callable[[], None]:
-    """Returns the step of upstream's Trainer, on images already on the device."""
-    model = UpstreamDiffusion(config).to(device)
+def measure_upstream_training(config: Config, device: torch.device) -> Row:
+    """Times the step of upstream's Trainer, on images already on the device."""
+    model = upstream_diffusion(config).to(device)
     accelerator = Accelerator(mixed_precision="no")
     ema = EMA(model, beta=0.995, update_every=10).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, betas=(0.9, 0.99))
@@ -150,55 +118,38 @@ def upstream_step(config: Config, device: torch.device) -> Callable[[], None]:
         optimizer.zero_grad()
         ema.update()
 
-    return step
+    row = time_steps(step, len(images), device)
+    return row | {"mfu": compute_mfu(config, row["images_per_second"], device)}
 
 
-def diffusers_step(config: Config, device: torch.device) -> Callable[[], None]:
-    """Returns diffusers' step: fused Adam, no loss.item(), the EMA updated every time."""
-    model = DiffusersDiffusion(config).to(device)
-    parameters = list(model.parameters())
-    ema_parameters = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.Adam(parameters, lr=1e-4, betas=(0.9, 0.99), fused=True)
-    shape = (config.BATCH_SIZE, 3, config.IMAGE_SIZE, config.IMAGE_SIZE)
-    images = 2 * torch.rand(shape, device=device) - 1
-
-    def step() -> None:
-        with torch.autocast(device.type, amp_dtype(device), enabled=config.USE_AMP):
-            loss = model(images)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            torch._foreach_lerp_(ema_parameters, parameters, 1e-3)
-
-    return step
-
-
-def our_step(
-    config: Config, device: torch.device, rank: int = 0, world_size: int = 1,
-    batches: Iterator[Batch] | None = None,
-) -> Callable[[], Any]:  # fmt: skip
-    """Returns our step on batches, by default the same random one on each rank."""
-    step = TrainStep(DDPMModel.from_config(config).to(device).train(), config, rank, world_size)
-    count = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
-    shape = (count, 3, config.IMAGE_SIZE, config.IMAGE_SIZE)
-    images = torch.randint(256, shape, dtype=torch.uint8, device=device)
-    batches = batches or itertools.repeat(Batch(images))
-    numbers = itertools.count()
-    return lambda: step(next(batches), next(numbers), 1e-4)
+def train(
+    config: Config, device: torch.device, data: ImageDataset, steps: int
+) -> Iterator[tuple[TrainStep, Tensor]]:
+    """Trains on this rank's part of each batch; yields the loss of each step."""
+    ranks = (distributed.launched_rank(), distributed.launched_world_size())
+    effective_batch = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION * ranks[1]
+    loader = BatchLoader(data, effective_batch, config.SEED, device, 8, *ranks)
+    train_step = TrainStep(DDPMModel.from_config(config).to(device).train(), config, *ranks)
+    batches = itertools.chain.from_iterable(map(loader.epoch, itertools.count()))
+    for number, batch in enumerate(itertools.islice(batches, steps)):
+        lr = learning_rate(config.LEARNING_RATE, "cosine", number, steps // 5, number / steps)
+        yield train_step, train_step(batch, number, lr)[0]
 
 
 def measure_training(
-    config: Config, device: torch.device, peer: type[nn.Module] | None = None
+    config: Config, device: torch.device, on_gpu: bool = True, seconds: float = 0.5
 ) -> Row:
-    """Times a training step, ours or a peer's, and computes its MFU."""
-    steps = {None: our_step, UpstreamDiffusion: upstream_step, DiffusersDiffusion: diffusers_step}
-    row = time_steps(partial(steps[peer], config, device), config.BATCH_SIZE, device)
-    with torch.device("meta"):
-        network = (peer or UpstreamDiffusion)(config).model
-    flops = benchmarking.training_flops(network, config.IMAGE_SIZE)
-    return row | {"mfu": row["images_per_second"] * flops / benchmarking.matmul_flops(device)}
+    """Times our step on all ranks, and computes its MFU.
+
+    on_gpu: whether the images, random ones, are held on the GPU, or else read by threads.
+    """
+    dataloader.MAX_GPU_FRACTION = 1.0 if on_gpu else 0.0
+    ranks = distributed.launched_world_size()
+    batch = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION * ranks
+    shape = (EPOCH_STEPS * batch, 3, config.IMAGE_SIZE, config.IMAGE_SIZE)
+    data = ImageDataset(np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8))
+    row = time_steps(partial(next, train(config, device, data, 1_000_000)), batch, device, seconds)
+    return row | {"mfu": compute_mfu(config, row["images_per_second"] / ranks, device)}
 
 
 def measure_sampling(config: Config, device: torch.device, sampler: str, steps: int) -> Row:
@@ -213,60 +164,41 @@ def measure_sampling(config: Config, device: torch.device, sampler: str, steps: 
             model.sample(config.BATCH_SIZE, sampler=sampler, steps=steps, seed=0)
 
     nfe = model.count_nfe(*model.sampling_plan(sampler, steps))
-    return time_steps(lambda: sample, config.BATCH_SIZE, device) | {"nfe": nfe}
+    return time_steps(sample, config.BATCH_SIZE, device) | {"nfe": nfe}
 
 
 def measure_upstream_sampling(config: Config, device: torch.device) -> Row:
     """Times 25 of upstream's 1000 ancestral steps, which all take the same time."""
-    process = UpstreamDiffusion(config).to(device).eval()
+    process = upstream_diffusion(config).to(device).eval()
     x = torch.randn(config.BATCH_SIZE, 3, config.IMAGE_SIZE, config.IMAGE_SIZE, device=device)
     sample = lambda: [process.p_sample(x, t) for t in range(0, 1000, 40)]  # noqa: E731
-    row = time_steps(lambda: sample, config.BATCH_SIZE * 25 / 1000, device)
+    row = time_steps(sample, config.BATCH_SIZE * 25 / 1000, device)
     return row | {"ms": 40 * row["ms"], "sampler": "ddpm", "steps": 1000, "nfe": 1000}
 
 
-def measure_data_path(config: Config, device: torch.device, on_gpu: bool) -> Row:
-    """Times our step on images on the GPU, or read by threads from a memory map."""
-    dataloader.MAX_GPU_FRACTION = 1.0 if on_gpu else 0.0
-    shape = (300 * config.BATCH_SIZE, 3, config.IMAGE_SIZE, config.IMAGE_SIZE)
-    with tempfile.NamedTemporaryFile() as file:
-        images = np.memmap(file.name, np.uint8, "w+", shape=shape)
-        loader = BatchLoader(ImageDataset(images), config.BATCH_SIZE, 0, device, workers=8)
-        batches = itertools.chain.from_iterable(map(loader.epoch, itertools.count()))
-        make_step = partial(our_step, config, device, batches=batches)
-        # A round is much longer than what the threads read ahead.
-        return time_steps(make_step, config.BATCH_SIZE, device, round_seconds=2.0)
-
-
-def measure_memory(config: Config, device: torch.device) -> Row:
-    """Finds the micro-batch that fits a preset under its cap, and times that step."""
-    cap_memory(config.MAX_MEMORY_GIB)
-    limit = (1 - HEADROOM) * config.MAX_MEMORY_GIB
+def measure_memory(config: Config, device: torch.device, cap: float) -> Row:
+    """Times a preset's step with the network and micro-batch that training takes under a cap."""
+    flags = {name: getattr(config, name) for name in NETWORK if config.set_by[name] == "flag"}
+    tier = tier_for_memory(cap)
+    cap_memory(cap)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FallbackWarning)  # at each halving of the micro-batch
-        micro, _ = probe_micro_batch(DDPMModel.from_config(config), config, limit)
+        config = resolve(config.DATASET, tier, train_optimized.DEFAULTS, flags=flags)
+        batch = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
+        micro = find_micro_batch(DDPMModel.from_config(config), config, np.empty(0, np.uint8))
     config.split_batch(micro)
-    make_step = partial(our_step, config, device)
-    row = time_steps(make_step, micro * config.GRADIENT_ACCUMULATION, device)
-    return row | {"micro_batch": micro, "peak_gib": torch.cuda.max_memory_reserved() / 2**30}
+    row = {"image_size": config.IMAGE_SIZE, "dim": config.DIM, "batch": batch, "micro_batch": micro}
+    return row | measure_training(config, device, on_gpu=False)
 
 
-def learning_curve(
-    config: Config, device: torch.device, steps: int, seed: int, rank: int = 0, world_size: int = 1
-) -> Row:
+def learning_curve(config: Config, device: torch.device, steps: int, seed: int) -> Row:
     """Trains on the built-in shapes; returns the losses and the final validation loss."""
     config.override({"SEED": seed, "HORIZONTAL_FLIP": False}, "benchmark")
     data = load_dataset("shapes", config.IMAGE_SIZE, Path("data"), progress=False)
-    batch_size = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION * world_size
-    loader = BatchLoader(data, batch_size, seed, device, 1, rank, world_size)
-    batches = itertools.chain.from_iterable(map(loader.epoch, itertools.count()))
-    step = TrainStep(DDPMModel.from_config(config).to(device).train(), config, rank, world_size)
-    losses = []
-    for number, batch in enumerate(itertools.islice(batches, steps)):
-        lr = learning_rate(config.LEARNING_RATE, "cosine", number, steps // 5, number / steps)
-        losses.append(step(batch, number, lr)[0].clone())
-    losses = [round(loss, 6) for loss in torch.stack(losses).tolist()]
-    return {"losses": losses, "validation_loss": step.validate(loader.validation())}
+    results = [(step, loss.clone()) for step, loss in train(config, device, data, steps)]
+    losses = [round(loss.item(), 6) for _, loss in results]
+    validation = as_batch(data[train_val_split(len(data))[1]])
+    return {"losses": losses, "validation_loss": results[-1][0].validate(validation)}
 
 
 def make_jobs(
@@ -276,85 +208,55 @@ def make_jobs(
 
     def job(what: str, mode: str, batch: int, measure: Callable, **options: Any) -> BenchmarkJob:
         variant = copy.deepcopy(config)
-        values = {"BATCH_SIZE": batch, "GRADIENT_ACCUMULATION": 1} | MODES[mode]
-        variant.override(values, "benchmark")
+        switches = {name: word in mode for word, name in MODES.items()}
+        variant.override({"BATCH_SIZE": batch, "GRADIENT_ACCUMULATION": 1} | switches, "benchmark")
         shown = {key: options[key] for key in ("sampler", "steps", "seed") if key in options}
         row = {"what": f"{what}, {mode}"} | shown | {"batch": batch}
-        return BenchmarkJob(row, partial(measure, variant, **options))
+        work = (batch,) if section == "training" else ()
+        measure = partial(measure, variant, **options)
+        return BenchmarkJob(row, measure, work, is_baseline=what.startswith("library"))
 
-    fast = FAST if is_gpu else "bf16"
-    first = batches[0]
     # Each section plans what to measure, in which mode and batch.
+    fast = "bf16, CUDA graph" if is_gpu else "bf16"
+    first = batches[0]
     if section == "training":
         ends = dict.fromkeys((first, batches[-1]))
-        plan = [("library's Trainer", "fp32", n, UpstreamDiffusion) for n in ends]
-        plan += [("ours", fast, n, None) for n in batches]
-        plan += [("ours", "bf16" if is_gpu else "fp32", first, None)]
-        if not quick:
-            plan += [("diffusers' UNet2DModel", "bf16", n, DiffusersDiffusion) for n in ends]
-            others = ("fp32", "bf16, compiled, CUDA graph") if is_gpu else ()
-            plan += [("ours", mode, first, None) for mode in others]
-        return [job(what, mode, n, measure_training, peer=peer) for what, mode, n, peer in plan]
+        jobs = [job("library's Trainer", "fp32", n, measure_upstream_training) for n in ends]
+        plan = [(fast, n) for n in batches] + [("bf16" if is_gpu else "fp32", first)]
+        if is_gpu and not quick:
+            plan += [("fp32", first), ("bf16, compiled, CUDA graph", first)]
+        return jobs + [job("ours", mode, n, measure_training) for mode, n in plan]
     if section == "sampling":
         small = 64 if is_gpu else 4
-        large = 256 if is_gpu else 16
         default = (DEFAULT_SAMPLER, config.SAMPLING_TIMESTEPS)
-        plan = [(fast, large, each) for each in ([default] if quick else [default, *SAMPLERS])]
+        plan = [(fast, 4 * small, *each) for each in ([default] if quick else [default, *SAMPLERS])]
         if is_gpu and not quick:
-            plan += [(mode, small, default) for mode in (FAST, "fp32, CUDA graph", "bf16", "fp32")]
-        ours = [
+            plan += [(mode, small, *default) for mode in (fast, "fp32, CUDA graph", "bf16", "fp32")]
+        jobs = [job("library", "fp32", small, measure_upstream_sampling)]
+        return jobs + [
             job("ours", mode, batch, measure_sampling, sampler=sampler, steps=steps)
-            for mode, batch, (sampler, steps) in plan
+            for mode, batch, sampler, steps in plan
         ]
-        return [job("library", "fp32", small, measure_upstream_sampling), *ours]
     if section == "curves":
         steps = (500 if is_gpu else 100) // (5 if quick else 1)
         plan = (("fp32", 0), (fast, 0), ("fp32", 1), ("fp32", 2))
         return [job("ours", m, first, learning_curve, steps=steps, seed=seed) for m, seed in plan]
-    plan = (("images on the GPU", True), ("images from 8 workers", False))
-    return [job(what, fast, batches[-1], measure_data_path, on_gpu=gpu) for what, gpu in plan]
-
-
-def memory_jobs(preset: str, flags: dict[str, Any]) -> list[BenchmarkJob]:
-    """Returns a preset's step on a card of each tier."""
-    jobs = []
-    for cap in CAPS:
-        cap_flags = flags | {"MAX_MEMORY_GIB": cap}
-        config = resolve(preset, tier_for_memory(cap), train_optimized.DEFAULTS, flags=cap_flags)
-        batch = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
-        row = {"image_size": config.IMAGE_SIZE, "cap_gib": cap, "dim": config.DIM, "batch": batch}
-        jobs.append(BenchmarkJob(row, partial(measure_memory, config)))
-    return jobs
-
-
-def add_speedup(row: Row, rows: list[Row]) -> None:
-    """Adds a row's speed over upstream's: in training that of the same batch."""
-    for peer in rows if "images_per_second" in row else ():
-        is_upstream = "images_per_second" in peer and peer.get("what", "").startswith("library")
-        if is_upstream and ("sampler" in row or peer["batch"] == row["batch"]):
-            row["over_library"] = row["images_per_second"] / peer["images_per_second"]
-
-
-def result_key(config: Config) -> str:
-    """Returns the key of results: the preset, and the network if it is another."""
-    preset = resolve(config.DATASET, detect_tier())
-    if all(getattr(config, name) == getattr(preset, name) for name in NETWORK):
-        return config.DATASET
-    mults = ",".join(map(str, config.DIM_MULTS))
-    full = config.FULL_ATTENTION_MAX_SIZE
-    return f"{config.DATASET}-{config.IMAGE_SIZE}px-dim{config.DIM}-{mults}-full{full}"
+    if section == "memory":
+        return [BenchmarkJob({"cap_gib": n}, partial(measure_memory, config, cap=n)) for n in CAPS]
+    # A round is much longer than what the threads read ahead.
+    measure = partial(job, mode=fast, batch=batches[-1], measure=measure_training, seconds=2.0)
+    return [measure("images on the GPU"), measure("images from 8 workers", on_gpu=False)]
 
 
 def main() -> None:
-    """Measures section by section; prints each row and writes each section."""
+    """Measures section by section."""
     parser = Parser(__doc__)
     BenchmarkSettings.add_flags(parser, dict.fromkeys(NETWORK, "the preset's"))
     given = BenchmarkSettings.given(parser.parse_args())
     settings = BenchmarkSettings(**given)
     if settings.DOCS:
-        write_text(DOCS, benchmarking.docs_page())
-        print(f"written: {DOCS}")
-        return
+        write_text(benchmarking.DOCS, benchmarking.docs_page())
+        return print(f"written: {benchmarking.DOCS}")
 
     # What to measure.
     is_gpu = torch.cuda.is_available()
@@ -372,28 +274,14 @@ def main() -> None:
     if settings.THREADS:
         os.environ["OMP_NUM_THREADS"] = str(settings.THREADS)  # of the worker processes
 
-    # Measure; a section replaces the earlier one of the same network.
-    about = benchmarking.describe_origin() | {"parameters": count_parameters(config)}
-    about |= {name.lower(): getattr(config, name) for name in NETWORK}
-    path = benchmarking.results_path("benchmark", about["device"])
+    about = {name.lower(): getattr(config, name) for name in NETWORK}
+    size, dim, mults, full = map(partial(benchmarking.format_value, ""), about.values())
+    network = f"{preset}-{size}px-dim{dim}-{mults}-full{full}"
+    about["parameters"] = sum(p.numel() for p in upstream_diffusion(config).parameters())
+
     for section in sections:
         jobs = make_jobs(section, config, batches, settings.QUICK, is_gpu)
-        rows: list[Row] = []
-        for job in memory_jobs(preset, flags) if section == "memory" else jobs:
-            rows.append(benchmarking.run_job(job))
-            add_speedup(rows[-1], rows)
-            print(f"{section}: {benchmarking.format_row(rows[-1])}", flush=True)
-        if section == "training":
-            rows.sort(key=lambda row: row["batch"])
-        result = about | {"rows": rows}
-        if section == "curves":
-            losses = [(row["what"], row["validation_loss"]) for row in rows if "losses" in row]
-            result["agreement"] = benchmarking.compare_losses(losses, "ours, fp32")
-            print(result["agreement"])
-        report = benchmarking.read_report(path)
-        report.setdefault(result_key(config), {})[section] = result
-        benchmarking.write_report(path, report)
-    print(f"written: {path}, {path.with_suffix('.png')}")
+        run_section("benchmark", network, section, about, jobs, "over_library")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import pickle
 import runpy
 import sys
 import warnings
-from functools import partial
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -22,6 +21,7 @@ from engine.dataloader import Batch, ImageDataset
 from engine.errors import FallbackWarning, RenamedWarning, UserError
 from tests.helpers import CPU, CPU_TIER, LARGE_TIER, ROOT, random_images
 
+CIFAR10 = "cifar10-32px-dim128-1,2,2,2-full16"
 NETWORK = {"IMAGE_SIZE": 16, "DIM": 8, "DIM_MULTS": (1, 2), "FULL_ATTENTION_MAX_SIZE": 0}
 WIDE = {"IMAGE_SIZE": 32, "DIM": 64, "DIM_MULTS": (1, 2, 4, 8), "FULL_ATTENTION_MAX_SIZE": 0}
 
@@ -50,10 +50,10 @@ def test_quick_run_measures_sections_into_one_file(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(benchmarking, "run_job", run_here)
-    # One round of one step after another to warm up, not three of half a second.
-    for name in ("ROUNDS", "WARM_UP"):
-        monkeypatch.setattr(benchmarking, name, 1)
-    once = partial(benchmarking.time_steps, round_seconds=0.0)
+    # One round of one step, not three of half a second.
+    monkeypatch.setattr(benchmarking, "ROUNDS", 1)
+    time_steps = benchmarking.time_steps
+    once = lambda step, batch, device, *_: time_steps(step, batch, device, 0.0)  # noqa: E731
     monkeypatch.setattr(benchmarking, "time_steps", once)
     flags = ["--quick", "--preset=shapes", "--image_size=8", "--dim=8", "--dim_mults=1,2"]
     flags += ["--full_attention_max_size=16", "--batch=4", "--threads=1"]
@@ -65,7 +65,6 @@ def test_quick_run_measures_sections_into_one_file(tmp_path, monkeypatch, capsys
         assert exit_.value.code == 0
         printed.append(capsys.readouterr().out)
     (path,) = (tmp_path / "results").glob("benchmark-*.json")
-    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     ((key, sections),) = benchmarking.read_report(path).items()
     assert key == "shapes-8px-dim8-1,2-full16" and set(sections) == {"training", "sampling"}
     model = DDPMModel(8, 8, (1, 2), full_attn=(True, True), attn_dim_head=32)
@@ -85,17 +84,14 @@ def test_quick_run_measures_sections_into_one_file(tmp_path, monkeypatch, capsys
 
 @pytest.fixture
 def run_main(monkeypatch, tmp_path):
-    """Calls main with flags on a machine with or without GPU; returns what it had measured.
-
-    The plots are made but not rendered, which would take most of the time.
-    """
+    """Calls main with flags on a machine with or without GPU; returns what it had measured."""
 
     def call(*flags: str, is_gpu: bool = True) -> list[benchmarking.BenchmarkJob]:
         jobs = []
 
         def run(job):
             jobs.append(job)
-            batch = float(job.row["batch"])
+            batch = float(job.row.get("batch", 1))
             if job.measure.func is benchmark.learning_curve:
                 seed = job.measure.keywords["seed"]
                 return job.row | {"losses": [batch], "validation_loss": 0.1 + seed / 10}
@@ -106,12 +102,17 @@ def run_main(monkeypatch, tmp_path):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A card")
         monkeypatch.setattr(benchmark, "detect_tier", lambda: LARGE_TIER if is_gpu else CPU_TIER)
         monkeypatch.setattr(benchmarking, "run_job", run)
-        monkeypatch.setattr(benchmarking, "save_figure", lambda figure, path: None)
         benchmark.main()
         return jobs
 
     monkeypatch.chdir(tmp_path)
     return call
+
+
+def data_source(job: benchmarking.BenchmarkJob) -> str:
+    """Where the images of a row of the section data are, else nothing."""
+    what = job.row["what"]
+    return what.split(",")[0] if what.startswith("images") else ""
 
 
 def written(path="results/benchmark-A-card.json") -> dict:
@@ -121,12 +122,14 @@ def written(path="results/benchmark-A-card.json") -> dict:
 def test_main_measures_each_section_of_the_preset(run_main):
     run_main()
     ((key, sections),) = written().items()
-    assert key == "cifar10" and set(sections) == {"training", "sampling", "curves", "data"}
+    assert key == CIFAR10 and set(sections) == {"training", "sampling", "curves", "data"}
     batches = [row["batch"] for row in sections["training"]["rows"]]
     assert batches == sorted(batches) and set(batches) == {128, 256, 512}
     assert {row["batch"] for row in sections["data"]["rows"]} == {512}
     assert {row["batch"] for row in sections["curves"]["rows"]} == {128}
-    assert "within the spread of three seeds, 0.2" in sections["curves"]["agreement"]
+    # Of the fast path, and of two more seeds, to the first.
+    differences = [row["loss_difference"] for row in sections["curves"]["rows"]]
+    assert differences == pytest.approx([0, 0, 0.1, 0.2])
     config = resolve("cifar10", LARGE_TIER)
     for result in sections.values():
         assert (result["device"], result["command"]) == ("A card", "python benchmark.py")
@@ -142,11 +145,11 @@ def test_main_replaces_one_section_of_one_network(run_main):
     run_main("--only", "training", "--batch", "2,4")
     report = written()
     assert {key: set(sections) for key, sections in report.items()} == {
-        "cifar10": {"training", "sampling"},
-        "celeba": {"training"},
+        CIFAR10: {"training", "sampling"},
+        "celeba-64px-dim128-1,2,2,2-full24": {"training"},
     }
-    assert {row["batch"] for row in report["cifar10"]["training"]["rows"]} == {2, 4}
-    assert {row["batch"] for row in report["celeba"]["training"]["rows"]} == {128}
+    rows = [row["batch"] for sections in report.values() for row in sections["training"]["rows"]]
+    assert rows == [2] * 5 + [4] * 2 + [128] * 5
 
 
 @pytest.mark.parametrize(
@@ -167,12 +170,12 @@ def test_main_completes_what_flags_leave_open(run_main, is_gpu, flags, preset, b
         assert config.DATASET == preset
         for name in benchmark.NETWORK:
             assert getattr(config, name) == getattr(expected, name)
-    training = {j.row["batch"] for j in jobs if j.measure.func is benchmark.measure_training}
-    assert training == batches
+    training = (benchmark.measure_training, benchmark.measure_upstream_training)
+    found = [job for job in jobs if job.measure.func in training and not data_source(job)]
+    assert {job.row["batch"] for job in found} == batches
     curves = [j for j in jobs if j.measure.func is benchmark.learning_curve]
     assert {job.measure.keywords["steps"] for job in curves} == {steps}
-    data = [j for j in jobs if j.measure.func is benchmark.measure_data_path]
-    assert bool(data) == (is_gpu and "--quick" not in flags)
+    assert any(map(data_source, jobs)) == (is_gpu and "--quick" not in flags)
 
 
 def test_main_measures_the_network_of_the_flags(run_main):
@@ -195,18 +198,14 @@ def test_main_refuses_what_needs_a_gpu(run_main, flags):
         run_main(*flags, is_gpu=False)
 
 
-def test_memory_measures_the_preset_on_a_card_of_each_tier(run_main):
+def test_memory_is_measured_on_a_card_of_each_tier(run_main):
     jobs = run_main("--memory", "--image_size", "64")
-    assert [job.row["cap_gib"] for job in jobs] == list(benchmark.CAPS)
+    assert [job.row for job in jobs] == [{"cap_gib": cap} for cap in benchmark.CAPS]
     for job in jobs:
-        (config,) = job.measure.args
         assert job.measure.func is benchmark.measure_memory
-        assert config.MAX_MEMORY_GIB == job.row["cap_gib"] and config.IMAGE_SIZE == 64
-        assert (config.DIM, 64) == (job.row["dim"], job.row["image_size"])
-        assert config.DIM <= tier_for_memory(job.row["cap_gib"]).dim
-        assert config.BATCH_SIZE * config.GRADIENT_ACCUMULATION == job.row["batch"] == 128
-        assert config.USE_AMP and config.CUDA_GRAPH
-    assert jobs[0].row["dim"] < jobs[2].row["dim"]
+        assert job.measure.keywords == {"cap": job.row["cap_gib"]}
+        (config,) = job.measure.args
+        assert config.IMAGE_SIZE == 64 and config.set_by["IMAGE_SIZE"] == "flag"
     ((_, sections),) = written().items()
     assert set(sections) == {"memory"}
 
@@ -225,50 +224,29 @@ def test_docs_are_written_and_the_old_flag_warns(run_main, tmp_path):
 # --- networks
 
 
-def test_result_key_names_the_network_unless_it_is_the_presets(large_tier):
-    """Fails when a preset changes: its earlier results then need the key of that network."""
+def test_results_are_named_after_their_network(run_main):
     for path in (ROOT / "results").glob("benchmark-NVIDIA*.json"):
         for key, sections in benchmarking.read_report(path).items():
             for result in sections.values():
-                flags = {name: result[name.lower()] for name in benchmark.NETWORK}
-                config = resolve(key.split("-")[0], LARGE_TIER, flags=flags)
-                assert benchmark.result_key(config) == key, path
-    flags = {"IMAGE_SIZE": 16, "DIM": 64, "DIM_MULTS": (1, 2), "FULL_ATTENTION_MAX_SIZE": 8}
-    configs = [resolve("cifar10", LARGE_TIER, flags={name: flags[name]}) for name in flags]
-    keys = {benchmark.result_key(config) for config in configs}
-    preset = benchmark.result_key(resolve("cifar10", LARGE_TIER))
-    assert preset == "cifar10" and len(keys | {preset}) == 5
+                size, dim, mults, full = (result[name.lower()] for name in benchmark.NETWORK)
+                name = f"{size}px-dim{dim}-{','.join(map(str, mults))}-full{full}"
+                assert key == f"{key.split('-')[0]}-{name}", path
+    flags = {"--image_size": 16, "--dim": 64, "--dim_mults": "1,2", "--full_attention_max_size": 8}
+    for flag, value in flags.items():
+        run_main("--only", "curves", flag, str(value))
+    assert len(written()) == 4 and CIFAR10 not in written()
 
 
-def test_diffusers_network_has_about_our_number_of_parameters():
-    pytest.importorskip("diffusers")
+def test_upstream_network_has_our_parameters():
     presets = [resolve(name, LARGE_TIER) for name in ("cifar10", "celeba", "stl10")]
     for config in (resolve("cifar10", LARGE_TIER, flags=WIDE), *presets):
         with torch.device("meta"):
-            theirs = benchmark.DiffusersDiffusion(config).model
-            ours = DDPMModel.from_config(config).unet
-        theirs, ours = (sum(p.numel() for p in network.parameters()) for network in (theirs, ours))
-        assert theirs == pytest.approx(ours, rel=benchmark.MAX_PARAM_DIFFERENCE)
-        assert benchmark.count_parameters(config) == ours
-    with pytest.raises(UserError, match="parameters"), torch.device("meta"):
-        benchmark.DiffusersDiffusion(tiny_config())
-
-
-def test_diffusers_loss_is_of_the_noise():
-    pytest.importorskip("diffusers")
-    model = benchmark.DiffusersDiffusion(resolve("cifar10", LARGE_TIER, flags=WIDE | {"DIM": 32}))
-    inputs = []
-
-    def predict_zero(x, t):
-        inputs.append((x, t))
-        return SimpleNamespace(sample=torch.zeros_like(x))
-
-    model.model.forward = predict_zero
-    loss = model(torch.full((64, 3, 16, 16), 0.5))
-    ((x, t),) = inputs
-    noise_level = (1 - model.schedule.alphas_cumprod[t]).sqrt()
-    torch.testing.assert_close(x.std(dim=(1, 2, 3)), noise_level, rtol=0.2, atol=0)
-    assert loss.item() == pytest.approx(1, abs=0.05) and len(t.unique()) > 32
+            networks = (
+                benchmark.upstream_diffusion(config).model,
+                DDPMModel.from_config(config).unet,
+            )
+        upstream, ours = ([p.shape for p in network.parameters()] for network in networks)
+        assert sorted(upstream) == sorted(ours)
 
 
 # --- jobs
@@ -280,13 +258,12 @@ def test_training_jobs_do_what_their_rows_say(quick, is_gpu):
     jobs = benchmark.make_jobs("training", tiny_config(), (4, 6, 8), quick, is_gpu)
     for job in jobs:
         what, (config,) = job.row["what"], job.measure.args
-        assert job.measure.func is benchmark.measure_training
+        measures = {"libr": benchmark.measure_upstream_training, "ours": benchmark.measure_training}
+        assert job.measure.func is measures[what[:4]] and not job.measure.keywords
         assert (config.BATCH_SIZE, config.GRADIENT_ACCUMULATION) == (job.row["batch"], 1)
         assert {name: getattr(config, name) for name in NETWORK} == NETWORK
         words = {"USE_AMP": "bf16", "CUDA_GRAPH": "CUDA graph", "COMPILE_MODEL": "compiled"}
         assert all(getattr(config, name) == (word in what) for name, word in words.items())
-        peers = {"library": benchmark.UpstreamDiffusion, "diffuse": benchmark.DiffusersDiffusion}
-        assert job.measure.keywords["peer"] is peers.get(what[:7])
         assert is_gpu or "CUDA graph" not in what
 
 
@@ -298,7 +275,7 @@ def test_training_jobs_begin_with_upstream_and_the_fast_path():
     assert rows[:2] == [(library, 128), (library, 512)]
     assert rows[2:5] == [(fast, 128), (fast, 256), (fast, 512)]
     assert [what for what, batch in rows if batch == 256] == [fast]
-    assert sum("compiled" in what for what, _ in rows) == 1 and len(rows) == len(set(rows)) == 10
+    assert sum("compiled" in what for what, _ in rows) == 1 and len(rows) == len(set(rows)) == 8
     quick = benchmark.make_jobs("training", config, (128,), True, True)
     assert [job.row["what"] for job in quick] == [library, fast, "ours, bf16"]
 
@@ -336,8 +313,10 @@ def test_curves_are_of_three_seeds_in_fp32_and_one_of_the_fast_path():
 
 def test_data_jobs_compare_gpu_and_workers():
     jobs = benchmark.make_jobs("data", tiny_config(), (4, 8), False, True)
-    found = {job.row["what"].split(",")[0]: job.measure.keywords["on_gpu"] for job in jobs}
+    found = {data_source(job): job.measure.keywords.get("on_gpu", True) for job in jobs}
     assert found == {"images on the GPU": True, "images from 8 workers": False}
+    # A round is much longer than what the threads read ahead.
+    assert {job.measure.keywords["seconds"] for job in jobs} == {2.0}
     assert [job.measure.args[0].BATCH_SIZE for job in jobs] == [8, 8]
 
 
@@ -349,14 +328,21 @@ def timed(monkeypatch) -> list[tuple]:
     """Replaces time_steps: runs three steps, and records batch and length of a round."""
     calls = []
 
-    def time_steps(make_step, batch, device, round_seconds=0.5):
-        step = make_step()
+    def time_steps(step, batch, device, round_seconds=0.5):
         results = [step() for _ in range(3)]
         calls.append((batch, round_seconds, results))
         return {"images_per_second": 10.0, "ms": 1.0, "rounds": [10.0], "peak_gib": None}
 
     monkeypatch.setattr(benchmark, "time_steps", time_steps)
     return calls
+
+
+@pytest.fixture
+def mfu(monkeypatch) -> list[tuple]:
+    """Replaces compute_mfu by a constant, and records the speeds."""
+    speeds = []
+    monkeypatch.setattr(benchmark, "compute_mfu", lambda config, speed, _: speeds.append(speed))
+    return speeds
 
 
 class RecordedStep:
@@ -385,19 +371,38 @@ def recorded(monkeypatch) -> list[RecordedStep]:
     return RecordedStep.made
 
 
-def test_our_step_trains_on_random_images_of_the_effective_batch(recorded):
+@pytest.fixture
+def launched(monkeypatch):
+    """Sets the environment of a rank."""
+
+    def set_rank(rank: int, world_size: int) -> None:
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+
+    return set_rank
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_our_step_trains_on_random_images_of_the_effective_batch(
+    monkeypatch, recorded, timed, mfu, launched, on_gpu
+):
+    launched(1, 4)
+    monkeypatch.setattr(dataloader, "MAX_GPU_FRACTION", 0.25)
     config = tiny_config(BATCH_SIZE=3, GRADIENT_ACCUMULATION=2)
-    step = benchmark.our_step(config, CPU, rank=1, world_size=4)
-    for _ in range(3):
-        step()
+    benchmark.measure_training(config, CPU, on_gpu, seconds=2.0)
+    assert (1.0 if on_gpu else 0.0) == dataloader.MAX_GPU_FRACTION
+    # Six images on each rank; the speed is that of all ranks, MFU that of one.
+    ((batch, round_seconds, _),) = timed
+    assert (batch, round_seconds, mfu) == (24, 2.0, [10 / 4])
     (made,) = recorded
     assert made.ranks == (1, 4) and made.config is config
     assert [number for _, number, _ in made.calls] == [0, 1, 2]
     for batch, _, _ in made.calls:
         assert batch.images.shape == (6, 3, 16, 16) and batch.images.dtype == torch.uint8
+        assert batch.images.float().std() > 50
 
 
-def test_upstream_step_is_that_of_its_trainer(monkeypatch):
+def test_upstream_step_is_that_of_its_trainer(monkeypatch, timed, mfu):
     calls = []
 
     def record(owner: type, name: str) -> None:
@@ -414,50 +419,39 @@ def test_upstream_step_is_that_of_its_trainer(monkeypatch):
     record(torch.Tensor, "item")
     record(torch.optim.Adam, "step")
     record(benchmark.EMA, "update")
-    step = benchmark.upstream_step(tiny_config(), CPU)
-    calls.clear()
-    step()
+    benchmark.measure_upstream_training(tiny_config(), CPU)
+    calls = calls[calls.index("autocast") :]
     order = [name for i, name in enumerate(calls) if name not in calls[:i]]
     assert order == ["autocast", "item", "backward", "clip_grad_norm_", "step", "update"]
+    assert calls.count("update") == 3 and timed[0][0] == 4 and mfu == [10.0]
 
 
-def test_diffusers_step_updates_the_ema_every_step(monkeypatch):
-    pytest.importorskip("diffusers")
-    updates = []
-    lerp = torch._foreach_lerp_
-    monkeypatch.setattr(torch, "_foreach_lerp_", lambda *args: updates.append(args) or lerp(*args))
-    config = resolve("cifar10", LARGE_TIER, flags=WIDE | {"DIM": 32, "BATCH_SIZE": 2})
-    step = benchmark.diffusers_step(config, CPU)
-    for _ in range(2):
-        step()
-    for ema, parameters, weight in updates:
-        assert weight == 1e-3 and not any(p.requires_grad for p in ema)
-        assert not all(map(torch.equal, ema, parameters))
-    assert len(updates) == 2
+class Convolution(torch.nn.Conv2d):
+    """A network of known arithmetic that takes timesteps, too."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        assert x.is_meta and self.weight.is_meta
+        return super().forward(x)
 
 
-@pytest.mark.parametrize("peer", [None, benchmark.UpstreamDiffusion])
-def test_training_is_timed_with_its_mfu(monkeypatch, timed, peer):
-    monkeypatch.setattr(benchmarking, "training_flops", lambda network, size: 30)
-    monkeypatch.setattr(benchmarking, "matmul_flops", lambda device: 600.0)
-    row = benchmark.measure_training(tiny_config(), CPU, peer)
-    assert row["mfu"] == 0.5 and [batch for batch, *_ in timed] == [4]
+@pytest.mark.parametrize(("is_gpu", "size"), [(True, 8192), (False, 2048)])
+def test_mfu_is_of_a_large_matmul(monkeypatch, is_gpu, size):
+    shapes = []
+    device = torch.device("cuda" if is_gpu else "cpu")
 
+    def make_diffusion(config):
+        return SimpleNamespace(model=Convolution(3, 5, 3, padding=1))
 
-def test_mfu_is_of_the_network_that_ran(monkeypatch, timed):
-    counted = []
-    monkeypatch.setattr(
-        benchmarking, "training_flops", lambda network, size: counted.append((network, size)) or 1
-    )
-    monkeypatch.setattr(benchmarking, "matmul_flops", lambda device: 1.0)
-    for name in ("our_step", "upstream_step", "diffusers_step"):
-        monkeypatch.setattr(benchmark, name, lambda config, device: lambda: None)
-    config = resolve("cifar10", LARGE_TIER, flags=WIDE)
-    for peer in (None, benchmark.UpstreamDiffusion, benchmark.DiffusersDiffusion):
-        benchmark.measure_training(config, CPU, peer)
-    names = [type(network).__name__ for network, _ in counted]
-    assert names == ["Unet", "Unet", "UNet2DModel"] and {size for _, size in counted} == {32}
-    assert all(next(network.parameters()).is_meta for network, _ in counted)
+    randn = lambda *shape, **options: shapes.append((shape, options)) or (None, None)  # noqa: E731
+    monkeypatch.setattr(torch, "randn", randn)
+    monkeypatch.setattr(benchmark, "upstream_diffusion", make_diffusion)
+    monkeypatch.setattr(benchmark, "amp_dtype", lambda device: torch.float16)
+    monkeypatch.setattr(benchmark, "time_steps", lambda *_: {"images_per_second": 10.0})
+    # Forward and backward of 16 x 16 pixels; 1000 images/s against 10 products a second.
+    expected = 1000 * 3 * 2 * 9 * 3 * 5 * 16 * 16 / (2 * size**3 * 10)
+    assert benchmark.compute_mfu(tiny_config(), 1000.0, device) == pytest.approx(expected)
+    dtype = torch.float16 if is_gpu else torch.float32
+    assert shapes == [((2, size, size), {"device": device, "dtype": dtype})]
 
 
 def test_fallbacks_are_not_measured(monkeypatch):
@@ -511,24 +505,15 @@ def test_upstream_sampling_counts_all_steps_for_those_done(monkeypatch, timed):
             timesteps.append(t)
             return x, None
 
-    monkeypatch.setattr(benchmark, "UpstreamDiffusion", lambda config: Process())
+    monkeypatch.setattr(benchmark, "upstream_diffusion", lambda config: Process())
     row = benchmark.measure_upstream_sampling(tiny_config(), CPU)
     assert len(set(timesteps)) == 25 and len(timesteps) == 75
     assert timed[0][0] == pytest.approx(4 * 25 / 1000) and row["ms"] == 40
     assert (row["sampler"], row["steps"], row["nfe"]) == ("ddpm", 1000, 1000)
 
 
-@pytest.mark.parametrize("on_gpu", [False, True])
-def test_data_path_feeds_batches_from_where_it_says(monkeypatch, recorded, timed, on_gpu):
-    monkeypatch.setattr(dataloader, "MAX_GPU_FRACTION", 0.25)
-    benchmark.measure_data_path(tiny_config(), CPU, on_gpu)
-    ((batch, round_seconds, _),) = timed
-    assert (batch, round_seconds) == (4, 2.0)
-    assert (1.0 if on_gpu else 0.0) == dataloader.MAX_GPU_FRACTION
-    assert [batch.images.shape for batch, *_ in recorded[0].calls] == [(4, 3, 16, 16)] * 3
-
-
-def test_learning_curve_is_of_its_seed_on_all_ranks(monkeypatch, recorded):
+def test_learning_curve_is_of_its_seed_on_all_ranks(monkeypatch, recorded, launched):
+    launched(1, 2)
     images = np.arange(60, dtype=np.uint8).reshape(60, 1, 1, 1)
     loads = []
 
@@ -538,7 +523,7 @@ def test_learning_curve_is_of_its_seed_on_all_ranks(monkeypatch, recorded):
 
     monkeypatch.setattr(benchmark, "load_dataset", load_dataset)
     config = tiny_config(BATCH_SIZE=4, GRADIENT_ACCUMULATION=2)
-    row = benchmark.learning_curve(config, CPU, 10, 5, rank=1, world_size=2)
+    row = benchmark.learning_curve(config, CPU, 10, 5)
     (step,) = recorded
     assert loads == [("shapes", 16)] and step.ranks == (1, 2)
     assert (step.config.SEED, step.config.HORIZONTAL_FLIP) == (5, False)
@@ -566,50 +551,68 @@ def test_learning_curves_of_bf16_and_fp32_agree(monkeypatch):
     assert other != pytest.approx(fp32, rel=0.02)
 
 
-def test_memory_finds_the_micro_batch_under_the_cap(monkeypatch, recorded, timed):
-    caps = []
+def test_memory_finds_the_network_and_micro_batch_under_each_cap(monkeypatch):
+    found = []
 
-    def probe(model, config, limit):
+    def find_micro_batch(model, config, images):
         warnings.warn("CUDA out of memory; continuing", FallbackWarning, stacklevel=2)
-        caps.append(limit)
-        return 2, 99.0
+        assert len(images) == 0
+        return 32
 
-    monkeypatch.setattr(benchmark, "probe_micro_batch", probe)
+    def measure_training(config, device, on_gpu):
+        found.append((config, on_gpu))
+        return {"peak_gib": 3.0}
+
+    caps = []
+    monkeypatch.setattr(benchmark, "find_micro_batch", find_micro_batch)
+    monkeypatch.setattr(benchmark, "measure_training", measure_training)
     monkeypatch.setattr(benchmark, "cap_memory", caps.append)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 3 * 2**30)
-    config = tiny_config(BATCH_SIZE=4, GRADIENT_ACCUMULATION=2, MAX_MEMORY_GIB=6.0)
+    config = resolve("cifar10", LARGE_TIER, flags={"IMAGE_SIZE": 64})
     with warnings.catch_warnings():
         warnings.simplefilter("error", FallbackWarning)
-        row = benchmark.measure_memory(config, CPU)
-    assert caps == [6.0, pytest.approx(5.7)]
-    assert (row["micro_batch"], row["peak_gib"]) == (2, 3)
-    assert (config.BATCH_SIZE, config.GRADIENT_ACCUMULATION) == (2, 4)
-    assert timed[0][0] == 8 and len(recorded[0].calls[0][0].images) == 8
+        rows = [benchmark.measure_memory(config, CPU, cap) for cap in benchmark.CAPS]
+    assert caps == list(benchmark.CAPS)
+    for cap, row, (config, on_gpu) in zip(caps, rows, found, strict=True):
+        assert (config.DIM, config.IMAGE_SIZE) == (row["dim"], row["image_size"])
+        assert config.DIM <= tier_for_memory(cap).dim and config.IMAGE_SIZE == 64
+        assert (row["batch"], row["micro_batch"], row["peak_gib"]) == (128, 32, 3.0)
+        assert (config.BATCH_SIZE, config.GRADIENT_ACCUMULATION, on_gpu) == (32, 4, False)
+        assert config.USE_AMP and config.CUDA_GRAPH
+    assert rows[0]["dim"] < rows[2]["dim"]
 
 
 # --- speedup
 
 
-def speed(what: str, batch: int, rate: float, **more) -> dict:
-    return {"what": what, "batch": batch, "images_per_second": rate} | more
+def speed(what: str, batch: int, rate: float | None, **more) -> benchmarking.BenchmarkJob:
+    """A job of one of benchmark.py's sections that measures a speed, or fails."""
+    section = "sampling" if "sampler" in more else "training"
+    jobs = benchmark.make_jobs(section, tiny_config(), (batch,), True, True)
+    job = next(job for job in jobs if job.row["what"].startswith(what))
+    measured = {"images_per_second": rate} if rate else {"failed": "no memory"}
+    return job._replace(row=job.row | {"batch": batch} | more | measured)
 
 
-def test_training_is_compared_with_upstream_at_the_same_batch():
-    rows = [
-        speed("library's Trainer, fp32", 128, 100.0),
-        speed("library's Trainer, fp32", 512, 200.0),
-        {"what": "library's Trainer, fp32", "batch": 64, "failed": "no memory"},
-    ]
-    for batch, expected in ((128, 4.0), (512, 2.0), (64, None), (256, None)):
-        row = speed("ours, fp32", batch, 400.0)
-        benchmark.add_speedup(row, [*rows, row])
-        assert row.get("over_library") == expected
-    benchmark.add_speedup(rows[2], rows)
-    assert "over_library" not in rows[2]
+@pytest.fixture
+def compared(monkeypatch, tmp_path):
+    """Returns the rows of jobs, as run_section completes them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmarking, "run_job", lambda job: dict(job.row))
+    return lambda *jobs: benchmarking.run_section("benchmark", "", "a", {}, jobs, "over_library")
 
 
-def test_sampling_is_compared_with_upstreams_only_row():
-    upstream = speed("library, fp32", 64, 2.0, sampler="ddpm")
-    row = speed("ours, fp32", 256, 50.0, sampler="heun")
-    benchmark.add_speedup(row, [upstream, row])
-    assert row["over_library"] == 25
+def test_training_is_compared_with_upstream_at_the_same_batch(compared):
+    library = [speed("library", *each) for each in ((128, 100.0), (512, 200.0), (64, None))]
+    ours = [speed("ours", batch, 400.0) for batch in (64, 128, 256, 512)]
+    rows = compared(*library, *ours)
+    found = [(row["what"][:4], row["batch"], row.get("over_library")) for row in rows]
+    assert found == [
+        ("libr", 64, None), ("ours", 64, None), ("libr", 128, 1), ("ours", 128, 4),
+        ("ours", 256, None), ("libr", 512, 1), ("ours", 512, 2),
+    ]  # fmt: skip
+
+
+def test_sampling_is_compared_with_upstreams_only_row(compared):
+    upstream = speed("library", 64, 2.0, sampler="ddpm")
+    rows = compared(upstream, speed("ours", 256, 50.0, sampler="heun"))
+    assert [row["over_library"] for row in rows] == [1, 25]

@@ -1,20 +1,20 @@
-"""engine/benchmarking.py: worker processes, timing, results files, tables and plots."""
+"""engine/benchmarking.py: worker processes, timing, results files and tables."""
 
-import itertools
+import datetime
 import json
 import os
 import signal
+import sys
 import time
 import warnings
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch import nn
 
-from engine import benchmarking
+from engine import benchmarking, distributed
 from engine.benchmarking import BenchmarkJob, run_job
 from engine.errors import FallbackWarning, UserError
 from tests.forked_script import FORKSERVER
@@ -46,27 +46,59 @@ def hang(device: torch.device) -> dict:
     return {}
 
 
+def add_ranks(device: torch.device) -> dict:
+    ranks = torch.tensor([distributed.launched_rank() + 1, 1])
+    distributed.all_reduce(ranks)
+    return {"sum": ranks.tolist(), "rank": distributed.launched_rank()}
+
+
+def fail_on_rank_1(device: torch.device) -> dict:
+    return (fail if distributed.launched_rank() else hang)(device)
+
+
+def die_on_rank_1(device: torch.device) -> dict:
+    return (die if distributed.launched_rank() else hang)(device)
+
+
+def die_on_rank_0(device: torch.device) -> dict:
+    return (hang if distributed.launched_rank() else die)(device)
+
+
 def test_run_completes_the_row_of_a_job():
     expected = "cuda" if torch.cuda.is_available() else "cpu"
     assert run_job(BenchmarkJob({"what": "a"}, succeed)) == {"what": "a", "value": expected}
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """A forked worker starts faster than a spawned one."""
+    monkeypatch.setattr(benchmarking.multiprocessing, "get_context", lambda _: FORKSERVER)
+
+
 @pytest.mark.parametrize(
-    ("measure", "limit", "reason"),
+    ("measure", "ranks", "limit", "reason"),
     [
-        (fail, 120.0, "ValueError: no such thing"),
-        (fall_back, 120.0, "FallbackWarning: torch.compile failed; continuing without it"),
-        (die, 120.0, "the process died (exit code 3)"),
-        (hang, 0.5, "no result within 0.5 s"),
+        (fail, 1, 120.0, "ValueError: no such thing"),
+        (fall_back, 1, 120.0, "FallbackWarning: torch.compile failed; continuing without it"),
+        (die, 1, 120.0, "the process died (exit code 3)"),
+        (hang, 1, 0.5, "no result within 0.5 s"),
+        (fail_on_rank_1, 2, 120.0, "ValueError: no such thing"),
+        (die_on_rank_1, 2, 120.0, "the process died (exit code 3)"),
+        (die_on_rank_0, 2, 120.0, "the process died (exit code 3)"),
+        (hang, 2, 0.5, "no result within 0.5 s"),
     ],
 )
-def test_run_reports_why_a_job_has_no_result(monkeypatch, measure, limit, reason):
-    # A forked worker starts faster than a spawned one.
-    monkeypatch.setattr(benchmarking.multiprocessing, "get_context", lambda _: FORKSERVER)
+def test_run_reports_why_a_job_has_no_result(forked, measure, ranks, limit, reason):
     start = time.monotonic()
-    row = run_job(BenchmarkJob({"what": "a"}, measure, limit))
+    row = run_job(BenchmarkJob({"what": "a"}, measure, ranks=ranks, limit=limit))
     assert row == {"what": "a", "failed": reason}
     assert time.monotonic() - start < 120
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a GPU for each rank")
+def test_run_returns_what_rank_0_measured_with_the_others(forked):
+    row = run_job(BenchmarkJob({"what": "a"}, add_ranks, ranks=2))
+    assert row == {"what": "a", "sum": [3, 2], "rank": 0}
 
 
 # --- timing
@@ -76,7 +108,8 @@ def test_run_reports_why_a_job_has_no_result(monkeypatch, measure, limit, reason
 def clock(monkeypatch) -> SimpleNamespace:
     """A clock in seconds that advances when a test says so."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(benchmarking, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    timer = partial(benchmarking.Timer, timer=lambda: clock.now)
+    monkeypatch.setattr(benchmarking, "Timer", timer)
     return clock
 
 
@@ -85,104 +118,112 @@ def test_time_steps_excludes_the_warm_up(clock):
 
     def step() -> None:
         calls.append(1)
-        clock.now += 2.0 if len(calls) > benchmarking.WARM_UP else 100.0
+        clock.now += 2.0 if len(calls) > 2 else 100.0
 
-    def make_step():
-        clock.now += 1000.0
-        return step
-
-    row = benchmarking.time_steps(make_step, 8, CPU, round_seconds=6.0)
+    row = benchmarking.time_steps(step, 8, CPU, round_seconds=6.0)
     assert row["images_per_second"] == 4 and row["rounds"] == [4] * benchmarking.ROUNDS
-    assert (row["ms"], row["first_step"], row["peak_gib"]) == (2000, 1100, None)
-    assert len(calls) == 1 + benchmarking.WARM_UP + 3 * benchmarking.ROUNDS
+    assert (row["ms"], row["peak_gib"]) == (2000, None)
+    assert len(calls) == 3 + (2 + 3) * benchmarking.ROUNDS  # 3 steps a round, 2 before each
 
 
 def test_time_steps_returns_the_median_round(clock):
-    seconds = itertools.chain([1.0] * (1 + benchmarking.WARM_UP), [1.0, 4.0, 2.0])
+    seconds = iter([1.0] * 3 + [9.0, 9.0, 1.0] + [9.0, 9.0, 4.0] + [9.0, 9.0, 2.0])
 
     def step() -> None:
         clock.now += next(seconds)
 
-    row = benchmarking.time_steps(lambda: step, 8, CPU, round_seconds=0.0)
+    row = benchmarking.time_steps(step, 8, CPU, round_seconds=0.0)
     assert row["rounds"] == [8, 2, 4] and row["images_per_second"] == 4
 
 
-class Convolution(nn.Conv2d):
-    """A network of known arithmetic that takes timesteps, too."""
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return super().forward(x)
-
-
-def test_training_flops_counts_forward_and_backward():
-    with torch.device("meta"):
-        network = Convolution(3, 5, 3, padding=1)
-    assert benchmarking.training_flops(network, 6) == 3 * 2 * 9 * 3 * 5 * 6 * 6
-
-
-@pytest.mark.parametrize(("is_gpu", "size"), [(True, 8192), (False, 2048)])
-def test_matmul_flops_is_arithmetic_over_time(monkeypatch, is_gpu, size):
-    shapes = []
-    device = torch.device("cuda" if is_gpu else "cpu")
-    randn = lambda *shape, **options: shapes.append((shape, options)) or (None, None)  # noqa: E731
-    monkeypatch.setattr(torch, "randn", randn)
-    monkeypatch.setattr(benchmarking, "amp_dtype", lambda device: torch.float16)
-    rates = {"images_per_second": 10.0}
-    monkeypatch.setattr(benchmarking, "time_steps", lambda *_: rates)
-    assert benchmarking.matmul_flops(device) == 2 * size**3 * 10
-    dtype = torch.float16 if is_gpu else torch.float32
-    assert shapes == [((2, size, size), {"device": device, "dtype": dtype})]
+def test_time_steps_uses_the_threads_of_the_process():
+    threads = []
+    benchmarking.time_steps(lambda: threads.append(torch.get_num_threads()), 1, CPU, 0.0)
+    assert set(threads) == {torch.get_num_threads()}
 
 
 # --- formats
 
 
-def test_rows_carry_each_figure_with_its_heading():
+def test_rows_carry_each_figure_with_its_heading(run_rows, capsys):
     row = {"what": "ours, fp32", "batch": 8, "images_per_second": 1234.5, "rounds": [1.0]}
     row |= {"ms": 6.5, "peak_gib": None, "mfu": 0.125, "over_library": 3.25}
-    text = "ours, fp32: batch 8, images/s 1,234, ms 6.5, MFU 12.5%, speedup 3.25"
-    assert benchmarking.format_row(row) == text
     loss = {"kind": "loss", "seed": 1, "processes": 2, "validation_loss": 0.25}
-    text = "loss: seed 1, ranks 2, validation loss 0.25000"
-    assert benchmarking.format_row(loss) == text
+    run_rows([row, loss, {"what": "a", "batch": 8, "failed": "ValueError: a | b"}])
+    assert capsys.readouterr().out.splitlines()[:3] == [
+        "training: ours, fp32: batch 8, images/s 1,234, ms 6.5, MFU 12.5%, speedup 3.25",
+        "training: loss: seed 1, ranks 2, validation loss 0.25000, difference 0.00000",
+        "training: a: batch 8, failed ValueError: a | b",
+    ]
 
 
-def test_failures_show_in_lines_and_tables():
+def test_failures_show_in_tables():
     row = {"what": "a", "batch": 8, "failed": "ValueError: a | b"}
-    assert benchmarking.format_row(row) == "a: batch 8, failed ValueError: a | b"
     text = benchmarking.markdown_section("", RESULT | {"rows": [row]})
     assert text.splitlines()[-1] == "| a | 8 | ValueError: a / b |"
-
-
-@pytest.mark.parametrize(("loss", "verdict"), [(0.105, ": within"), (0.13, ": not within")])
-def test_compare_losses_measures_by_the_spread_of_seeds(loss, verdict):
-    seeds = [("1 ranks", 0.11), ("1 ranks", 0.10), ("1 ranks", 0.115)]
-    others = [("2 ranks", 0.11), ("4 ranks", loss)]
-    text = benchmarking.compare_losses(seeds + others, "1 ranks")
-    assert f"{verdict} the spread of three seeds, 0.01500" in text
-    assert f"0.00000 (2 ranks), {abs(loss - 0.11):.5f} (4 ranks)" in text
-    assert "too few" in benchmarking.compare_losses(seeds[1:] + others, "1 ranks")
-    assert "too few" in benchmarking.compare_losses(seeds, "1 ranks")
 
 
 # --- files
 
 
+PATH = Path("results/benchmark-NVIDIA-H100-80GB-HBM3.json")
 RESULT = {"device": "none", "torch": "0", "date": "2026-01-02", "command": "python benchmark.py"}
 
 
-def test_reports_are_read_as_they_were_written(tmp_path):
+@pytest.fixture
+def run_rows(monkeypatch, tmp_path):
+    """Runs a section whose jobs return given rows, or raise what stands in place of one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(sys, "argv", ["/a/folder/benchmark.py", "--quick"])
+
+    def measure(job):
+        if isinstance(job.row, BaseException):
+            raise job.row
+        return dict(job.row)
+
+    def run(rows: list, section: str = "training", **about: int) -> dict:
+        jobs = [BenchmarkJob(row, lambda: None) for row in rows]
+        benchmarking.run_section("benchmark", "cifar10", section, about, jobs, "speedup")
+        return benchmarking.read_report(PATH)
+
+    monkeypatch.setattr(benchmarking, "run_job", measure)
+    return run
+
+
+def test_reports_are_read_as_they_were_written(run_rows):
+    assert benchmarking.read_report(PATH) == {}
     rows = [{"what": "a", "images_per_second": 2.0, "batch": 1, "rounds": [1.5, 2e-7, 3.0]}]
-    rows += [{"what": "b", "failed": "[1, 2]"}]
-    report = {"cifar10": {"training": RESULT | {"rows": rows}}}
-    path = tmp_path / "results" / "benchmark-x.json"
-    assert benchmarking.read_report(path) == {}
-    benchmarking.write_report(path, report)
-    assert benchmarking.read_report(path) == report
-    assert '"rounds": [1.5, 2e-07, 3.0]' in path.read_text()
-    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    path.write_text(path.read_text().replace('"batch"', '"evaluations"'))  # the old name of NFE
-    assert benchmarking.read_report(path)["cifar10"]["training"]["rows"][0]["nfe"] == 1
+    rows += [{"what": "b", "failed": "[1,  2]"}]
+    result = run_rows(rows, dim=8)["cifar10"]["training"]
+    assert result == {
+        "device": "NVIDIA H100 80GB HBM3", "torch": torch.__version__, "rows": rows, "dim": 8,
+        "date": datetime.date.today().isoformat(), "command": "python benchmark.py --quick",
+    }  # fmt: skip
+    assert '"rounds": [1.5, 2e-07, 3.0]' in PATH.read_text()
+    PATH.write_text(PATH.read_text().replace('"batch"', '"evaluations"'))  # the old name of NFE
+    assert benchmarking.read_report(PATH)["cifar10"]["training"]["rows"][0]["nfe"] == 1
+
+
+def test_rows_outlive_what_ends_the_script(run_rows):
+    run_rows([{"what": "a"}], section="sampling")
+    run_rows([{"what": "b"}])
+    with pytest.raises(KeyboardInterrupt):
+        run_rows([{"what": "c"}, {"what": "d"}, KeyboardInterrupt()])
+    report = benchmarking.read_report(PATH)["cifar10"]
+    assert {key: [row["what"] for row in report[key]["rows"]] for key in report} == {
+        "sampling": ["a"],
+        "training": ["c", "d"],
+    }
+    assert [path.name for path in PATH.parent.iterdir()] == [PATH.name]
+
+
+def test_damaged_reports_are_found_before_anything_is_measured(run_rows):
+    PATH.parent.mkdir()
+    PATH.write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        run_rows([KeyboardInterrupt()])
 
 
 @pytest.mark.parametrize(
@@ -198,22 +239,18 @@ def test_damaged_reports_are_named(tmp_path, text):
 def test_files_with_a_single_result_are_named_after_its_section(tmp_path):
     result = RESULT | {"rows": [{"kind": "loss", "processes": 1}]}
     path = tmp_path / "scaling-some-device.json"
-    benchmarking.write_report(path, result)
-    assert json.loads(path.read_text()) == result
+    path.write_text(json.dumps(result))
     assert benchmarking.read_report(path) == {"": {"scaling": result}}
-
-
-def test_results_path_is_made_of_the_device(monkeypatch):
-    path = benchmarking.results_path("scaling", "NVIDIA H100 80GB HBM3")
-    assert path.as_posix() == "results/scaling-NVIDIA-H100-80GB-HBM3.json"
 
 
 # --- docs
 
 
-def test_docs_are_what_the_command_writes():
-    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    assert page == benchmarking.docs_page(ROOT / "results"), "run `python benchmark.py --docs`"
+def test_docs_are_what_the_command_writes(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page = benchmarking.DOCS.read_text(encoding="utf-8")
+    assert page == benchmarking.docs_page(), "run `python benchmark.py --docs`"
+    assert page.startswith("# Benchmarks\n\nWritten by `python benchmark.py --docs`")
 
 
 def test_docs_have_every_row_with_its_origin():
@@ -222,7 +259,7 @@ def test_docs_have_every_row_with_its_origin():
     for path in (ROOT / "results").glob("*.json"):
         for sections in benchmarking.read_report(path).values():
             for result in sections.values():
-                rows += sum(row.get("kind") != "loss" for row in result["rows"])
+                rows += len(result["rows"])
                 for name in ("device", "torch", "date", "command"):
                     assert result[name] in page
                 for name in ("note", "agreement"):
@@ -234,24 +271,15 @@ def test_docs_have_every_row_with_its_origin():
 
 def test_markdown_has_the_columns_that_rows_have():
     rows = [{"kind": "weak", "dim_mults": [1, 2], "batch": 128, "efficiency": 0.5}]
-    rows += [{"kind": "loss", "validation_loss": 0.25}]
+    rows += [{"kind": "loss", "validation_loss": 0.25, "ms": None}]
     text = benchmarking.markdown_section("a key", RESULT | {"note": "slow", "rows": rows})
     assert text.splitlines() == [
         "### a key, none",
         "",
         "`python benchmark.py`; torch: 0; date: 2026-01-02; note: slow",
         "",
-        "| kind | dim_mults | batch | efficiency |",
-        "| --- | --- | --- | --- |",
-        "| weak | 1,2 | 128 | 50.0% |",
+        "| kind | dim_mults | batch | efficiency | validation loss |",
+        "| --- | --- | --- | --- | --- |",
+        "| weak | 1,2 | 128 | 50.0% |  |",
+        "| loss |  |  |  | 0.25000 |",
     ]
-
-
-def test_plot_shows_speeds_and_curves(tmp_path):
-    speeds = [{"what": str(i), "batch": 8, "images_per_second": 1.0 + i} for i in range(3)]
-    curve = {"what": "ours", "seed": 0, "losses": [3.0, 2.0, 1.0]}
-    report = {"a": {"training": RESULT | {"rows": speeds}, "curves": RESULT | {"rows": [curve]}}}
-    benchmarking.plot_report(report, tmp_path / "plot.png")
-    pixels = np.asarray(Image.open(tmp_path / "plot.png").convert("L"))
-    height = len(pixels)
-    assert pixels[: height // 2].std() > 5 and pixels[height // 2 :].std() > 5

@@ -1,20 +1,19 @@
-"""scaling.py: what each rank measures, how it is launched, and what the rows add up to."""
+"""scaling.py: what each number of ranks measures, and what the rows add up to."""
 
 import json
-import subprocess
 import sys
-import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+import benchmark
 import scaling
 from engine import benchmarking
+from engine.benchmarking import BenchmarkJob
 from engine.errors import UserError
 from scaling import ScalingSettings
 from tests.helpers import CPU
+from tests.test_benchmark import RecordedStep
 
 
 def settings(**values) -> ScalingSettings:
@@ -22,209 +21,152 @@ def settings(**values) -> ScalingSettings:
     return ScalingSettings(**small | {"EFFECTIVE_BATCH": 16, "STEPS": 10, "SECONDS": 6.0} | values)
 
 
-def ranks(count: int, index: int = 0) -> SimpleNamespace:
-    """A PartialState of one of several ranks."""
-    return SimpleNamespace(
-        device=CPU, num_processes=count, process_index=index, is_main_process=index == 0
-    )
-
-
-# --- on each rank
+# --- jobs
 
 
 def test_configuration_is_the_presets_with_the_local_batch():
-    config = scaling.preset_config(settings(), "cifar10", 7)
-    assert (config.BATCH_SIZE, config.GRADIENT_ACCUMULATION) == (7, 1)
-    assert (config.DIM, config.IMAGE_SIZE, config.DATASET) == (8, 16, "cifar10")
-    config = scaling.preset_config(settings(), "stl10", 8)
-    assert (config.BATCH_SIZE, config.GRADIENT_ACCUMULATION) == (2, 4)
-    config = scaling.preset_config(ScalingSettings(), "stl10", 64)
+    configs = [job.measure.args[0] for job in scaling.make_jobs(settings(), 2)]
+    cifar10, *_, stl10, _ = configs
+    assert (cifar10.BATCH_SIZE, cifar10.GRADIENT_ACCUMULATION) == (3, 1)
+    assert (cifar10.DIM, cifar10.IMAGE_SIZE, cifar10.DATASET) == (8, 16, "cifar10")
+    assert (stl10.BATCH_SIZE, stl10.GRADIENT_ACCUMULATION, stl10.DATASET) == (2, 4, "stl10")
+    *_, weak, _, _, _ = scaling.make_jobs(ScalingSettings(), 2)
+    config = weak.measure.args[0]
     assert (config.BATCH_SIZE, config.DIM, config.IMAGE_SIZE) == (64, 128, 96)
 
 
-@pytest.fixture
-def measured(monkeypatch) -> list[tuple]:
-    """Replaces what is measured: records the arguments, returns rows."""
-    calls = []
-
-    def our_step(config, device, rank, world_size):
-        calls.append((config, rank, world_size))
-
-    def time_steps(make_step, images, device, seconds):
-        make_step()
-        calls[-1] += (images, seconds)
-        return {"images_per_second": float(images), "rounds": [1.0]}
-
-    def learning_curve(config, device, steps, seed, rank, world_size):
-        calls.append((config, steps, seed, rank, world_size))
-        return {"losses": [1.0] * steps, "validation_loss": 0.5}
-
-    monkeypatch.setattr(scaling, "our_step", our_step)
-    monkeypatch.setattr(scaling, "learning_curve", learning_curve)
-    monkeypatch.setattr(benchmarking, "time_steps", time_steps)
-    return calls
-
-
-def test_work_is_divided_among_ranks(measured):
+def test_work_is_divided_among_ranks():
     def work(count: int, **values) -> list[tuple]:
-        rows = scaling.run_measurements(settings(**values), ranks(count))
-        return [(row["kind"], row.get("preset"), row.get("batch"), row.get("seed")) for row in rows]
+        jobs = scaling.make_jobs(settings(**values), count)
+        assert {job.ranks for job in jobs} == {job.row["processes"] for job in jobs} == {count}
+        keys = ("kind", "preset", "batch", "seed")
+        return [tuple(job.row.get(key) for key in keys) for job in jobs]
 
     weak = [("weak", "cifar10", 3, None), ("weak", "cifar10", 5, None), ("weak", "stl10", 2, None)]
     strong = [("strong", "cifar10", 4, None), ("strong", "stl10", 4, None)]
-    assert work(4) == [*weak, *strong, ("loss", None, None, 0)]
-    assert work(1)[-3:] == [("loss", None, None, seed) for seed in scaling.SEEDS]
+    assert work(4) == [*weak, *strong, ("loss", "cifar10", 4, 0)]
+    assert work(1)[-3:] == [("loss", "cifar10", 16, seed) for seed in scaling.SEEDS]
     assert work(4, STEPS=0) == [*weak, *strong]
 
 
-def test_speed_is_that_of_all_ranks(measured):
-    rows = list(scaling.run_measurements(settings(STEPS=0), ranks(4, index=3)))
-    for row, (config, rank, world_size, images, seconds) in zip(rows, measured, strict=True):
-        assert (rank, world_size, seconds) == (3, 4, 6.0)
+def test_speed_is_that_of_all_ranks(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    made = []
+    monkeypatch.setattr(RecordedStep, "made", made)
+    monkeypatch.setattr(benchmark, "TrainStep", RecordedStep)
+    monkeypatch.setattr(benchmark, "compute_mfu", lambda *_: 0.5)
+
+    def time_steps(step, images, device, seconds):
+        step()
+        return {"images_per_second": float(images), "seconds": seconds}
+
+    monkeypatch.setattr(benchmark, "time_steps", time_steps)
+    for job in scaling.make_jobs(settings(STEPS=0, TIME_LIMIT=7.0), 4):
+        row = job.row | job.measure(device=CPU)
+        config = made[-1].config
+        assert (made[-1].ranks, row["seconds"], job.limit) == ((3, 4), 6.0, 7.0)
         assert config.BATCH_SIZE * config.GRADIENT_ACCUMULATION == row["batch"]
-        assert images == 4 * row["batch"] == row["images_per_second"]
+        assert 4 * row["batch"] == row["images_per_second"]
         assert (config.DATASET, config.DIM) == (row["preset"], row["dim"])
         assert (row["image_size"], row["dim_mults"]) == (16, config.DIM_MULTS)
 
 
-def test_loss_is_of_the_effective_batch(measured):
-    *_, row = scaling.run_measurements(settings(), ranks(4, index=3))
-    config, steps, seed, rank, world_size = measured[-1]
-    assert (steps, seed, rank, world_size) == (10, 0, 3, 4)
-    assert (config.BATCH_SIZE, config.DATASET) == (4, "cifar10")
-    expected = {"kind": "loss", "seed": 0, "steps": 10, "effective_batch": 16}
-    assert row == expected | {"validation_loss": 0.5}
-
-
-@pytest.mark.parametrize("index", [0, 1])
-def test_rank_0_writes_the_rows(monkeypatch, tmp_path, capsys, index):
-    class Session(SimpleNamespace):
-        def __enter__(self):
-            return ranks(2, index)
-
-        def __exit__(self, *_):
-            return None
-
-    rows = [{"kind": "weak", "batch": 3}, {"kind": "loss", "seed": 0}]
-    monkeypatch.setattr(scaling, "session", lambda hint: Session())
-    monkeypatch.setattr(scaling, "run_measurements", lambda settings, dist: map(dict, rows))
-    path = tmp_path / "rows.jsonl"
-    path.touch()
-    scaling.run_rank(settings(), path)
-    expected = [] if index else [row | {"processes": 2} for row in rows]
-    assert [json.loads(line) for line in path.read_text().splitlines()] == expected
-    assert len(capsys.readouterr().out.splitlines()) == len(expected)
-
-
-# --- launching
-
-
-FAKE_SCRIPT = """
-import json, os, sys, time
-from pathlib import Path
-rank = int(os.environ["RANK"])
-if rank == 0:
-    row = {"arguments": sys.argv[1:-1], "processes": int(os.environ["WORLD_SIZE"])}
-    Path(sys.argv[-1]).write_text(json.dumps(row) + "\\n")
-time.sleep(600 * ("hang" in sys.argv))
-sys.exit(rank * ("fail" in sys.argv))
-"""
-
-
-@pytest.mark.parametrize(
-    ("argument", "limit", "problem"),
-    [
-        ("succeed", 100.0, ""),
-        ("fail", 100.0, "2 processes failed"),
-        ("hang", 20.0, "2 processes took more than 20 s"),
-    ],
-)
-def test_launch_returns_rows_and_what_failed(monkeypatch, tmp_path, argument, limit, problem):
-    class Process(subprocess.Popen):
-        """Takes too long once rank 0 has written its row."""
-
-        def wait(self, timeout=None):
-            assert timeout in (limit, None)
-            while timeout == 20 and not Path(self.args[-1]).stat().st_size:
-                time.sleep(0.01)
-            if timeout == 20:
-                raise subprocess.TimeoutExpired(self.args, timeout)
-            return super().wait(timeout)
-
-    monkeypatch.setattr(subprocess, "Popen", Process)
-    script = tmp_path / "fake.py"
-    script.write_text(FAKE_SCRIPT)
-    monkeypatch.setattr(scaling, "__file__", str(script))
-    monkeypatch.setattr(sys, "argv", ["scaling.py", argument])
-    rows, found = scaling.launch(2, limit)
-    assert found == problem
-    assert rows == [{"arguments": [argument, "--worker"], "processes": 2}]
-
-
-# --- rows
-
-
-def speed(kind: str, processes: int, batch: int, rate: float, preset: str = "cifar10") -> dict:
-    row = {"kind": kind, "preset": preset, "processes": processes, "batch": batch}
-    return row | {"images_per_second": rate, "image_size": 32, "dim": 64, "dim_mults": [1, 2]}
-
-
-def loss(processes: int, seed: int, value: float) -> dict:
-    return {"kind": "loss", "processes": processes, "seed": seed, "validation_loss": value}
-
-
-def test_efficiency_is_over_single_gpus_with_the_same_work():
-    rows = [
-        speed("weak", 1, 128, 100.0), speed("weak", 1, 512, 300.0), speed("strong", 1, 512, 300.0),
-        speed("strong", 1, 512, 10.0, "stl10"), speed("weak", 4, 128, 360.0),
-        speed("weak", 4, 512, 600.0), speed("strong", 4, 128, 900.0),
-        speed("strong", 4, 128, 38.0, "stl10"), speed("weak", 4, 64, 9.0, "stl10"),
-    ]  # fmt: skip
-    losses = [loss(1, seed, 0.1 + seed / 100) for seed in scaling.SEEDS] + [loss(4, 0, 0.11)]
-    report = [*rows, *losses]
-    assert "0.01000 (4 ranks): within" in scaling.summarize(report)
-    efficiencies = [row.get("efficiency") for row in rows]
-    assert efficiencies == [1, 1, 1, 1, 0.9, 0.5, 0.75, 0.95, None]
-
-    result = {"device": "none", "torch": "0", "rows": report}
-    table = benchmarking.markdown_section("", result).splitlines()[4:]
-    assert table[0].endswith("| ranks | batch | images/s | efficiency |")
-    assert len(table) == 2 + len(rows)  # the losses are in no row
-    start = table.index("| weak | cifar10 | 32 | 64 | 1,2 | 1 | 128 | 100 | 100.0% |")
-    assert table[start + 1 : start + 4] == [
-        "| weak | cifar10 | 32 | 64 | 1,2 | 4 | 128 | 360 | 90.0% |",
-        "| weak | cifar10 | 32 | 64 | 1,2 | 1 | 512 | 300 | 100.0% |",
-        "| weak | cifar10 | 32 | 64 | 1,2 | 4 | 512 | 600 | 50.0% |",
-    ]
-
-
-@pytest.mark.parametrize(("value", "verdict"), [(0.105, ": within"), (0.13, ": not within")])
-def test_losses_agree_if_they_differ_less_than_seeds_do(value, verdict):
-    rows = [loss(1, 0, 0.11), loss(1, 1, 0.10), loss(1, 2, 0.115), loss(2, 0, 0.11)]
-    assert "too few" in scaling.summarize(rows[1:]) and "too few" in scaling.summarize(rows[:3])
-    assert verdict in scaling.summarize([*rows, loss(4, 0, value)])
+def test_loss_is_of_the_effective_batch():
+    *_, job = scaling.make_jobs(settings(), 4)
+    (config,) = job.measure.args
+    assert job.measure.func is benchmark.learning_curve
+    assert job.measure.keywords == {"steps": 10, "seed": 0}
+    assert (config.BATCH_SIZE, config.GRADIENT_ACCUMULATION, config.DATASET) == (4, 1, "cifar10")
+    found = {key: job.row[key] for key in ("kind", "seed", "steps", "processes", "batch")}
+    assert found == {"kind": "loss", "seed": 0, "steps": 10, "processes": 4, "batch": 4}
 
 
 # --- main
 
 
-def test_main_writes_what_was_measured_before_a_failure(monkeypatch, tmp_path):
-    def launch(count, limit):
-        rows = [speed("weak", count, 128, 100.0 * count)]
-        return rows, "" if count == 1 else f"{count} processes failed"
+@pytest.fixture
+def run_main(monkeypatch, tmp_path):
+    """Calls main on a CPU with speeds by (kind, preset, processes, batch); returns the report.
+
+    A row without a speed fails.
+    """
+
+    def call(speeds: dict[tuple, float], *flags: str) -> dict:
+        def run(job: BenchmarkJob) -> dict:
+            row = job.row
+            if row["kind"] == "loss":
+                loss = 0.1 + row["seed"] / 100 - (0.01 if row["processes"] > 1 else 0)
+                return row | {"validation_loss": loss}
+            key = (row["kind"], row["preset"], row["processes"], row["batch"])
+            speed = speeds.get(key)
+            return row | ({"images_per_second": speed} if speed else {"failed": "no memory"})
+
+        monkeypatch.setattr(benchmarking, "run_job", run)
+        monkeypatch.setattr(sys, "argv", ["scaling.py", *flags])
+        scaling.main()
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(scaling, "launch", launch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(sys, "argv", ["scaling.py", "--processes", "1,2"])
-    with pytest.raises(UserError, match="2 processes failed"):
-        scaling.main()
-    (path,) = (tmp_path / "results").glob("scaling-*.json")
-    report = json.loads(path.read_text())
-    assert [row["efficiency"] for row in report["rows"]] == [1, 1]
-    assert report["command"] == "python scaling.py --processes 1,2"
-    assert report["agreement"].endswith("too few to compare")
-    assert path.with_suffix(".png").exists()
+    return call
+
+
+def written(folder) -> dict:
+    (path,) = (folder / "results").glob("scaling-*.json")
+    return json.loads(path.read_text())[""]["scaling"]
+
+
+SPEEDS = {
+    ("weak", "cifar10", 1, 128): 100.0, ("weak", "cifar10", 1, 512): 300.0,
+    ("weak", "stl10", 1, 64): 9.0, ("weak", "stl10", 4, 64): 9.0,
+    ("strong", "cifar10", 1, 512): 300.0, ("strong", "stl10", 1, 512): 10.0,
+    ("weak", "cifar10", 4, 128): 360.0, ("weak", "cifar10", 4, 512): 600.0,
+    ("strong", "cifar10", 4, 128): 900.0, ("strong", "stl10", 4, 128): 38.0,
+}  # fmt: skip
+
+
+def test_efficiency_is_over_single_gpus_with_the_same_work(run_main, tmp_path):
+    run_main(SPEEDS, "--processes", "4,1", "--dim", "64")
+    rows = written(tmp_path)["rows"]
+    found = {
+        (row["kind"], row["preset"], row["processes"], row["batch"]): row["efficiency"]
+        for row in rows if row["kind"] != "loss"
+    }  # fmt: skip
+    assert found == {key: 1 for key in found if key[2] == 1} | {
+        ("weak", "cifar10", 4, 128): 0.9, ("weak", "cifar10", 4, 512): 0.5,
+        ("weak", "stl10", 4, 64): 0.25, ("strong", "cifar10", 4, 128): 0.75,
+        ("strong", "stl10", 4, 128): 0.95,
+    }  # fmt: skip
+    losses = [row for row in rows if row["kind"] == "loss"]
+    assert [row["processes"] for row in losses] == [1, 1, 1, 4]
+    differences = [row["loss_difference"] for row in losses]
+    assert differences == pytest.approx([0, 0.01, 0.02, -0.01])
+
+    # Rows of the same work stand together.
+    table = benchmarking.markdown_section("", written(tmp_path)).splitlines()[4:]
+    columns = "| ranks | batch | images/s | efficiency | validation loss | difference |"
+    assert table[0].endswith(columns) and len(table) == 2 + len(rows)
+    start = table.index(
+        "| weak | cifar10 | 32 | 64 | 1,2,2,2 |  |  | 1 | 128 | 100 | 100.0% |  |  |"
+    )
+    assert table[start + 1 : start + 4] == [
+        "| weak | cifar10 | 32 | 64 | 1,2,2,2 |  |  | 4 | 128 | 360 | 90.0% |  |  |",
+        "| weak | cifar10 | 32 | 64 | 1,2,2,2 |  |  | 1 | 512 | 300 | 100.0% |  |  |",
+        "| weak | cifar10 | 32 | 64 | 1,2,2,2 |  |  | 4 | 512 | 600 | 50.0% |  |  |",
+    ]
+
+
+def test_main_writes_what_was_measured_next_to_a_failure(run_main, tmp_path):
+    speeds = {key: value for key, value in SPEEDS.items() if key != ("weak", "stl10", 1, 64)}
+    with pytest.raises(UserError, match="1 of 10 rows have no result") as error:
+        run_main(speeds, "--processes", "1,4", "--steps", "0")
+    assert error.value.exit_code == 1
+    report = written(tmp_path)
+    assert report["command"] == "python scaling.py --processes 1,4 --steps 0"
+    found = {row["processes"]: row for row in report["rows"] if row["preset"] == "stl10"}
+    assert sum("efficiency" in row for row in report["rows"]) == 8
+    failed = [row for row in report["rows"] if "failed" in row]
+    assert [(row["kind"], row["processes"]) for row in failed] == [("weak", 1)] and len(found) == 2
 
 
 @pytest.mark.parametrize(
@@ -237,5 +179,6 @@ def test_main_writes_what_was_measured_before_a_failure(monkeypatch, tmp_path):
 def test_main_refuses_impossible_numbers_of_processes(monkeypatch, flags, reason):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(sys, "argv", ["scaling.py", *flags])
-    with pytest.raises(UserError, match=reason):
+    with pytest.raises(UserError, match=reason) as error:
         scaling.main()
+    assert error.value.exit_code == 2
