@@ -92,6 +92,9 @@ class DDPMConfig(Settings):
     LEARNING_RATE = Setting(2e-3, "learning rate after warm-up", min=1e-8, max=1.0)
     LR_SCHEDULE = Setting("cosine", "learning rate over the run", choices=("cosine", "constant"))
     WARMUP_STEPS = Setting(500, "steps of linear learning-rate warm-up", min=0)
+    WEIGHT_DECAY = Setting(
+        0.1, "decoupled weight decay of matrices (arXiv:1711.05101), times the learning rate",
+        min=0, max=10)
     GRAD_CLIP = Setting(1.0, "gradient clipping norm; 0 disables", min=0)
     EMA_DECAY = Setting(0.9995, "decay of the EMA per step; 0 disables", min=0, max=0.999999)
     USE_AMP = Setting(False, "mixed precision: bf16, or fp16 on GPUs without bf16")
@@ -137,7 +140,7 @@ DATASET_PRESETS: dict[str, dict[str, Any]] = {
 # side. Steps are slow and few, so an eighth of a run would be too early for the guide.
 HIGH_RES_SETTINGS: dict[str, Any] = {
     "SCHEDULE_BASE_SIZE": 32, "FULL_ATTENTION_MAX_SIZE": 24, "DROPOUT": 0.1, "GUIDANCE": 3.0,
-    "GUIDE_FRACTION": 0.5,
+    "GUIDE_FRACTION": 0.5, "WEIGHT_DECAY": 0.0,
 }  # fmt: skip
 # By the smallest image size that each is for, px.
 SIZE_PRESETS: dict[int, dict[str, Any]] = {
@@ -242,8 +245,9 @@ def resolve(
     ]
     explicit = {name: value for _, values in explicit_layers for name, value in values.items()}
     if checkpoint:
-        # Earlier versions had RGB alone and did not say so.
-        base_layers = [("checkpoint", {"CHANNELS": 3} | DDPMConfig.current_names(checkpoint))]
+        # What earlier versions did without naming it.
+        unnamed = {"CHANNELS": 3, "WEIGHT_DECAY": 0.0}
+        base_layers = [("checkpoint", unnamed | DDPMConfig.current_names(checkpoint))]
     else:
         script = script or {}
         base_layers = [("script", script), *presets_for(dataset, tier, script, explicit)]

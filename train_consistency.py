@@ -29,7 +29,7 @@ from engine.errors import UserError
 # the two predictions that the loss compares.
 TUNING = {
     "MINUTES": 10.0, "LEARNING_RATE": 5e-4, "LR_SCHEDULE": "cosine", "DROPOUT": 0.0,
-    "GUIDE_FRACTION": 0.0, "SAMPLING_TIMESTEPS": 2, "RUN_NAME": "",
+    "GUIDE_FRACTION": 0.0, "SAMPLING_TIMESTEPS": 2, "RUN_NAME": "", "WEIGHT_DECAY": 0.0,
 }  # fmt: skip
 
 

@@ -78,7 +78,7 @@ def ema_decay(limit: float, step: int) -> float:
 class TrainStep:
     """Updates a model and its EMA copy from one batch.
 
-    config: BATCH_SIZE (the most images in one pass), OPTIMIZER, GRAD_CLIP, EMA_DECAY,
+    config: BATCH_SIZE (the most images in one pass), OPTIMIZER, WEIGHT_DECAY, GRAD_CLIP, EMA_DECAY,
     HORIZONTAL_FLIP, LABEL_DROPOUT, USE_AMP, COMPILE_MODEL, CUDA_GRAPH, SEED. rank, world_size: each
     rank gets its part of every batch, and does it in one or several passes, the micro-batches.
     """
@@ -107,8 +107,12 @@ class TrainStep:
         self.grad_views = views(self.grad, self.param_views)
 
         # Optimizers: flatten() puts the matrices first, which Muon updates; Adam updates the rest.
-        matrices = [p for name, p in named if config.OPTIMIZER == "muon" and use_muon(name, p)]
+        matrices = [p for name, p in named if use_muon(name, p)]
         end = sum(padded_numel(p.numel()) for p in matrices)
+        self.matrices = self.params[:end]
+        if config.OPTIMIZER == "adam":
+            matrices = []
+            end = 0
         is_cuda = self.device.type == "cuda"
         muon = Muon(self.params[:end], [p.shape for p in matrices], mix_sizes=is_cuda)
         adam = Adam(self.params[end:])
@@ -253,6 +257,9 @@ class TrainStep:
             is_growing = (self.finite_streak % LOSS_SCALE_GROWTH_STEPS == 0) & (is_finite > 0)
             kept_or_halved = torch.where(is_finite > 0, 1.0, 0.5)
             self.loss_scale.mul_(torch.where(is_growing, 2.0, kept_or_halved))
+        # Smaller matrices turn faster at the same learning rate, also late in a run.
+        if self.config.WEIGHT_DECAY:
+            self.matrices.mul_(1 - self.config.WEIGHT_DECAY * self.lr * is_finite)
         for optimizer, part in self.optimizers.values():
             optimizer.update(self.params[part], self.grad[part], self.lr, grad_scale, is_finite)
         self.ema_params.lerp_(self.params, self.ema_weight * is_finite)

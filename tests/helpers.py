@@ -27,6 +27,7 @@ STEP_SETTINGS = {
     "BATCH_SIZE": 32,
     "GRADIENT_ACCUMULATION": 1,
     "OPTIMIZER": "adam",
+    "WEIGHT_DECAY": 0.1,
     "GRAD_CLIP": 1.0,
     "EMA_DECAY": 0.9,
     "HORIZONTAL_FLIP": True,

@@ -392,9 +392,10 @@ def test_resume_keeps_every_setting_of_the_run(script, tier, saved_run, monkeypa
     assert (config.LR_SCHEDULE, config.set_by["LR_SCHEDULE"]) == ("cosine", "checkpoint")
 
 
-def test_resume_of_an_earlier_version_is_rgb(saved_run):
-    del saved_run["CHANNELS"]
-    assert resolve("folder", CPU_TIER, checkpoint=saved_run).CHANNELS == 3
+def test_resume_of_an_earlier_version_is_rgb_without_weight_decay(saved_run):
+    del saved_run["CHANNELS"], saved_run["WEIGHT_DECAY"]
+    resumed = resolve("folder", CPU_TIER, checkpoint=saved_run)
+    assert (resumed.CHANNELS, resumed.WEIGHT_DECAY) == (3, 0)
     assert resolve("folder", CPU_TIER, checkpoint=saved_run | {"CHANNELS": 1}).CHANNELS == 1
 
 

@@ -13,6 +13,7 @@ from ddpm_model import DDPMModel
 from engine.cuda_graphs import CapturedFunction, GraphCaptureError
 from engine.dataloader import Batch, BatchLoader, ImageDataset
 from engine.errors import FallbackWarning, UserError
+from engine.optimizer import use_muon
 from engine.randomness import step_randomness
 from engine.train_step import TrainStep, ema_decay, learning_rate
 from engine.trainer import MAX_NONFINITE_STEPS
@@ -50,11 +51,16 @@ def make_batch(count: int = 32) -> Batch:
 # --- what a step computes
 
 
-def test_step_is_adam_on_the_clipped_gradient_of_the_loss():
-    step, reference = make_step(), make_model()
+def test_step_is_adamw_on_the_clipped_gradient_of_the_loss():
+    step, reference = make_step(WEIGHT_DECAY=2.0), make_model()
     # Adam's first step amplifies the rounding of small gradients: the same memory layout.
     reference.to(memory_format=torch.channels_last)
-    adam = torch.optim.Adam(reference.parameters(), lr=0.01, betas=(0.9, 0.99))
+    groups = [
+        {"params": [p for n, p in reference.named_parameters() if use_muon(n, p) == is_matrix],
+         "weight_decay": 2.0 * is_matrix}
+        for is_matrix in (True, False)
+    ]  # fmt: skip
+    adam = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.99))
     randomness = step_randomness(0, 3, torch.Size([32, 3, 8, 8]), CPU)
     images = make_batch().images / 255
     x = torch.where(randomness.mirror[:, None, None, None], images.flip(-1), images)
