@@ -58,16 +58,16 @@ class DDPMConfig(Settings):
         old_name="FULL_ATTENTION_SIZE")
     DROPOUT = Setting(0.0, "dropout in the residual blocks", min=0, max=0.9)
     TIMESTEPS = Setting(1000, "timesteps of the diffusion process", min=2, max=100_000)
-    SAMPLING_TIMESTEPS = Setting(14, "network evaluations (NFE) per sample, without guidance's",
-        min=1, max=100_000)
+    SAMPLING_TIMESTEPS = Setting(14, "network evaluations (NFE) per sample, not counting "
+        "guidance's", min=1, max=100_000)
     GUIDANCE = Setting(2.0, "weight of guidance (arXiv:2406.02507); 1 disables it", min=0, max=10)
     GUIDANCE_MODE = Setting(
         "autoguidance", "what samples of a class are moved away from: the guide, the network "
         "without a label (classifier-free guidance), or the guide without a label",
         choices=GUIDANCE_MODES)
     GUIDE_FRACTION = Setting(
-        0.125, "fraction of training at which the EMA weights are saved as the guide, not before 5 "
-        "times the warm-up (in a short run, half of it); 0 disables", min=0, max=1,
+        0.125, "fraction of training at which the EMA weights are saved as the guide, but not "
+        "before 5 times the warm-up, or half of a short run; 0 disables", min=0, max=1,
         old_name="GUIDE_AT")
     OBJECTIVE = Setting("pred_v", "what the network predicts",
         choices=("pred_v", "pred_noise", "pred_x0"))
@@ -86,9 +86,12 @@ class DDPMConfig(Settings):
     MINUTES = Setting(0.0, "minutes instead of epochs", min=0)
 
     # Optimization.
-    BATCH_SIZE = Setting(256, "images in one forward pass (the micro-batch), over all GPUs", min=1)
+    BATCH_SIZE = Setting(
+        256, "the most images in one pass on a GPU (the micro-batch); times GRADIENT_ACCUMULATION, "
+        "the batch of an update, over all GPUs", min=1)
     GRADIENT_ACCUMULATION = Setting(1, "micro-batches in the batch of an update", min=1)
-    OPTIMIZER = Setting("muon", "muon: Adam for all but matrices", choices=("adam", "muon"))
+    OPTIMIZER = Setting("muon", "muon: Muon for the inner matrices, Adam for the rest",
+        choices=("adam", "muon"))
     LEARNING_RATE = Setting(2e-3, "learning rate after warm-up", min=1e-8, max=1.0)
     LR_SCHEDULE = Setting("cosine", "learning rate over the run", choices=("cosine", "constant"))
     WARMUP_STEPS = Setting(500, "steps of linear learning-rate warm-up", min=0)
@@ -147,7 +150,7 @@ SIZE_PRESETS: dict[int, dict[str, Any]] = {
     64: HIGH_RES_SETTINGS | {"BATCH_SIZE": 128},
     96: HIGH_RES_SETTINGS | {"BATCH_SIZE": 64, "LEARNING_RATE": 1e-3},
 }
-# One more level on top, not wider than the next: most of the work is where the pixels are.
+# An extra level on top, no wider than the next: at full resolution it costs the most.
 SIZE_PRESETS[128] = SIZE_PRESETS[96] | {"DIM_MULTS": (1, 1, 2, 2, 2)}
 # Small enough for recognizable shapes after five minutes on two cores.
 CPU_PRESETS: dict[str, dict[str, Any]] = {
@@ -246,8 +249,8 @@ def resolve(
     explicit = {name: value for _, values in explicit_layers for name, value in values.items()}
     if checkpoint:
         # What earlier versions did without naming it.
-        unnamed = {"CHANNELS": 3, "WEIGHT_DECAY": 0.0}
-        base_layers = [("checkpoint", unnamed | DDPMConfig.current_names(checkpoint))]
+        earlier_defaults = {"CHANNELS": 3, "WEIGHT_DECAY": 0.0}
+        base_layers = [("checkpoint", earlier_defaults | DDPMConfig.current_names(checkpoint))]
     else:
         script = script or {}
         base_layers = [("script", script), *presets_for(dataset, tier, script, explicit)]

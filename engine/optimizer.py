@@ -18,8 +18,8 @@ from engine.triton_support import triton_kernels, use_triton
 BETAS = (0.9, 0.99)  # of Adam
 EPSILON = 1e-8
 MOMENTUM = 0.95  # of Muon
-# Polynomials (a, b, c) that together take singular values from 0.007 on to between 0.8 and 1.2,
-# also those that rounding moved above 1. Fitted to spectra of gradients: docs/experiments.md.
+# Polynomials (a, b, c) that together map singular values in [0.007, 1.1] to [0.9, 1.2]; rounding
+# moves some above 1. Fitted to spectra of gradients: docs/experiments.md.
 NEWTON_SCHULZ_STEPS = (
     (4.21, -8.216, 4.093),
     (3.431, -5.66, 2.543),
@@ -101,7 +101,7 @@ class Adam:
         grad = scale_finite(grad, grad_scale, is_finite)
         self.exp_avg.lerp_(grad, (1 - BETAS[0]) * is_finite)
         self.exp_avg_sq.lerp_(grad.square(), (1 - BETAS[1]) * is_finite)
-        count = self.count.clamp(min=1)
+        count = self.count.clamp(min=1)  # 0 / 0 if the first update is skipped
         root = (self.exp_avg_sq / (1 - BETAS[1] ** count)).sqrt_().add_(EPSILON)
         params.sub_(self.exp_avg / root * (is_finite * lr / (1 - BETAS[0] ** count)))
 
@@ -112,8 +112,8 @@ class Adam:
 class Muon:
     """SGD momentum with orthogonalized updates. Jordan et al. (2024).
 
-    A convolution is a matrix with a row for each output channel. Learning rates mean what they
-    mean to Adam. shapes: of the parameters in the vector, equal ones together. mix_sizes:
+    A convolution is a matrix with a row for each output channel. Takes the same learning rates as
+    Adam. shapes: of the parameters in the vector, equal ones together. mix_sizes:
     orthogonalize different sizes in one batch, padded; a GPU needs as long for many small products
     as for a few large ones.
     """
@@ -156,7 +156,7 @@ class Muon:
                 target.sub_(update[:, : target.shape[1], : target.shape[2]], alpha=max_dim_sqrt)
 
     def nesterov_momentum(self, grad: Tensor, grad_scale: Tensor, is_finite: Tensor) -> Tensor:
-        """Adds grad * grad_scale to exp_avg; returns Nesterov's look-ahead, bf16 on a GPU."""
+        """Adds grad * grad_scale to exp_avg; returns Nesterov's look-ahead; bf16 by Triton."""
         if use_triton(grad):
             momentum = torch.empty_like(grad, dtype=torch.bfloat16 if grad.is_cuda else None)
             triton_kernels.momentum(grad, self.exp_avg, momentum, grad_scale, is_finite, MOMENTUM)
@@ -193,7 +193,7 @@ def transpose_if_tall(x: Tensor) -> Tensor:
 def newton_schulz(x: Tensor, scale: Tensor) -> Tensor:
     """Moves singular values of matrices (K, M, N), M <= N, near `scale`; Newton-Schulz steps.
 
-    A step makes of each singular value s the polynomial a s + b s^3 + c s^5. The first one needs
+    A step maps each singular value s to a s + b s^3 + c s^5. The first one needs
     values of at most 1. The Schatten-4 norm is an upper bound of them, closer than the Frobenius
     norm, and follows from x x^T, which the step needs anyway. Dividing by it and scaling happen in
     the small (K, M, M) products, so that only matrix products go over x.

@@ -11,9 +11,9 @@ from torch import Tensor
 class StepRandomness(NamedTuple):
     """Random inputs of a step on a global batch of B images."""
 
-    u: Tensor  # (B,), uniform in [0, 1), of which timesteps are made
+    timestep_u: Tensor  # (B,), uniform in [0, 1], mapped to timesteps
     noise: Tensor  # (B, C, H, W), standard normal
-    mirror: Tensor  # bool (B,), which images to mirror
+    mirror: Tensor  # bool (B,), which images HORIZONTAL_FLIP mirrors
     label_u: Tensor  # (B,), uniform in [0, 1); below LABEL_DROPOUT, an image loses its label
 
 
@@ -23,14 +23,14 @@ def step_randomness(
     """Returns the random inputs of a step on a global batch of a shape (B, C, H, W).
 
     A function of (seed, step), so accumulation, ranks and resuming change nothing (dropout uses
-    the global generators). u is stratified: one value in each of B equal parts of [0, 1), in
-    ascending order, Kingma et al. (arXiv:2107.00630).
+    the global generators). timestep_u is stratified: one value in each of B equal parts of [0, 1],
+    in ascending order, Kingma et al. (arXiv:2107.00630).
     """
-    # A hash of the seed, so that runs with neighboring seeds share no noise.
-    generator = torch.Generator(device).manual_seed((seed * 0x9E3779B1 + step) % 2**63)
+    # Neighboring seeds are more steps apart than any run has, so no two runs share noise.
+    generator = torch.Generator(device).manual_seed(seed * 0x9E3779B1 + step)
     offset = torch.rand(shape[:1], generator=generator, device=device)
     return StepRandomness(
-        u=(offset + torch.arange(shape[0], device=device)) / shape[0],
+        timestep_u=(offset + torch.arange(shape[0], device=device)) / shape[0],
         noise=torch.randn(shape, generator=generator, device=device),
         mirror=torch.rand(shape[:1], generator=generator, device=device) < 0.5,
         label_u=torch.rand(shape[:1], generator=generator, device=device),
@@ -38,7 +38,7 @@ def step_randomness(
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds the global generators, which dropout and self-conditioning use."""
+    """Seeds the global generators of torch and Python; dropout and self-conditioning use them."""
     torch.manual_seed(seed)
     random.seed(seed)
 

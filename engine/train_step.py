@@ -31,7 +31,8 @@ class TrainableModel(Protocol):
     An optional static method `upgrade_architecture` converts the architecture of an older
     checkpoint to the current format. An optional method `set_fraction` is called before each step
     with how much of the run is done, 0 to 1. Optional attributes: with `class_names`, grids have a
-    class in each row and `sample` gets `labels`; with `grid_steps`, it gets each as `steps`.
+    class in each row and `sample` gets `labels`; with `grid_steps`, a grid has the same seeds at
+    each of these numbers of `steps`.
     """
 
     image_size: int  # pixels
@@ -47,12 +48,12 @@ class TrainableModel(Protocol):
 
         noise: (B, C, H, W). labels: int64 (B,), if the data set has them; -1: no label, or one that
         LABEL_DROPOUT dropped. A model whose forward has no parameter `labels` gets none. On a CPU,
-        two threads call it at the same time with half of a batch each; if it takes random numbers,
-        one does.
+        two threads call it at the same time with half of a batch each, unless it draws random
+        numbers.
         """
 
     def timesteps_from_uniform(self, u: Tensor) -> Tensor:
-        """Maps u (B,), uniform in [0, 1), to timesteps (B,) as training distributes them."""
+        """Maps u (B,), uniform in [0, 1], to timesteps (B,) as training distributes them."""
 
     def snapshot_guide(self) -> None:
         """Saves a copy of the network as `guide`, used by sampling from then on."""
@@ -109,7 +110,7 @@ class TrainStep:
         # Optimizers: flatten() puts the matrices first, which Muon updates; Adam updates the rest.
         matrices = [p for name, p in named if use_muon(name, p)]
         end = sum(padded_numel(p.numel()) for p in matrices)
-        self.matrices = self.params[:end]
+        self.matrices = self.params[:end]  # decayed by either optimizer
         if config.OPTIMIZER == "adam":
             matrices = []
             end = 0
@@ -128,9 +129,12 @@ class TrainStep:
         use_threads = use_batch_threads(self.device) and not config.COMPILE_MODEL
         self.threads = BatchThreads() if use_threads else None
         # Scalars stay on the device: reading one makes the host wait.
-        zeros = [torch.zeros((), device=self.device) for _ in range(5)]
-        self.lr, self.ema_weight, self.skipped_updates = zeros[:3]
-        self.consecutive_skips, self.finite_streak = zeros[3:]
+        zero = partial(torch.zeros, (), device=self.device)
+        self.lr = zero()
+        self.ema_weight = zero()
+        self.skipped_updates = zero()
+        self.consecutive_skips = zero()
+        self.finite_streak = zero()
         self.use_loss_scaling = config.USE_AMP and self.amp_dtype == torch.float16
         scale = INITIAL_LOSS_SCALE if self.use_loss_scaling else 1.0
         self.loss_scale = torch.full((), scale, device=self.device)
@@ -145,7 +149,7 @@ class TrainStep:
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.config.USE_AMP)
 
     def set_fraction(self, fraction: float) -> None:
-        """Tells a model that asks how much of the run is done, 0 to 1; not the EMA, always at 1."""
+        """Passes how much of the run is done, 0 to 1, to a model that asks; the EMA stays at 1."""
         if hasattr(self.model, "set_fraction"):
             self.model.set_fraction(fraction)
 
@@ -194,7 +198,7 @@ class TrainStep:
         shape = torch.Size([local_batch * self.world_size, *batch.images.shape[1:]])
         randomness = step_randomness(self.config.SEED, step, shape, self.device)
         rows = slice(self.rank * local_batch, (self.rank + 1) * local_batch)
-        t = self.model.timesteps_from_uniform(randomness.u)[rows]
+        t = self.model.timesteps_from_uniform(randomness.timestep_u)[rows]
         is_kept = randomness.label_u[rows] >= self.config.LABEL_DROPOUT
         labels = [torch.where(is_kept, x, NO_LABEL) for x in self.labels_of(batch)]
         inputs = (batch.images, t, randomness.noise[rows], randomness.mirror[rows], *labels)
@@ -257,7 +261,7 @@ class TrainStep:
             is_growing = (self.finite_streak % LOSS_SCALE_GROWTH_STEPS == 0) & (is_finite > 0)
             kept_or_halved = torch.where(is_finite > 0, 1.0, 0.5)
             self.loss_scale.mul_(torch.where(is_growing, 2.0, kept_or_halved))
-        # Smaller matrices turn faster at the same learning rate, also late in a run.
+        # An update of the same size turns a matrix less the larger it has grown.
         if self.config.WEIGHT_DECAY:
             self.matrices.mul_(1 - self.config.WEIGHT_DECAY * self.lr * is_finite)
         for optimizer, part in self.optimizers.values():
@@ -277,19 +281,22 @@ class TrainStep:
                 self.graphs = None
         return fn(*inputs)
 
-    def halve_micro_batch(self, count: int) -> None:
-        """Frees what a failed attempt at `count` images left and halves the micro-batch.
+    def halve_micro_batch(self, local_batch: int) -> None:
+        """Frees what a failed attempt at a local batch left and halves the micro-batch.
 
         Raises UserError with several ranks, which would all have to halve theirs.
         """
+        count = min(self.micro_batch, local_batch)
         if self.world_size > 1:
-            advice = "lower --batch_size (and raise --gradient_accumulation), or --dim"
+            effective = local_batch * self.world_size
+            flags = f"--batch_size {count // 2} --gradient_accumulation {2 * effective // count}"
+            advice = f"use {flags}, or lower --dim" if count % 2 == 0 else "lower --dim"
             raise UserError(f"out of memory: {advice}", exit_code=1)
         self.model.zero_grad()
         if self.graphs:
             self.graphs.clear()
             self.graph_pool = torch.cuda.graph_pool_handle()
-        self.batcher.halve(min(self.micro_batch, count))
+        self.batcher.halve(count)
 
     @torch.no_grad()
     def validate(self, batch: Batch) -> float:

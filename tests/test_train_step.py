@@ -64,7 +64,7 @@ def test_step_is_adamw_on_the_clipped_gradient_of_the_loss():
     randomness = step_randomness(0, 3, torch.Size([32, 3, 8, 8]), CPU)
     images = make_batch().images / 255
     x = torch.where(randomness.mirror[:, None, None, None], images.flip(-1), images)
-    expected = reference(x, (randomness.u * 50).long(), randomness.noise)
+    expected = reference(x, (randomness.timestep_u * 50).long(), randomness.noise)
     expected.backward()
     expected_norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
     adam.step()
@@ -355,7 +355,8 @@ def test_step_out_of_memory_on_several_ranks_is_an_error():
     step = make_step()
     step.world_size = 2
     step.model.max_images = 10
-    with pytest.raises(UserError, match="out of memory: lower --batch_size") as caught:
+    advice = "use --batch_size 16 --gradient_accumulation 4, or lower --dim"
+    with pytest.raises(UserError, match=advice) as caught:
         step(make_batch(), 0, 1e-3)
     assert caught.value.exit_code == 1 and step.micro_batch == 32
 
