@@ -1,59 +1,90 @@
 """What evaluate.py reports: tables, the names of files, figures."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from PIL import Image
 
 from engine import plots
-from engine.metrics import References, extract_features, nearest_neighbors
+from engine.class_metrics import ClassRow
+from engine.metrics import References, Scores, extract_features, nearest_neighbors
 from engine.sampling_settings import sampling_name
 
-Evaluation = dict[str, Any]  # scores of images and how they were made, as in the JSON file
+
+class Evaluation(TypedDict, total=False):
+    """How images were made and what they score: one of `evaluations` in the JSON file."""
+
+    name: str
+    images: str  # the path of --images; or, of a checkpoint:
+    checkpoint: str
+    sha256: str
+    sampler: str
+    steps: int
+    spacing: str | None
+    noise_levels: str | None
+    guidance: float  # 1 if it changes nothing
+    guidance_mode: str
+    nfe: int
+    seeds: str  # FIRST-LAST
+    use_amp: bool
+    seconds_sampling: float
+    trained_seconds: float | None
+    trained_images: int | None
+    num_samples: int
+    scores: Scores
+    classes: list[ClassRow]
+    seconds: float  # sampling, the loss by timestep and scoring
 
 
 def format_table(results: list[Evaluation]) -> str:
     """Returns the scores as aligned columns."""
     columns = [name for name in results[0]["scores"] if not name.endswith(" std")]
-    width = max(len(row["name"]) for row in results)
+    width = max(len(result["name"]) for result in results)
     lines = [" " * width + "".join(f"{name:>16}" for name in (*columns, "seconds"))]
-    for row in results:
-        scores = "".join(f"{row['scores'][name]:16.4g}" for name in columns)
-        lines.append(f"{row['name']:{width}}{scores}{row['seconds']:16.0f}")
+    for result in results:
+        scores = "".join(f"{result['scores'][name]:16.4g}" for name in columns)
+        lines.append(f"{result['name']:{width}}{scores}{result['seconds']:16.0f}")
     return "\n".join(lines)
 
 
-def format_classes(results: list[Evaluation], title: str, real_accuracy: float | None) -> str:
-    """Returns the scores of each class as aligned columns. title: of the distance."""
+def format_classes(results: list[Evaluation], distance: str, real_accuracy: float | None) -> str:
+    """Returns the scores of each class as aligned columns; the distance has this name."""
     lines = []
     for result in results:
         rows = result["classes"]
         width = max(len("class"), *(len(row["class"]) for row in rows))
-        columns = {"samples": "samples", "accuracy": "accuracy", "real accuracy": "real accuracy"}
+        columns = ["samples", "accuracy", "real accuracy"]
         if any("distance" in row for row in rows):
-            columns["distance"] = title
-        heads = "".join(f"{text:>15}" for text in columns.values())
-        lines += [result["name"], f"{'class':{width}}{heads}"]
+            columns.append("distance")
+        headings = (distance if column == "distance" else column for column in columns)
+        cells = "".join(f"{heading:>15}" for heading in headings)
+        lines += [result["name"], f"{'class':{width}}{cells}"]
         for row in rows:
-            values = (row.get(key) for key in columns)
-            cells = (f"{'-' if value is None else f'{value:.4g}':>15}" for value in values)
-            lines.append(f"{row['class']:{width}}{''.join(cells)}")
-    return "\n".join([*lines, f"class accuracy of held-out real images: {real_accuracy}"])
+            values = (row.get(column) for column in columns)
+            cells = "".join(f"{'-' if value is None else f'{value:.4g}':>15}" for value in values)
+            lines.append(f"{row['class']:{width}}{cells}")
+    if real_accuracy is not None:
+        lines.append(f"class accuracy of held-out real images: {real_accuracy:.4g}")
+    return "\n".join(lines)
 
 
-def result_name(first: Evaluation, others: int, reference: dict[str, Any]) -> str:
+def result_name(first: Evaluation, num_others: int, reference: dict[str, Any]) -> str:
     """Returns the name of result files: what was evaluated, how sampled, compared with what."""
-    parts = [first["name"], *([f"and-{others}-more"] if others else [])]
+    parts = ["evaluate", first["name"]]
+    if num_others:
+        parts.append(f"and-{num_others}-more")
     if "checkpoint" in first:
         parts.append(sampling_name(first))
-        mode = "" if first["guidance_mode"] == "autoguidance" else f"{first['guidance_mode']}-"
-        parts += [f"{mode}guidance-{first['guidance']:g}"] if first["guidance"] != 1 else []
-        parts += [f"seeds-{first['seeds']}"] if not first["seeds"].startswith("0-") else []
+        if first["guidance"] != 1:
+            mode = "" if first["guidance_mode"] == "autoguidance" else f"{first['guidance_mode']}-"
+            parts.append(f"{mode}guidance-{first['guidance']:g}")
+        if not first["seeds"].startswith("0-"):
+            parts.append(f"seeds-{first['seeds']}")
     is_folder = reference["dataset"] == "folder"
     source = Path(reference["data_dir"]).resolve().name if is_folder else reference["dataset"]
-    return "-".join(["evaluate", *parts, str(first["num_samples"]), "vs", source])
+    return "-".join([*parts, str(first["num_samples"]), "vs", source])
 
 
 def plot_nearest_neighbors(
@@ -63,16 +94,17 @@ def plot_nearest_neighbors(
     """Returns samples and, below each, the real images nearest in pixels and features."""
     queries = np.concatenate([samples, samples[..., ::-1]])  # training may mirror images
     spaces = [("pixels", queries.reshape(len(queries), -1), real.reshape(len(real), -1), 255)]
-    for network, reference in references.items():
+    for network, statistics in references.items():
         features = extract_features(network, queries, device)
-        spaces.append((network.title.removeprefix("FD-"), features, reference.features, 1))
+        spaces.append((network.title.removeprefix("FD-"), features, statistics.features, 1))
     tiles = [samples]
     captions = list(captions)
-    for name, points, rows, unit in spaces:
-        distance, index = (values.reshape(2, -1) for values in nearest_neighbors(points, rows))
+    for name, points, real_points, unit in spaces:
+        nearest = nearest_neighbors(points, real_points)
+        distance, index = (values.reshape(2, -1) for values in nearest)
         mirrored = distance[1] < distance[0]
-        nearest = real[np.where(mirrored, index[1], index[0])]
-        tiles.append(np.where(mirrored[:, None, None, None], nearest[..., ::-1], nearest))
+        found = real[np.where(mirrored, index[1], index[0])]
+        tiles.append(np.where(mirrored[:, None, None, None], found[..., ::-1], found))
         captions += [f"{name} {value:.3f}" for value in distance.min(axis=0) / unit]
     title = "samples and, below each, the nearest real images with their root mean square distance"
     images = torch.from_numpy(np.concatenate(tiles)) / 255
@@ -83,13 +115,13 @@ def save_curves(
     results: list[Evaluation], losses: dict[str, tuple[list[int], list[float]]],
     titles: list[str], stem: Path,
 ) -> None:  # fmt: skip
-    """Plots losses, by name as timesteps and values, and distances by training time."""
+    """Plots losses, by name as timesteps and values, and the distances of these titles by time."""
     if losses:
         timesteps, _ = next(iter(losses.values()))
         values = {name: loss for name, (_, loss) in losses.items()}
         plots.save_loss_by_timestep(timesteps, values, stem.with_name(f"{stem.name}-loss.png"))
-    trained = [row for row in results if row.get("trained_seconds")]
+    trained = [result for result in results if result.get("trained_seconds")]
     if len(trained) > 1:
-        minutes = [row["trained_seconds"] / 60 for row in trained]
-        distances = {title: [row["scores"][title] for row in trained] for title in titles}
+        minutes = [result["trained_seconds"] / 60 for result in trained]
+        distances = {title: [result["scores"][title] for result in trained] for title in titles}
         plots.plot_fd_over_time(minutes, distances, stem.with_name(f"{stem.name}-curve.png"))
