@@ -25,7 +25,7 @@ from engine.denoiser import GUIDANCE_MODES, ModelDenoiser, call_network, weaker_
 from engine.errors import RenamedWarning, UserError, warn_fallback
 from engine.generation import GenerationMixin, eval_mode, expand_seeds, unnormalize  # noqa: F401
 from engine.hub import HubMixin
-from engine.labels import check_class_names
+from engine.labels import check_class_counts
 from engine.noise_schedule import EDM_P_MEAN, edm_weighting, shift_log_snr, shift_sigma
 from engine.unet import FastUnet
 
@@ -118,7 +118,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         self.sampling_timesteps = sampling_timesteps
         self.guidance = guidance
         self.is_consistency_tuned = consistency
-        check_class_names(class_counts)
+        check_class_counts(class_counts)
         self.class_names = tuple(class_counts)
         self.class_counts = dict(class_counts)
         self.guidance_mode = guidance_mode if class_counts else "autoguidance"

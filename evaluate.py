@@ -33,7 +33,7 @@ from engine.devices import default_device, device_name
 from engine.errors import UserError, warn_fallback
 from engine.evaluation_report import Evaluation
 from engine.image_source import ReadOptions
-from engine.labels import NO_LABEL, labels_of_seeds
+from engine.labels import NO_LABEL, labels_in_proportion
 from engine.metrics import References, Scores
 from engine.sampling_settings import SamplingSettings, choose_sampling, plan_kwargs
 from engine.settings import Setting
@@ -86,7 +86,7 @@ def sample_images(
 ) -> tuple[np.ndarray, Evaluation]:
     """Returns samples, uint8 (N, C, H, W), and their settings. Every rank calls this.
 
-    labels: of the samples, on rank 0; None: in the proportions of the training images.
+    labels: the class of each sample, on rank 0; by default in the training images' proportions.
     """
     # Wait for rank 0, which may score earlier samples for longer than a collective operation waits.
     distributed.rank0_first(f"sample {path}", lambda: None)
@@ -122,7 +122,7 @@ def labels_as_in(real: np.ndarray, settings: EvaluationSettings, num_classes: in
     """Returns the label of each sample, in the proportions of real images' labels."""
     counts = np.bincount(real - NO_LABEL, minlength=num_classes + 1).tolist()
     seeds = range(settings.seed, settings.seed + settings.num_samples)
-    return labels_of_seeds(seeds, counts) + NO_LABEL
+    return labels_in_proportion(seeds, counts) + NO_LABEL
 
 
 def load_real_images(
@@ -131,9 +131,9 @@ def load_real_images(
 ) -> tuple[ImageDataset, dict[str, Any]]:  # fmt: skip
     """Returns the images to compare with and what the report says of them.
 
-    config: of the run that wrote the checkpoint `path`, whose training images are the default.
-    shape: (C, H, W) of the evaluated images; folders are read with their channels and size.
-    class_names: of the model; there are labels if the data has the same classes.
+    config: the configuration of the run that wrote the checkpoint `path`; its training images are
+    the default. shape: (C, H, W) of the evaluated images; folders are read with their channels and
+    size. class_names: the model's classes; the data has labels if its classes are the same.
     """
     # The data set that was asked for, else the one that the run trained on.
     dataset = settings.dataset or config.get("DATASET")
@@ -213,18 +213,18 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
     # Sample and score; the report is saved after each.
     losses: dict[str, tuple[list[int], list[float]]] = {}
     for i, path in enumerate(paths):
-        row_start = time.perf_counter()
-        row: Evaluation = {"name": path.stem, "images": str(path)}
+        path_start = time.perf_counter()
+        result: Evaluation = {"name": path.stem, "images": str(path)}
         if not settings.images:
             if i > 0:  # the first is loaded already
                 model.load_model(path, settings.image_size or None)
                 check_shape(model, path, shape, paths[0])
-            images, row = sample_images(model, path, settings, labels)
+            images, result = sample_images(model, path, settings, labels)
             if validation is not None:
-                losses[row["name"]] = metrics.loss_by_timestep(model, validation)
-        row |= score_images(images, references, by_class, labels, device)
-        row["seconds"] = round(time.perf_counter() - row_start, 2)
-        results.append(row)
+                losses[result["name"]] = metrics.loss_by_timestep(model, validation)
+        result |= score_images(images, references, by_class, labels, device)
+        result["seconds"] = round(time.perf_counter() - path_start, 2)
+        results.append(result)
         report["seconds"] = round(time.perf_counter() - start, 2)
         stem = output_dir / reporting.result_name(results[0], len(paths) - 1, reference)
         checkpoints.write_text(Path(f"{stem}.json"), json.dumps(report, indent=2) + "\n")
@@ -259,14 +259,16 @@ def score_images(
     scores: Scores = {}
     for network, real in references.items():
         features = metrics.extract_features(network, images, device)
-        scores[network.title] = metrics.frechet_distance(metrics.feature_statistics(features), real)
+        statistics = metrics.feature_statistics(features)
+        scores[network.title] = metrics.frechet_distance(statistics, real)
         if isinstance(network, metrics.Inception):
             scores |= metrics.inception_scores(network, features, real.features)
-    row: Evaluation = {"num_samples": len(images), "scores": scores}
+    result: Evaluation = {"num_samples": len(images), "scores": scores}
     if by_class is not None:  # by the features of the last network
-        accuracy, row["classes"] = by_class.score(features, labels)
-        scores |= {} if accuracy is None else {"class accuracy": accuracy}
-    return row
+        accuracy, result["classes"] = by_class.score(features, labels)
+        if accuracy is not None:
+            scores["class accuracy"] = accuracy
+    return result
 
 
 def check_shape(model: DDPMModel, path: Path, shape: tuple[int, ...], first: Path) -> None:

@@ -24,7 +24,7 @@ from engine.errors import UserError
 from engine.image_cache import load_cached
 from engine.image_files import file_fingerprint
 from engine.image_source import DEFAULT_OPTIONS, ReadOptions, Source, image_source, path_source
-from engine.labels import NO_LABEL, check_classes, labels_from_folders
+from engine.labels import NO_LABEL, check_num_classes, labels_from_folders
 from engine.shapes import SHAPE_KINDS, draw_shapes, kind_of
 
 DATASETS = ("auto", "cifar10", "celeba", "stl10", "shapes", "folder", "hf:NAME")
@@ -142,7 +142,7 @@ def load_dataset(
         )
     data = load_cached(source, file_slug(dataset), image_size, Path(cache_dir), workers, progress)
     if use_labels:
-        check_classes(data.class_names, source.location)
+        check_num_classes(data.class_names, source.location)
     return data
 
 
@@ -168,7 +168,7 @@ def placeholder(dataset: str, image_size: int, use_labels: bool = False) -> Imag
         count = hf_datasets.hf_source(dataset, 3, False).count
     images = np.broadcast_to(np.uint8(0), (count, 3, image_size, image_size))
     if use_labels and count:
-        check_classes(class_names, dataset)
+        check_num_classes(class_names, dataset)
         return ImageDataset(images, np.arange(count) % len(class_names), class_names)
     return ImageDataset(images) if count else None
 
@@ -225,7 +225,7 @@ def open_source(
     elif archive.class_names:
         labels = archive_labels(archive, data_dir)
         names = archive.class_names
-    check_classes(names, source.location)
+    check_num_classes(names, source.location)
     return replace(source, labels=lambda: (labels, names))
 
 

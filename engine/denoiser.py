@@ -10,7 +10,7 @@ from denoising_diffusion_pytorch import GaussianDiffusion
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.labels import UNCONDITIONAL
+from engine.labels import UNCONDITIONAL_ERROR
 from engine.noise_schedule import SIGMA_MAX, sigma_of
 
 GUIDANCE_MODES = ("autoguidance", "cfg", "both")
@@ -24,7 +24,7 @@ def call_network(
     if labels is None:
         return network(x, t, previous)
     if not getattr(network, "num_classes", 0):
-        raise UserError(UNCONDITIONAL)
+        raise UserError(UNCONDITIONAL_ERROR)
     return network(x, t, previous, labels)
 
 

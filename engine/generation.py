@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from engine import samplers
 from engine.denoiser import ModelDenoiser, NFECounter
 from engine.errors import UserError
-from engine.labels import NO_LABEL, UNCONDITIONAL, labels_of_seeds
+from engine.labels import NO_LABEL, UNCONDITIONAL_ERROR, labels_in_proportion
 from engine.noise_schedule import diffuse, shift_sigma
 from engine.samplers import CONSISTENCY_LEVELS, SAMPLERS, SPACINGS, SeededNoise
 
@@ -106,7 +106,7 @@ class GenerationMixin:
         x, randn = self.noise(seeds)
         function, timesteps = self.sampling_plan(sampler, steps, spacing, noise_levels)
         if labels is None and self.class_names:
-            labels = labels_of_seeds(seeds, self.class_counts.values())
+            labels = labels_in_proportion(seeds, self.class_counts.values())
         return self.trajectory(x, timesteps, function, randn, labels=labels, **options)
 
     @torch.no_grad()
@@ -293,7 +293,7 @@ class GenerationMixin:
             return None
         num_classes = len(self.class_names)
         if not num_classes:
-            raise UserError(UNCONDITIONAL)
+            raise UserError(UNCONDITIONAL_ERROR)
         labels = torch.as_tensor(labels, device=self.device)
         if labels.ndim == 0:
             labels = labels.expand(count)

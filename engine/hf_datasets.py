@@ -13,7 +13,7 @@ from PIL import Image
 
 from engine.errors import UserError, type_and_message
 from engine.image_source import BLOCK, Source
-from engine.labels import NO_LABEL, check_classes
+from engine.labels import NO_LABEL, check_num_classes
 from engine.pixels import read_pixels
 
 PREFIX = "hf:"
@@ -40,7 +40,7 @@ def hf_source(dataset: str, channels: int, use_labels: bool) -> Source:
     if use_labels:
         label_column = find_label_column(table.features, label_column, name)
         class_names = getattr(table.features[label_column], "names", None)
-        check_classes(class_names if class_names is not None else ("?", "?"), location)
+        check_num_classes(class_names if class_names is not None else ("?", "?"), location)
         columns.append(label_column)
     rows = table.select_columns(columns)
     values: list[Any] = []  # of the label column, as far as it was streamed

@@ -26,8 +26,8 @@ from engine.devices import amp_dtype, device_name
 from engine.errors import UserError
 from engine.gpu_memory import OomBatcher
 from engine.image_source import ReadOptions
-from engine.input_images import open_input, read_image
-from engine.labels import labels_of_seeds, parse_classes
+from engine.input_images import read_image, resolve_input
+from engine.labels import labels_in_proportion, parse_classes
 from engine.sampling_settings import plan_kwargs
 from engine.settings import Settings
 
@@ -48,13 +48,14 @@ class InferenceJob:
     settings: dict[str, Any]  # plain values by name, stored with every image
     folder: Path
     sampler: str | Callable
-    results: dict[str, Any] = field(default_factory=dict)  # what else summary.json says
+    results: dict[str, Any] = field(default_factory=dict)  # what a mode adds to summary.json
 
     def __post_init__(self) -> None:
         self.batcher = OomBatcher(self.settings["batch_size"])
         text = self.settings["classes"]
-        # The labels that --classes names, empty without it.
-        self.given_labels = parse_classes(text, self.model.class_names) if text is not None else []
+        # The labels of the classes in --classes, empty without it.
+        names = self.model.class_names
+        self.requested_labels = [] if text is None else parse_classes(text, names)
 
     @property
     def sampler_kwargs(self) -> dict[str, Any]:
@@ -65,29 +66,26 @@ class InferenceJob:
         return plan_kwargs(self.settings, self.sampler) | guidance
 
     def labels_of(self, seeds: Sequence[int]) -> list[int] | None:
-        """Returns the class of each seed; None if the model has no classes."""
+        """Returns each seed's class, of those in --classes; None if the model has no classes."""
         if not self.model.class_names:
             return None
         counts = [*self.model.class_counts.values()]
-        if self.given_labels:
-            counts = [max(1, n) if i in self.given_labels else 0 for i, n in enumerate(counts)]
-        return labels_of_seeds(seeds, counts).tolist()
-
-    def labels_if_asked(self, seeds: Sequence[int]) -> list[int] | None:
-        """Returns labels_of with --classes, else None: an image's class is unknown."""
-        return self.labels_of(seeds) if self.given_labels else None
+        if self.requested_labels:
+            chosen = set(self.requested_labels)
+            counts = [max(1, n) if label in chosen else 0 for label, n in enumerate(counts)]
+        return labels_in_proportion(seeds, counts).tolist()
 
     def run_batched(self, function: Callable, seeds: Sequence[int], **kwargs: Any) -> Tensor:
-        """As the function run_batched, with the job's sampler."""
+        """Calls the function run_batched with the job's sampler, guidance and batch size."""
         kwargs |= self.sampler_kwargs
         return run_batched(function, seeds, self.batcher, self.settings["mode"], **kwargs)
 
     def load_input_image(self, name: str, label: int | None = None) -> tuple[Tensor, str]:
         """Returns the image that a setting names, (C, H, W) in [0, 1], and its title.
 
-        label: the class if it is a seed's; by default, the one that this seed has.
+        label: the class to sample if the setting is a seed; by default a function of the seed.
         """
-        # A seed.
+        # A seed, whose image is sampled.
         source = self.settings[name]
         if source.isdecimal():
             labels = None if label is None else [label]
@@ -97,7 +95,7 @@ class InferenceJob:
         # A file, or a PNG as a data URI.
         data = re.fullmatch(r"data:(\d{1,18})", source)
         if not data:
-            file = open_input(source)
+            file = resolve_input(source)
             title = file.name if isinstance(file, Path) else "original"
             return read_image(file, self.model.image_size, self.model.channels), title
 
@@ -130,7 +128,8 @@ class InferenceJob:
         labels: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         """Writes each image to <folder>/<seed>.png, with labels <folder>/<class>/..."""
-        mode = self.settings["mode"].replace("batch", "samples")  # which makes single images
+        # Mode samples reproduces a single image of mode batch.
+        mode = self.settings["mode"].replace("batch", "samples")
         for i, (seed, path) in enumerate(zip(seeds, self.image_paths(seeds, labels), strict=True)):
             changes = {"mode": mode, "seeds": [seed]}
             if labels is not None:
@@ -176,7 +175,7 @@ def run_batched(
 
 
 def complete_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns settings of any version, with what they lack and the defaults by the seeds."""
+    """Returns settings of any version with what they lack; input images default to the seeds."""
     complete = {name: value for name, value in settings.items() if name != "channels_last"}
     for name, index in (("image", 0), ("image1", 0), ("image2", -1)):
         complete[name] = settings.get(name) or str(settings["seeds"][index])
@@ -264,10 +263,13 @@ def parse_seeds(text: str, limit: int = MAX_SEEDS) -> list[int]:
     seeds: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part.strip())
-        span = range(int(match[1]), int(match[2] or match[1]) + 1) if match else ()
-        if not span:
+        if not match:
             examples = "7, 0-63 or 1,5,10-12, with at most 18 digits each"
             raise UserError(f"seeds is {text!r}, but must look like {examples}")
+        first, last = match[1], match[2] or match[1]
+        span = range(int(first), int(last) + 1)
+        if not span:
+            raise UserError(f"seeds has the reversed range {first}-{last}. Write {last}-{first}")
         if len(seeds) + len(span) > limit:
             raise UserError(f"seeds is {text!r}, but at most {limit:,} images are possible")
         seeds += span

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,14 +20,18 @@ from engine import checkpoints, distributed, plots
 from engine.errors import UserError
 from engine.generation import unnormalize
 from engine.inference_jobs import InferenceJob, compile_networks, has_other_settings, psnr
-from engine.input_images import open_input, read_mask
+from engine.input_images import read_mask, resolve_input
 from engine.samplers import batched
 
-MAX_GRID_COLUMNS = 16  # seeds in the grid of a model with classes
-FIGURE_TILES = 16  # of vary and inpaint
-MAX_FRAMES = 60  # of a GIF
+MAX_GRID_IMAGES = 100  # images in grid.png, or classes if it has a row for each
+MAX_GRID_COLUMNS = 16  # seeds in grid.png if it has a row for each class
+CONTACT_SHEET_ASPECT = 1.6  # columns by rows
+MAX_EDITED_TILES = 16  # tiles in the figures of vary and inpaint, the original included
+MAX_FIGURE_SEEDS = 4  # seeds that progressive and compare sample
+MAX_FRAMES = 60  # frames in a GIF
+INVERSION_STEPS = 100  # at least; with fewer, DDIM inversion does not reproduce the given images
 COMPARED_STEPS = (5, 10, 20, 50)
-CONSISTENCY_STEPS = (1, 2, 4, 8)  # compared of a tuned model
+CONSISTENCY_STEPS = (1, 2, 4, 8)  # compared if the model is consistency-tuned
 CHUNK_IMAGES = 256  # images that mode batch samples and saves at a time
 
 
@@ -34,63 +39,67 @@ def generate_samples(job: InferenceJob) -> str:
     """Single images, a grid (with classes, a row for each) and a contact sheet."""
     seeds = job.settings["seeds"]
     names = job.model.class_names
-    row_labels = job.given_labels or range(len(names))
-    labels = np.repeat(row_labels, len(seeds)).tolist() if names else None
-    every_seed = seeds * max(len(row_labels), 1)
+    class_indices = job.requested_labels or range(len(names))
+    labels = np.repeat(class_indices, len(seeds)).tolist() if names else None
+    every_seed = seeds * max(len(class_indices), 1)
     images = job.run_batched(job.model.sample, every_seed, labels=labels)
     job.save_each(images, every_seed, labels=labels)
-    columns = round((1.6 * len(images)) ** 0.5)
-    if len(row_labels) > 1:
+    columns = round((CONTACT_SHEET_ASPECT * len(images)) ** 0.5)
+    if len(class_indices) > 1:
         columns = len(seeds)
-        shown = images.unflatten(0, (len(row_labels), columns))[:100, :MAX_GRID_COLUMNS]
-        rows = [names[label] for label in row_labels[:100]]
+        by_class = images.unflatten(0, (len(class_indices), columns))
+        shown = by_class[:MAX_GRID_IMAGES, :MAX_GRID_COLUMNS].flatten(0, 1)
+        row_names = [names[index] for index in class_indices[:MAX_GRID_IMAGES]]
         headings = [f"seed {seed}" for seed in seeds[:MAX_GRID_COLUMNS]]
-        figure = plots.table(shown.flatten(0, 1), rows, headings, job.settings["tile"])
+        figure = plots.table(shown, row_names, headings, job.settings["tile"])
         job.save(figure, "grid.png", seeds=seeds[:MAX_GRID_COLUMNS])
     else:
-        job.save_grid("grid.png", images[:100], seeds[:100])
+        job.save_grid("grid.png", images[:MAX_GRID_IMAGES], seeds[:MAX_GRID_IMAGES])
     job.save(plots.grid(images, columns, smallest=1, padding=1), "contact_sheet.png")
     return f"{len(images)} images, grid.png, contact_sheet.png"
 
 
 def show_trajectory(job: InferenceJob) -> str:
     """x_t and the x_0 predicted from it: a strip of some timesteps and a GIF of all."""
-    # Trajectory of (t, [x_t, x_0]).
-    seeds = job.settings["seeds"][:4]
+    # Trajectory: pairs of t and [x_t, x_0].
+    seeds = job.settings["seeds"][:MAX_FIGURE_SEEDS]
     states = job.model.sample_states(seeds, labels=job.labels_of(seeds), **job.sampler_kwargs)
     trajectory = [(t, unnormalize(torch.stack([x_t, x_0])).float().cpu()) for t, x_t, x_0 in states]
 
     # Strip: for each seed a row of x_t and a row of x_0.
     shown = np.linspace(0, len(trajectory) - 1, job.settings["columns"]).round().astype(int)
-    steps = [trajectory[i] for i in np.unique(shown)]
-    tiles = torch.stack([pair for _, pair in steps], dim=2).transpose(0, 1).flatten(0, 2)
+    states = [trajectory[i] for i in np.unique(shown)]
+    tiles = torch.stack([pair for _, pair in states], dim=2).transpose(0, 1).flatten(0, 2)
     captions = []
-    for seed in seeds:
-        captions += [f"x, t = {t}" if t >= 0 else f"seed {seed}" for t, _ in steps]
-        captions += ["predicted x_0"] * len(steps)
-    job.save_grid("progressive.png", tiles, seeds, captions, columns=len(steps))
+    for seed in seeds:  # t < 0 is the final image
+        captions += [f"x, t = {t}" if t >= 0 else f"seed {seed}" for t, _ in states]
+        captions += ["predicted x_0"] * len(states)
+    job.save_grid("progressive.png", tiles, seeds, captions, columns=len(states))
 
     # GIF: at most MAX_FRAMES, always with the last; x_t above x_0.
     frames = trajectory[:: -math.ceil(len(trajectory) / MAX_FRAMES)][::-1]
     tiles = (plots.on_white(pair.flatten(0, 1)) for _, pair in frames)
     grids = [plots.grid(each, columns=len(seeds)) for each in tiles]
     plots.save_gif(grids, job.folder / "progressive.gif")
-    return "progressive.png (upper row x_t, lower row the predicted x_0), progressive.gif"
+    rows = "upper row x_t, lower row the predicted x_0"
+    return f"progressive.png ({rows}), progressive.gif, of seeds {', '.join(map(str, seeds))}"
 
 
 def interpolate(job: InferenceJob) -> str:
     """Images between two given ones, and maybe two classes: a strip and a GIF."""
-    labels = (job.given_labels[0], job.given_labels[-1]) if job.given_labels else None
+    requested = job.requested_labels
+    labels = (requested[0], requested[-1]) if requested else None
     image1, title1 = job.load_input_image("image1", labels and labels[0])
     image2, title2 = job.load_input_image("image2", labels and labels[1])
     # The encoder is DDIM's, so DDIM decodes unless there is a custom sampler.
     sampler = job.sampler if callable(job.sampler) else "ddim"
-    steps = min(max(100, job.settings["steps"]), job.model.num_timesteps)
-    count = job.settings["num_steps"]
-    images = job.model.interpolate(image1, image2, count, sampler, steps, labels).float().cpu()
+    steps = min(max(INVERSION_STEPS, job.settings["steps"]), job.model.num_timesteps)
+    num_images = job.settings["num_steps"]
+    images = job.model.interpolate(image1, image2, num_images, sampler, steps, labels)
+    images = images.float().cpu()
 
     # Figures.
-    captions = [title1, *(f"{i / (count - 1):.2f}" for i in range(count)), title2]
+    captions = [title1, *(f"{i / (num_images - 1):.2f}" for i in range(num_images)), title2]
     tiles = torch.cat([image1[None].cpu(), images, image2[None].cpu()])
     columns = min(len(tiles), job.settings["columns"] + 2)
     job.save_grid("interpolation.png", tiles, job.settings["seeds"], captions, columns=columns)
@@ -101,7 +110,7 @@ def interpolate(job: InferenceJob) -> str:
     name = job.settings["sampler"] if callable(job.sampler) else sampler
     job.results = {"psnr": psnr_of_ends, "decoder": {"sampler": name, "steps": steps}}
     quality = "PSNR of the ends {} and {} dB".format(*psnr_of_ends)
-    return f"interpolation.png, interpolation.gif; {quality}"
+    return f"interpolation.png, interpolation.gif, by {steps} steps of {name}; {quality}"
 
 
 def generate_batch(job: InferenceJob) -> str:
@@ -168,30 +177,38 @@ def read_part(file: Path) -> np.ndarray:
 
 def vary(job: InferenceJob) -> str:
     """Variations of an image."""
-    seeds = job.settings["seeds"][: FIGURE_TILES - 1]  # and the original
     image, _ = job.load_input_image("image")
-    kwargs = {"strength": job.settings["strength"], "labels": job.labels_if_asked(seeds)}
-    images = job.run_batched(job.model.vary, seeds, image=image, **kwargs)
-    job.save_grid("variations.png", torch.cat([image[None].cpu(), images]), seeds, ["original"])
-    job.save_each(images, seeds, "variations")
-    return "variations.png, single images in variations/"
+    strength = job.settings["strength"]
+    return edit_image(job, job.model.vary, {"original": image}, "variations", strength=strength)
 
 
 def inpaint(job: InferenceJob) -> str:
-    """An image with new content where a mask is white."""
-    seeds = job.settings["seeds"][: FIGURE_TILES - 2]  # and the original, and it masked
+    """An image with new content where a mask is white, by default in the right half."""
     image, _ = job.load_input_image("image")
     size = job.model.image_size
     mask = (torch.arange(size) >= size // 2).expand(size, size)
     if job.settings["mask"]:
-        mask = read_mask(open_input(job.settings["mask"]), open_input(job.settings["image"]), size)
-    kwargs = {"resamples": job.settings["resamples"], "labels": job.labels_if_asked(seeds)}
-    images = job.run_batched(job.model.inpaint, seeds, image=image, mask=mask, **kwargs)
-    original = image[None].cpu()
-    tiles = torch.cat([original, original.masked_fill(mask, 0.5), images])
-    job.save_grid("inpainted.png", tiles, seeds, ["original", "masked"])
-    job.save_each(images, seeds, "inpainted")
-    return "inpainted.png, single images in inpainted/"
+        mask = read_mask(*(resolve_input(job.settings[name]) for name in ("mask", "image")), size)
+    shown = {"original": image, "masked": image.masked_fill(mask, 0.5)}
+    options = {"mask": mask, "resamples": job.settings["resamples"]}
+    return edit_image(job, job.model.inpaint, shown, "inpainted", **options)
+
+
+def edit_image(
+    job: InferenceJob, function: Callable, shown: dict[str, Tensor], name: str, **options: Any
+) -> str:
+    """Saves what a method of the model makes of the original image, from each seed.
+
+    shown: by caption, what the figure begins with. No labels without --classes: the original's
+    class is unknown.
+    """
+    seeds = job.settings["seeds"]
+    options["labels"] = job.labels_of(seeds) if job.requested_labels else None
+    images = job.run_batched(function, seeds, image=shown["original"], **options)
+    tiles = torch.cat([torch.stack([*shown.values()]), images])[:MAX_EDITED_TILES]
+    job.save_grid(f"{name}.png", tiles, seeds[: len(tiles) - len(shown)], [*shown])
+    job.save_each(images, seeds, name)
+    return f"{name}.png, {len(images)} single images in {name}/"
 
 
 @dataclass
@@ -200,19 +217,22 @@ class Candidate:
 
     model: nn.Module
     path: Path
-    labels: list[int] | None  # of the seeds
+    labels: list[int] | None  # the label of each seed
     samplers: Sequence[str | Callable]
-    steps: Sequence[int]  # by each sampler
+    step_counts: Sequence[int]  # each sampler takes each of these
     spacing: str | None = None
     guidance: float | None = None
     guidance_mode: str | None = None
 
     def sample(self, seeds: Sequence[int]) -> Iterator[tuple[str, Tensor, int, float]]:
-        """Yields sampler and steps, a tile (C, H, W), NFE of an image and seconds of all."""
+        """Yields method, tile (C, H, W), NFE per image and seconds for all images.
+
+        The method is the sampler and its number of steps, such as `ddim 20`.
+        """
         guidance = {"guidance": self.guidance, "guidance_mode": self.guidance_mode}
         options = {"spacing": self.spacing, "labels": self.labels, **guidance}
-        self.model.sample(len(seeds), seed=seeds, **options)  # warm-up, of guidance, too
-        for sampler, steps in itertools.product(self.samplers, self.steps):
+        self.model.sample(len(seeds), seed=seeds, **options)  # warm-up, with guidance
+        for sampler, steps in itertools.product(self.samplers, self.step_counts):
             start = time.perf_counter()
             sampling = options | {"sampler": sampler, "steps": steps}
             images = self.model.sample(len(seeds), seed=seeds, **sampling).float().cpu()
@@ -227,13 +247,13 @@ def compare_samplers(job: InferenceJob) -> str:
     """Every sampler at several step counts, and maybe another model, timed."""
     # What is compared; checked before anything is sampled.
     model = job.model
-    seeds = job.settings["seeds"][:4]
+    seeds = job.settings["seeds"][:MAX_FIGURE_SEEDS]
     samplers = [*model.samplers, *([job.sampler] if callable(job.sampler) else [])]
     compared = CONSISTENCY_STEPS if model.is_consistency_tuned else COMPARED_STEPS
-    steps = [count for count in compared if count <= model.num_timesteps]
+    step_counts = [count for count in compared if count <= model.num_timesteps]
     sampling = {name: job.settings[name] for name in ("spacing", "guidance", "guidance_mode")}
     path = Path(job.settings["checkpoint"])
-    candidates = [Candidate(model, path, job.labels_of(seeds), samplers, steps, **sampling)]
+    candidates = [Candidate(model, path, job.labels_of(seeds), samplers, step_counts, **sampling)]
     if job.settings["compare_with"]:
         candidates.append(load_other(job, seeds))
 
@@ -242,21 +262,22 @@ def compare_samplers(job: InferenceJob) -> str:
     captions = []
     seconds_by_sampler = {}
     for candidate in candidates:
-        name = checkpoints.display_name(candidate.path)
-        for sampler, tile, nfe, seconds in candidate.sample(seeds):
+        model_name = checkpoints.display_name(candidate.path)
+        for method, tile, nfe, seconds in candidate.sample(seeds):
             tiles.append(tile)
-            caption = f"{sampler}: {nfe} NFE, {seconds:.3f} s"
-            captions.append(f"{name}\n{caption}" if len(candidates) > 1 else caption)
-            key = sampler if candidate is candidates[0] else f"{name} {sampler}"
+            caption = f"{method}: {nfe} NFE, {seconds:.3f} s"
+            captions.append(f"{model_name}\n{caption}" if len(candidates) > 1 else caption)
+            key = method if candidate is candidates[0] else f"{model_name} {method}"
             seconds_by_sampler[key] = round(seconds, 3)
 
-    # Figure: a row for each sampler, or all in one.
-    columns = len(steps) if len(samplers) > 1 else len(tiles)
-    of = f"network evaluations (NFE) of an image, seconds for {len(seeds)} images"
-    title = f"seeds {', '.join(map(str, seeds))}; sampler, steps: {of}"
+    # Figure: a row for each sampler, or a single row if there is only one.
+    columns = len(step_counts) if len(samplers) > 1 else len(tiles)
+    numbers = f"network evaluations (NFE) per image, seconds for {len(seeds)} images"
+    names = f"seeds {', '.join(map(str, seeds))}"
+    title = f"{names}; sampler, steps: {numbers}"
     job.save_grid("compare.png", torch.stack(tiles), seeds, captions, columns=columns, title=title)
     job.results = {"seconds_by_sampler": seconds_by_sampler}
-    return "compare.png"
+    return f"compare.png, of {names}"
 
 
 def load_other(job: InferenceJob, seeds: Sequence[int]) -> Candidate:
@@ -264,7 +285,7 @@ def load_other(job: InferenceJob, seeds: Sequence[int]) -> Candidate:
 
     Classes are those of the job's model, by name. Raises UserError if images or classes differ.
     """
-    # Of the same image size and channels.
+    # The model, of the same image size and channels.
     path = Path(job.settings["compare_with"])
     model = type(job.model).from_file(path, job.model.image_size).to(job.model.device)
     sizes = [f"{m.image_size} px with {m.channels} channels" for m in (model, job.model)]
@@ -274,7 +295,7 @@ def load_other(job: InferenceJob, seeds: Sequence[int]) -> Candidate:
     if job.settings["compile_model"]:
         compile_networks(model)
 
-    # With the same classes, if both have any.
+    # The labels of the same classes, if both models have any.
     labels = job.labels_of(seeds) if model.class_names else None
     if labels is not None:
         names = [job.model.class_names[label] for label in labels]

@@ -2,8 +2,6 @@
 
 import base64
 import io
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +9,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.pixels import MODES, center_square, convert, to_rgb
+from engine.pixels import MODES, center_square, convert
 from engine.plots import PNG_DATA_URI
 
 
@@ -20,7 +18,7 @@ def is_embedded(source: str | None) -> bool:
     return (source or "").startswith(PNG_DATA_URI)
 
 
-def open_input(source: str) -> Path | io.BytesIO:
+def resolve_input(source: str) -> Path | io.BytesIO:
     """Returns what a setting names: a file's path, or the PNG of its data URI."""
     if not is_embedded(source):
         return Path(source)
@@ -35,34 +33,48 @@ def read_image(file: Path | io.BytesIO, size: int, channels: int) -> Tensor:
     name = _name_of(file)
     if channels not in MODES:
         raise UserError(f"no image file has {channels} channels. Name a seed instead of {name}")
-    image, mode = _open_image(file, "an image", partial(convert, channels=channels))
-    if image.size != (size, size) or mode != image.mode:
-        was = f"{image.width}x{image.height} {mode}"
-        print(f"{name}: {was}, cropped and resized to {size}x{size} {image.mode}")
+    image, mode = _open_image(file, "an image", channels)
+    changes = []
+    if image.width != image.height:
+        changes.append("cropped")
+    if min(image.size) != size:
+        changes.append("resized")
+    if changes or mode != image.mode:
+        change = " and ".join(changes) or "converted"
+        found = f"{image.width}x{image.height} {mode}"
+        print(f"{name}: {found}, {change} to {size}x{size} {image.mode}")
     return torch.from_numpy(center_square(image, size).copy()) / 255
 
 
 def read_mask(path: Path | io.BytesIO, image: Path | io.BytesIO, size: int) -> Tensor:
-    """Reads a mask of the image's size, white where to inpaint: bool (size, size)."""
-    mask, _ = _open_image(path, "a mask", lambda file: file.convert("RGB"))
+    """Reads a mask of the image's size: bool (size, size), true where to inpaint.
+
+    That is where its brightest channel, on black if it is transparent, is above half: white, and
+    any bright color that a mask was painted in.
+    """
+    mask, _ = _open_image(path, "a mask", channels=4)
     # The image may also be a seed or data:INDEX.
     expected = (size, size)
     if isinstance(image, io.BytesIO) or image.is_file():
-        expected = _open_image(image, "an image", to_rgb)[0].size
+        expected = _open_image(image, "an image")[0].size
     if mask.size != expected:
         mask_size, image_size = ("x".join(map(str, each)) for each in (mask.size, expected))
         raise UserError(f"{_name_of(path)} is {mask_size}, but the image is {image_size}")
-    return torch.from_numpy(center_square(mask, size)[0] > 127)
+    *colors, alpha = torch.from_numpy(center_square(mask, size).copy()) / 255
+    return torch.stack(colors).amax(0) * alpha > 0.5
 
 
 def _name_of(file: Path | io.BytesIO) -> str:
     return str(file) if isinstance(file, Path) else "the image in the settings"
 
 
-def _open_image(file: Path | io.BytesIO, kind: str, converted: Callable) -> tuple[Image.Image, str]:
-    """Returns an image, rotated by its EXIF data and `converted`, and the mode it had."""
+def _open_image(
+    file: Path | io.BytesIO, kind: str, channels: int | None = None
+) -> tuple[Image.Image, str]:
+    """Returns an image, rotated by its EXIF data and with `channels`, and the mode it had."""
     try:
         with Image.open(file) as image:
-            return converted(ImageOps.exif_transpose(image)), image.mode
+            rotated = ImageOps.exif_transpose(image)
+            return convert(rotated, channels) if channels else rotated, image.mode
     except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
         raise UserError(f"{_name_of(file)} cannot be read as {kind}: {error}") from error

@@ -22,8 +22,8 @@ from engine import inference_jobs as jobs
 from engine.devices import device_name
 from engine.errors import UserError
 from engine.generation import State
-from engine.input_images import is_embedded, open_input, read_image, read_mask
-from engine.labels import labels_of_seeds, parse_classes
+from engine.input_images import is_embedded, read_image, read_mask, resolve_input
+from engine.labels import labels_in_proportion, parse_classes
 from engine.sampling_settings import choose_sampling
 from engine.settings import Settings
 
@@ -193,7 +193,8 @@ class Plan:
     def trajectory(self) -> Iterator[State]:
         """Yields t, x_t and the predicted x_0, from noise to image, like DDPMModel.sample."""
         if self.labels is None and self.model.class_names:
-            self.labels = labels_of_seeds(self.seeds, self.model.class_counts.values()).tolist()
+            counts = self.model.class_counts.values()
+            self.labels = labels_in_proportion(self.seeds, counts).tolist()
         return self.model.sample_states(self.seeds, labels=self.labels, **self.options)
 
     def edit(self, mode: str, count: int, source: PageImage, options: dict) -> list[PageImage]:
@@ -271,10 +272,10 @@ def take_upload(
     mode = settings["mode"]
     files = {n: settings[n] for n in ("mask", "image") if is_embedded(settings[n])}
     if "image" in files:
-        image = read_image(open_input(files["image"]), model.image_size, model.channels)
+        image = read_image(resolve_input(files["image"]), model.image_size, model.channels)
     session.choose(PageImage(image, "upload", settings if mode == "samples" else {}))
     if mode == "inpaint" and len(files) == 2:
-        session.mask = read_mask(*map(open_input, files.values()), model.image_size)
+        session.mask = read_mask(*map(resolve_input, files.values()), model.image_size)
     session.panel = {"vary": "Vary", "inpaint": "Inpaint"}.get(mode, session.panel)
     controls: dict[str, Any] = {"seeds": format_seeds(settings["seeds"][:MAX_IMAGES])}
     has_classes = model.class_names and settings["classes"]

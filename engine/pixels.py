@@ -73,7 +73,8 @@ def convert(image: Image.Image, channels: int, value_range: Range | None = None)
     """
     if is_deep(image):
         values = np.asarray(image)
-        gray = Image.fromarray(scale(values, value_range or find_range(values.min(), values.max())))
+        value_range = value_range or find_range(float(values.min()), float(values.max()))
+        gray = Image.fromarray(scale(values, value_range))
         if image.has_transparency_data:
             is_opaque = values != image.info["transparency"]
             gray.putalpha(Image.fromarray(np.where(is_opaque, 255, 0).astype(np.uint8)))

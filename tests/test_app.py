@@ -62,7 +62,7 @@ def samples_of(plan: Plan) -> torch.Tensor:
 
 def save_png(image: PageImage, path: str) -> Path:
     """Writes an image as the browser's download does."""
-    png = page.open_input(image.data_uri).getvalue()
+    png = page.resolve_input(image.data_uri).getvalue()
     Path(path).write_bytes(png)
     return Path(path)
 

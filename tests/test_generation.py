@@ -191,3 +191,8 @@ def test_inpaint_keeps_what_the_mask_does_not_mark():
     images = model.inpaint(image, RIGHT_HALF, 2, steps=4, seed=0, resamples=2)
     torch.testing.assert_close(images[..., :4], image[..., :4].expand(2, -1, -1, -1))
     assert (images[..., 4:] - image[..., 4:]).abs().mean() > 0.05
+    assert (images[0, ..., 4:] - images[1, ..., 4:]).abs().mean() > 0.01
+    with pytest.raises(UserError, match=r"the mask is \(4, 4\)"):
+        model.inpaint(image, torch.ones(4, 4))
+    with pytest.raises(UserError, match="strength is 0"):
+        model.vary(image, 0.0)

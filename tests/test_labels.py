@@ -8,7 +8,7 @@ import torch
 
 from ddpm_model import DDPMModel
 from engine.errors import UserError
-from engine.labels import check_classes_on_resume, labels_of_seeds, parse_classes
+from engine.labels import check_classes_on_resume, labels_in_proportion, parse_classes
 
 CLASSES = {"cat": 3, "dog": 1}
 
@@ -22,14 +22,14 @@ def conditional() -> DDPMModel:
     return model
 
 
-def test_labels_of_seeds_are_in_proportion_for_any_consecutive_seeds():
+def test_labels_are_in_proportion_for_any_consecutive_seeds():
     counts = [5, 0, 3, 2]
     for first in (0, 7_777, 10**17):
-        labels = labels_of_seeds(range(first, first + 1000), counts)
+        labels = labels_in_proportion(range(first, first + 1000), counts)
         found = np.bincount(labels, minlength=4)
         np.testing.assert_allclose(found, [500, 0, 300, 200], atol=4)
-    some = labels_of_seeds([3, 10**17 + 5], counts)
-    assert some[0] == labels_of_seeds(range(10), counts)[3] and some[1] == labels[5]
+    some = labels_in_proportion([3, 10**17 + 5], counts)
+    assert some[0] == labels_in_proportion(range(10), counts)[3] and some[1] == labels[5]
 
 
 @pytest.mark.parametrize(
@@ -48,9 +48,15 @@ def test_parse_classes_reads_names_numbers_and_ranges(text, names, expected):
     assert parse_classes(text, names.split()) == expected
 
 
+@pytest.mark.parametrize(("text", "forward"), [("2-0", "0-2"), ("t-shirt-dog", "dog-t-shirt")])
+def test_parse_classes_refuses_a_reversed_range(text, forward):
+    with pytest.raises(UserError, match=f"reversed range {text}. Write {forward}"):
+        parse_classes(text, ["cat", "dog", "t-shirt"])
+
+
 def test_sample_draws_classes_by_seed_whatever_the_batch():
     model = conditional()
-    labels = labels_of_seeds(range(8), [*CLASSES.values()])
+    labels = labels_in_proportion(range(8), [*CLASSES.values()])
     assert set(labels) == {0, 1}
     images = model.sample(8, seed=0)
     torch.testing.assert_close(images, model.sample(8, seed=0, labels=labels))
@@ -72,7 +78,7 @@ def test_class_names_are_stored_with_the_model(tmp_path, suffix):
 
 @pytest.mark.parametrize("classes", [{"../x": 1}, {"": 1}, {"a\\b": 1}, {"..": 1}, {"a": "1"}])
 def test_class_names_from_a_file_cannot_leave_a_folder(classes):
-    with pytest.raises(UserError, match="is not a class: names are those of folders"):
+    with pytest.raises(UserError, match="must have names that a folder can have"):
         DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), class_counts=classes)
 
 
@@ -111,12 +117,17 @@ def test_labels_that_a_model_does_not_have_are_rejected(labels, message):
         conditional().sample(2, labels=labels)
 
 
-def test_classes_may_not_change_on_resume():
+def test_labels_may_not_change_on_resume():
     path = Path("last.pt")
-    for same in ({}, CLASSES):
-        check_classes_on_resume(path, same, CLASSES)
-    with pytest.raises(UserError, match=r"2 classes \(3 cat, 1 dog\). Resume with --class_cond"):
-        check_classes_on_resume(path, CLASSES, {})
-    for other in ({"cat": 3, "dog": 1, "cow": 1}, {"cat": 2, "dog": 2}):
-        with pytest.raises(UserError, match=f"but the data has {len(other)} .*: start another run"):
-            check_classes_on_resume(path, CLASSES, other)
+    many = {str(i): 1 for i in range(1000)}
+    for saved, same in (({}, CLASSES), (CLASSES, CLASSES), (many, many)):
+        check_classes_on_resume(path, saved, same)
+    for saved, other, message in (
+        (CLASSES, {}, "was trained with classes. Resume with --class_conditional"),
+        (CLASSES, CLASSES | {"cow": 1}, r"with \(cow: none, now 1\): .*--init_from last.pt"),
+        (CLASSES, {"dog": 2, "cat": 2}, r"with \(cat: 3, now 2; dog: 1, now 2\)"),
+        (CLASSES, {"dog": 1, "cat": 3}, r"with \(the classes in another order\)"),
+        (many, many | {"7": 2}, r"with \(7: 1, now 2\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_classes_on_resume(path, saved, other)

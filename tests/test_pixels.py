@@ -104,6 +104,8 @@ def test_deep_images_are_scaled_from_their_range(tmp_path):
         Image.fromarray(values.astype(dtype)).save(path := tmp_path / "a.tif")
         assert read(path, 2, 1, (-1000.0, 0.0)).ravel().tolist() == [0, 128, 255, 255]
         assert read(path, 2, 1).ravel().tolist() == [0, 64, 128, 255]  # its own range
+    Image.fromarray(np.array([[0, 65535]], np.uint16)).save(path)
+    assert read(path, 1, 1).shape == (1, 1, 1, 1)  # uint16 does not overflow
     Image.fromarray(np.array([[0, np.nan]], np.float32)).save(path)
     with pytest.raises(ValueError, match="not finite"):
         read(path, 2, 1, (0.0, 1.0))
