@@ -68,13 +68,13 @@ def show_trajectory(job: InferenceJob) -> str:
 
     # Strip: for each seed a row of x_t and a row of x_0.
     shown = np.linspace(0, len(trajectory) - 1, job.settings["columns"]).round().astype(int)
-    states = [trajectory[i] for i in np.unique(shown)]
-    tiles = torch.stack([pair for _, pair in states], dim=2).transpose(0, 1).flatten(0, 2)
+    columns = [trajectory[i] for i in np.unique(shown)]
+    tiles = torch.stack([pair for _, pair in columns], dim=2).transpose(0, 1).flatten(0, 2)
     captions = []
     for seed in seeds:  # t < 0 is the final image
-        captions += [f"x, t = {t}" if t >= 0 else f"seed {seed}" for t, _ in states]
-        captions += ["predicted x_0"] * len(states)
-    job.save_grid("progressive.png", tiles, seeds, captions, columns=len(states))
+        captions += [f"x, t = {t}" if t >= 0 else f"seed {seed}" for t, _ in columns]
+        captions += ["predicted x_0"] * len(columns)
+    job.save_grid("progressive.png", tiles, seeds, captions, columns=len(columns))
 
     # GIF: at most MAX_FRAMES, always with the last; x_t above x_0.
     frames = trajectory[:: -math.ceil(len(trajectory) / MAX_FRAMES)][::-1]

@@ -49,8 +49,7 @@ def read_image(file: Path | io.BytesIO, size: int, channels: int) -> Tensor:
 def read_mask(path: Path | io.BytesIO, image: Path | io.BytesIO, size: int) -> Tensor:
     """Reads a mask of the image's size: bool (size, size), true where to inpaint.
 
-    That is where its brightest channel, on black if it is transparent, is above half: white, and
-    any bright color that a mask was painted in.
+    That is where any of its color channels is bright; what is transparent counts as black.
     """
     mask, _ = _open_image(path, "a mask", channels=4)
     # The image may also be a seed or data:INDEX.

@@ -120,8 +120,8 @@ def test_labels_that_a_model_does_not_have_are_rejected(labels, message):
 def test_labels_may_not_change_on_resume():
     path = Path("last.pt")
     many = {str(i): 1 for i in range(1000)}
-    for saved, same in (({}, CLASSES), (CLASSES, CLASSES), (many, many)):
-        check_classes_on_resume(path, saved, same)
+    for same in ({}, CLASSES):
+        check_classes_on_resume(path, same, CLASSES)
     for saved, other, message in (
         (CLASSES, {}, "was trained with classes. Resume with --class_conditional"),
         (CLASSES, CLASSES | {"cow": 1}, r"with \(cow: none, now 1\): .*--init_from last.pt"),
