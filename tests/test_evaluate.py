@@ -404,6 +404,11 @@ def test_sample_images_uses_explicit_settings(sample_images):
     assert details["nfe"] == sample_images.model.count_nfe(*plan, 1.0)
 
 
+def test_sample_images_by_ddpm_takes_all_timesteps(sample_images):
+    arguments, details = sample_images(sampler="ddpm")
+    assert arguments["steps"] == details["steps"] == 60
+
+
 def test_sample_images_without_a_guide_has_guidance_1(sample_images):
     sample_images.model.guide = None
     assert sample_images(guidance=2.5)[1]["guidance"] == 1.0
