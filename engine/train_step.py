@@ -153,7 +153,7 @@ class TrainStep:
         if hasattr(self.model, "set_fraction"):
             self.model.set_fraction(fraction)
 
-    def labels_of(self, batch: Batch) -> tuple[Tensor, ...]:
+    def label_args(self, batch: Batch) -> tuple[Tensor, ...]:
         """Returns the labels as arguments: none if the model or the data has none."""
         return () if batch.labels is None or not self.use_labels else (batch.labels,)
 
@@ -200,7 +200,7 @@ class TrainStep:
         rows = slice(self.rank * local_batch, (self.rank + 1) * local_batch)
         t = self.model.timesteps_from_uniform(randomness.timestep_u)[rows]
         is_kept = randomness.label_u[rows] >= self.config.LABEL_DROPOUT
-        labels = [torch.where(is_kept, x, NO_LABEL) for x in self.labels_of(batch)]
+        labels = [torch.where(is_kept, x, NO_LABEL) for x in self.label_args(batch)]
         inputs = (batch.images, t, randomness.noise[rows], randomness.mirror[rows], *labels)
 
         # One micro-batch after the other; several are added up.
@@ -313,7 +313,7 @@ class TrainStep:
             some = batch[part].to(self.device)
             inputs = (some.images.float() / 255, t[part], noise[part].to(self.device))
             with self.autocast():
-                return self.ema(*inputs, *self.labels_of(some)).item() * len(some.images)
+                return self.ema(*inputs, *self.label_args(some)).item() * len(some.images)
 
         return sum(self.map_eval_batches(count, summed_loss)) / count
 
