@@ -105,8 +105,8 @@ def array_source(path: Path, options: ReadOptions) -> Source:
             highest = float(images.max())
             if not math.isfinite(highest - lowest):
                 raise UserError(f"{path} has values that are not finite. Remove those images")
-            value_range = pixels.find_range(lowest, highest)
-            print_range(len(images), lowest, highest)
+            value_range = pixels.find_range(lowest, highest, images.dtype.kind == "f")
+            print_range(len(images), lowest, highest, value_range)
 
     def open_image(index: int) -> Image.Image:
         image = images[index]
@@ -185,17 +185,19 @@ class Survey:
     kinds: Counter[str] = field(default_factory=Counter)  # gray, RGB or RGBA
     is_transparent: bool = False  # alpha channels are often opaque everywhere
     num_deep: int = 0  # gray with more than 8 bits
-    lowest: float = math.inf  # of their values
-    highest: float = -math.inf
-    num_deep_color: int = 0  # with 16 bits, of which Pillow reads the upper 8
-    brightest: int = 0  # of what it reads
-    num_animated: int = 0  # with several frames
-    num_frames: int = 0  # of those
+    is_float: bool = False  # whether gray images with more than 8 bits are
+    lowest: float = math.inf  # value of gray images with more than 8 bits
+    highest: float = -math.inf  # value of gray images with more than 8 bits
+    num_deep_color: int = 0  # color with 16 bits, of which Pillow reads the upper 8
+    brightest: int = 0  # of those upper 8 bits, in the samples
+    num_animated: int = 0  # files with several frames
+    num_frames: int = 0  # in files with several
     cropped: float = 0.0  # sum of the fractions that squares cut off
 
     def add(self, image: Image.Image, is_sample: bool) -> None:
         """Adds an open image. is_sample: whether to decode alpha or color of 16 bits."""
         has_alpha = image.has_transparency_data
+        is_deep_color = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
         self.cropped += 1 - min(image.size) / max(image.size)
         self.kinds["RGBA" if has_alpha else "gray" if pixels.is_gray(image) else "RGB"] += 1
         frames = getattr(image, "n_frames", 1)
@@ -208,7 +210,7 @@ class Survey:
             self.num_deep += 1
             if not self.options.value_range:
                 self.add_values(image)
-        elif any(";16" in str(tile[3]) for tile in image.tile):
+        elif is_deep_color:
             self.num_deep_color += 1
             if is_sample:
                 self.brightest = max(self.brightest, *np.ravel(image.convert("RGB").getextrema()))
@@ -218,6 +220,7 @@ class Survey:
         for frame in pixels.iterate_frames(image, self.options.frames == "all"):
             values = np.asarray(frame)
             values = values[np.isfinite(values)]
+            self.is_float |= frame.mode == "F"
             self.lowest = min(self.lowest, float(values.min()))
             self.highest = max(self.highest, float(values.max()))
 
@@ -233,7 +236,9 @@ class Survey:
         """Returns the option, or the range of what was found."""
         if self.options.value_range:
             return pixels.parse_range(self.options.value_range)
-        return pixels.find_range(self.lowest, self.highest) if self.lowest <= self.highest else None
+        if self.lowest > self.highest:
+            return None
+        return pixels.find_range(self.lowest, self.highest, self.is_float)
 
     def print(self) -> None:
         """Prints a line for each choice; UserError for colors that are too dark."""
@@ -243,7 +248,7 @@ class Survey:
             white = ", transparency on white" if "RGBA" in self.kinds and channels != 4 else ""
             print0(f"images read as {CHANNEL_NAMES[channels]}{white}: {found} (see --channels)")
         if self.lowest <= self.highest:
-            print_range(self.num_deep, self.lowest, self.highest)
+            print_range(self.num_deep, self.lowest, self.highest, self.value_range())
         if self.num_deep_color and self.brightest < MIN_BRIGHTEST:
             left = f"at most {self.brightest} of 255 is left of {self.num_deep_color} images"
             reason = f"colors with 16 bits do not fill them: {left}"
@@ -272,10 +277,11 @@ def examine(
     return survey.channels(), survey.value_range()
 
 
-def print_range(count: int, lowest: float, highest: float) -> None:
+def print_range(count: int, lowest: float, highest: float, value_range: Range) -> None:
     """Prints what is taken for black and white."""
-    low, high = pixels.find_range(lowest, highest)
+    low, high = value_range
+    mapping = f"mapping {low:g} to black and {high:g} to white"
     print0(
-        f"images of more than 8 bits: {count} with values {lowest:g} to {highest:g}; {low:g} is "
-        f"black and {high:g} white (--value_range LOW,HIGH)"
+        f"{count} images with values {lowest:g} to {highest:g}: {mapping}; change with "
+        "--value_range LOW,HIGH"
     )

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from engine import image_source
 from engine.datasets import load_dataset
 from engine.errors import FallbackWarning, UserError
 from engine.image_source import ReadOptions
@@ -153,24 +154,33 @@ def test_value_range_is_that_of_the_whole_data_set(load, capsys):
     save_deep(load.data / "a.tif", [0, 1, 2, 3], np.uint16)
     save_deep(load.data / "b.tif", [0, 1365, 2730, 4095], np.uint16)
     assert load()[:, 0, 0].tolist() == [[0, 0, 0, 0], [0, 85, 170, 255]]
-    line = "images of more than 8 bits: 2 with values 0 to 4095; 0 is black and 4095 white"
-    assert line in capsys.readouterr().out
+    line = (
+        "2 images with values 0 to 4095: mapping 0 to black and 4095 to white; change with "
+        "--value_range LOW,HIGH"
+    )
+    assert line in capsys.readouterr().out.splitlines()
     assert load(value_range="0,3")[0, 0, 0].tolist() == [0, 85, 170, 255]
     save_deep(load.data / "c.tif", [-1000, -500, 0, 63], np.int32)
     save_gray(load.data / "d.png", 9)  # of 8 bits
     assert load()[3].max() == 9 and load()[2, 0, 0, 0] == 0
-    assert "values -1000 to 4095; -1000 is black" in capsys.readouterr().out
+    assert "values -1000 to 4095: mapping -1000 to black" in capsys.readouterr().out
 
 
-def save_color_of_16_bits(path: Path, value: int) -> None:
-    """Writes a PNG that Pillow cannot: RGB with 16 bits a channel."""
+def test_floats_slightly_above_1_are_not_darkened(load):
+    save_deep(load.data / "a.tif", [0, 0.2, 0.6, 1.02], np.float32)
+    assert load()[0, 0, 0].tolist() == [0, 51, 153, 255]
+
+
+def save_color_of_16_bits(path: Path, value: int, color_type: int = 2) -> None:
+    """Writes a PNG that Pillow cannot: 16 bits a channel, RGB, or RGBA with color type 6."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         checksum = struct.pack(">I", zlib.crc32(kind + data))
         return struct.pack(">I", len(data)) + kind + data + checksum
 
-    rows = b"".join(b"\0" + struct.pack(">H", value) * 12 for _ in range(4))
-    header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
+    channels = 3 if color_type == 2 else 4
+    rows = b"".join(b"\0" + struct.pack(">H", value) * 4 * channels for _ in range(4))
+    header = struct.pack(">IIBBBBB", 4, 4, 16, color_type, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks))
 
@@ -181,6 +191,13 @@ def test_color_of_16_bits_must_fill_them(load):
         load()
     save_color_of_16_bits(load.data / "b.png", 50_000)
     assert load()[:, 0, 0, 0].tolist() == [15, 195]
+
+
+def test_color_of_16_bits_may_have_alpha(load, monkeypatch):
+    monkeypatch.setattr(image_source, "MAX_SIZES_CHECKED", 1)  # not all are samples
+    for name in ("a.png", "b.png"):
+        save_color_of_16_bits(load.data / name, 50_000, color_type=6)
+    assert load()[:, 3, 0, 0].tolist() == [195, 195]
 
 
 def test_broken_files_are_no_reason_to_choose(load):

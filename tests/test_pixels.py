@@ -98,6 +98,25 @@ def test_find_range_never_makes_data_black(lowest, highest, expected):
     assert pixels.find_range(lowest, highest) == expected
 
 
+@pytest.mark.parametrize(
+    ("lowest", "highest", "expected"),
+    [
+        (0.1, 0.7, (0, 1)),
+        (0, 1.02, (0, 1)),
+        (0, 2, (0, 2)),
+        (0, 100, (0, 100)),
+        (0, 200, (0, 255)),
+        (0, 256, (0, 255)),
+        (10, 4100, (0, 4100)),
+        (4000, 4100, (4000, 4100)),
+        (-0.5, 1.02, (-0.5, 1.02)),
+        (0, 0, (0, 1)),
+    ],
+)
+def test_find_range_of_floats_never_makes_data_dark(lowest, highest, expected):
+    assert pixels.find_range(lowest, highest, is_float=True) == expected
+
+
 def test_deep_images_are_scaled_from_their_range(tmp_path):
     values = np.array([[-1000, -500], [0, 1000]])
     for dtype in (np.int32, np.float32):
