@@ -8,8 +8,10 @@
 Ends with a sample grid in samples/<run>/ and a model in checkpoints/ddpm_final.pt.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from ddpm_model import DDPMModel
 from engine import checkpoints, distributed
 from engine.checkpoints import TrainingCheckpoint
 from engine.datasets import choose_default_dataset, load_dataset, placeholder, require_stored
-from engine.errors import UserError
+from engine.errors import FallbackWarning, UserError
 from engine.gpu_memory import cap_memory
 from engine.image_source import ReadOptions
 from engine.micro_batch import find_micro_batch
@@ -79,6 +81,9 @@ def main(
                 model.add_teacher(checkpoint.state["model"])
         if config.AUTO_MICRO_BATCH and dist.device.type == "cuda" and dist.num_processes == 1:
             config.split_batch(find_micro_batch(model, config, data.images))
+        elif request.explicit.get("AUTO_MICRO_BATCH") and dist.is_main_process:
+            line = "auto_micro_batch is for a single GPU; continuing without it"
+            warnings.warn(line, FallbackWarning, stacklevel=1)
         if not request.dry_run:
             train(model, data, config, checkpoint)
         elif dist.is_main_process:
@@ -137,10 +142,10 @@ def parse_command_line(
         help="resume a run: a checkpoint, a run's folder or name; without a value, the newest run",
     )  # fmt: skip
     init_flag = "init_from" if tuning is None else "checkpoint"
-    parser.add_argument(
-        f"--{init_flag}", dest="init_from", metavar="CHECKPOINT",
-        help="start a new run from the EMA weights of a run, .pt or .safetensors, on any data",
-    )  # fmt: skip
+    init_help = "start a new run from the EMA weights of a run, .pt or .safetensors, on any data"
+    if tuning is not None:
+        init_help = "the model to tune (default: the newest checkpoint)"
+    parser.add_argument(f"--{init_flag}", dest="init_from", metavar="CHECKPOINT", help=init_help)
     DDPMConfig.add_flags(parser, defaults if tuning is None else tuning)
 
     # Flags that exclude each other; files that they name.
@@ -150,15 +155,18 @@ def parse_command_line(
         if options.resume is not None and is_given:
             raise UserError(f"--{name} is for a new run and --resume continues one: choose one")
     subclass = load_subclass(options.config) if options.config else None
-    resume = options.resume
-    if resume is not None:
-        resume = checkpoints.resolve_checkpoint(resume, "--resume")
-    init_from = options.init_from
-    if init_from is not None:
-        init_from = checkpoints.resolve_checkpoint(init_from, f"--{init_flag}")
-    elif tuning is not None and resume is None:
-        init_from = distributed.from_rank0("checkpoint", checkpoints.newest)
+    resume = init_from = None
+    if options.resume is not None:
+        resume = find_checkpoint("resume", options.resume)
+    elif options.init_from is not None or tuning is not None:
+        init_from = find_checkpoint(init_flag, options.init_from)
     return TrainingRequest(defaults, subclass, flags, resume, options.dry_run, init_from, tuning)
+
+
+def find_checkpoint(flag: str, reference: str | None) -> Path:
+    """Returns the checkpoint that a flag's value means, on all ranks what rank 0 finds."""
+    resolve = partial(checkpoints.resolve_checkpoint, reference, f"--{flag}")
+    return Path(distributed.from_rank0(flag, lambda: str(resolve())))
 
 
 def load_subclass(reference: str) -> type[DDPMConfig]:
@@ -183,6 +191,7 @@ def configure(
     init_model: the model of --init_from, whose network and noise schedule the new run has. A
     tuning run has all other settings of that model's run, too.
     """
+    check_is_tuned(request, checkpoint, init_model)
     # The settings to continue with, if any: of the run to resume, or of the one to tune.
     earlier_run = checkpoint.state["config"] if checkpoint else None
     if init_model and request.tuning is not None:
@@ -203,11 +212,25 @@ def configure(
         if request.tuning is not None:
             required |= {
                 "GUIDANCE": init_model.guidance, "GUIDANCE_MODE": init_model.guidance_mode,
+                "SCHEDULE_BASE_SIZE": init_model.architecture["schedule_base_size"],
                 "CLASS_CONDITIONAL": bool(init_model.class_names), **request.tuning,
             }  # fmt: skip
     return resolve(
         dataset, tier, request.defaults, request.subclass, request.flags, earlier_run, required
     )
+
+
+def check_is_tuned(
+    request: TrainingRequest, checkpoint: TrainingCheckpoint | None, init_model: DDPMModel | None
+) -> None:
+    """Raises UserError if a run to resume is another script's, or a model to tune is tuned."""
+    is_tuning = request.tuning is not None
+    if checkpoint and checkpoint.state["architecture"].get("consistency", False) != is_tuning:
+        script = "that, or tune it with --checkpoint" if is_tuning else "train_consistency.py"
+        raise UserError(f"{checkpoint.path} is of another script: resume it with {script}")
+    if is_tuning and init_model and init_model.is_consistency_tuned:
+        advice = "name the model to tune with --checkpoint, or --resume to continue"
+        raise UserError(f"{request.init_from} is tuned already: {advice}")
 
 
 def choose_dataset(

@@ -24,6 +24,7 @@ from engine import distributed
 from engine.consistency import ConsistencyLoss, Teacher
 from engine.denoiser import call_network, weaker_network
 from engine.errors import UserError
+from engine.samplers import MAX_CONSISTENCY_STEPS
 
 # Settings that replace those of the run that trained the model. No dropout: it would differ between
 # the two predictions that the loss compares.
@@ -50,6 +51,9 @@ class ConsistencyModel(DDPMModel):
         self.teacher = Teacher()
         if self.diffusion.objective != "pred_v" or self.unet.self_condition:
             raise UserError("consistency tuning needs a model of objective pred_v: use another")
+        if self.sampling_timesteps > MAX_CONSISTENCY_STEPS:
+            most = f"a tuned model's must be at most {MAX_CONSISTENCY_STEPS}"
+            raise UserError(f"sampling_timesteps is {self.sampling_timesteps}, but {most}")
         self.loss = ConsistencyLoss(self.diffusion, self.log_snr_shift)
         self.timestep_cdf.copy_(self.loss.timestep_cdf)
 

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from config import resolve
 from ddpm_model import DDPMModel
 from engine import checkpoints, plots
 from engine.consistency import ConsistencyLoss
-from engine.errors import UserError
+from engine.errors import FallbackWarning, UserError
 from engine.micro_batch import probe_micro_batch
 from engine.run import checkpoint_bytes
 from engine.samplers import (
@@ -343,7 +344,13 @@ def test_script_tunes_with_the_settings_of_the_run(tmp_path, monkeypatch):
     request = train_script.parse_command_line(
         "", {}, ["--resume", "mine", "--dataset", "auto"], TUNING
     )
-    assert train_script.configure(request, checkpoints.load_training(request.resume)).DATASET
+    checkpoint = checkpoints.load_training(request.resume)
+    with pytest.raises(UserError, match="resume it with that, or tune it with --checkpoint"):
+        train_script.configure(request, checkpoint)
+    checkpoint.state["architecture"]["consistency"] = True
+    assert train_script.configure(request, checkpoint).DATASET
+    with pytest.raises(UserError, match=r"last\.pt .* resume it with train_consistency\.py"):
+        train_script.configure(replace(request, tuning=None), checkpoint)
 
 
 def test_script_knows_the_images_of_the_pretrained_model_alone(tmp_path, monkeypatch):
@@ -354,11 +361,12 @@ def test_script_knows_the_images_of_the_pretrained_model_alone(tmp_path, monkeyp
         config = configure_script(*flags)
         assert (config.DATASET, config.IMAGE_SIZE, config.DIM) == ("cifar10", 8, 8)
         assert config.CLASS_CONDITIONAL
-    DDPMModel(**SMALL, guidance=2.25).save_model("other.safetensors")
+    DDPMModel(**SMALL, guidance=2.25, schedule_base_size=16).save_model("other.safetensors")
     with pytest.raises(UserError, match="does not name its training images"):
         configure_script("--checkpoint", "other.safetensors")
     config = configure_script("--checkpoint", "other.safetensors", "--dataset", "shapes")
-    assert (config.DIM, config.GUIDANCE) == (8, 2.25)  # the teacher is guided as samples are
+    # The teacher is guided as samples are.
+    assert (config.DIM, config.GUIDANCE, config.SCHEDULE_BASE_SIZE) == (8, 2.25, 16)
     assert not config.CLASS_CONDITIONAL
 
 
@@ -391,6 +399,9 @@ def test_dry_run_and_memory_search_measure_the_step_with_its_teacher(source, tun
     monkeypatch.setattr(train_script, "find_micro_batch", search)
     train_consistency.main()
     assert min(steps.values()) >= 2, steps
+    on_gpu.num_processes = 2
+    with pytest.warns(FallbackWarning, match="^auto_micro_batch is for a single GPU; continuing"):
+        train_consistency.main()
 
 
 def test_estimated_size_of_a_checkpoint_has_the_teacher_once(tuned):
@@ -403,6 +414,8 @@ def test_estimated_size_of_a_checkpoint_has_the_teacher_once(tuned):
 def test_tuned_model_is_not_guided_again_and_its_file_holds_the_teacher_once(tuned):
     path = tuned / "checkpoints/tuned/final.pt"
     assert holds_teacher_once(path)
+    with pytest.raises(UserError, match="is tuned already: name the model to tune"):
+        configure_script("--checkpoint", str(path))
     model = DDPMModel.from_file(path)
     assert model.guide is None and not any("teacher" in key for key in model.state_dict())
     classes = {"cat": 1, "dog": 1}
@@ -495,3 +508,5 @@ def test_models_refuse_samplers_that_do_not_suit_them():
         model.interpolate(torch.rand(3, 8, 8), torch.rand(3, 8, 8))
     with pytest.raises(UserError, match="needs a model of objective pred_v"):
         tuned_model(objective="pred_noise")
+    with pytest.raises(UserError, match=r"sampling_timesteps is 9, but .* at most 8"):
+        tuned_model(sampling_timesteps=9)

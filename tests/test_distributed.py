@@ -36,6 +36,7 @@ from tests.helpers import (
     max_checkpoint_difference,
     run_script_ok,
 )
+from train import parse_command_line
 
 # No dropout, whose masks differ by rank.
 FLAGS = {
@@ -323,6 +324,19 @@ def test_half_a_batch_on_each_of_two_ranks_is_a_step_on_all_of_it(shared):
         two = torch.load(shared / f"rank{rank}.pt", weights_only=True)
         torch.testing.assert_close((two["loss"], two["norm"]), (loss, norm))
         torch.testing.assert_close(two["weights"], list(step.model.parameters()), rtol=0, atol=1e-6)
+
+
+def test_all_ranks_take_the_checkpoint_that_rank_0_finds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr("engine.distributed._launcher_store", lambda: store)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        checkpoints.save(Path("checkpoints", rank, "last.pt"), {})
+        resumed = parse_command_line("", {}, ["--resume"]).resume
+        tuned = parse_command_line("", {}, [], {}).init_from
+        assert resumed == tuned == Path("checkpoints/0/last.pt")
 
 
 def test_init_refuses_more_ranks_than_gpus(monkeypatch):
