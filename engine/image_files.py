@@ -1,6 +1,7 @@
 """Image files in a folder, a .zip or a .tar: their names, and how to open them."""
 
 import io
+import lzma
 import os
 import shutil
 import tarfile
@@ -25,6 +26,8 @@ OUTPUT_DIRS = (
     "checkpoints", "samples", "inference_results", "demo_results", "results", "data/cache",
 )  # fmt: skip
 
+ARCHIVE_ERRORS = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+
 
 @dataclass(frozen=True)
 class ImageFiles:
@@ -47,7 +50,7 @@ def find_images(location: Path) -> ImageFiles:
         else:
             expected = "a folder, .zip, .tar, .npz or .npy of images"
             raise UserError(f"{location} is not a folder or file of images. Name {expected}")
-    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, *ARCHIVE_ERRORS) as error:
         raise UserError(f"{location} cannot be read ({error})") from error
     if not files.names:
         raise UserError(f"no images in {location} (.jpg, .png, .webp or another format of Pillow)")
@@ -108,7 +111,8 @@ def walk(folder: Path) -> list[str]:
         for entry in entries:
             name = prefix + entry.name
             target = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
-            if entry.is_dir():
+            # Of a link to itself, entry.is_dir() raises an OSError.
+            if os.path.isdir(target) if entry.is_symlink() else entry.is_dir():
                 (pending.append if entry.is_symlink() else pending.appendleft)((target, f"{name}/"))
             elif not is_image_name(name):
                 continue
@@ -133,14 +137,19 @@ def walk(folder: Path) -> list[str]:
 def files_of_zip(path: Path) -> ImageFiles:
     """Returns the images in a .zip; threads may open them at the same time."""
     archive = zipfile.ZipFile(path)
-    names = sorted({name for name in archive.namelist() if is_image_name(name)})
-    return ImageFiles(names, file_fingerprint(path), lambda name: io.BytesIO(archive.read(name)))
+    members = {str(PurePosixPath(n)): n for n in archive.namelist() if is_image_name(n)}
+
+    def read(name: str) -> BinaryIO:
+        return io.BytesIO(archive.read(members[name]))
+
+    return ImageFiles(sorted(members), file_fingerprint(path), read)
 
 
 def files_of_tar(path: Path) -> ImageFiles:
     """Returns the images in a .tar; if compressed, it is decompressed at first use."""
     with tarfile.open(path) as archive:
-        members = {m.name: m for m in archive if m.isreg() and is_image_name(m.name)}
+        found = (member for member in archive if member.isreg() and is_image_name(member.name))
+        members = {str(PurePosixPath(member.name)): member for member in found}  # not ./name
     lock = threading.Lock()
     content: list[BinaryIO] = []
 

@@ -76,10 +76,11 @@ class ReadOptions:
 DEFAULT_OPTIONS = ReadOptions()
 
 
-def path_source(path: Path, options: ReadOptions) -> Source:
+def path_source(path: Path, options: ReadOptions | None) -> Source:
     """Returns the source of the images in a folder, .zip, .tar, .npz or .npy.
 
-    Raises UserError if there are none, or if the file is of another kind.
+    options: None for a folder of single RGB images, whose headers need not be read. Raises
+    UserError if there are none, or if the file is of another kind.
     """
     if path.suffix.lower() in ARRAY_FILES and path.is_file():
         return array_source(path, options)
@@ -98,29 +99,39 @@ def array_source(path: Path, options: ReadOptions) -> Source:
     Values of more than 8 bits and floats are scaled like those of image files.
     """
     images = load_array(path)
-    if images.dtype != np.uint8:
-        value_range = pixels.parse_range(options.value_range)
-        if not value_range:
-            lowest = float(images.min())
-            highest = float(images.max())
-            if not math.isfinite(highest - lowest):
-                raise UserError(f"{path} has values that are not finite. Remove those images")
-            value_range = pixels.find_range(lowest, highest, images.dtype.kind == "f")
-            print_range(len(images), lowest, highest, value_range)
+
+    @functools.cache
+    def value_range() -> Range:
+        if options.value_range:
+            return pixels.parse_range(options.value_range)
+        lowest = float(images.min())
+        highest = float(images.max())
+        if not math.isfinite(highest - lowest):
+            raise UserError(f"{path} has values that are not finite. Remove those images")
+        found = pixels.find_range(lowest, highest, images.dtype.kind == "f")
+        print_range(len(images), lowest, highest, found)
+        return found
 
     def open_image(index: int) -> Image.Image:
         image = images[index]
-        image = image if image.dtype == np.uint8 else pixels.scale(image, value_range)
+        image = image if image.dtype == np.uint8 else pixels.scale(image, value_range())
         return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
-    return image_source(path, file_fingerprint(path), range(len(images)), open_image, options)
+    def channels() -> int:
+        if images.dtype != np.uint8:
+            value_range()  # before threads need it
+        return source.channels()
+
+    source = image_source(path, file_fingerprint(path), range(len(images)), open_image, options)
+    sides = [min(images.shape[1:3])] * len(images)
+    return replace(source, channels=channels, sample_sizes=lambda: sides)
 
 
 def load_array(path: Path) -> np.ndarray:
     """Returns the first array of images in an .npz or .npy, (N, H, W, 1, 3 or 4)."""
     try:
         file = np.load(path, allow_pickle=False, mmap_mode="r")
-        arrays = [file[name] for name in file.files] if path.suffix.lower() == ".npz" else [file]
+        arrays = [file] if isinstance(file, np.ndarray) else [file[name] for name in file.files]
     except Exception as error:  # numpy and zipfile each raise their own
         raise UserError(f"{path} is damaged or not an array file of numbers") from error
     found = []

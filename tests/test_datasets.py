@@ -174,7 +174,7 @@ def test_stl10_extracted_without_labels_still_trains_without_them(load, stl10):
     np.testing.assert_array_equal(load("stl10", 96), stl10)
 
 
-def test_celeba_uses_a_zip_saved_by_hand(load, monkeypatch):
+def test_celeba_uses_a_zip_saved_by_hand(load, monkeypatch, capsys):
     path = load.data / "celeba" / "img_align_celeba.zip"
     path.parent.mkdir()
     files = {}
@@ -188,6 +188,7 @@ def test_celeba_uses_a_zip_saved_by_hand(load, monkeypatch):
     change_archive(monkeypatch, "celeba", md5=calculate_md5(path))
     expected = np.broadcast_to(255 * np.eye(3)[:, :, None, None], (3, 3, 64, 64))
     np.testing.assert_allclose(load("celeba", 64), expected, atol=3)  # JPEG
+    assert "--channels" not in capsys.readouterr().out  # there is no choice
 
 
 def test_shapes_is_the_first_images(load, monkeypatch):

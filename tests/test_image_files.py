@@ -50,7 +50,9 @@ def test_walk_follows_links_to_other_places(folder):
     Path("data/f.png").symlink_to(Path("blob").resolve())
     Path("data/0.png").symlink_to(Path("data/a.png").resolve())
     Path("data/dangling.png").symlink_to("nowhere.png")
-    assert walk(folder) == ["a.png", "again/e.png", "b/c.png", "dangling.png", "f.png"]
+    Path("data/self.png").symlink_to("self.png")
+    assert walk(folder) == ["a.png", "again/e.png", "b/c.png", "dangling.png", "f.png", "self.png"]
+    assert find_images(folder).names == walk(folder)
 
 
 def test_walk_leaves_out_what_this_project_writes(folder, capsys):

@@ -24,10 +24,10 @@ def load(tmp_path):
     """The images of load_dataset on tmp_path/data, which a test fills."""
     (tmp_path / "data").mkdir()
 
-    def load(name="data", size=4, **options) -> np.ndarray:
-        how = ReadOptions(**options)
+    def load(name="data", size=4, upsampling=True, **options) -> np.ndarray:
+        how = {"options": ReadOptions(**options), "upsampling": upsampling}
         folder = tmp_path / name
-        return load_dataset("folder", size, folder, load.cache, 3, False, options=how).images
+        return load_dataset("folder", size, folder, load.cache, 3, False, **how).images
 
     load.data = tmp_path / "data"
     load.cache = tmp_path / "cache"
@@ -258,7 +258,7 @@ def write_archive(path: Path, files: dict[str, bytes] = ARCHIVED) -> None:
             for name, content in files.items():
                 archive.writestr(name, content)
         return
-    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
+    with tarfile.open(path, {".gz": "w:gz", ".xz": "w:xz"}.get(path.suffix, "w")) as archive:
         for name, content in files.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
@@ -274,13 +274,24 @@ def test_archive_is_a_folder(load, tmp_path, name):
     assert load(name)[:, 0, 0, 0].tolist() == list(range(200))
 
 
-@pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz"])
+@pytest.mark.parametrize("name", ["a.zip", "a.tar"])
+@pytest.mark.parametrize("prefix", ["./", "top/", "./top/sub/"])
+def test_archive_of_class_folders_has_their_classes(load, tmp_path, name, prefix):
+    write_archive(tmp_path / name, {f"{prefix}{i}/x.png": png(int(i)) for i in "210"})
+    data = load_dataset("folder", 4, tmp_path / name, load.cache, progress=False, use_labels=True)
+    assert data.class_names == ("0", "1", "2")
+    assert data.labels.tolist() == data.images[:, 0, 0, 0].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz", "a.tar.xz"])
 def test_damaged_archive_is_an_error(load, tmp_path, name):
     write_archive(tmp_path / name, {f"{i}.png": os.urandom(3000) for i in range(9)})
     content = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError):
-        load(name)
+    half = len(content) // 2
+    for damaged in (content[:half], content[:half] + bytes(99) + content[half + 99 :]):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(UserError):
+            load(name)
 
 
 # Arrays.
@@ -294,6 +305,8 @@ def test_array_of_bytes_is_read_as_it_is(load, tmp_path, channels):
     assert load("a.npz", 3).shape == (5, channels, 3, 3)
     np.save(tmp_path / "a.npy", images[:, 0])
     np.testing.assert_array_equal(load("a.npy", 6), images[:, :1])
+    (tmp_path / "a.npz").rename(tmp_path / "named_otherwise.npy")
+    np.testing.assert_array_equal(load("named_otherwise.npy", 6), images)
 
 
 @pytest.mark.parametrize(
@@ -305,9 +318,12 @@ def test_array_of_bytes_is_read_as_it_is(load, tmp_path, channels):
         ([False, True, True], [0, 255, 255]),
     ],
 )
-def test_other_arrays_are_scaled_from_their_range(load, tmp_path, values, expected):
+def test_other_arrays_are_scaled_from_their_range(load, tmp_path, values, expected, capsys):
     np.save(tmp_path / "a.npy", np.tile(np.array(values)[:, None, None, None], (1, 4, 4, 3)))
     assert load("a.npy")[:, 0, 0, 0].tolist() == expected
+    assert "to white; change with --value_range" in capsys.readouterr().out
+    assert load("a.npy", upsampling=False)[:, 0, 0, 0].tolist() == expected
+    assert not capsys.readouterr().out  # nor is it read: the cache has it
 
 
 @pytest.mark.parametrize(
