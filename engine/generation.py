@@ -158,13 +158,15 @@ class GenerationMixin:
 
         SDEdit, Meng et al. (arXiv:2108.01073): noises the image to the sampler's highest
         timestep below `strength`, a fraction of the process in (0, 1], and denoises it from there.
+        A consistency-tuned model, which has few timesteps, starts at `strength` itself.
         """
         if not 0 < strength <= 1:
             raise UserError(f"strength is {strength}, but must be above 0 and at most 1")
         function, timesteps = self.sampling_plan(sampler, steps, spacing, noise_levels)
-        # Timesteps below strength and -1, the image: at least the last step.
-        below = [t for t in timesteps if t < max(1, round(strength * self.num_timesteps))]
-        timesteps = below if len(below) > 1 else timesteps[-2:]
+        start = max(1, round(strength * self.num_timesteps)) - 1
+        timesteps = [t for t in timesteps if t <= start]
+        if timesteps[0] < start and (self.is_consistency_tuned or timesteps == [-1]):
+            timesteps = [start, *timesteps]
         noise, randn = self.noise(expand_seeds(seed, batch_size))
         x_0 = self.prepare_image(image) * 2 - 1
         x = diffuse(x_0, noise, self.alpha_bar[timesteps[0]])
@@ -180,18 +182,22 @@ class GenerationMixin:
 
         RePaint, algorithm 1 of Lugmayr et al. (arXiv:2201.09865): repeats each step `resamples`
         times, with noise added again in between, so that both regions come to agree. Every step
-        restarts the sampler, so the multistep ones act as ddim here.
+        restarts the sampler, so the multistep ones act as ddim here. For a consistency-tuned model,
+        the timesteps of 4 steps are added: of 1 or 2 none has a noise level where they could agree.
         """
-        shape = tuple(mask.shape[-2:])
-        if shape != (self.image_size, self.image_size):
-            raise UserError(f"the mask is {shape}, but images are {self.image_size} px")
+        shape = self.image_shape[1:]
+        if tuple(mask.shape[-2:]) != shape or mask.numel() != math.prod(shape):
+            raise UserError(f"the mask is {tuple(mask.shape)}, but must be {shape}")
         is_known = (mask.reshape(shape) == 0).to(self.device)
         known = self.prepare_image(image) * 2 - 1
         function, timesteps = self.sampling_plan(sampler, steps, spacing, noise_levels)
+        if self.is_consistency_tuned:
+            timesteps = sorted({*timesteps, *self.sampling_plan(steps=4)[1]}, reverse=True)
         x, randn = self.noise(expand_seeds(seed, batch_size))
         alpha_bar = [*self.alpha_bar, 1.0]  # at -1, the clean image
         for t, s in pairwise(timesteps):
-            for resample in range(resamples if s >= 0 else 1):
+            # The last step of a consistency-tuned model is as long as any.
+            for resample in range(resamples if s >= 0 or self.is_consistency_tuned else 1):
                 # From s back to t, then both regions to s: generated and known.
                 if resample:
                     x = diffuse(x, randn(x), alpha_bar[t] / alpha_bar[s])

@@ -114,7 +114,8 @@ def test_sample_takes_sampler_steps_and_spacing(sampler):
         (lambda m, x: m.vary(x[:, :4]), "the image is .* but must be"),
         (lambda m, x: m.interpolate(x, x, 1), "num_steps is 1"),
         (lambda m, x: m.interpolate(x.repeat(1, 2, 2), x), "the image is .3, 16, 16., but must be"),
-        (lambda m, x: m.inpaint(x, torch.ones(4, 4)), "the mask is .4, 4., but images are 8 px"),
+        (lambda m, x: m.inpaint(x, torch.ones(4, 4)), "the mask is .4, 4., but must be .8, 8."),
+        (lambda m, x: m.inpaint(x, torch.ones(3, 8, 8)), "the mask is .3, 8, 8., but must be"),
     ],
 )
 def test_generation_rejects_wrong_arguments(call, message):
@@ -157,11 +158,44 @@ def test_vary_starts_from_the_image_noised_to_its_first_timestep(strength):
     model.vary(image, strength, 2, "ddim", steps=20, seed=5, spacing="uniform")
     timesteps = model.sampling_plan("ddim", 20, "uniform")[1][:-1]
     below = [t for t in timesteps if t < strength * 40]
-    assert [t for t, _ in model.unet.calls] == (below or timesteps[-1:])
+    assert [t for t, _ in model.unet.calls] == (below or [0])
     noise, _ = model.noise([5, 6])
     for t, x in model.unet.calls:
         a = model.unet.alpha_bar[t]
         torch.testing.assert_close(x, math.sqrt(a) * 0.4 + math.sqrt(1 - a) * noise)
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.9, 1.0])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_vary_of_a_tuned_model_starts_at_its_strength(strength, steps):
+    model = exact(mean=0.4, consistency=True)
+    model.vary(torch.full((3, 8, 8), 0.7), strength, 1, steps=steps, seed=5)
+    start = round(strength * 40) - 1
+    later = [t for t in model.sampling_plan(steps=steps)[1] if 0 <= t < start]
+    x = model.unet.calls[0][1]
+    usable = min(start, model.denoiser().last_usable_t)
+    assert [t for t, _ in model.unet.calls] == [usable, *later]
+    a = model.alpha_bar[start]
+    noise, _ = model.noise([5])
+    torch.testing.assert_close(x, math.sqrt(a) * 0.4 + math.sqrt(1 - a) * noise)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_inpaint_of_a_tuned_model_agrees_with_the_known_part(steps):
+    """Images have one gray value each, which the known half tells."""
+
+    class Gray(Exact):
+        def forward(self, x: Tensor, times: Tensor, previous: Tensor | None = None) -> Tensor:
+            super().forward(x, times)
+            mean = x.mean(dim=(1, 2, 3), keepdim=True) / math.sqrt(self.alpha_bar[int(times[0])])
+            return mean.expand_as(x)
+
+    model = exact(mean=0.0, consistency=True, timesteps=400)
+    model.diffusion.model = Gray(model.alpha_bar, 0.0, 1.0)
+    images = model.inpaint(torch.full((3, 8, 8), 0.6), RIGHT_HALF, 32, steps=steps, seed=0)
+    torch.testing.assert_close(images, torch.full((32, 3, 8, 8), 0.6), atol=0.15, rtol=0)
+    timesteps = [t for t, _ in model.unet.calls]
+    assert len(set(timesteps)) >= 4 and all(timesteps.count(t) == 5 for t in timesteps)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "unipc"])
