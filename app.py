@@ -25,11 +25,11 @@ import torch
 from PIL import Image
 
 from ddpm_model import DDPMModel, unnormalize
-from engine import checkpoints, page, run_history
+from engine import checkpoints, page, page_html, run_history
 from engine.devices import default_device
 from engine.errors import UserError
 from engine.page import MAX_STEPS, Plan, Request, Session
-from engine.samplers import DEFAULT_SAMPLER, MAX_CONSISTENCY_STEPS, SAMPLERS
+from engine.samplers import DEFAULT_SAMPLER, SAMPLERS
 from engine.settings import Setting, Settings
 from inference import InferenceSettings
 
@@ -41,7 +41,7 @@ NUM_FRAMES = 12  # of an interpolation
 INTERPOLATION_STEPS = 60
 PREVIEW_SECONDS = 0.2
 POLL_SECONDS = 3
-PICK = "imageGrid(element, index => trigger('pick', {area: '%s', index}))"
+PICK = "imageGrid(element, index => trigger('pick', {grid: '%s', index}))"
 PAINT = "watch('value', brush(element, mask => trigger('paint', {mask})))"
 PLAY = "watch('value', film(element))"
 MARGIN = "@media (max-width: 600px) { .app { padding: 12px !important; } }"  # around all app.css
@@ -102,34 +102,35 @@ class Page:
                 if t >= 0 and time.monotonic() - shown > PREVIEW_SECONDS:
                     shown = time.monotonic()
                     images = [(page.image_uri(image), "") for image in unnormalize(x_0)]
-                    yield page.image_grid(images), page.note(f"timestep {t}")
+                    yield page_html.image_grid(images), page_html.note(f"timestep {t}")
             request.check()
             session.images["samples"] = plan.attach_settings(unnormalize(x_0))
             seconds = time.monotonic() - start
-            yield self.grid(session, "samples"), page.note(f"sampled in {seconds:.1f} s")
+            yield self.grid(session, "samples"), page_html.note(f"sampled in {seconds:.1f} s")
 
-    def grid(self, session: Session, area: str) -> str:
-        """Returns the images of an area, the chosen ones framed."""
-        images = [(p.data_uri, p.caption) for p in session.images.get(area, [])]
-        return page.image_grid(images, [p.data_uri for p in session.chosen])
+    def grid(self, session: Session, name: str) -> str:
+        """Returns the images of a grid, the chosen ones framed."""
+        images = [(p.data_uri, p.caption) for p in session.images.get(name, [])]
+        return page_html.image_grid(images, [p.data_uri for p in session.chosen])
 
     def choose(self, session: Session, event: gr.EventData) -> tuple[str, str, str]:
         """Makes the clicked image the newest of the chosen ones."""
-        images = session.images.get(str(event.area), [])
+        images = session.images.get(str(event.grid), [])
         if type(event.index) is int and 0 <= event.index < len(images):
             session.choose(images[event.index])
         return self.show_chosen(session)
 
     def show_chosen(self, session: Session) -> tuple[str, str, str]:
         """Returns the samples, the chosen images and the canvas to paint on."""
-        canvas = page.canvas(session.chosen[0], session.mask) if session.chosen else ""
-        return self.grid(session, "samples"), page.chosen_images(session.chosen), canvas
+        canvas = page_html.canvas(session.chosen[0], session.mask) if session.chosen else ""
+        return self.grid(session, "samples"), page_html.chosen_images(session.chosen), canvas
 
     def take_upload(self, session: Session, path: str) -> dict[Any, Any]:
         """Chooses an uploaded image; a PNG of ours also restores the controls."""
         with self.errors_shown():
             model = self.keeper.refresh().model
-            values = page.take_upload(session, Path(path), model, InferenceSettings)
+            options = {"notify": lambda text: gr.Info(html.escape(text))}
+            values = page.take_upload(session, Path(path), model, InferenceSettings, **options)
             updates = {self.controls[name]: value for name, value in values.items()}
             updates |= dict(zip(self.chosen_outputs, self.show_chosen(session), strict=True))
             return updates | {self.tabs: gr.update(selected=session.panel)}
@@ -152,7 +153,7 @@ class Page:
         panel = session.panel if session.panel in self.panels else "Vary"
         output, render = self.panels[panel]
         if not session.chosen:
-            return {output: page.note("Choose an image first.")}
+            return {output: page_html.note("Choose an image first.")}
         with self.errors_shown():
             request = session.start("panel")
             result = render(session, request, strength, *controls)
@@ -170,7 +171,7 @@ class Page:
     def inpaint(self, session: Session, request: Request, _: float, *controls: Any) -> str:
         """The newest chosen image, filled in where it was painted over."""
         if session.mask is None or not session.mask.any():
-            return page.note("Paint over the part to fill in.")
+            return page_html.note("Paint over the part to fill in.")
         plan = self.plan(request, *controls)
         options = {"mask": session.mask}
         session.images["inpaint"] = plan.edit("inpaint", NUM_INPAINTED, session.chosen[0], options)
@@ -179,22 +180,24 @@ class Page:
     def interpolate(self, session: Session, request: Request, *_: Any) -> str:
         """Frames between the two chosen images."""
         if len(session.chosen) < 2:
-            return page.note("Choose a second image.")
+            return page_html.note("Choose a second image.")
         end, start = (chosen.image for chosen in session.chosen)
         model = self.keeper.refresh().model.serve(request)
         images = model.interpolate(start, end, NUM_FRAMES, steps=INTERPOLATION_STEPS)
         captions = (f"{i / (NUM_FRAMES - 1):.2f}" for i in range(NUM_FRAMES))
-        return page.film(list(zip(map(page.image_uri, images), captions, strict=True)), loop=True)
+        frames = zip(map(page.image_uri, images), captions, strict=True)
+        return page_html.film([*frames], loop=True)
 
     def show_trajectory(self, session: Session, request: Request, *_: Any) -> str:
         """The trajectory of the newest chosen image: x_t and the predicted x_0."""
         settings = session.chosen[0].settings
         if settings.get("mode") != "samples" or settings["sha256"] != self.keeper.refresh().sha256:
-            return page.note("Choose one of the samples: only they start from noise.")
+            return page_html.note("Choose one of the samples: only they start from noise.")
         class_names = [settings["classes"]] if settings["classes"] else []
         controls = (settings[name] for name in ("sampler", "steps", "guidance"))
         plan = self.plan(request, str(settings["seeds"][0]), class_names, *controls)
-        return page.film([
+        plan.repeat(settings)
+        return page_html.film([
             (page.image_uri(unnormalize(torch.cat([x_t[0], x_0[0]], dim=-1))), f"t = {max(t, 0)}")
             for t, x_t, x_0 in plan.trajectory()
         ])  # fmt: skip
@@ -213,35 +216,31 @@ class Page:
         if session.model_version:
             gr.Info("The checkpoint has changed: the new model is used from now on.")
         session.model_version = served.version
-        model = served.model
-        names = list(model.class_names)
-        has_guidance = model.guide is not None or bool(names)
-        sampler = {"choices": list(model.samplers), "value": model.default_sampler}
-        steps = min(model.sampling_timesteps, MAX_STEPS)
-        limit = MAX_CONSISTENCY_STEPS if model.is_consistency_tuned else MAX_STEPS
-        return {
-            self.header: page.describe_model(served),
-            self.controls["classes"]: gr.update(choices=names, value=[], visible=bool(names)),
-            self.controls["sampler"]: gr.update(**sampler),
-            self.controls["steps"]: gr.update(value=steps, maximum=min(model.num_timesteps, limit)),
-            self.controls["guidance"]: gr.update(value=model.guidance, visible=has_guidance),
-        }
+        # Controls whose update is the former model's keep what the visitor chose.
+        updates = page.control_updates(served.model)
+        changed = {n: gr.update(**u) for n, u in updates.items() if u != session.updates.get(n)}
+        session.updates = updates
+        shown = {self.controls[name]: update for name, update in changed.items()}
+        return shown | {self.header: page_html.describe_model(served)}
 
     def follow(self, session: Session, name: str | None) -> dict[Any, Any]:
-        """Shows a run, by default the newest; curve and grids only if they changed."""
+        """Shows a run, by default the newest; curve and grids each only if it changed."""
         runs = run_history.find_runs()
         if not runs:
-            return {self.run_figures: page.note("No run yet: start one with train_optimized.py.")}
+            return {self.run_state: page_html.note("No run yet: run train_optimized.py.")}
         name = name if name in runs else runs[0]
         version = run_history.run_version(name)
         shown = {
             self.run: gr.update(choices=runs, value=name),
-            self.run_figures: page.figures(run_history.summarize_run(version, time.time())),
+            self.run_state: page_html.tiles(run_history.summarize_run(version, time.time())),
         }
         if version != session.run_version:
             session.run_version = version
-            shown[self.run_curve] = page.curve(run_history.plot_run(version))
-            shown[self.run_grids] = page.film(run_history.run_grids(name), autoplay=False)
+            shown[self.run_curve] = page_html.curve(run_history.plot_run(version))
+        version = run_history.grids_version(name)
+        if version != session.grids_version:
+            session.grids_version = version
+            shown[self.run_grids] = page_html.film(run_history.run_grids(name), autoplay=False)
         return shown
 
     # Layout.
@@ -273,13 +272,14 @@ class Page:
                     "classes": gr.Dropdown([], multiselect=True, label="Classes", visible=False),
                     "sampler": gr.Dropdown(list(SAMPLERS), value=DEFAULT_SAMPLER, label="Sampler"),
                     "steps": gr.Slider(1, MAX_STEPS, step=1, label="Steps"),
-                    "guidance": gr.Slider(1, 5, step=0.1, label="Guidance"),
+                    "guidance": gr.Slider(**page.bounds(InferenceSettings, "guidance"), step=0.1),
                 }
-                self.chosen = gr.HTML(page.chosen_images([]))
+                self.chosen = gr.HTML(page_html.chosen_images([]))
                 self.upload = gr.UploadButton("Upload an image", file_types=["image"])
         with gr.Tabs(elem_classes="panel") as self.tabs:
             with gr.Tab("Vary", id="Vary"):
-                self.controls["strength"] = gr.Slider(0.05, 1, 0.5, step=0.05, label="Strength")
+                bounds = page.bounds(InferenceSettings, "strength")
+                self.controls["strength"] = gr.Slider(**bounds, step=0.001)
                 self.varied = gr.HTML(js_on_load=PICK % "vary")
             with gr.Tab("Inpaint", id="Inpaint"), gr.Row():
                 with gr.Column(scale=1, min_width=280):
@@ -300,7 +300,7 @@ class Page:
     def build_run(self) -> None:
         """Lays out the tab that follows a run."""
         self.run = gr.Dropdown([], label="Run")
-        self.run_figures = gr.HTML()
+        self.run_state = gr.HTML()
         with gr.Row():
             with gr.Column(min_width=340):
                 self.run_curve = gr.HTML()
@@ -340,7 +340,7 @@ class Page:
         poll = {"fn": self.poll, "inputs": session, "outputs": [self.header, *sampling[1:]]} | quiet
         blocks.load(**poll).then(**sample)
         gr.Timer(POLL_SECONDS).tick(**poll)
-        shown = [self.run, self.run_figures, self.run_curve, self.run_grids]
+        shown = [self.run, self.run_state, self.run_curve, self.run_grids]
         follow = {"fn": self.follow, "inputs": [session, self.run], "outputs": shown} | quiet
         timer = gr.Timer(POLL_SECONDS, active=False)
         timer.tick(**follow)

@@ -1,7 +1,6 @@
-"""What app.py needs besides gradio: turns at the model, what visitors chose, HTML."""
+"""What app.py needs besides gradio: turns at the model, and what visitors chose."""
 
 import copy
-import html
 import itertools
 import json
 import random
@@ -17,20 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine import checkpoints, plots
 from engine import inference_jobs as jobs
-from engine.devices import device_name
-from engine.errors import UserError
+from engine import plots
+from engine.errors import UserError, short_reason
 from engine.generation import State
+from engine.gpu_memory import is_out_of_memory
 from engine.input_images import is_embedded, read_image, read_mask, resolve_input
 from engine.labels import labels_in_proportion, parse_classes
-from engine.sampling_settings import choose_sampling
+from engine.samplers import MAX_CONSISTENCY_STEPS
+from engine.sampling_settings import choose_sampling, plan_kwargs
 from engine.settings import Settings
 
 MAX_IMAGES = 36  # of a request
 MAX_STEPS = 100
 MAX_SECONDS = 120.0
 MAX_TEXT = 400  # characters of the seeds
+# Settings of an upload that change new samples, and that the page may not offer.
+LIMITED = ("steps", "spacing", "noise_levels", "eta", "guidance_mode", "use_amp", "resamples")
 
 
 class SupersededError(Exception):
@@ -129,12 +131,14 @@ class ModelKeeper:
                 status = path.stat() if path.is_file() else None
                 signature = (path, status and (status.st_mtime_ns, status.st_size, status.st_ino))
                 if signature != self.signature:
-                    self.signature = signature
                     version = self.served.version + 1 if self.served else 1
                     self.served = ServedModel(self.load(path), path, jobs.sha256(path), version)
-                    self.problem = ""
-            except (UserError, OSError) as error:
-                self.problem = str(error)
+                    self.signature = signature
+                self.problem = ""
+            except Exception as error:  # the next call tries again
+                if not isinstance(error, (UserError, OSError)) and not is_out_of_memory(error):
+                    raise
+                self.problem = short_reason(error)
             return self.served
 
 
@@ -167,28 +171,43 @@ class Plan:
 
     @classmethod
     def of_controls(
-        cls, served: ServedModel, request: Request, declared: type[Settings], seeds: str,
-        class_names: list[str], sampler: str, steps: float, guidance: float,
+        cls, served: ServedModel, request: Request, settings_class: type[Settings], seeds: str,
+        class_names: list[str], sampler: str, steps: float, guidance: float | None,
     ) -> "Plan":  # fmt: skip
-        """Checks what the controls ask for. declared: the settings of inference.py.
+        """Checks what the controls ask for; guidance 0 or None: the model's own.
 
-        Raises UserError for what the page does not offer.
+        settings_class: of inference.py. Raises UserError for what the page does not offer.
         """
         model = served.model.serve(request)
-        if not 1 <= steps <= MAX_STEPS or len(seeds) > MAX_TEXT:
-            raise UserError(f"at most {MAX_STEPS} steps and {MAX_IMAGES} images are possible")
+        if not 1 <= steps <= MAX_STEPS:
+            limits = f"at least 1 and at most {MAX_STEPS} steps"
+            raise UserError(f"steps is {steps}, but the page has {limits}")
+        if len(seeds) > MAX_TEXT:
+            reason = f"the seeds have {len(seeds)} characters, but at most {MAX_TEXT} are possible"
+            raise UserError(f"{reason}. Write ranges like 0-15")
         if sampler not in model.samplers or not set(class_names) <= set(model.class_names):
             raise UserError("this model has no such sampler or class. Reload the page")
-        options = {"sampler": sampler, "steps": int(steps), "guidance": float(guidance)}
-        options = declared.check(options, "the page")
+        guidance = float(guidance or model.guidance)
+        options = {"sampler": sampler, "steps": int(steps), "guidance": guidance}
+        options = settings_class.check(options, "the page")
         numbers = jobs.parse_seeds(seeds, MAX_IMAGES)
         chosen = [model.class_names.index(name) for name in class_names]
         labels = [label for _, label in zip(numbers, itertools.cycle(chosen), strict=False)]
-        settings = declared(**options, checkpoint=str(served.path)).as_dict()
+        settings = settings_class(**options, checkpoint=str(served.path)).as_dict()
         settings |= choose_sampling(model, settings)
         settings |= {"seeds": numbers, "sha256": served.sha256}
         del settings["num_samples"]
         return cls(model, numbers, labels or None, options, jobs.complete_settings(settings))
+
+    def repeat(self, settings: dict[str, Any]) -> "Plan":
+        """Takes over what a sample's PNG stores besides the controls; UserError if it cannot."""
+        if len(settings["seeds"]) > 1 or settings["use_amp"]:
+            reason = "the page repeats single images, without mixed precision"
+            raise UserError(f"{reason}. Choose another image")
+        sampler = settings["sampler"]
+        names = ("guidance_mode", "eta") if sampler == "ddim" else ("guidance_mode",)
+        self.options |= plan_kwargs(settings, sampler) | {name: settings[name] for name in names}
+        return self
 
     def trajectory(self) -> Iterator[State]:
         """Yields t, x_t and the predicted x_0, from noise to image, like DDPMModel.sample."""
@@ -224,7 +243,7 @@ class Plan:
 
 @dataclass
 class Session:
-    """What one visitor sees: images by area, the chosen ones, running requests."""
+    """What one visitor sees: images by grid, the chosen ones, running requests by task."""
 
     images: dict[str, list[PageImage]] = field(default_factory=dict)
     chosen: list[PageImage] = field(default_factory=list)  # the newest first, at most two
@@ -232,15 +251,17 @@ class Session:
     panel: str = "Vary"
     requests: dict[str, Request] = field(default_factory=dict)
     model_version: int = 0
+    updates: dict[str, Any] = field(default_factory=dict)  # of the controls, by the model
     problem: str = ""
     run_version: Any = None
+    grids_version: Any = None
 
-    def start(self, area: str) -> Request:
-        """Returns a new request, which supersedes the area's previous one."""
-        if area in self.requests:
-            self.requests[area].is_superseded = True
-        self.requests[area] = Request()
-        return self.requests[area]
+    def start(self, task: str) -> Request:
+        """Returns a new request, which supersedes the task's previous one."""
+        if task in self.requests:
+            self.requests[task].is_superseded = True
+        self.requests[task] = Request()
+        return self.requests[task]
 
     def choose(self, image: PageImage) -> None:
         """Makes an image the newest of the two that are chosen."""
@@ -248,18 +269,44 @@ class Session:
         self.mask = None
 
 
+def max_steps(model: nn.Module) -> int:
+    """Returns the most steps that the page offers with a model."""
+    limit = MAX_CONSISTENCY_STEPS if model.is_consistency_tuned else MAX_STEPS
+    return min(model.num_timesteps, limit)
+
+
+def control_updates(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Returns what the controls offer with a model, by name, as arguments of gradio's update."""
+    names = list(model.class_names)
+    has_guidance = model.guide is not None or bool(names)
+    limit = max_steps(model)
+    return {
+        "classes": {"choices": names, "value": [], "visible": bool(names)},
+        "sampler": {"choices": list(model.samplers), "value": model.default_sampler},
+        "steps": {"value": min(model.sampling_timesteps, limit), "maximum": limit},
+        "guidance": {"value": model.guidance, "visible": has_guidance},
+    }
+
+
+def bounds(settings_class: type[Settings], name: str) -> dict[str, Any]:
+    """Returns label, bounds and default of a setting, as arguments of gradio's slider."""
+    s = settings_class.settings()[name]
+    return {"label": name.capitalize(), "minimum": s.min, "maximum": s.max, "value": s.default}
+
+
 def take_upload(
-    session: Session, path: Path, model: nn.Module, declared: type[Settings]
-) -> dict[str, Any]:
+    session: Session, path: Path, model: nn.Module, settings_class: type[Settings],
+    notify: Callable[[str], None] = print,
+) -> dict[str, Any]:  # fmt: skip
     """Chooses an uploaded image, and returns values of the controls by name.
 
-    A PNG of ours restores everything it was made from and with. declared: the settings of
-    inference.py. Raises UserError for what is not an image.
+    A PNG of ours restores what it was made from and the controls, with a notice of what differs.
+    settings_class: of inference.py. Raises UserError, and changes nothing, for what is no image.
     """
     try:
         image = read_image(path, model.image_size, model.channels)
         has_settings = bool(plots.read_png_metadata(path))
-        settings = jobs.read_png_settings(path, declared) if has_settings else {}
+        settings = jobs.read_png_settings(path, settings_class) if has_settings else {}
     except UserError as error:
         raise UserError(str(error).replace(str(path), "the upload")) from error
     if not settings:
@@ -270,19 +317,33 @@ def take_upload(
 
     # The sources of variations and inpainted images are in their settings; never a path.
     mode = settings["mode"]
+    mask = None
     files = {n: settings[n] for n in ("mask", "image") if is_embedded(settings[n])}
     if "image" in files:
         image = read_image(resolve_input(files["image"]), model.image_size, model.channels)
-    session.choose(PageImage(image, "upload", settings if mode == "samples" else {}))
     if mode == "inpaint" and len(files) == 2:
-        session.mask = read_mask(*map(resolve_input, files.values()), model.image_size)
-    session.panel = {"vary": "Vary", "inpaint": "Inpaint"}.get(mode, session.panel)
-    controls: dict[str, Any] = {"seeds": format_seeds(settings["seeds"][:MAX_IMAGES])}
+        mask = read_mask(*map(resolve_input, files.values()), model.image_size)
+
+    # The controls, and what they cannot restore.
     has_classes = model.class_names and settings["classes"]
     labels = parse_classes(settings["classes"], model.class_names) if has_classes else []
-    controls["classes"] = [model.class_names[label] for label in labels]
-    names = ("sampler", "steps", "guidance", "strength")
-    return controls | {name: settings[name] for name in names if settings[name]}
+    controls = {
+        "seeds": format_seeds(settings["seeds"][:MAX_IMAGES]),
+        "classes": [model.class_names[label] for label in labels],
+        "sampler": settings["sampler"], "strength": settings["strength"],
+        "steps": min(settings["steps"] or model.sampling_timesteps, max_steps(model)),
+        "guidance": settings["guidance"] or model.guidance,
+    }  # fmt: skip
+    own = settings_class.values() | {"sampler": settings["sampler"], "steps": settings["steps"]}
+    own |= choose_sampling(model, own) | {"steps": controls["steps"]}
+    lost = [f"{n} {settings[n]}" for n in LIMITED if settings[n] and settings[n] != own[n]]
+    if lost:
+        notify(f"the page does not restore {', '.join(lost)} of the upload")
+
+    session.choose(PageImage(image, "upload", settings if mode == "samples" else {}))
+    session.mask = mask
+    session.panel = {"vary": "Vary", "inpaint": "Inpaint"}.get(mode, session.panel)
+    return controls
 
 
 def new_seeds(seeds: str) -> str:
@@ -311,87 +372,3 @@ def parse_mask(text: Any, size: int) -> Tensor:
     if not isinstance(text, str) or len(text) != size**2 or set(text) - {"0", "1"}:
         raise UserError(f"the mask is not {size}x{size} pixels. Paint it again")
     return torch.tensor([pixel == "1" for pixel in text]).reshape(size, size)
-
-
-# HTML that app.js wires; images are data URIs, so that no file is ever served.
-
-
-def image_grid(images: Sequence[tuple[str, str]], chosen: Sequence[str] = ()) -> str:
-    """Returns images as a grid of buttons; those in `chosen` are framed.
-
-    images: (data URI, caption) of each; without a caption it cannot be clicked. chosen: data URIs.
-    """
-    columns = 4 if len(images) <= 16 else 6
-    buttons = (
-        f'<button data-index="{i}" aria-pressed="{str(uri in chosen).lower()}" title="{caption}"'
-        f'{"" if caption else " disabled"}><img src="{uri}" alt="{caption}"></button>'
-        for i, (uri, caption) in enumerate((uri, html.escape(text)) for uri, text in images)
-    )
-    return f'<div class="images" style="--columns: {columns}">{"".join(buttons)}</div>'
-
-
-def film(frames: Sequence[tuple[str, str]], loop: bool = False, autoplay: bool = True) -> str:
-    """Returns (data URI, caption) of frames as a film with a play button and a slider.
-
-    loop: whether it plays back and forth forever. Without autoplay it shows its last frame.
-    """
-    if not frames:
-        return note("Nothing to see yet.")
-    first = 0 if autoplay else len(frames) - 1
-    images = (
-        f'<img src="{uri}" alt="{html.escape(caption)}"{"" if i == first else " hidden"}>'
-        for i, (uri, caption) in enumerate(frames)
-    )
-    return (
-        f'<div class="film" data-loop="{loop:d}" data-autoplay="{autoplay:d}">{"".join(images)}'
-        '<div><button title="play or pause">▶</button>'
-        f'<input type="range" max="{len(frames) - 1}" value="{first}" aria-label="frame">'
-        f"<output>{html.escape(frames[first][1])}</output></div></div>"
-    )
-
-
-def chosen_images(images: Sequence[PageImage]) -> str:
-    """Returns the chosen images, newest first, each with a download link."""
-    if not images:
-        return note("Click an image to choose it, or upload one.")
-    figures = (
-        f'<figure><img src="{uri}" alt="{caption}"><figcaption>{caption} · '
-        f'<a href="{uri}" download="ddpm {caption}.png">PNG</a></figcaption></figure>'
-        for uri, caption in ((p.data_uri, html.escape(p.caption)) for p in images)
-    )
-    return f'<div class="chosen">{"".join(figures)}</div>'
-
-
-def canvas(source: PageImage, mask: Tensor | None) -> str:
-    """Returns an image under a canvas to paint a mask on; app.js shows the mask."""
-    size = source.image.shape[-1]
-    pixels = "" if mask is None else "".join(map(str, mask.flatten().int().tolist()))
-    return (
-        f'<div class="paint"><div><img src="{source.data_uri}" alt="">'
-        f'<canvas width="{size}" height="{size}" data-mask="{pixels}"></canvas></div>'
-        "<button>Clear</button></div>"
-    )
-
-
-def describe_model(served: ServedModel) -> str:
-    """Returns a heading with checkpoint, size and device of a model."""
-    model = served.model
-    millions = sum(p.numel() for p in model.unet.parameters()) / 1e6
-    size = f"{model.image_size} px, {millions:.1f} M parameters, {device_name(model.device)}"
-    return f"<h1>DDPM</h1>{note(f'{checkpoints.display_name(served.path)}: {size}')}"
-
-
-def note(text: str) -> str:
-    """Returns a line of text."""
-    return f'<p class="note">{html.escape(text)}</p>'
-
-
-def figures(values: dict[str, str]) -> str:
-    """Returns names and values as tiles."""
-    tiles = (f"<div><dt>{name}</dt><dd>{html.escape(v)}</dd></div>" for name, v in values.items())
-    return f'<dl class="figures">{"".join(tiles)}</dl>'
-
-
-def curve(uri: str) -> str:
-    """Returns a plot, which turns dark with the page."""
-    return f'<div class="curve"><img src="{uri}" alt="loss"></div>'

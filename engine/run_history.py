@@ -20,10 +20,16 @@ def find_runs() -> list[str]:
 
 
 def run_version(name: str) -> tuple[Any, ...]:
-    """Returns a run's name and what changes with its files."""
+    """Returns a run's name and what changes with its metrics."""
+    status = (SAMPLES_DIR / name / "metrics.jsonl").stat()
+    return name, status.st_mtime_ns, status.st_size
+
+
+def grids_version(name: str) -> list[tuple[int, bool, Path]]:
+    """Returns time, whether it is the final one, and path of a run's grids, the newest last."""
     folder = SAMPLES_DIR / name
-    files = [folder / "metrics.jsonl", *sorted(folder.glob("*.png"))]
-    return name, *((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    paths = [*folder.glob("step_*.png"), *folder.glob("final.png")]
+    return sorted((path.stat().st_mtime_ns, path.stem == "final", path) for path in paths)
 
 
 @lru_cache(maxsize=8)
@@ -42,22 +48,21 @@ def plot_run(version: tuple[Any, ...]) -> str:
 
 
 def run_grids(name: str) -> list[tuple[str, str]]:
-    """Returns (data URI, caption) of a run's sample grids in order, MAX_GRIDS at most."""
-    folder = SAMPLES_DIR / name
-    paths = [*folder.glob("final.png"), *sorted(folder.glob("step_*.png"), reverse=True)]
+    """Returns (data URI, caption) of a run's sample grids by age, MAX_GRIDS at most."""
+    paths = [path for *_, path in grids_version(name)]
     every = -(-len(paths) // MAX_GRIDS) or 1
-    shown = paths[::every][::-1]  # with the newest
+    shown = paths[::-every][::-1]  # with the newest
     return [(plots.png_data_uri(path.read_bytes()), caption_of(path)) for path in shown]
 
 
 def caption_of(grid: Path) -> str:
-    """Returns `step 1200` for step_0001200.png, else the name."""
+    """Returns `step 1,200` for step_0001200.png, else the name."""
     name, _, step = grid.stem.partition("_")
     return f"{name} {int(step):,}" if step.isdecimal() else grid.stem
 
 
 def summarize_run(version: tuple[Any, ...], now: float) -> dict[str, str]:
-    """Returns the figures of a run by name, formatted. now: seconds since the epoch."""
+    """Returns the state of a run: numbers by name, formatted. now: seconds since the epoch."""
     folder = SAMPLES_DIR / version[0]
     rows = read_run(version)
     steps = [row for row in rows if "loss" in row]

@@ -12,13 +12,14 @@ from pathlib import Path
 
 from engine.cli import run_script
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import app
 import inference
-from engine import page, plots
+from engine import page, page_html, plots
 from engine.errors import UserError
 from engine.page import ModelKeeper, PageImage, Plan, Request, ServedModel, Session, Turns
 from inference import InferenceSettings
@@ -138,6 +139,36 @@ def test_keeper_refuses_to_start_without_a_checkpoint(tmp_path):
         ModelKeeper(lambda: tmp_path / "none.pt", app.load_shared_model)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), OSError("stale")])
+def test_keeper_tells_of_a_passing_failure_and_loads_again(served, error):
+    failures = []
+
+    def load(path: Path):
+        if failures:
+            raise failures.pop()
+        return app.load_shared_model(path)
+
+    keeper = ModelKeeper(lambda: served.path, load)
+    save_model(str(served.path), seed=1)
+    failures.append(error)
+    assert keeper.refresh().version == 1 and keeper.problem == str(error)
+    assert keeper.refresh().version == 2 and not keeper.problem
+
+
+def test_poll_resets_only_controls_that_a_new_checkpoint_changes(served):
+    pytest.importorskip("gradio")
+    app.import_gradio()
+    shown = app.Page(ModelKeeper(lambda: served.path, app.load_shared_model))
+    shown.header = "header"
+    shown.controls = {name: name for name in CONTROLS}
+    session = Session()
+    assert shown.poll(session).keys() == {"header", *CONTROLS} - {"seeds"}
+    save_model(str(served.path), seed=1)
+    assert shown.poll(session).keys() == {"header"}
+    save_model(str(served.path), class_counts={"cat": 3})
+    assert shown.poll(session).keys() == {"header", "classes"}
+
+
 # What may be asked for.
 
 
@@ -147,7 +178,9 @@ def test_keeper_refuses_to_start_without_a_checkpoint(tmp_path):
         ({"seeds": "0-36"}, "at most 36 images"),
         ({"seeds": "../../etc/passwd"}, "must look like"),
         ({"seeds": "1," * 300}, "at most"),
+        ({"seeds": "1," * 300}, "600 characters"),
         ({"steps": 0}, "at most 100 steps"),
+        ({"steps": 0}, "steps is 0, but .* at least 1"),
         ({"steps": 101}, "at most 100 steps"),
         ({"steps": float("nan")}, "at most 100 steps"),
         ({"guidance": 1e9}, "guidance is 1000000000.0"),
@@ -191,6 +224,30 @@ def test_png_of_a_sample_restores_its_settings(served):
     assert torch.equal(again.attach_settings(samples_of(again))[0].image, sample.image)
 
 
+def test_trajectory_ends_in_the_png_of_inference(served, monkeypatch):
+    settings = ["--sampler", "ddim", "--spacing", "uniform", "--eta", "1", "--seeds", "3"]
+    monkeypatch.setattr("sys.argv", ["inference.py", *settings, "--guidance_mode", "autoguidance"])
+    with pytest.raises(SystemExit):
+        run_script(inference.main)
+    (path,) = Path("inference_results").rglob("000003.png")
+    session = Session()
+    notices = []
+    page.take_upload(session, path, served.model, InferenceSettings, notices.append)
+    assert "spacing uniform, eta 1.0, guidance_mode autoguidance" in notices[0]
+    shown = app.Page(ModelKeeper(lambda: served.path, app.load_shared_model))
+    film = shown.show_trajectory(session, Request())
+    last = film.split('src="')[-1].split('"')[0]
+    x_t_and_x_0 = np.asarray(Image.open(page.resolve_input(last)))
+    np.testing.assert_allclose(x_t_and_x_0[:, :8], np.asarray(Image.open(path)), atol=1)
+
+
+@pytest.mark.parametrize("change", [{"seeds": [3, 7]}, {"use_amp": True}])
+def test_trajectory_of_what_the_page_cannot_repeat_is_refused(served, change):
+    plan = plan_of(served)
+    with pytest.raises(UserError, match="single images, without mixed precision"):
+        plan.repeat(plan.settings | {"seeds": [3]} | change)
+
+
 @pytest.mark.parametrize("mode", ["vary", "inpaint"])
 def test_png_of_a_derived_image_restores_its_source(served, mode, monkeypatch):
     source = PageImage(torch.rand(3, 8, 8), "upload", {})
@@ -227,7 +284,7 @@ def test_png_of_a_class_restores_the_class(tmp_path, monkeypatch):
     plan = plan_of(served, seeds="0-2", classes=["dog <b>", "cat"])
     images = plan.attach_settings(samples_of(plan))
     assert [p.caption for p in images] == ["seed 0, dog <b>", "seed 1, cat", "seed 2, dog <b>"]
-    assert "<b>" not in page.chosen_images(images[:1])
+    assert "<b>" not in page_html.chosen_images(images[:1])
     upload = save_png(images[2], "a.png")
     controls = page.take_upload(Session(), upload, served.model, InferenceSettings)
     assert controls["classes"] == ["dog <b>"] and controls["seeds"] == "2"
@@ -256,6 +313,31 @@ def test_upload_never_names_a_file_of_the_server(served):
     session = Session()
     page.take_upload(session, path, served.model, InferenceSettings)
     assert session.mask is None and torch.equal(session.chosen[0].image, varied.image)
+
+
+def test_upload_sets_controls_within_their_bounds_with_a_notice(served):
+    bounds = page.bounds(InferenceSettings, "guidance")
+    assert (bounds["minimum"], bounds["maximum"]) == (0, 10)
+    settings = plan_of(served).settings | {"steps": 1000, "guidance": None}
+    path = save_png(PageImage(torch.rand(3, 8, 8), "upload", settings), "a.png")
+    notices = []
+    controls = page.take_upload(
+        Session(), path, served.model, InferenceSettings, notices.append
+    )  # fmt: skip
+    assert controls["steps"] == SMALL["timesteps"] and "steps 1000" in notices[0]
+    assert controls["guidance"] == served.model.guidance
+
+
+def test_upload_that_fails_changes_nothing(served):
+    source = PageImage(torch.rand(3, 8, 8), "upload", {})
+    mask = torch.ones(8, 8, dtype=torch.bool)
+    image = plan_of(served).edit("inpaint", 1, source, {"mask": mask})[0]
+    damaged = image.settings | {"mask": plots.PNG_DATA_URI + "AAAA"}
+    path = save_png(PageImage(image.image, "upload", damaged), "a.png")
+    session = Session(chosen=[source])
+    with pytest.raises(UserError, match="mask"):
+        page.take_upload(session, path, served.model, InferenceSettings)
+    assert session.chosen == [source] and session.panel == "Vary"
 
 
 @pytest.mark.parametrize(
@@ -345,7 +427,7 @@ def test_page_serves_no_file_of_the_server(url):
 
 
 def test_page_ignores_images_and_masks_that_are_not_there(url):
-    assert '"success":true' in call(url, "pick", [None], {"area": "samples", "index": 7})
+    assert '"success":true' in call(url, "pick", [None], {"grid": "samples", "index": 7})
     assert '"success":true' in call(url, "paint", [None], {"mask": "1"})
 
 

@@ -1,6 +1,7 @@
 """What is shown of a run while it trains, and later."""
 
 import json
+import os
 import time
 
 import pytest
@@ -58,3 +59,23 @@ def test_run_grids_are_limited_and_end_with_the_newest(tmp_path, monkeypatch):
     write_run("a", [0.01] * 60, final=True)
     captions = [caption for _, caption in run_history.run_grids("a")]
     assert len(captions) <= run_history.MAX_GRIDS and captions[-1] == "final"
+
+
+def test_run_grids_of_a_continued_run_end_with_its_newest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run("a", [0.5, 1.0], final=True)
+    os.utime(SAMPLES_DIR / "a/final.png", (1, 1))
+    assert [caption for _, caption in run_history.run_grids("a")] == ["final", "step 10", "step 20"]
+
+
+def test_versions_change_with_metrics_and_with_grids(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run("a", [0.5])
+    metrics, grids = run_history.run_version("a"), run_history.grids_version("a")
+    with (SAMPLES_DIR / "a/metrics.jsonl").open("a") as file:
+        file.write('{"step": 20}\n')
+    (SAMPLES_DIR / "a/loss.png").touch()
+    assert run_history.run_version("a") != metrics and run_history.grids_version("a") == grids
+    metrics = run_history.run_version("a")
+    Image.new("RGB", (4, 4)).save(SAMPLES_DIR / "a/final.png")
+    assert run_history.run_version("a") == metrics and run_history.grids_version("a") != grids
