@@ -165,7 +165,7 @@ def placeholder(dataset: str, image_size: int, use_labels: bool = False) -> Imag
         count = SHAPES_COUNT
         class_names = SHAPE_KINDS
     elif dataset.startswith(hf_datasets.PREFIX) and not use_labels:
-        count = hf_datasets.hf_source(dataset, 3, False).count
+        count = hf_datasets.hf_source(dataset, DEFAULT_OPTIONS, False).count
     images = np.broadcast_to(np.uint8(0), (count, 3, image_size, image_size))
     if use_labels and count:
         check_num_classes(class_names, dataset)
@@ -207,7 +207,7 @@ def open_source(
 ) -> Source:
     """Returns the source of a data set, downloaded if missing; labels if asked."""
     if dataset.startswith(hf_datasets.PREFIX):
-        return hf_datasets.hf_source(dataset, options.channels or 3, use_labels)
+        return hf_datasets.hf_source(dataset, options, use_labels)
     archive = ARCHIVES.get(dataset)
     if archive:
         ensure_downloaded(archive, data_dir, use_labels)

@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -11,25 +12,28 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from engine.errors import UserError, type_and_message
-from engine.image_source import BLOCK, Source
+from engine.errors import UserError, short_reason, type_and_message
+from engine.image_source import BLOCK, DEFAULT_OPTIONS, ReadOptions, Source
 from engine.labels import NO_LABEL, check_num_classes
-from engine.pixels import read_pixels
+from engine.pixels import is_deep, parse_range, read_pixels
 
 PREFIX = "hf:"
 FORMATS = ("parquet", "arrow", "imagefolder", "webdataset")
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp")  # of columns of encoded images
 LABEL_NAMES = ("label", "labels", "class", "cls")  # of columns of integers or strings
 LABEL_TYPES = ("bool", "int", "uint", "string", "large_string")
+SET_RANGE = "Say what is black and white: --value_range LOW,HIGH, e.g. --value_range 0,65535"
 HOW_TO_NAME = "Name it: --dataset hf:NAME,IMAGE_COLUMN or hf:NAME,IMAGE_COLUMN,LABEL_COLUMN"
 
 
-def hf_source(dataset: str, channels: int, use_labels: bool) -> Source:
+def hf_source(dataset: str, options: ReadOptions, use_labels: bool) -> Source:
     """Returns the source of `hf:NAME[,IMAGE_COLUMN[,LABEL_COLUMN]]`.
 
     NAME: user/name of the Hub, or a local folder of parquet, arrow, image or WebDataset files. Its
     split `train` is streamed, or its only one; columns that are not named are found. Nothing of it
-    is executed. Raises UserError if it cannot be read, or if a column is not clear.
+    is executed. options: RGB unless it says otherwise; images with more than 8 bits need its
+    range, as a stream is read once. Raises UserError if it cannot be read, or if a column is not
+    clear.
     """
     # The table, its columns and its classes.
     name, image_column, label_column = parse(dataset)
@@ -44,37 +48,51 @@ def hf_source(dataset: str, channels: int, use_labels: bool) -> Source:
         columns.append(label_column)
     rows = table.select_columns(columns)
     values: list[Any] = []  # of the label column, as far as it was streamed
+    channels = options.channels or 3
+    value_range = parse_range(options.value_range)
+    is_default = replace(options, channels=0) == DEFAULT_OPTIONS
 
     # How the cache reads it: rows in blocks, images of a block, some sizes.
-    def stream() -> Iterator[list[tuple[int, Any]]]:
-        values.clear()
+    def row_blocks() -> Iterator[list[tuple[int, dict[str, Any]]]]:
         iterator = enumerate(rows)
+        count = 0
         try:
             while block := list(islice(iterator, BLOCK)):
-                values.extend(row.get(label_column) for _, row in block)
-                yield [(index, row[image_column]) for index, row in block]
+                yield block
+                count += len(block)
         except Exception as error:  # of HTTP, of the file's format
-            reason = f"{location} stops after {len(values)} images ({type_and_message(error)})"
-            raise UserError(f"{reason}. Start again") from error
+            reason = f"{location} stops after {count} images ({type_and_message(error)})"
+            raise UserError(f"{reason}. Start again, or get its files again") from error
+
+    def stream() -> Iterator[list[tuple[int, Any]]]:
+        values.clear()
+        for block in row_blocks():
+            values.extend(row.get(label_column) for _, row in block)
+            yield [(index, row[image_column]) for index, row in block]
 
     def read(block: Sequence[tuple[int, Any]], size: int) -> list[np.ndarray | str]:
         results: list[np.ndarray | str] = []
         for index, value in block:
             try:
                 with open_image(value) as image:
-                    results.append(read_pixels(image, size, channels))
+                    if is_deep(image) and not value_range:
+                        raise UserError(f"{location} has images of more than 8 bits. {SET_RANGE}")
+                    arguments = (size, channels, value_range, options.frames == "all")
+                    results.append(read_pixels(image, *arguments))
+            except UserError:
+                raise
             except Exception as error:  # Pillow raises nearly anything on a broken file
                 results.append(f"image {index}: {error!r}")
         return results
 
     def sample_sizes() -> Iterator[int]:
-        for row in islice(rows, BLOCK):
+        for _, row in next(row_blocks(), []):
             with suppress(Exception), open_image(row[image_column]) as image:
                 yield min(image.size)
 
     return Source(
         location, fingerprint, count, read, lambda: channels, sample_sizes, stream=stream,
-        variant=f"\n{','.join(columns)} {channels}",
+        variant=f"\n{','.join(columns)} {channels if is_default else options}",
         labels=(lambda: to_labels(values, class_names)) if use_labels else None,
     )  # fmt: skip
 
@@ -108,11 +126,13 @@ def open_table(name: str) -> tuple[str, str, int, Any]:
             if isinstance(feature, datasets.Image):  # encoded: bytes, or a dict of bytes or path
                 table = table.cast_column(column, datasets.Image(decode=False))
     except Exception as error:  # of HTTP, of the Hub, of the files
-        advice = "It must be user/name of the Hugging Face Hub, or a folder"
-        reason = type_and_message(error)
+        needed = "of one configuration, with a split train or a single one"
+        advice = f"It must be user/name of the Hugging Face Hub, or a folder, {needed}"
+        reason = short_reason(error)
         raise UserError(f"--dataset hf:{name} cannot be read ({reason}). {advice}") from error
     if format_ not in FORMATS:
-        raise UserError(f"--dataset hf:{name} has {format_} files, but must have {FORMATS}")
+        needed = ", ".join(FORMATS)
+        raise UserError(f"--dataset hf:{name} has {format_} files, but must have {needed}")
 
     # What identifies it.
     found = builder.info.splits or {}
@@ -173,10 +193,13 @@ def to_labels(
     """Returns labels, int64, and class names of a column's values; None has NO_LABEL.
 
     class_names: what the column's integers index; None if the values themselves are the classes.
+    Slashes in names are returned as hyphens.
     """
     if class_names is None:
         known = sorted({v for v in values if v is not None})
         indices = {value: index for index, value in enumerate(known)}
         values = [indices.get(value) for value in values]
         class_names = map(str, known)
-    return np.array([NO_LABEL if v is None else v for v in values], np.int64), (*class_names,)
+    # A class name is a folder's, too.
+    class_names = tuple(name.translate(str.maketrans("/\\\0", "---")) for name in class_names)
+    return np.array([NO_LABEL if v is None else v for v in values], np.int64), class_names

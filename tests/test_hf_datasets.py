@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -141,6 +142,48 @@ def test_channels_are_those_asked_for(folder):
     assert load(use_labels=False, options=ReadOptions(channels=1)).images.shape == (COUNT, 1, 8, 8)
 
 
+def encoded(image: Image.Image, format_: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format_, **options)
+    return file.getvalue()
+
+
+def test_value_range_is_that_asked_for_and_must_be_for_more_than_8_bits(folder):
+    grays = [Image.fromarray(np.full((8, 8), value, np.uint16)) for value in (0, 2000, 4000)]
+    write_parquet(folder, image=[encoded(image, "PNG") for image in grays])
+    with pytest.raises(UserError, match=r"more than 8 bits. Say what .* --value_range LOW,HIGH"):
+        load(use_labels=False)
+    for text, expected in (("0,4000", [0, 128, 255]), ("0,8000", [0, 64, 128])):
+        data = load(use_labels=False, options=ReadOptions(value_range=text))
+        assert data.images[:, 2, 0, 0].tolist() == expected
+
+
+def test_frames_are_those_asked_for(folder):
+    first, *others = (Image.new("L", (8, 8), value) for value in (10, 20, 30))
+    gif = encoded(first, "GIF", save_all=True, append_images=others)
+    write_parquet(folder, image=[gif, PNGS[0]], label=["b", "a"])
+    assert load().images[:-1, 0, 0, 0].tolist() == [10]
+    data = load(options=ReadOptions(frames="all"))
+    assert data.images[:-1, 0, 0, 0].tolist() == [10, 20, 30] and data.labels.tolist() == [
+        1,
+        1,
+        1,
+        0,
+    ]
+
+
+@pytest.mark.parametrize("is_declared", [False, True])
+def test_slashes_in_class_names_are_hyphens(folder, is_declared):
+    import datasets
+
+    names = ["T-shirt / top", "b\\c"]
+    labels = datasets.Dataset.from_dict({"image": PNGS[:2], "label": names})
+    if is_declared:
+        labels = labels.cast_column("label", datasets.ClassLabel(names=names))
+    labels.to_parquet(folder / "train-0.parquet")
+    assert load().class_names == ("T-shirt - top", "b-c")
+
+
 def test_unreadable_images_are_left_out_and_too_many_are_refused(folder):
     labels = [i % 3 for i in range(COUNT)]
     write_parquet(folder, image=[b"none", *PNGS[1:]], label=labels)
@@ -158,12 +201,39 @@ def test_small_images_are_refused(folder):
         load_dataset("hf:mine", 16, Path(), progress=False, upsampling=False)
 
 
+def test_damaged_parquet_is_one_line(folder):
+    write_parquet(folder, image=PNGS)
+    path = folder / "train-0.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + bytes(len(content) // 2) + content[4 + len(content) // 2 :])
+    for upsampling in (False, True):
+        with pytest.raises(UserError, match=r"stops after 0 images .*get its files again"):
+            load(use_labels=False, upsampling=upsampling)
+
+
 def test_other_formats_and_names_are_one_line(folder):
     (folder / "data.csv").write_text("image,label\na,b\n")
-    with pytest.raises(UserError, match="mine has csv files, but must have"):
+    with pytest.raises(UserError, match="mine has csv files, but must have parquet, arrow, "):
         load()
     with pytest.raises(UserError, match=r"hf:nowhere cannot be read \(.*\). It must be user/name"):
         load("hf:nowhere")
+
+
+def test_other_splits_and_several_configurations_are_listed(folder):
+    write_parquet(folder, image=PNGS)
+    (folder / "train-0.parquet").rename(folder / "test-0.parquet")
+    assert len(load(use_labels=False)) == COUNT  # the only one
+    shutil.copy(folder / "test-0.parquet", folder / "validation-0.parquet")
+    with pytest.raises(
+        UserError, match=r"splits: \['validation', 'test'\].*with a split train or a"
+    ):
+        load()
+    configs = "".join(f"- {{config_name: {n}, data_files: {n}-0.parquet}}\n" for n in ("test", "x"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    with pytest.raises(
+        UserError, match=r"configs: \['test', 'x'\].* It must be .* one configuration"
+    ):
+        load()
 
 
 def test_run_trains_on_a_data_set_by_its_name(folder, monkeypatch):
