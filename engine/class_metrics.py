@@ -63,13 +63,13 @@ class ClassMetrics:
         self.labels = labels
         train, held_out = (part[labels[part] >= 0] for part in train_val_split(len(labels)))
         self.classify = fit_classifier(self.features[train], labels[train], len(class_names))
-        self.is_right = self.classify(self.features[held_out]) == labels[held_out]
+        self.is_held_out_right = self.classify(self.features[held_out]) == labels[held_out]
         self.held_out_labels = labels[held_out]
 
     @property
     def real_accuracy(self) -> float | None:
         """How often the classifier is right on held-out real images; None without any."""
-        return rounded_mean(self.is_right)
+        return rounded_mean(self.is_held_out_right)
 
     def score(
         self, features: np.ndarray, labels: np.ndarray
@@ -83,10 +83,11 @@ class ClassMetrics:
         for label, name in enumerate(self.class_names):
             samples = labels == label
             real = self.labels == label
+            held_out = self.held_out_labels == label
             row: ClassRow = {
                 "class": name, "samples": int(samples.sum()),
                 "accuracy": rounded_mean(is_right[samples]),
-                "real accuracy": rounded_mean(self.is_right[self.held_out_labels == label]),
+                "real accuracy": rounded_mean(self.is_held_out_right[held_out]),
             }  # fmt: skip
             if len(self.class_names) <= MAX_DISTANCES and min(samples.sum(), real.sum()) > 1:
                 pair = map(feature_statistics, (features[samples], self.features[real]))

@@ -124,4 +124,4 @@ def save_curves(
     if len(trained) > 1:
         minutes = [result["trained_seconds"] / 60 for result in trained]
         distances = {title: [result["scores"][title] for result in trained] for title in titles}
-        plots.plot_fd_over_time(minutes, distances, stem.with_name(f"{stem.name}-curve.png"))
+        plots.save_fd_over_time(minutes, distances, stem.with_name(f"{stem.name}-curve.png"))

@@ -10,6 +10,7 @@ import itertools
 import math
 import warnings
 import zipfile
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from engine.checkpoints import write_atomically
 from engine.dataloader import Batch
 from engine.datasets import CONNECT_SECONDS, socket_timeout
 from engine.errors import FallbackWarning, UserError
+from engine.gpu_memory import OomBatcher
 from engine.inference_jobs import sha256
 from engine.plots import on_white
 
@@ -36,6 +38,7 @@ CACHE_DIR = Path("data/cache")
 LOSS_CURVE_IMAGES = 128
 NUM_NEIGHBORS = 3  # of precision and recall
 CHUNK_ROWS = 4096  # rows of a large array processed at a time
+CHUNK_BYTES = 2**28  # of the rows of images
 Scores = dict[str, float]
 
 
@@ -44,7 +47,9 @@ def import_optional(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        reason = f"{module.partition('.')[0].replace('_', '-')} is not installed"
+        missing = (error.name or module).partition(".")[0].replace("_", "-")
+        is_missing = isinstance(error, ModuleNotFoundError)
+        reason = f"{missing} is not installed" if is_missing else f"{module} fails ({error})"
         raise UserError(f"{reason}: pip install -r requirements-eval.txt") from error
 
 
@@ -87,6 +92,8 @@ class Inception(nn.Module):
         super().__init__()
         fidelity = import_optional("torch_fidelity.feature_extractor_inceptionv3")
         weights = Path(weights or find_inception(fidelity.URL_INCEPTION_V3))
+        if not weights.is_file():
+            raise UserError(f"{weights} does not exist. Pass {INCEPTION_FILE}")
         try:
             digest = sha256(weights)
             self.has_classifier = not digest.startswith(HELPER_SHA256)
@@ -190,7 +197,7 @@ References = dict[nn.Module, Statistics]  # of real images, by feature network
 
 
 def feature_statistics(features: np.ndarray) -> Statistics:
-    """Returns mean and unbiased covariance of features (N, D); UserError for N < 2."""
+    """Returns features (N, D) with mean and unbiased covariance; UserError for N < 2."""
     if len(features) < 2:
         raise UserError(f"need at least 2 images, got {len(features)}")
     mean = features.mean(axis=0, dtype=np.float64)
@@ -290,10 +297,18 @@ def fraction_inside(x: Tensor, y: Tensor) -> float:
     function fetches all distances from the GPU, which takes minutes.
     """
     k = NUM_NEIGHBORS + 1  # the nearest row is the row itself
-    radius = [torch.cdist(rows, y).kthvalue(k).values for rows in y.split(CHUNK_ROWS)]
-    radius = torch.cat(radius)
-    is_inside = [(torch.cdist(rows, y) <= radius).any(dim=1) for rows in x.split(CHUNK_ROWS)]
-    return torch.cat(is_inside).double().mean().item()
+    chunks = y.split(CHUNK_ROWS)
+    radii = []
+    for rows in chunks:
+        distances = (torch.cdist(rows, chunk) for chunk in chunks)
+        nearest = [d.topk(min(k, d.shape[1]), largest=False).values for d in distances]
+        radii.append(torch.cat(nearest, dim=1).kthvalue(k).values)
+    num_inside = 0
+    for rows in x.split(CHUNK_ROWS):
+        pairs = zip(chunks, radii, strict=True)
+        is_inside = [(torch.cdist(rows, chunk) <= radius).any(dim=1) for chunk, radius in pairs]
+        num_inside += torch.stack(is_inside).any(dim=0).sum().item()
+    return num_inside / len(x)
 
 
 def nearest_neighbors(queries: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -304,8 +319,9 @@ def nearest_neighbors(queries: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray
     points = torch.from_numpy(queries.astype(np.float32))
     exact = "donot_use_mm_for_euclid_dist"
     distances = []
-    for start in range(0, len(rows), CHUNK_ROWS):
-        chunk = torch.from_numpy(rows[start : start + CHUNK_ROWS].astype(np.float32))
+    count = min(CHUNK_ROWS, max(1, CHUNK_BYTES // points[0].nbytes))
+    for start in range(0, len(rows), count):
+        chunk = torch.from_numpy(rows[start : start + count].astype(np.float32))
         distances.append(torch.cdist(points, chunk, compute_mode=exact))
     distance, index = torch.cat(distances, dim=1).min(dim=1)
     return distance.numpy() / math.sqrt(queries.shape[1]), index.numpy()
@@ -319,15 +335,21 @@ def loss_by_timestep(
 
     batch: images that were not trained on, of which LOSS_CURVE_IMAGES are used.
     """
-    batch = batch[:: math.ceil(len(batch.images) / LOSS_CURVE_IMAGES)].to(model.device)
-    images = batch.images.float() / 255
-    labels = () if batch.labels is None else (batch.labels,)
+    batch = batch[:: math.ceil(len(batch.images) / LOSS_CURVE_IMAGES)]
+    noise = torch.randn(batch.images.shape, generator=torch.Generator().manual_seed(0))
+    batcher = OomBatcher(LOSS_CURVE_IMAGES)
+
+    def mse_of_part(t: int, part: slice) -> Tensor:
+        images, labels = batch[part].to(model.device)
+        labels = () if labels is None else (labels,)
+        t_batch = torch.full((len(images),), t, device=model.device)
+        return model.mse_per_image(images / 255, t_batch, noise[part].to(model.device), *labels)
+
     points = min(points, model.num_timesteps)
     timesteps = torch.linspace(0, model.num_timesteps - 1, points).round().long().tolist()
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(model.device)
     losses = []
     model.eval()
     for t in tqdm(timesteps, unit="timestep", desc="loss by timestep"):
-        t_batch = torch.full((len(images),), t, device=model.device)
-        losses.append(model.mse_per_image(images, t_batch, noise, *labels).mean().item())
+        parts = batcher.map(len(batch.images), partial(mse_of_part, t))
+        losses.append(torch.cat(list(parts)).mean().item())
     return timesteps, losses

@@ -192,7 +192,7 @@ def save_loss_curve(metrics: Path, path: Path) -> None:
     _save_plot(lines, "optimizer step", "loss (weighted squared error)", path)
 
 
-def plot_fd_over_time(minutes: Sequence[float], distances: Curves, path: Path) -> None:
+def save_fd_over_time(minutes: Sequence[float], distances: Curves, path: Path) -> None:
     """Plots Fréchet distances, by name, against minutes of training, in any order."""
     order = np.argsort(minutes)
     x = np.array(minutes)[order]

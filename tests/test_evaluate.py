@@ -155,7 +155,7 @@ VS_REAL = ["--dataset", "folder", "--data_dir", "real"]
         (["--images", "one.npz", *VS_REAL], "need at least 2 images, got 1"),
         (["--inception_weights", "careless.pth"], "careless.pth does not hold the weights of"),
         (["--inception_weights", "others.pth"], "others.pth does not hold the weights of weights-"),
-        (["--inception_weights", "nowhere.pth"], "nowhere.pth does not hold the weights of"),
+        (["--inception_weights", "nowhere.pth"], "nowhere.pth does not exist"),
         (["--steps", "61"], "steps is 61, but"),
     ],
 )
@@ -206,7 +206,7 @@ def evaluate_colors(folder, monkeypatch):
     plotted = {}
 
     def evaluate_colors(*arguments: str) -> dict:
-        for name in ("plot_fd_over_time", "save_loss_by_timestep", "captioned_grid"):
+        for name in ("save_fd_over_time", "save_loss_by_timestep", "captioned_grid"):
 
             def keep(*values, name=name, **_):
                 plotted[name] = values
@@ -227,7 +227,7 @@ def test_evaluate_plots_each_checkpoints_minutes_and_distances(evaluate_colors):
     late, early = report["evaluations"]
     scores = [row["scores"]["FD-Colors"] for row in (late, early)]
     assert scores[0] != scores[1]
-    minutes, distances, path = report["plot_fd_over_time"]
+    minutes, distances, path = report["save_fd_over_time"]
     assert minutes == [2.5, 1.0] and distances == {"FD-Colors": scores} and "curve" in path.name
     timesteps, losses, _ = report["save_loss_by_timestep"]
     assert timesteps == [0, 59] and losses == {"run-late": [1, 2], "run-early": [1.5, 2]}

@@ -187,6 +187,21 @@ def test_fetch_inception_failure_says_where_to_get_the_weights(monkeypatch, tmp_
         metrics.fetch_inception((tmp_path / "other.pth").as_uri())
 
 
+def test_import_optional_names_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "package_a.py").write_text("import package_b.c")
+    (tmp_path / "package_d.py").write_text("raise ImportError('libc.so.9 not found')")
+    with pytest.raises(UserError, match=r"^package-b is not installed: pip install -r"):
+        metrics.import_optional("package_a")
+    with pytest.raises(UserError, match=r"^package_d fails \(libc.so.9 not found\)"):
+        metrics.import_optional("package_d")
+
+
+def test_inception_without_its_file_says_so():
+    with pytest.raises(UserError, match=r"^mistyped.pth does not exist"):
+        metrics.Inception("mistyped.pth")
+
+
 # References.
 
 
@@ -297,6 +312,8 @@ def test_fraction_inside_is_torch_fidelitys_precision_and_recall(monkeypatch):
     samples, real = (torch.randn(count, 5, generator=generator) for count in (50, 40))
     options = {"prc_neighborhood": metrics.NUM_NEIGHBORS, "save_cpu_ram": True, "verbose": False}
     expected = metric_prc.prc_features_to_metric(samples, real, **options)
+    cdist = torch.cdist
+    monkeypatch.setattr(torch, "cdist", lambda x, y: cdist(x[:7], y[:7]))  # 7 of each at once
     assert metrics.fraction_inside(samples, real) == pytest.approx(expected["precision"])
     assert metrics.fraction_inside(real, samples) == pytest.approx(expected["recall"])
     assert expected["precision"] != expected["recall"]
@@ -329,12 +346,19 @@ def test_inception_scores_is_belongs_to_the_samples():
 # Nearest neighbors and the loss by timestep.
 
 
-def test_nearest_neighbors_finds_the_copy_and_measures_the_others(monkeypatch):
-    monkeypatch.setattr(metrics, "CHUNK_ROWS", 7)
+@pytest.mark.parametrize(("limit", "value"), [("CHUNK_ROWS", 7), ("CHUNK_BYTES", 7 * 12 * 4)])
+def test_nearest_neighbors_finds_the_copy_and_measures_the_others(monkeypatch, limit, value):
+    monkeypatch.setattr(metrics, limit, value)
+    cdist = torch.cdist
+    rows_at_once = set()
+    monkeypatch.setattr(
+        torch, "cdist", lambda x, y, **_: rows_at_once.add(len(y)) or cdist(x, y, **_)
+    )
     rows = np.random.default_rng(0).integers(0, 256, (50, 12), dtype=np.uint8)
     queries = np.stack([rows[33], np.clip(rows[8], 3, 255) - 3.0])
     distance, index = metrics.nearest_neighbors(queries, rows)
     assert list(index) == [33, 8] and distance[0] == 0
+    assert rows_at_once == {7, 1}
     assert distance[1] == pytest.approx(np.sqrt(np.square(queries[1] - rows[8]).mean()))
 
 
@@ -361,6 +385,21 @@ class TellingLoss(torch.nn.Module):
     def mse_per_image(self, images, t, noise):
         assert not self.training and len(images) <= 3 and images.shape == noise.shape
         return images.mean((1, 2, 3)) * 10 + t + 1000 * noise.mean((1, 2, 3))
+
+
+def test_loss_by_timestep_halves_its_batches_if_memory_runs_out(monkeypatch):
+    class SmallMemory(TellingLoss):
+        def mse_per_image(self, images, t, noise):
+            if len(images) > 2:
+                raise torch.OutOfMemoryError
+            return super().mse_per_image(images, t, noise)
+
+    images = (torch.arange(3) * 20).byte().reshape(3, 1, 1, 1).expand(3, 3, 4, 4)
+    expected = metrics.loss_by_timestep(TellingLoss(), Batch(images), points=3)
+    monkeypatch.setattr(metrics, "LOSS_CURVE_IMAGES", 3)
+    with pytest.warns(FallbackWarning, match="batches of 2"):
+        timesteps, losses = metrics.loss_by_timestep(SmallMemory(), Batch(images), points=3)
+    assert timesteps == expected[0] and losses == pytest.approx(expected[1], rel=1e-5)
 
 
 def test_loss_by_timestep_takes_images_evenly_with_the_same_noise(monkeypatch):

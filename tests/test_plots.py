@@ -142,7 +142,7 @@ def test_loss_curve_of_no_metrics_is_written(tmp_path):
 
 def test_fd_over_time_is_sorted_by_time(lines_of):
     curves = {"a": [30, 10, 20], "b": [3, 1, 2]}
-    lines = lines_of(plots.plot_fd_over_time, [3.0, 1.0, 2.0], curves)
+    lines = lines_of(plots.save_fd_over_time, [3.0, 1.0, 2.0], curves)
     assert lines == {"a": [(1, 10), (2, 20), (3, 30)], "b": [(1, 1), (2, 2), (3, 3)]}
 
 
