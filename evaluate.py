@@ -28,7 +28,7 @@ from engine import evaluation_report as reporting
 from engine import inference_jobs as jobs
 from engine.class_metrics import ClassMetrics
 from engine.dataloader import Batch, ImageDataset, as_batch, train_val_split
-from engine.datasets import DATASETS, load_dataset, require_stored
+from engine.datasets import DATASETS, check_stored, load_dataset
 from engine.devices import default_device, device_name
 from engine.errors import UserError, warn_fallback
 from engine.evaluation_report import Evaluation
@@ -141,7 +141,7 @@ def load_real_images(
         raise UserError(f"{path} has no training data: set --dataset and --data_dir")
     data_dir = settings.data_dir or ("data" if settings.dataset else config.get("DATA_DIR"))
     if settings.data_dir and not settings.dataset:
-        require_stored(dataset, Path(data_dir))
+        check_stored(dataset, Path(data_dir))
     size = settings.image_size or shape[2]
     channels = shape[0] if dataset == "folder" else 3
     options = replace(ReadOptions.from_config(config), channels=channels)

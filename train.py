@@ -21,7 +21,7 @@ from config import Config, DDPMConfig, detect_tier, estimate_memory_gib, resolve
 from ddpm_model import DDPMModel
 from engine import checkpoints, distributed
 from engine.checkpoints import TrainingCheckpoint
-from engine.datasets import choose_default_dataset, load_dataset, placeholder, require_stored
+from engine.datasets import check_stored, choose_default_dataset, load_dataset, placeholder
 from engine.errors import FallbackWarning, UserError
 from engine.gpu_memory import cap_memory
 from engine.image_source import ReadOptions
@@ -59,7 +59,9 @@ def main(
     # Data: rank 0 fetches and decodes before the process group exists, the others read the cache.
     data = None
     if request.dry_run:
-        data = placeholder(config.DATASET, config.IMAGE_SIZE, config.CLASS_CONDITIONAL)
+        data = placeholder(
+            config.DATASET, config.IMAGE_SIZE, config.CLASS_CONDITIONAL, config.CHANNELS
+        )
     if data is None:
         data = distributed.rank0_first("data", lambda: load_dataset(
             config.DATASET, config.IMAGE_SIZE, Path(config.DATA_DIR), workers=config.NUM_WORKERS,
@@ -250,7 +252,7 @@ def choose_dataset(
     is_named = request.explicit.get("DATASET", "auto") != "auto"
     if "DATA_DIR" in request.explicit and not is_named and not earlier_run:
         default = "cifar10" if dataset == "auto" else dataset
-        distributed.from_rank0("data_dir", lambda: require_stored(default, data_dir))
+        distributed.rank0_first("data_dir", lambda: check_stored(default, data_dir))
     if dataset == "auto":
         may_download = not request.dry_run
         dataset = distributed.from_rank0(

@@ -76,7 +76,8 @@ def choose_default_dataset(data_dir: Path, has_gpu: bool, download: bool = True)
     CIFAR-10 is downloaded here if it is missing, unless `download` is false; if that fails, the
     choice is "shapes".
     """
-    reason = "no GPU found; CIFAR-10 would take days"
+    reason = "no CUDA GPU found; CIFAR-10 would take days"
+    advice = "--dataset cifar10 to override, or "
     if has_gpu:
         try:
             if download:
@@ -84,22 +85,30 @@ def choose_default_dataset(data_dir: Path, has_gpu: bool, download: bool = True)
             return "cifar10"
         except UserError as error:
             reason = str(error)
-    advice = "--dataset cifar10 to override, or --dataset folder --data_dir DIR for your own images"
+            advice = ""
+    advice += "--dataset folder --data_dir DIR for your own images"
     print0(f"dataset: built-in shapes ({reason}). Use {advice}.")
     return "shapes"
 
 
-def require_stored(dataset: str, data_dir: Path) -> str:
-    """Returns the data set that a script takes by default if it is in a data directory.
+def check_stored(dataset: str, data_dir: Path) -> None:
+    """Raises UserError if a script's default data set is not in a data directory.
 
-    Raises UserError if it is not: a directory that was named without a data set may be of images.
+    A directory that was named without a data set may be of images.
     """
     if archive := ARCHIVES.get(dataset):
         local = data_dir / archive.path
         if not local.exists() and not all((local.parent / n).exists() for n in archive.contents):
             advice = f"--dataset folder for your own images, or --dataset {dataset} to download it"
             raise UserError(f"--data_dir is {data_dir}, which has no {dataset}. Add {advice}")
-    return dataset
+
+
+def check_channels(dataset: str, channels: int) -> None:
+    """Raises UserError for channels that a data set cannot be read with; 0: its own."""
+    has_choice = dataset == "folder" or dataset.startswith(hf_datasets.PREFIX)
+    if channels not in (0, 3) and not has_choice:
+        which = f"--channels {channels} is for --dataset folder and hf:NAME"
+        raise UserError(f"{which}, but {dataset} is RGB. Leave it out")
 
 
 def load_dataset(
@@ -114,35 +123,37 @@ def load_dataset(
     data_dir: where its files are or will be stored; for "folder", a folder, .zip or .tar of images,
     or an .npz or .npy of arrays. workers: decoding threads. upsampling: whether more than half of
     the images may be smaller than image_size. use_labels: whether to return labels, too. options:
-    how to read a folder; others are RGB.
+    how to read a folder or what hf_source reads; others are RGB.
 
     The images, uint8 (N, C, image_size, image_size), are a read-only memory map of a file in
     cache_dir. Raises UserError for files that are missing, damaged or too small, or labels that are
     missing although asked for.
     """
-    is_rgb = dataset != "folder" and not dataset.startswith(hf_datasets.PREFIX)
-    if is_rgb and options.channels not in (0, 3):
-        raise UserError(f"--channels {options.channels} is for folders, but {dataset} is RGB")
+    check_channels(dataset, options.channels)
     source = open_source(dataset, Path(data_dir), use_labels, options)
     sizes = [] if image_size and upsampling else sorted(source.sample_sizes())
+    location = source.location or dataset
+    if not sizes and dataset != "shapes" and not (image_size and upsampling):
+        raise UserError(f"no image that was looked at in {location} can be opened. Check the files")
     if not image_size:
         if len(set(sizes)) != 1:
             found = f"{sizes[0]} to {sizes[-1]} px" if sizes else "any size"
-            raise UserError(f"images in {source.location} have {found}. Set --image_size")
+            raise UserError(f"images in {location} have {found}. Set --image_size")
         image_size = sizes[0]
     small = sum(size < image_size for size in sizes)
     if 2 * small > len(sizes):
         median = sizes[len(sizes) // 2]
         # What fits and the levels of the preset can halve: five from 128 px on, or four.
         multiple = 16 if median >= 128 else 8
-        works = max(8, median // multiple * multiple)
+        works = median // multiple * multiple
+        advice = f"{works}, or --use_upsampling" if works else "8 with --use_upsampling"
         raise UserError(
-            f"images in {source.location} are {median} px, smaller than --image_size {image_size} "
-            f"({small} of {len(sizes)} checked). Use --image_size {works}, or --use_upsampling"
+            f"images in {location} are {median} px, smaller than --image_size {image_size} "
+            f"({small} of {len(sizes)} checked). Use --image_size {advice}"
         )
     data = load_cached(source, file_slug(dataset), image_size, Path(cache_dir), workers, progress)
     if use_labels:
-        check_num_classes(data.class_names, source.location)
+        check_num_classes(data.class_names, location)
     return data
 
 
@@ -151,11 +162,15 @@ def file_slug(dataset: str) -> str:
     return re.sub(r"[^\w.-]+", "-", dataset)[:60]
 
 
-def placeholder(dataset: str, image_size: int, use_labels: bool = False) -> ImageDataset | None:
+def placeholder(
+    dataset: str, image_size: int, use_labels: bool = False, channels: int = 0
+) -> ImageDataset | None:
     """Returns a stand-in for a data set: as many black images, with its classes.
 
-    None for a folder, and for a data set of the Hub that does not say its count or classes.
+    None for a folder, and for a data set of the Hub that does not say its count or classes. Raises
+    UserError for channels, 0 or those asked for, that load_dataset refuses.
     """
+    check_channels(dataset, channels)
     count = 0
     class_names: tuple[str, ...] = ()
     if archive := ARCHIVES.get(dataset):
@@ -166,7 +181,7 @@ def placeholder(dataset: str, image_size: int, use_labels: bool = False) -> Imag
         class_names = SHAPE_KINDS
     elif dataset.startswith(hf_datasets.PREFIX) and not use_labels:
         count = hf_datasets.hf_source(dataset, DEFAULT_OPTIONS, False).count
-    images = np.broadcast_to(np.uint8(0), (count, 3, image_size, image_size))
+    images = np.broadcast_to(np.uint8(0), (count, channels or 3, image_size, image_size))
     if use_labels and count:
         check_num_classes(class_names, dataset)
         return ImageDataset(images, np.arange(count) % len(class_names), class_names)
@@ -185,17 +200,21 @@ def images_from_loader(loader: Iterable) -> np.ndarray:
         images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if not isinstance(images, (torch.Tensor, np.ndarray)):
             raise UserError(f"a batch must be or begin with a tensor, not {type(images).__name__}")
-        images = torch.as_tensor(images).detach().cpu()
+        try:
+            is_array = isinstance(images, np.ndarray)  # of which torch refuses negative strides
+            images = torch.as_tensor(images.copy() if is_array else images).detach().cpu()
+        except TypeError as error:  # no numbers
+            raise UserError(f"a batch must have numbers ({error})") from error
         shape = tuple(images.shape)
         differs = chunks and shape[1:] != chunks[0].shape[1:]
         if len(shape) != 4 or 0 in shape or shape[1] > 4 or differs:
             raise UserError(f"batches must be (B, C <= 4, H, W), images of one shape, not {shape}")
-        low, high = images.aminmax()
-        if images.is_floating_point() and low >= 0 and high <= 1:
-            images = (images.float() * 255).round().to(torch.uint8)
         if images.dtype != torch.uint8:
-            found = f"{images.dtype} from {low:g} to {high:g}"
-            raise UserError(f"images must be uint8, or floating point in [0, 1], not {found}")
+            low, high = images.double().aminmax()  # torch has none of uint16
+            if not (images.is_floating_point() and low >= 0 and high <= 1):
+                found = f"{images.dtype} from {low:g} to {high:g}"
+                raise UserError(f"images must be uint8, or floating point in [0, 1], not {found}")
+            images = (images.float() * 255).round().to(torch.uint8)
         chunks.append(images.numpy().copy())  # the batch may be in a worker's shared memory
     if not chunks:
         raise UserError("the loader is empty")
@@ -311,7 +330,8 @@ def ensure_downloaded(archive: Archive, data_dir: Path, use_labels: bool = False
             _extract(packed, contents, temporary)
             for name in contents:
                 (folder / name).parent.mkdir(exist_ok=True)
-                os.replace(Path(temporary, name), folder / name)
+                if not (folder / name).exists():  # another process may have been faster
+                    os.replace(Path(temporary, name), folder / name)
     except Exception as error:  # urllib, tarfile and zipfile each raise their own
         raise UserError(f"could not download or extract {local} ({error!r}). {advice}") from error
 

@@ -187,6 +187,13 @@ def test_celeba_uses_a_zip_saved_by_hand(load, monkeypatch, capsys):
         load("celeba", 64)
     change_archive(monkeypatch, "celeba", md5=calculate_md5(path))
     expected = np.broadcast_to(255 * np.eye(3)[:, :, None, None], (3, 3, 64, 64))
+    extract = datasets._extract
+
+    def extract_late(*arguments) -> None:
+        extract(path, datasets.ARCHIVES["celeba"].contents, path.parent)  # by another process
+        extract(*arguments)
+
+    monkeypatch.setattr(datasets, "_extract", extract_late)
     np.testing.assert_allclose(load("celeba", 64), expected, atol=3)  # JPEG
     assert "--channels" not in capsys.readouterr().out  # there is no choice
 
@@ -362,12 +369,13 @@ def test_choose_default_dataset(load, cifar10, no_network, monkeypatch, capsys):
 
     chosen, (line,) = choose(has_gpu=True)
     assert chosen == "shapes" and "cifar-10-binary.tar.gz" in line
+    assert line.endswith("Use --dataset folder --data_dir DIR for your own images.")
 
     write_files(load.data, cifar10_files(cifar10))
     assert choose(has_gpu=True) == ("cifar10", [])
     assert choose(has_gpu=False) == ("shapes", [
-        "dataset: built-in shapes (no GPU found; CIFAR-10 would take days). Use --dataset cifar10 "
-        "to override, or --dataset folder --data_dir DIR for your own images."
+        "dataset: built-in shapes (no CUDA GPU found; CIFAR-10 would take days). Use --dataset "
+        "cifar10 to override, or --dataset folder --data_dir DIR for your own images."
     ])  # fmt: skip
 
     def fail(*arguments):
@@ -440,8 +448,10 @@ def test_load_dataset_without_upsampling_rejects_small_images(load, cifar10, tmp
 @pytest.mark.parametrize(("side", "works"), [(28, 24), (5, 8), (100, 96), (150, 144)])
 def test_load_dataset_names_a_size_that_the_levels_can_halve(load, side, works):
     save_gray(load.data / "a.png", 0, (side, side))
-    with pytest.raises(UserError, match=f"Use --image_size {works}, or --use_upsampling"):
-        load(size=256, upsampling=False)
+    joined = ", or" if works <= side else " with"
+    for size in (256, 8) if side < 8 else (256,):
+        with pytest.raises(UserError, match=f"Use --image_size {works}{joined} --use_upsampling"):
+            load(size=size, upsampling=False)
     resolve("folder", CPU_TIER, flags={"IMAGE_SIZE": works})
 
 
@@ -452,15 +462,23 @@ def test_load_dataset_takes_the_size_that_all_images_have(load):
     save_gray(load.data / "c.png", 3, (16, 8))
     with pytest.raises(UserError, match=r"have 6 to 8 px\. Set --image_size"):
         load(size=0)
-    with pytest.raises(UserError, match=r"have any size\. Set --image_size"):
+    with pytest.raises(UserError, match=r"images in shapes have any size\. Set --image_size"):
         load("shapes", 0)
+    for name in "abc":
+        (load.data / f"{name}.png").write_bytes(b"no image")
+    for size in (0, 8):
+        with pytest.raises(UserError, match=r"no image that was looked at in .* can be opened"):
+            load(size=size, upsampling=False)
 
 
 def test_channels_are_for_folders(load):
     save_gray(load.data / "a.png", 1)
     assert load(options=ReadOptions(channels=4)).shape == (1, 4, 4, 4)
-    with pytest.raises(UserError, match="--channels 1 is for folders, but shapes is RGB"):
+    refusal = "--channels 1 is for --dataset folder and hf:NAME, but shapes is RGB"
+    with pytest.raises(UserError, match=refusal):
         load("shapes", options=ReadOptions(channels=1))
+    with pytest.raises(UserError, match=refusal):
+        datasets.placeholder("shapes", 8, channels=1)
 
 
 def test_sizes_are_checked_all_over_the_folder(load, monkeypatch):
@@ -486,6 +504,8 @@ def test_images_from_loader_accepts_tensors_arrays_and_tuples():
     assert copied.dtype == np.uint8
     np.testing.assert_array_equal(copied, images.numpy())
     assert images_from_loader([torch.full((1, 3, 8, 8), 0.999)]).min() == 255  # rounded
+    flipped = images.numpy()[..., ::-1]
+    np.testing.assert_array_equal(images_from_loader([flipped]), flipped)
 
 
 @pytest.mark.parametrize(
@@ -499,6 +519,8 @@ def test_images_from_loader_accepts_tensors_arrays_and_tuples():
         ([torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 9, 9)], "one shape, not .* 9, 9"),
         ([torch.zeros(2, 3, 8, 8, dtype=torch.int64)], "int64"),
         ([torch.full((2, 3, 8, 8), -1.0)], "from -1 to -1"),
+        ([np.full((2, 3, 8, 8), 7, np.uint16)], "uint16 from 7 to 7"),
+        ([np.full((2, 3, 8, 8), "x")], "must have numbers"),
         ([torch.full((2, 3, 8, 8), float("nan"))], "nan"),
     ],
 )
