@@ -293,7 +293,7 @@ class GenerationMixin:
         """Returns the labels of `count` images on the model's device: int64 (count,).
 
         labels: one for all, or one of each, or weights of the classes, floats (count, classes).
-        Raises UserError for labels that the model does not have, or another number of them.
+        Raises UserError for labels that the model does not have, or of another number or shape.
         """
         if labels is None:
             return None
@@ -305,9 +305,12 @@ class GenerationMixin:
             labels = labels.expand(count)
         if len(labels) != count:
             raise UserError(f"there are {len(labels)} labels for {count} images")
+        shape = (count, num_classes) if labels.is_floating_point() else (count,)
+        if labels.shape != shape:
+            raise UserError(f"labels have the shape {tuple(labels.shape)}, but must have {shape}")
         if labels.is_floating_point():
             return labels
-        if labels.min() < NO_LABEL or labels.max() >= num_classes:
+        if ((labels < NO_LABEL) | (labels >= num_classes)).any():
             bounds = f"between 0 and {num_classes - 1}, or {NO_LABEL} for none"
             raise UserError(f"labels are {labels.unique().tolist()[:5]}, but must be {bounds}")
         return labels.long()

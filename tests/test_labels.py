@@ -110,11 +110,18 @@ def test_interpolate_goes_between_two_classes():
         ([0, 2], r"labels are \[0, 2\], but must be between 0 and 1, or -1 for none"),
         ([0, -2], "but must be between 0 and 1"),
         ([0, 1, 1], "there are 3 labels for 2 images"),
+        ([[0], [1]], r"labels have the shape \(2, 1\), but must have \(2,\)"),
+        (torch.ones(2, 3), r"the shape \(2, 3\), but must have \(2, 2\)"),
+        ([0.0, 1.0], r"the shape \(2,\), but must have \(2, 2\)"),
     ],
 )
 def test_labels_that_a_model_does_not_have_are_rejected(labels, message):
     with pytest.raises(UserError, match=message):
         conditional().sample(2, labels=labels)
+
+
+def test_no_images_have_no_labels():
+    assert conditional().sample(0).shape == (0, 3, 8, 8)
 
 
 def test_labels_may_not_change_on_resume():
