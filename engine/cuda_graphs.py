@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.gpu_memory import is_out_of_memory
+
 MAX_GRAPHS = 4  # for different networks and shapes; each holds its memory
 
 
@@ -63,7 +65,7 @@ class CapturedFunction:
         except Exception as error:
             # Ending a capture in which memory ran out fails, too, and hides the first error.
             cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, torch.OutOfMemoryError):
+            while cause is not None and not is_out_of_memory(cause):
                 cause = cause.__context__
             if cause is not None:
                 raise cause from None

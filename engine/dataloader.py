@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import RenamedWarning, UserError
-from engine.gpu_memory import memory_limit
+from engine.gpu_memory import usable_memory
 
 MAX_GPU_FRACTION = 0.25  # of the GPU memory we may use; larger data sets are streamed by threads
 COPY_CHUNK = 4096  # images copied to the GPU at a time
@@ -101,7 +101,7 @@ def train_val_split(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def fits_on_gpu(images: np.ndarray) -> bool:
     """Whether a GPU can hold the images in addition to a model."""
-    return torch.cuda.is_available() and images.nbytes < MAX_GPU_FRACTION * memory_limit()
+    return torch.cuda.is_available() and images.nbytes < MAX_GPU_FRACTION * usable_memory()
 
 
 def copy_to_device(images: np.ndarray, device: torch.device) -> Tensor:

@@ -13,6 +13,11 @@ import torch
 from engine.errors import FallbackWarning, UserError
 
 _memory_cap: float | None = None  # bytes
+# In errors of torch that have no exception type: of its CPU allocators, of CUDA and its libraries.
+OOM_TEXTS = (
+    "DefaultCPUAllocator", "std::bad_alloc", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED",
+)  # fmt: skip
+SAMPLING_ADVICE = "stop other programs that use it, or sample on the CPU (CUDA_VISIBLE_DEVICES=-1)"
 
 
 def cap_memory(gib: float) -> None:
@@ -54,21 +59,30 @@ def memory_limit() -> float:
     return total if _memory_cap is None else min(_memory_cap, total)
 
 
+def usable_memory() -> float:
+    """Returns the bytes of memory_limit that other processes leave; what this one holds counts."""
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    return min(memory_limit(), free)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that the memory of the GPU, or of the CPU, is too small."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    # torch's CPU allocators have no exception of their own; MemoryError is numpy's and Python's.
-    texts = ("DefaultCPUAllocator", "std::bad_alloc")
-    is_cpu = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
-    return is_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):  # MemoryError: numpy, Python
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OOM_TEXTS)
 
 
 class OomBatcher:
-    """A batch size that is halved for good, with a warning, whenever memory runs out."""
+    """A batch size that is halved for good, with a warning, whenever memory runs out.
 
-    def __init__(self, size: int):
+    advice: what to do if not even one image fits.
+    """
+
+    def __init__(self, size: int, advice: str = SAMPLING_ADVICE):
         self.size = size
+        self.advice = advice
 
     def halve(self, failed: int) -> None:
         """Halves the size after `failed` images did not fit; UserError if it was 1.
@@ -76,8 +90,7 @@ class OomBatcher:
         Call it outside the exception handler, where what the failed call held is free again.
         """
         if failed == 1:
-            advice = "lower --dim or --image_size, or try --use_amp"
-            raise UserError(f"out of memory: not even one image fits; {advice}", 1)
+            raise UserError(f"out of memory: not even one image fits; {self.advice}", 1)
         self.size = (failed + 1) // 2
         gc.collect()  # the failed call may have left reference cycles
         torch.cuda.empty_cache()

@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 
 from engine.checkpoints import write_text
 from engine.dataloader import Batch, fits_on_gpu
-from engine.errors import UserError, warn_fallback
-from engine.gpu_memory import limited_to, memory_limit
+from engine.errors import FallbackWarning, UserError, warn_fallback
+from engine.gpu_memory import limited_to, usable_memory
 from engine.train_step import TrainableModel, TrainStep
 
 CACHE_FILE = Path("data/cache/memory.json")
@@ -32,11 +33,14 @@ def find_micro_batch(
 
     model: on the CPU; copies of it are trained. images: those to train on, which take memory, too,
     if they are held on the GPU. The result is stored in `cache_file` by card, memory, model and
-    configuration. UserError if not even one image fits.
+    configuration. UserError if not even one image fits, or if other processes hold all memory.
     """
     # What the result depends on.
     effective = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
     available = available_gib(images)
+    if available <= 0:
+        advice = "Stop other programs that use it, or choose another GPU (CUDA_VISIBLE_DEVICES)"
+        raise UserError(f"less than 0.5 GiB of GPU memory is left to train in. {advice}", 1)
     card = f"{torch.cuda.get_device_name()}, {available:g} GiB, torch {torch.__version__}"
     settings = " ".join(f"{name}={getattr(config, name)}" for name in CACHE_KEY_SETTINGS)
     count = sum(p.numel() for p in model.parameters())  # with a teacher's
@@ -46,7 +50,7 @@ def find_micro_batch(
     # Search unless it is cached.
     known = read_results(cache_file)
     if key not in known:
-        task = f"searching the largest micro-batch (up to {effective}) for {available:g} GiB"
+        task = f"searching for the largest micro-batch (up to {effective}) for {available:g} GiB"
         print(f"{task} (skip with --no-auto_micro_batch)", flush=True)
         micro, peak_gib = probe_micro_batch(model, config, (1 - HEADROOM) * available)
         known[key] = {"micro_batch": micro, "peak_gib": round(peak_gib, 3)}
@@ -73,24 +77,23 @@ def read_results(cache_file: Path) -> dict[str, dict[str, Any]]:
 
 
 def available_gib(images: np.ndarray) -> float:
-    """Returns the GPU memory that a run may use next to its images, GiB, to the half below."""
+    """Returns the GPU memory that a run may use next to its images, rounded down to 0.5 GiB."""
     image_bytes = images.nbytes if fits_on_gpu(images) else 0
-    # Other processes may use the card.
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    return (min(memory_limit(), free) - image_bytes) / 2**30 // 0.5 / 2
+    return int((usable_memory() - image_bytes) / 2**29) / 2
 
 
 def probe_micro_batch(model: TrainableModel, config: Any, limit_gib: float) -> tuple[int, float]:
     """Finds a micro-batch that trains, validates and samples within limit_gib.
 
-    Returns the micro-batch, a divisor of the effective batch, and the peak memory in GiB. Raises
-    UserError if not even one image fits.
+    Returns the micro-batch, a divisor of the effective batch, and the peak memory in GiB, of an
+    attempt that began with it. Raises UserError if not even one image fits.
     """
     effective = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
     config = copy.copy(config)
     config.BATCH_SIZE = effective
     config.GRADIENT_ACCUMULATION = 1
-    with limited_to(limit_gib):
+    with limited_to(limit_gib), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "out of memory", FallbackWarning)
         while True:
             micro, is_enough = rehearse(model, config, effective)
             peak = torch.cuda.max_memory_reserved()
@@ -98,15 +101,16 @@ def probe_micro_batch(model: TrainableModel, config: Any, limit_gib: float) -> t
             torch.cuda.empty_cache()
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
-            if is_enough:
+            if is_enough and micro == config.BATCH_SIZE:
                 return micro, peak / 2**30
-            config.BATCH_SIZE = micro // 2
+            config.BATCH_SIZE = micro if is_enough else micro // 2
 
 
 def rehearse(model: TrainableModel, config: Any, effective: int) -> tuple[int, bool]:
-    """Uses memory as a run does, a copy of the model on random images; halves the micro-batch.
+    """Trains, validates and samples with a copy of the model on random images, as a run does.
 
-    Returns the micro-batch, and whether validation and sampling fit next to it.
+    Returns the micro-batch, halved as often as the training step needs, and whether validation and
+    sampling fit next to it.
     """
     # Two updates, of which the second is captured.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -80,8 +80,9 @@ class TrainStep:
     """Updates a model and its EMA copy from one batch.
 
     config: BATCH_SIZE (the most images in one pass), OPTIMIZER, WEIGHT_DECAY, GRAD_CLIP, EMA_DECAY,
-    HORIZONTAL_FLIP, LABEL_DROPOUT, USE_AMP, COMPILE_MODEL, CUDA_GRAPH, SEED. rank, world_size: each
-    rank gets its part of every batch, and does it in one or several passes, the micro-batches.
+    HORIZONTAL_FLIP, LABEL_DROPOUT, USE_AMP, COMPILE_MODEL, CUDA_GRAPH, SEED, and for advice alone
+    GRADIENT_CHECKPOINTING. rank, world_size: each rank gets its part of every batch, and does it in
+    one or several passes, the micro-batches.
     """
 
     def __init__(self, model: TrainableModel, config: Any, rank: int = 0, world_size: int = 1):
@@ -90,8 +91,12 @@ class TrainStep:
         self.rank = rank
         self.world_size = world_size
         self.device = next(model.parameters()).device
-        self.batcher = OomBatcher(config.BATCH_SIZE)
-        self.eval_batcher = OomBatcher(config.BATCH_SIZE)  # in the memory that training leaves
+        flags = ("use_amp", "gradient_checkpointing")
+        unused = [flag for flag in flags if not getattr(config, flag.upper())]
+        advice = ", or use --".join(["lower --dim or --image_size", *unused])
+        self.batcher = OomBatcher(config.BATCH_SIZE, advice)
+        # In the memory that training leaves.
+        self.eval_batcher = OomBatcher(config.BATCH_SIZE, advice)
 
         # Parameters, EMA and gradient: one flat vector each.
         model.to(memory_format=torch.channels_last)  # custom networks, too

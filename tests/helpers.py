@@ -33,6 +33,7 @@ STEP_SETTINGS = {
     "HORIZONTAL_FLIP": True,
     "LABEL_DROPOUT": 0.0,
     "USE_AMP": False,
+    "GRADIENT_CHECKPOINTING": False,
     "COMPILE_MODEL": False,
     "CUDA_GRAPH": False,
     "SEED": 0,

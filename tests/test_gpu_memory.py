@@ -1,11 +1,14 @@
 """GPU memory: caps, and one policy for running out of it."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 
 from config import detect_tier
 from engine import gpu_memory
+from engine.dataloader import fits_on_gpu
 from engine.errors import FallbackWarning, UserError
 from engine.gpu_memory import OomBatcher
 from tests.helpers import needs_gpu
@@ -47,6 +50,16 @@ def test_memory_limit_is_the_cap_or_the_whole_card(two_gpus):
     assert two_gpus[-1] == (1.0, 0)
 
 
+def test_usable_memory_is_what_other_processes_leave(two_gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2 * 2**30, 8 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2**30)
+    assert gpu_memory.usable_memory() == 3 * 2**30
+    images = np.broadcast_to(np.uint8(0), (2**30, 1, 1, 1))
+    assert not fits_on_gpu(images) and fits_on_gpu(images[: 2**29])
+    gpu_memory.cap_memory(1)
+    assert gpu_memory.usable_memory() == 2**30
+
+
 def test_limited_to_restores_the_cap(two_gpus, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     gpu_memory.cap_memory(6)
@@ -73,21 +86,26 @@ def test_oom_batcher_halves_for_good_and_covers_every_image_once():
     assert len(warned) == 2
 
 
-def raise_cuda_error(part: slice) -> None:
-    raise torch.OutOfMemoryError
+def raise_error(error: Exception) -> Callable[[slice], None]:
+    def work(part: slice) -> None:
+        raise error
+
+    return work
 
 
 @pytest.mark.parametrize(
     "work",
     [
-        raise_cuda_error,
+        raise_error(torch.OutOfMemoryError()),
+        raise_error(RuntimeError("CUDA error: out of memory")),
+        raise_error(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublas")),
         lambda part: torch.empty(2**58),  # a RuntimeError of the CPU's allocator
         lambda part: np.empty(2**58),  # a MemoryError
     ],
 )
 def test_oom_batcher_gives_up_at_one_image(work):
-    with pytest.warns(FallbackWarning), pytest.raises(UserError, match="not even one image fits"):
-        list(OomBatcher(2).map(2, work))
+    with pytest.warns(FallbackWarning), pytest.raises(UserError, match="fits; sell one"):
+        list(OomBatcher(2, "sell one").map(2, work))
 
 
 def test_oom_batcher_raises_other_errors():

@@ -46,10 +46,22 @@ class Broken(DDPMModel):
     ("batch", "accumulation", "expected"),
     [(8, 2, 4), (16, 1, 4), (12, 1, 3), (5, 1, 5), (14, 1, 2)],
 )
-def test_probe_halves_the_effective_batch_until_it_fits(batch, accumulation, expected, recwarn):
+def test_probe_halves_the_effective_batch_until_it_fits(
+    batch, accumulation, expected, recwarn, monkeypatch
+):
+    attempts = []
+    rehearse = micro_batch.rehearse
+
+    def record(model, config, effective):
+        attempts.append(config.BATCH_SIZE)
+        return rehearse(model, config, effective)
+
+    monkeypatch.setattr(micro_batch, "rehearse", record)
     config = tiny_config(BATCH_SIZE=batch, GRADIENT_ACCUMULATION=accumulation)
     assert probe_micro_batch(Hungry.from_config(config), config, 1.0)[0] == expected
     assert (config.BATCH_SIZE, config.GRADIENT_ACCUMULATION) == (batch, accumulation)
+    assert attempts[-1] == expected  # whose peak is reported
+    assert not [w for w in recwarn.list if "out of memory" in str(w.message)]
 
 
 def test_probe_says_if_nothing_fits():
@@ -58,7 +70,8 @@ def test_probe_says_if_nothing_fits():
             raise torch.OutOfMemoryError
 
     config = tiny_config()
-    with pytest.warns(FallbackWarning), pytest.raises(UserError, match="not even one image"):
+    advice = "not even one image fits; lower --dim or --image_size, or use --use_amp, or use --grad"
+    with pytest.raises(UserError, match=advice):
         probe_micro_batch(Starving.from_config(config), config, 1.0)
 
 
@@ -96,7 +109,7 @@ def search(tmp_path, monkeypatch):
     state = {"card": "Card A", "free": 10.4, "limits": []}
     monkeypatch.setattr(gpu_memory, "_memory_cap", None)
     monkeypatch.setattr(micro_batch, "fits_on_gpu", lambda images: True)
-    monkeypatch.setattr(micro_batch, "memory_limit", lambda: 24 * 2**30)
+    monkeypatch.setattr(gpu_memory, "memory_limit", lambda: 24 * 2**30)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (state["free"] * 2**30, 24 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: state["card"])
@@ -118,6 +131,13 @@ def search(tmp_path, monkeypatch):
 
     call.state = state
     return call
+
+
+def test_search_says_if_other_processes_hold_all_memory(search):
+    search.state["free"] = 0.9
+    with pytest.raises(UserError, match=r"less than 0\.5 GiB of GPU memory is left"):
+        search()
+    assert not search.state["limits"]
 
 
 def test_search_leaves_room_for_the_images_and_some_headroom(search):
