@@ -19,12 +19,13 @@ from engine.errors import UserError
 from engine.gpu_memory import is_out_of_memory
 from engine.settings import suggest
 
-UNWRITABLE_ERRNOS = (
+PATH_ERRNOS = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT,
     errno.ENAMETOOLONG,
 )  # fmt: skip
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-ERRNO_ADVICE = dict.fromkeys(UNWRITABLE_ERRNOS, "choose a folder that can be written to")
+PATH_ADVICE = "choose a folder that can be written to, or a file that can be read"
+ERRNO_ADVICE = dict.fromkeys(PATH_ERRNOS, PATH_ADVICE)
 ERRNO_ADVICE |= dict.fromkeys(DISK_FULL_ERRNOS, "free some space")
 LOST_READER_EXIT_CODE = 141  # of a process that SIGPIPE ends
 
@@ -41,6 +42,8 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].split("=")[0]
+            if not flag.startswith("-"):
+                self.error(f"unexpected argument {flag} (--help lists all flags)")
             # The first action is --help.
             known = [option for action in self._actions[1:] for option in action.option_strings]
             self.error(f"unknown flag {flag}{suggest(flag, known)} (--help lists all flags)")
@@ -58,8 +61,10 @@ def import_from_file(reference: str, flag: str, example: str) -> tuple[ModuleTyp
     if not Path(file).is_file():
         raise UserError(f"{flag} names {file}, which does not exist")
     try:
-        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+        # Registered, as dataclasses need it, under a name that no other module has.
+        spec = importlib.util.spec_from_file_location(f"user_{Path(file).stem}", file)
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
         spec.loader.exec_module(module)
     except Exception as error:
         raise UserError(f"{file} cannot be loaded: {type(error).__name__}: {error}") from error
@@ -100,7 +105,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         exit_code = _run(main)
         print(end="", flush=True)
     except BrokenPipeError:
-        if not _has_lost_its_reader():
+        if not _drop_unread_output():
             raise
         exit_code = LOST_READER_EXIT_CODE
     sys.exit(exit_code)
@@ -130,8 +135,8 @@ def _run(main: Callable[[], None]) -> str | int | None:
     return 0
 
 
-def _has_lost_its_reader() -> bool:
-    """Whether stdout has no reader any more; if so, its buffer is dropped."""
+def _drop_unread_output() -> bool:
+    """Drops what stdout has buffered if its reader is gone; returns whether it is."""
     try:
         print(flush=True)
     except BrokenPipeError:

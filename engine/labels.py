@@ -81,7 +81,7 @@ def _parse_range(text: str, class_names: Sequence[str]) -> Sequence[int]:
             return range(first, last + 1)
     known = textwrap.shorten(", ".join(class_names), 100)
     closest = suggest(text, class_names)
-    raise UserError(f"unknown class {text!r}{closest}; choose from {known}, or by number")
+    raise UserError(f"unknown class {text!r}; choose from {known}, or by number{closest}")
 
 
 def check_class_counts(class_counts: Mapping[str, int]) -> None:

@@ -27,8 +27,10 @@ def new_run_name(config: Any) -> str:
         expected = f"name a folder below {checkpoints.CHECKPOINT_DIR}/"
         raise UserError(f"--run_name is {name}, but must {expected}")
     # A run that ended before it saved anything may start again.
-    if checkpoints.run_exists(name) or (SAMPLES_DIR / name / "final.png").exists():
-        advice = f"resume it (--resume {name}) or choose another --run_name"
+    can_resume = checkpoints.run_exists(name)
+    if can_resume or (SAMPLES_DIR / name / "final.png").exists():
+        resume = f"resume it (--resume {name}) or " if can_resume else ""
+        advice = f"{resume}choose another --run_name"
         raise UserError(f"there is a run {name} already: {advice}")
     return name
 
@@ -54,13 +56,14 @@ def resumed_run_name(checkpoint: TrainingCheckpoint) -> str:
     return branch
 
 
-def is_published(name: str, step: int) -> bool:
+def is_complete(name: str, step: int) -> bool:
     """Whether a run has a final.pt of at least this step, and its samples."""
     final = checkpoints.CHECKPOINT_DIR / name / "final.pt"
     grid = SAMPLES_DIR / name / "final.png"  # the last file that a run writes
-    is_complete = final.exists() and grid.exists()
-    is_complete = is_complete and grid.stat().st_mtime_ns >= final.stat().st_mtime_ns
-    return is_complete and checkpoints.step_of(final) >= step
+    if not (final.exists() and grid.exists()):
+        return False
+    is_newer = grid.stat().st_mtime_ns >= final.stat().st_mtime_ns
+    return is_newer and checkpoints.step_of(final) >= step
 
 
 def resume_hint(name: str) -> str:

@@ -46,7 +46,7 @@ class Setting:
         return self.default
 
     @property
-    def type(self) -> type:
+    def value_type(self) -> type:
         """The Python type of its values."""
         return self.type_ or type(self.default)
 
@@ -54,27 +54,31 @@ class Setting:
         """Raises UserError if a value has another type."""
         if value is None and self.default is None:
             return
-        accepted = {tuple: (tuple, list), float: (int, float)}.get(self.type, (self.type,))
+        value_type = self.value_type
+        accepted = {tuple: (tuple, list), float: (int, float)}.get(value_type, (value_type,))
         is_valid = type(value) in accepted
-        if is_valid and self.type is tuple:
+        if is_valid and value_type is tuple:
             is_valid = len(value) > 0 and all(type(v) is int and v > 0 for v in value)
         if not is_valid:
-            raise UserError(f"{name} is {value!r}, but must be {EXPECTED[self.type]}")
+            raise UserError(f"{name} is {value!r}, but must be {EXPECTED[value_type]}")
 
     def check(self, name: str, value: Any) -> Any:
         """Returns the value in its type; raises UserError if it is not allowed."""
         self.check_type(name, value)
         if value is None:
             return None
-        value = self.type(value)
+        try:
+            value = self.value_type(value)
+        except OverflowError as error:  # of an integer that is no float
+            raise UserError(f"{name} is too large a number") from error
 
         # A choice with a colon, such as hf:NAME, stands for any name.
         choices = [str(choice) for choice in self.choices]
         prefixes = tuple(f"{c.partition(':')[0]}:" for c in choices if ":" in c)
         if choices and str(value) not in choices and not str(value).startswith(prefixes):
             closest = suggest(str(value), choices)
-            raise UserError(f"{name} is {value!r}{closest}; choose from {', '.join(choices)}")
-        for part in value if self.type is tuple else (value,):
+            raise UserError(f"{name} is {value!r}; choose from {', '.join(choices)}{closest}")
+        for part in value if self.value_type is tuple else (value,):
             # Written as `not >=` so that NaN is rejected too.
             if self.min is not None and not part >= self.min:
                 raise UserError(f"{name} is {value}, but must be at least {self.min:g}")
@@ -173,12 +177,13 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, setting: Setting, defa
     text = f"{setting.help} (default: {shown})"
     text = f"{' | '.join(map(str, setting.choices))}: {text}" if setting.choices else text
     options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
-    if setting.type is not bool:
-        options["type"] = int_tuple if setting.type is tuple else setting.type
-        options["metavar"] = setting.type.__name__.upper()
+    value_type = setting.value_type
+    if value_type is not bool:
+        options["type"] = int_tuple if value_type is tuple else value_type
+        options["metavar"] = value_type.__name__.upper()
 
     # The flag, its alias and its former name.
-    base = argparse.BooleanOptionalAction if setting.type is bool else argparse._StoreAction
+    base = argparse.BooleanOptionalAction if value_type is bool else argparse._StoreAction
     flags = [f"--{each.lower()}" for each in (name, setting.alias) if each]
     parser.add_argument(*flags, action=base, help=text.replace("%", "%%"), **options)
     if old_name := setting.old_name.lower():

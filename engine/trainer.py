@@ -130,7 +130,7 @@ def start_or_resume(
         name = run_names.new_run_name(train_step.config) if dist.is_main_process else ""
         progress = Progress(train_step.config, len(loader), dist)
     name = distributed.broadcast_object(name)
-    if progress.is_finished and run_names.is_published(name, progress.step):
+    if progress.is_finished and run_names.is_complete(name, progress.step):
         # Of a process killed while it plotted.
         checkpoints.remove_leftovers(run_names.SAMPLES_DIR / name)
         advice = "raise --epochs, --max_steps or --minutes to continue it"

@@ -3,9 +3,11 @@
 import io
 import os
 
-from engine.cli import LOST_READER_EXIT_CODE, run_script
+from engine.cli import LOST_READER_EXIT_CODE, Parser, import_from_file, run_script
 
 import pytest
+
+from engine.errors import UserError
 
 
 def exit_code_of(main) -> int:
@@ -42,3 +44,27 @@ def test_run_script_does_not_hide_other_broken_pipes():
 
     with pytest.raises(BrokenPipeError, match="a worker"):
         run_script(main)
+
+
+def test_run_script_answers_a_file_that_cannot_be_read_with_what_to_choose(capsys, tmp_path):
+    assert exit_code_of((tmp_path / "none.txt").read_text) == 2
+    line = capsys.readouterr().err
+    assert "none.txt): choose a folder that can be written to, or a file that can be read" in line
+
+
+def test_parser_tells_arguments_from_flags():
+    with pytest.raises(UserError, match=r"^unexpected argument my_images "):
+        Parser("").parse_args(["my_images"])
+    with pytest.raises(UserError, match=r"^unknown flag --hlp; did you mean"):
+        parser = Parser("")
+        parser.add_argument("--hip")
+        parser.parse_args(["--hlp=3"])
+
+
+def test_import_from_file_takes_dataclasses_and_replaces_no_module(tmp_path):
+    file = tmp_path / "io.py"
+    code = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    file.write_text(f"{code}@dataclass\nclass Mine:\n    size: int = 3\n")
+    module, name = import_from_file(f"{file}:Mine", "--config", "")
+    assert getattr(module, name)().size == 3
+    assert __import__("io") is io

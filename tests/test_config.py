@@ -239,13 +239,15 @@ def test_every_setting_is_a_flag(name):
     setting = SETTINGS[name]
     if setting.choices:
         value = setting.choices[-2]
-    elif setting.type in (int, float):
-        value = setting.type((setting.default or 1) * 2 / (4 if setting.type is float else 1))
+    elif setting.value_type in (int, float):
+        value = setting.value_type(
+            (setting.default or 1) * 2 / (4 if setting.value_type is float else 1)
+        )
     else:
-        value = {bool: not setting.default, str: "13", tuple: (1, 2, 3, 5)}[setting.type]
-    text = ",".join(map(str, value)) if setting.type is tuple else str(value)
+        value = {bool: not setting.default, str: "13", tuple: (1, 2, 3, 5)}[setting.value_type]
+    text = ",".join(map(str, value)) if setting.value_type is tuple else str(value)
     arguments = [f"--{name.lower()}", text]
-    if setting.type is bool:
+    if setting.value_type is bool:
         arguments = [f"--{'' if value else 'no-'}{name.lower()}"]
     dataset = [] if name == "DATASET" else ["--dataset", "folder"]
     config = configure(*dataset, *arguments)
@@ -300,7 +302,8 @@ def test_help_shows_every_flag_with_its_default(capsys):
         (["--dropout", "1.5"], "DROPOUT is 1.5, but must be at most 0.9"),
         (["--learning_rate", "nan"], "LEARNING_RATE is nan, but must be at least"),
         (["--dim_mults", "1,-2"], "DIM_MULTS is"),
-        (["--objective", "pred_vv"], "OBJECTIVE is 'pred_vv'; did you mean pred_v"),
+        (["--objective", "pred_vv"],
+         "OBJECTIVE is 'pred_vv'; choose from pred_v, pred_noise, pred_x0; did you mean pred_v?"),
         (["--dataset", "cifar"], "did you mean cifar10"),
         (["--image_size", "30"], "need a multiple of"),
         (["--timesteps", "10"], "SAMPLING_TIMESTEPS is 14, but must be at most TIMESTEPS, 10"),

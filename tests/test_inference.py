@@ -817,7 +817,10 @@ def test_batch_generate_takes_labels(conditional):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--classes", "cta"], "unknown class 'cta'; did you mean cat?; choose from cat, dog, cow"),
+        (
+            ["--classes", "cta"],
+            "unknown class 'cta'; choose from cat, dog, cow, or by number; did you mean cat?",
+        ),
         (["--classes", "3"], "unknown class '3'; choose from cat, dog, cow, or by number"),
         (["--classes", ""], "unknown class ''"),
         (["--guidance_mode", "cgf"], "did you mean cfg?"),

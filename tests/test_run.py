@@ -105,6 +105,12 @@ def test_new_run_name_may_be_that_of_a_run_that_saved_nothing(tmp_path, monkeypa
     with pytest.raises(UserError, match="there is a run mine already: resume it"):
         new_run_name(named)
 
+    # Of another, nothing but samples is left.
+    Path("samples/old").mkdir(parents=True)
+    Path("samples/old/final.png").touch()
+    with pytest.raises(UserError, match="there is a run old already: choose another"):
+        new_run_name(SimpleNamespace(RUN_NAME="old"))
+
 
 def test_run_belongs_to_one_process(hold_lock):
     handle = hold_lock("mine")

@@ -40,6 +40,8 @@ def test_check_converts_and_names_what_is_wrong():
         ("WIDTH", None, "WIDTH is None, but must be an integer"),
         ("WEIGHT", float("nan"), "WEIGHT is nan, but must be at least 0"),
         ("NAME", "c", "NAME is 'c'; choose from a, b"),
+        ("NAME", "aa", r"NAME is 'aa'; choose from a, b; did you mean a\?$"),
+        ("WEIGHT", 10**400, "WEIGHT is too large a number"),
     ):
         with pytest.raises(UserError, match=message):
             Base.check({name: value}, "flag")
