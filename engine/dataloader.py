@@ -57,9 +57,9 @@ class ImageDataset:
 
     def fingerprint(self) -> str:
         """Returns a hash of shape and images, 16 hex digits."""
-        every = -(-self.images.nbytes // FINGERPRINT_BYTES) or 1
+        stride = -(-self.images.nbytes // FINGERPRINT_BYTES) or 1
         digest = hashlib.blake2b(repr(self.images.shape).encode(), digest_size=8)
-        for image in self.images[::every]:
+        for image in self.images[::stride]:
             digest.update(np.ascontiguousarray(image))
         return digest.hexdigest()
 
@@ -79,10 +79,8 @@ class Batch(NamedTuple):
         """Returns the batch in memory from which a GPU copies without the host's waiting."""
         return Batch(*(x if x is None else x.pin_memory() for x in self))
 
-    def __getitem__(self, index):
-        """Returns the batch at a slice or index tensor; at 0 or 1, images or labels."""
-        if isinstance(index, int):
-            return tuple.__getitem__(self, index)
+    def take(self, index: slice | Tensor) -> "Batch":
+        """Returns the images and labels at a slice or index tensor."""
         return Batch(*(x if x is None else x[index] for x in self))
 
 
@@ -94,8 +92,8 @@ def as_batch(data: ImageDataset) -> Batch:
 
 def train_val_split(count: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns training and validation indices: every N-th image validates."""
-    every = max(count // MAX_VALIDATION_IMAGES, round(1 / VALIDATION_FRACTION))
-    validation = np.arange(count)[::every]
+    stride = max(count // MAX_VALIDATION_IMAGES, round(1 / VALIDATION_FRACTION))
+    validation = np.arange(count)[::stride]
     return np.setdiff1d(np.arange(count), validation), validation
 
 
@@ -151,7 +149,8 @@ class BatchLoader:
             advice = "Add data or lower --batch_size and --gradient_accumulation"
             raise UserError(f"{found} are fewer than one batch of {effective_batch}. {advice}")
         if effective_batch % world_size:
-            raise UserError(f"a batch of {effective_batch} cannot be divided by {world_size} ranks")
+            reason = f"a batch of {effective_batch} cannot be divided by {world_size} ranks"
+            raise UserError(f"{reason}. Make --batch_size a multiple of {world_size}")
         self.data = data
         self.effective_batch = effective_batch
         self.seed = seed
@@ -179,7 +178,7 @@ class BatchLoader:
         order = self.order(epoch)[start:]
         if self.gpu_data is not None:
             for index in torch.from_numpy(order).to(self.device):
-                yield self.gpu_data[index]
+                yield self.gpu_data.take(index)
             return
         is_cuda = self.device.type == "cuda"
         threads = self.workers if is_cuda else 0

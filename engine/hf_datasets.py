@@ -92,7 +92,7 @@ def hf_source(dataset: str, options: ReadOptions, use_labels: bool) -> Source:
 
     return Source(
         location, fingerprint, count, read, lambda: channels, sample_sizes, stream=stream,
-        variant=f"\n{','.join(columns)} {channels if is_default else options}",
+        cache_key=f"\n{','.join(columns)} {channels if is_default else options}",
         labels=(lambda: to_labels(values, class_names)) if use_labels else None,
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ import warnings
 from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -18,6 +19,15 @@ from engine.image_source import Source
 
 MAX_UNREADABLE_FRACTION = 1 / 20  # with more, something is wrong with the source
 MIN_CHECKED = 1000  # images of a stream before that counts, except at its end
+MAX_LISTED = 20  # unreadable images
+
+
+class CacheFiles(NamedTuple):
+    """The files of a cached source; other versions of it have the same prefix."""
+
+    prefix: str
+    images: Path
+    labels: Path
 
 
 def load_cached(
@@ -29,57 +39,62 @@ def load_cached(
     """
 
     # The cache's files are named by source, size and how images are read.
-    def paths(variant: str) -> tuple[str, Path, Path]:
-        texts = (source.location + variant, source.fingerprint)
+    def name_files(key: str) -> CacheFiles:
+        texts = (source.location + key, source.fingerprint)
         encoded = (text.encode("utf-8", "surrogateescape") for text in texts)
         location, fingerprint = (hashlib.sha256(text).hexdigest()[:10] for text in encoded)
         prefix = f"{dataset}_{size}px_{location}"
         path = cache_dir / f"{prefix}_{fingerprint}.npy"
-        return prefix, path, path.with_suffix(".labels.npz")
+        return CacheFiles(prefix, path, path.with_suffix(".labels.npz"))
 
-    prefix, path, labels_path = paths(source.variant)
+    files = name_files(source.cache_key)
 
     # Open it; one process builds it if it is missing.
-    data = _open(source, size, path, labels_path)
+    data = _open(source, size, files)
     if data is None:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with _lock(cache_dir / f"{prefix}.lock"):
-            if _open(source, size, path, labels_path) is None:  # no other process has built it
-                if path.exists() and (not source.labels or labels_path.exists()):
-                    reason = f"reading the image cache {path} failed (it is damaged)"
+        with _lock(cache_dir / f"{files.prefix}.lock"):
+            if _open(source, size, files) is None:  # no other process has built it
+                if files.images.exists() and (not source.labels or files.labels.exists()):
+                    reason = f"reading the image cache {files.images} failed (it is damaged)"
                     warnings.warn(f"{reason}; continuing without it", FallbackWarning, 2)
-                _build(source, size, path, labels_path, workers, progress)
-                if source.chosen_variant:  # a run is resumed and evaluated with what was chosen
-                    prefix_2, *paths_2 = paths(source.chosen_variant())
-                    with _lock(cache_dir / f"{prefix_2}.lock"):
-                        for old, new in zip((path, labels_path), paths_2, strict=True):
+                _build(source, size, files, workers, progress)
+                if source.chosen_cache_key:  # a run is resumed and evaluated with what was chosen
+                    chosen = name_files(source.chosen_cache_key())
+                    with _lock(cache_dir / f"{chosen.prefix}.lock"):
+                        for old, new in zip(files[1:], chosen[1:], strict=True):
                             if old.exists():
                                 link_or_copy(old, new)
-                        _remove_others(cache_dir, prefix_2, paths_2[0])
-            _remove_others(cache_dir, prefix, path)
-        data = _open(source, size, path, labels_path)
+                        _remove_others(chosen)
+            _remove_others(files)
+        data = _open(source, size, files)
     return data
 
 
-def _remove_others(cache_dir: Path, prefix: str, path: Path) -> None:
-    """Removes earlier versions of a cached source, and files of killed builds; under its lock."""
-    for file in cache_dir.glob(f"*{prefix}_*"):
-        if not file.name.startswith(path.stem):
+def _remove_others(files: CacheFiles) -> None:
+    """Removes earlier versions of a cached source, and files of killed builds; under its lock.
+
+    What others derive from this version and name after it stays, also while it is written.
+    """
+    builds = tuple(f".{path.name}." for path in files[1:])
+    for file in files.images.parent.glob(f"*{files.prefix}_*"):
+        is_derived = file.name.lstrip(".").startswith(files.images.stem)
+        if not is_derived or file.name.startswith(builds):
             with suppress(OSError):  # on Windows, a file in use
                 file.unlink()
 
 
-def _open(source: Source, size: int, path: Path, labels_path: Path) -> ImageDataset | None:
+def _open(source: Source, size: int, files: CacheFiles) -> ImageDataset | None:
     """Opens a cached data set; None if a file is missing, or not what a build writes."""
     try:
-        images = np.load(path, mmap_mode="r")
+        images = np.load(files.images, mmap_mode="r")
         count, _, *sides = images.shape
-        is_complete = images.offset + images.nbytes == path.stat().st_size
+        is_complete = images.offset + images.nbytes == files.images.stat().st_size
         if images.dtype != np.uint8 or sides != [size, size] or not is_complete:
             return None
         if not source.labels:
             return ImageDataset(images)
-        with np.load(labels_path, allow_pickle=False) as file:
+        with np.load(files.labels, allow_pickle=False) as file:
             labels = file["labels"]
             class_names = tuple(file["class_names"].tolist())
         is_intact = labels.dtype == np.int64 and labels.shape == (count,)
@@ -101,7 +116,7 @@ def _lock(path: Path) -> AbstractContextManager:
         return nullcontext()
 
 
-def _build(source: Source, size: int, path: Path, labels_path: Path, workers, progress) -> None:
+def _build(source: Source, size: int, files: CacheFiles, workers: int, progress: bool) -> None:
     unreadable: list[str] = []
     counts: list[int] = []  # images of each, 0 of unreadable, several of a file with frames
 
@@ -134,12 +149,15 @@ def _build(source: Source, size: int, path: Path, labels_path: Path, workers, pr
         np.lib.format.write_array_header_1_0(file, header)
 
     # Each file gets its name once it is complete.
-    write_atomically(path, write)
+    write_atomically(files.images, write)
     if source.labels:
         labels, names = source.labels()
         content = {"labels": np.repeat(labels, counts), "class_names": np.array(names, dtype=str)}
-        write_atomically(labels_path, lambda file: np.savez(file, **content))
+        write_atomically(files.labels, lambda file: np.savez(file, **content))
     if unreadable:
         description = f"{len(counts)} images in {source.location}"
         first = f"{len(unreadable)} of {description} cannot be read; continuing without:"
-        warnings.warn("\n  ".join([first, *unreadable]), FallbackWarning, stacklevel=2)
+        lines = [first, *unreadable[:MAX_LISTED]]
+        if len(unreadable) > MAX_LISTED:
+            lines.append(f"and {len(unreadable) - MAX_LISTED} more")
+        warnings.warn("\n  ".join(lines), FallbackWarning, stacklevel=2)

@@ -43,9 +43,9 @@ class Source:
     # labels(): int64 (count,) of indices into the class names or -1, and these; after reading
     labels: Callable[[], tuple[np.ndarray, tuple[str, ...]]] | None = None
     names: Iterable[str] = ()  # of the files, below the location
-    variant: str = ""  # how they are read; each has a cache
-    # chosen_variant(): the variant that names these channels(), whose runs find the same cache
-    chosen_variant: Callable[[], str] | None = None
+    cache_key: str = ""  # names how they are read; each has a cache
+    # chosen_cache_key(): the key that names these channels(), whose runs find the same cache
+    chosen_cache_key: Callable[[], str] | None = None
     # stream(): blocks for `read`, in order; ranges of indices unless given
     stream: Callable[[], Iterable[Sequence]] | None = None
 
@@ -176,15 +176,15 @@ def image_source(
             with suppress(Exception), open_image(item) as image:  # reads the header only
                 yield min(image.size)
 
-    def chosen_variant() -> str:
+    def chosen_cache_key() -> str:
         return f"\n{replace(options, channels=survey()[0])}"
 
     all_frames = options is not None and options.frames == "all"
-    is_open = options is not None and not options.channels
+    has_choice = options is not None and not options.channels
     return Source(
         str(path.resolve()), fingerprint, len(items), read, lambda: survey()[0], sample_sizes,
-        variant=f"\n{options}" if options else "",
-        chosen_variant=chosen_variant if is_open else None,
+        cache_key=f"\n{options}" if options else "",
+        chosen_cache_key=chosen_cache_key if has_choice else None,
     )  # fmt: skip
 
 
@@ -279,11 +279,11 @@ def examine(
 ) -> tuple[int, Range | None]:
     """Reads every header; returns and prints the channels and the range of values."""
     survey = Survey(options)
-    every = -(-len(items) // MAX_SIZES_CHECKED)
+    stride = -(-len(items) // MAX_SIZES_CHECKED)
     bar = tqdm(items, "reading headers", unit=" images", delay=5, leave=False)
     for index, item in enumerate(bar):
         with suppress(Exception), open_image(item) as image:  # broken ones are reported later
-            survey.add(image, is_sample=index % every == 0)
+            survey.add(image, is_sample=index % stride == 0)
     survey.print()
     return survey.channels(), survey.value_range()
 

@@ -335,12 +335,13 @@ def loss_by_timestep(
 
     batch: images that were not trained on, of which LOSS_CURVE_IMAGES are used.
     """
-    batch = batch[:: math.ceil(len(batch.images) / LOSS_CURVE_IMAGES)]
+    stride = math.ceil(len(batch.images) / LOSS_CURVE_IMAGES)
+    batch = batch.take(slice(None, None, stride))
     noise = torch.randn(batch.images.shape, generator=torch.Generator().manual_seed(0))
     batcher = OomBatcher(LOSS_CURVE_IMAGES)
 
     def mse_of_part(t: int, part: slice) -> Tensor:
-        images, labels = batch[part].to(model.device)
+        images, labels = batch.take(part).to(model.device)
         labels = () if labels is None else (labels,)
         t_batch = torch.full((len(images),), t, device=model.device)
         return model.mse_per_image(images / 255, t_batch, noise[part].to(model.device), *labels)

@@ -129,7 +129,7 @@ def rehearse(model: TrainableModel, config: Any, effective: int) -> tuple[int, b
         step.ema.sample(part.stop - part.start, steps=3, seed=0)
 
     try:
-        step.validate(batch[:micro].to(torch.device("cpu")))
+        step.validate(batch.take(slice(micro)).to(torch.device("cpu")))
         step.map_eval_batches(min(micro, config.GRID_IMAGES), sample)
     except UserError:
         if micro == 1:

@@ -315,7 +315,7 @@ class TrainStep:
         t = self.model.timesteps_from_uniform(u.to(self.device))
 
         def summed_loss(part: slice) -> float:
-            some = batch[part].to(self.device)
+            some = batch.take(part).to(self.device)
             inputs = (some.images.float() / 255, t[part], noise[part].to(self.device))
             with self.autocast():
                 return self.ema(*inputs, *self.label_args(some)).item() * len(some.images)

@@ -120,7 +120,7 @@ def test_batch_loader_epoch_yields_images_and_labels_in_order(make, on_gpu):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [((256, 0, CPU, 1), "fewer than one batch of 256"),
-     ((16, 0, CPU, 1, 0, 3), "cannot be divided by 3 ranks")],
+     ((16, 0, CPU, 1, 0, 3), "by 3 ranks. Make --batch_size a multiple of 3")],
 )  # fmt: skip
 def test_batch_loader_rejects_batch_sizes(arguments, message):
     with pytest.raises(UserError, match=message):
@@ -135,7 +135,7 @@ def test_batch_slices_and_moves_images_and_labels_together(labels):
     batch = Batch(torch.arange(5).view(5, 1, 1, 1), labels)
     assert batch[0] is batch.images and batch[1] is batch.labels
     for index in (slice(1, 3), torch.tensor([4, 0])):
-        part = batch[index].to(CPU)
+        part = batch.take(index).to(CPU)
         assert torch.equal(part.images, batch.images[index])
         assert part.labels is None if labels is None else torch.equal(part.labels, labels[index])
 

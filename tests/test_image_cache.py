@@ -7,6 +7,7 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,9 +76,9 @@ def test_cache_under_the_name_of_what_was_chosen_waits_for_its_builder(load):
         may_finish.wait(20)
 
     with ThreadPoolExecutor(2) as pool:
-        named = pool.submit(load, gray_source(3, variant="one", on_read=wait))
+        named = pool.submit(load, gray_source(3, cache_key="one", on_read=wait))
         assert is_building.wait(20)
-        any_source = gray_source(3, variant="any", chosen_variant=lambda: "one")
+        any_source = gray_source(3, cache_key="any", chosen_cache_key=lambda: "one")
         chosen = pool.submit(load, any_source)
         with pytest.raises(TimeoutError):
             chosen.result(timeout=0.5)
@@ -126,9 +127,13 @@ def test_cache_build_removes_what_killed_builds_and_earlier_versions_left(load):
     (stale,) = load.files()
     (load.cache / f".{stale}.4711.tmp").touch()
     (load.cache / "unrelated.npy").touch()
+    derived = Path(stale).stem.rpartition("_")[0] + f"_{hashlib.sha256(b'2').hexdigest()[:10]}"
+    live = f".{derived}.inception.npz.4711.tmp"  # statistics that an evaluation is writing
+    (load.cache / live).touch()
+    (load.cache / f".{derived}.npy.4711.tmp").touch()
     load(gray_source(5, fingerprint="2"))
-    (built,) = load.files() - {"unrelated.npy"}
-    assert built != stale and "unrelated.npy" in load.files()
+    (built,) = load.files() - {"unrelated.npy", live}
+    assert built != stale and {"unrelated.npy", live} < load.files()
 
 
 DAMAGES = {
@@ -175,6 +180,18 @@ def test_cache_leaves_out_unreadable_images_and_lists_them(load):
         "2 of 100 images in here cannot be read; continuing without:",
         "  image 3 is broken",
         "  image 70 is broken",
+    ]
+
+
+def test_cache_lists_the_first_unreadable_images(load, monkeypatch):
+    monkeypatch.setattr(image_cache, "MAX_LISTED", 2)
+    with pytest.warns(FallbackWarning) as warned:
+        load(gray_source(100, unreadable=(3, 7, 70, 71)))
+    (message,) = (str(warning.message) for warning in warned)
+    assert message.splitlines()[1:] == [
+        "  image 3 is broken",
+        "  image 7 is broken",
+        "  and 2 more",
     ]
 
 
