@@ -8,8 +8,7 @@ import copy
 import math
 import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -332,38 +331,28 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         Reads training checkpoints (the EMA weights), what save_model writes, and checkpoints of
         lucidrains' Trainer, which do not store their image_size. UserError for all others.
         """
-        with cls._read(path, image_size) as file:
-            model = cls(**file.architecture)
-            model._load_weights(file)
+        with checkpoints.refuse_damaged(Path(path), f"does not fit {cls.__name__}"):
+            file = checkpoints.load_model_file(Path(path), image_size)
+            check_types(file)
+            model = cls(**cls.upgrade_architecture(file.architecture))
+            # Without the teacher, which sampling does not need.
+            weights = {k: v for k, v in file.weights.items() if not k.startswith("teacher.")}
+            model.load_state_dict(weights)
+            checkpoints.check_weights(model.named_parameters(), file.path)
+            model.training_info = file.training_info
         return model
 
     def load_model(self, path: str | Path, image_size: int | None = None) -> "DDPMModel":
         """Becomes the model of a file, as from_file creates it; returns itself.
 
-        image_size: by default what this model was created with if that was given.
+        image_size: by default what this model was created with if that was given. If the file is
+        refused, this model stays as it is.
         """
-        device = self.device
-        with self._read(path, image_size or self.given_size) as file:
-            self.architecture = file.architecture
-            self._build(**self.architecture)
-            self._load_weights(file)
-        return self.to(device)
-
-    @classmethod
-    @contextmanager
-    def _read(cls, path: str | Path, image_size: int | None) -> Iterator[checkpoints.ModelFile]:
-        """Reads a file for a block that makes it a model; UserError if that fails."""
-        with checkpoints.refuse_damaged(Path(path), f"does not fit {cls.__name__}"):
-            file = checkpoints.load_model_file(Path(path), image_size)
-            check_types(file)
-            yield file._replace(architecture=cls.upgrade_architecture(file.architecture))
-
-    def _load_weights(self, file: checkpoints.ModelFile) -> None:
-        """Takes weights and training_info, not the teacher, which sampling does not need."""
-        weights = {k: v for k, v in file.weights.items() if not k.startswith("teacher.")}
-        self.load_state_dict(weights)
-        checkpoints.check_weights(self.named_parameters(), file.path)
-        self.training_info = file.training_info
+        loaded = self.from_file(path, image_size or self.given_size).to(self.device)
+        loaded.given_size = self.given_size
+        loaded.cuda_graph = self.cuda_graph
+        self.__dict__ = loaded.train(self.training).__dict__
+        return self
 
 
 def check_types(file: checkpoints.ModelFile) -> None:

@@ -336,6 +336,7 @@ def broken_files(tmp_path, monkeypatch) -> list[Path]:
 
 def test_load_model_names_files_that_are_no_models_and_never_unpickles(broken_files):
     model = small()
+    architecture, images = model.architecture, model.sample(1, seed=0)
     for path in broken_files:
         with pytest.raises(UserError, match=path.name.replace(".", r"\.")) as caught:
             model.load_model(path)
@@ -343,3 +344,5 @@ def test_load_model_names_files_that_are_no_models_and_never_unpickles(broken_fi
         with pytest.raises(UserError, match=path.name.replace(".", r"\.")):
             DDPMModel.from_file(path)
     assert not Path("unpickled").exists()
+    assert model.architecture is architecture  # it stays as it was
+    assert torch.equal(model.sample(1, seed=0), images)
