@@ -76,8 +76,7 @@ def choose_default_dataset(data_dir: Path, has_gpu: bool, download: bool = True)
     CIFAR-10 is downloaded here if it is missing, unless `download` is false; if that fails, the
     choice is "shapes".
     """
-    reason = "no CUDA GPU found; CIFAR-10 would take days"
-    advice = "--dataset cifar10 to override, or "
+    advice = "--dataset folder --data_dir DIR for your own images"
     if has_gpu:
         try:
             if download:
@@ -85,17 +84,15 @@ def choose_default_dataset(data_dir: Path, has_gpu: bool, download: bool = True)
             return "cifar10"
         except UserError as error:
             reason = str(error)
-            advice = ""
-    advice += "--dataset folder --data_dir DIR for your own images"
+    else:
+        reason = "no CUDA GPU found; CIFAR-10 would take days"
+        advice = f"--dataset cifar10 to override, or {advice}"
     print0(f"dataset: built-in shapes ({reason}). Use {advice}.")
     return "shapes"
 
 
 def check_stored(dataset: str, data_dir: Path) -> None:
-    """Raises UserError if a script's default data set is not in a data directory.
-
-    A directory that was named without a data set may be of images.
-    """
+    """Raises UserError if a script's default data set is not in a data directory."""
     if archive := ARCHIVES.get(dataset):
         local = data_dir / archive.path
         if not local.exists() and not all((local.parent / n).exists() for n in archive.contents):
@@ -105,8 +102,7 @@ def check_stored(dataset: str, data_dir: Path) -> None:
 
 def check_channels(dataset: str, channels: int) -> None:
     """Raises UserError for channels that a data set cannot be read with; 0: its own."""
-    has_choice = dataset == "folder" or dataset.startswith(hf_datasets.PREFIX)
-    if channels not in (0, 3) and not has_choice:
+    if channels not in (0, 3) and dataset in (*ARCHIVES, "shapes"):
         which = f"--channels {channels} is for --dataset folder and hf:NAME"
         raise UserError(f"{which}, but {dataset} is RGB. Leave it out")
 
@@ -168,7 +164,7 @@ def placeholder(
     """Returns a stand-in for a data set: as many black images, with its classes.
 
     None for a folder, and for a data set of the Hub that does not say its count or classes. Raises
-    UserError for channels, 0 or those asked for, that load_dataset refuses.
+    UserError for channels that load_dataset refuses.
     """
     check_channels(dataset, channels)
     count = 0
@@ -198,13 +194,11 @@ def images_from_loader(loader: Iterable) -> np.ndarray:
     chunks = []
     for batch in loader:
         images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-        if not isinstance(images, (torch.Tensor, np.ndarray)):
-            raise UserError(f"a batch must be or begin with a tensor, not {type(images).__name__}")
-        try:
-            is_array = isinstance(images, np.ndarray)  # of which torch refuses negative strides
-            images = torch.as_tensor(images.copy() if is_array else images).detach().cpu()
-        except TypeError as error:  # no numbers
-            raise UserError(f"a batch must have numbers ({error})") from error
+        if isinstance(images, np.ndarray) and images.dtype.kind in "biuf":
+            images = torch.from_numpy(images.copy())  # torch refuses negative strides
+        if not isinstance(images, torch.Tensor):
+            raise UserError(f"batches must be or begin with numbers, not {type(images).__name__}")
+        images = images.detach().cpu()
         shape = tuple(images.shape)
         differs = chunks and shape[1:] != chunks[0].shape[1:]
         if len(shape) != 4 or 0 in shape or shape[1] > 4 or differs:

@@ -3,7 +3,6 @@
 import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from engine.errors import UserError, short_reason, type_and_message
-from engine.image_source import BLOCK, DEFAULT_OPTIONS, ReadOptions, Source
+from engine.image_source import BLOCK, ReadOptions, Source
 from engine.labels import NO_LABEL, check_num_classes
 from engine.pixels import is_deep, parse_range, read_pixels
 
@@ -22,7 +21,6 @@ FORMATS = ("parquet", "arrow", "imagefolder", "webdataset")
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp")  # of columns of encoded images
 LABEL_NAMES = ("label", "labels", "class", "cls")  # of columns of integers or strings
 LABEL_TYPES = ("bool", "int", "uint", "string", "large_string")
-SET_RANGE = "Say what is black and white: --value_range LOW,HIGH, e.g. --value_range 0,65535"
 HOW_TO_NAME = "Name it: --dataset hf:NAME,IMAGE_COLUMN or hf:NAME,IMAGE_COLUMN,LABEL_COLUMN"
 
 
@@ -31,9 +29,8 @@ def hf_source(dataset: str, options: ReadOptions, use_labels: bool) -> Source:
 
     NAME: user/name of the Hub, or a local folder of parquet, arrow, image or WebDataset files. Its
     split `train` is streamed, or its only one; columns that are not named are found. Nothing of it
-    is executed. options: RGB unless it says otherwise; images with more than 8 bits need its
-    range, as a stream is read once. Raises UserError if it cannot be read, or if a column is not
-    clear.
+    is executed. options: channels 0 are RGB; images with more than 8 bits need a value_range.
+    Raises UserError if it cannot be read, or if a column is not clear.
     """
     # The table, its columns and its classes.
     name, image_column, label_column = parse(dataset)
@@ -50,25 +47,20 @@ def hf_source(dataset: str, options: ReadOptions, use_labels: bool) -> Source:
     values: list[Any] = []  # of the label column, as far as it was streamed
     channels = options.channels or 3
     value_range = parse_range(options.value_range)
-    is_default = replace(options, channels=0) == DEFAULT_OPTIONS
+    all_frames = options.frames == "all"
+    is_default = not (value_range or all_frames)
 
     # How the cache reads it: rows in blocks, images of a block, some sizes.
-    def row_blocks() -> Iterator[list[tuple[int, dict[str, Any]]]]:
-        iterator = enumerate(rows)
-        count = 0
-        try:
-            while block := list(islice(iterator, BLOCK)):
-                yield block
-                count += len(block)
-        except Exception as error:  # of HTTP, of the file's format
-            reason = f"{location} stops after {count} images ({type_and_message(error)})"
-            raise UserError(f"{reason}. Start again, or get its files again") from error
-
     def stream() -> Iterator[list[tuple[int, Any]]]:
         values.clear()
-        for block in row_blocks():
-            values.extend(row.get(label_column) for _, row in block)
-            yield [(index, row[image_column]) for index, row in block]
+        iterator = enumerate(rows)
+        try:
+            while block := list(islice(iterator, BLOCK)):
+                values.extend(row.get(label_column) for _, row in block)
+                yield [(index, row[image_column]) for index, row in block]
+        except Exception as error:  # of HTTP, of the file's format
+            reason = f"{location} stops after {len(values)} images ({type_and_message(error)})"
+            raise UserError(f"{reason}. Start again, or get its files again") from error
 
     def read(block: Sequence[tuple[int, Any]], size: int) -> list[np.ndarray | str]:
         results: list[np.ndarray | str] = []
@@ -76,18 +68,15 @@ def hf_source(dataset: str, options: ReadOptions, use_labels: bool) -> Source:
             try:
                 with open_image(value) as image:
                     if is_deep(image) and not value_range:
-                        raise UserError(f"{location} has images of more than 8 bits. {SET_RANGE}")
-                    arguments = (size, channels, value_range, options.frames == "all")
-                    results.append(read_pixels(image, *arguments))
-            except UserError:
-                raise
+                        raise ValueError("has more than 8 bits: set --value_range LOW,HIGH")
+                    results.append(read_pixels(image, size, channels, value_range, all_frames))
             except Exception as error:  # Pillow raises nearly anything on a broken file
                 results.append(f"image {index}: {error!r}")
         return results
 
     def sample_sizes() -> Iterator[int]:
-        for _, row in next(row_blocks(), []):
-            with suppress(Exception), open_image(row[image_column]) as image:
+        for _, value in next(stream(), []):
+            with suppress(Exception), open_image(value) as image:
                 yield min(image.size)
 
     return Source(
@@ -126,10 +115,9 @@ def open_table(name: str) -> tuple[str, str, int, Any]:
             if isinstance(feature, datasets.Image):  # encoded: bytes, or a dict of bytes or path
                 table = table.cast_column(column, datasets.Image(decode=False))
     except Exception as error:  # of HTTP, of the Hub, of the files
-        needed = "of one configuration, with a split train or a single one"
-        advice = f"It must be user/name of the Hugging Face Hub, or a folder, {needed}"
-        reason = short_reason(error)
-        raise UserError(f"--dataset hf:{name} cannot be read ({reason}). {advice}") from error
+        advice = "It must be user/name of the Hub or a folder, of one configuration, with a split "
+        reason = f"--dataset hf:{name} cannot be read ({short_reason(error)})"
+        raise UserError(f"{reason}. {advice}train or a single one") from error
     if format_ not in FORMATS:
         needed = ", ".join(FORMATS)
         raise UserError(f"--dataset hf:{name} has {format_} files, but must have {needed}")

@@ -72,14 +72,10 @@ def load_cached(
 
 
 def _remove_others(files: CacheFiles) -> None:
-    """Removes earlier versions of a cached source, and files of killed builds; under its lock.
-
-    What others derive from this version and name after it stays, also while it is written.
-    """
-    builds = tuple(f".{path.name}." for path in files[1:])
+    """Removes earlier versions of a cached source, and files of killed builds; under its lock."""
+    builds = (f".{files.images.name}.", f".{files.labels.name}.")  # not those of an evaluation
     for file in files.images.parent.glob(f"*{files.prefix}_*"):
-        is_derived = file.name.lstrip(".").startswith(files.images.stem)
-        if not is_derived or file.name.startswith(builds):
+        if file.name.startswith(builds) or not file.name.lstrip(".").startswith(files.images.stem):
             with suppress(OSError):  # on Windows, a file in use
                 file.unlink()
 
@@ -158,6 +154,4 @@ def _build(source: Source, size: int, files: CacheFiles, workers: int, progress:
         description = f"{len(counts)} images in {source.location}"
         first = f"{len(unreadable)} of {description} cannot be read; continuing without:"
         lines = [first, *unreadable[:MAX_LISTED]]
-        if len(unreadable) > MAX_LISTED:
-            lines.append(f"and {len(unreadable) - MAX_LISTED} more")
         warnings.warn("\n  ".join(lines), FallbackWarning, stacklevel=2)

@@ -1,7 +1,6 @@
 """Image files in a folder, a .zip or a .tar: their names, and how to open them."""
 
 import io
-import lzma
 import os
 import shutil
 import tarfile
@@ -12,6 +11,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from lzma import LZMAError
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile
 from typing import BinaryIO
@@ -25,8 +25,7 @@ from engine.errors import FallbackWarning, UserError
 OUTPUT_DIRS = (
     "checkpoints", "samples", "inference_results", "demo_results", "results", "data/cache",
 )  # fmt: skip
-
-ARCHIVE_ERRORS = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+ARCHIVE_ERRORS = (tarfile.TarError, zipfile.BadZipFile, zlib.error, LZMAError)
 
 
 @dataclass(frozen=True)
@@ -138,11 +137,8 @@ def files_of_zip(path: Path) -> ImageFiles:
     """Returns the images in a .zip; threads may open them at the same time."""
     archive = zipfile.ZipFile(path)
     members = {str(PurePosixPath(n)): n for n in archive.namelist() if is_image_name(n)}
-
-    def read(name: str) -> BinaryIO:
-        return io.BytesIO(archive.read(members[name]))
-
-    return ImageFiles(sorted(members), file_fingerprint(path), read)
+    fingerprint = file_fingerprint(path)
+    return ImageFiles(sorted(members), fingerprint, lambda n: io.BytesIO(archive.read(members[n])))
 
 
 def files_of_tar(path: Path) -> ImageFiles:

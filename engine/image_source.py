@@ -101,8 +101,8 @@ def array_source(path: Path, options: ReadOptions) -> Source:
     images = load_array(path)
 
     @functools.cache
-    def value_range() -> Range:
-        if options.value_range:
+    def value_range() -> Range | None:
+        if options.value_range or images.dtype == np.uint8:
             return pixels.parse_range(options.value_range)
         lowest = float(images.min())
         highest = float(images.max())
@@ -118,8 +118,7 @@ def array_source(path: Path, options: ReadOptions) -> Source:
         return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
     def channels() -> int:
-        if images.dtype != np.uint8:
-            value_range()  # before threads need it
+        value_range()  # before threads need it
         return source.channels()
 
     source = image_source(path, file_fingerprint(path), range(len(images)), open_image, options)
@@ -247,9 +246,8 @@ class Survey:
         """Returns the option, or the range of what was found."""
         if self.options.value_range:
             return pixels.parse_range(self.options.value_range)
-        if self.lowest > self.highest:
-            return None
-        return pixels.find_range(self.lowest, self.highest, self.is_float)
+        found = self.lowest, self.highest, self.is_float
+        return pixels.find_range(*found) if self.lowest <= self.highest else None
 
     def print(self) -> None:
         """Prints a line for each choice; UserError for colors that are too dark."""
@@ -290,9 +288,6 @@ def examine(
 
 def print_range(count: int, lowest: float, highest: float, value_range: Range) -> None:
     """Prints what is taken for black and white."""
-    low, high = value_range
-    mapping = f"mapping {low:g} to black and {high:g} to white"
-    print0(
-        f"{count} images with values {lowest:g} to {highest:g}: {mapping}; change with "
-        "--value_range LOW,HIGH"
-    )
+    found = f"{count} images with values {lowest:g} to {highest:g}"
+    mapping = "mapping {:g} to black and {:g} to white".format(*value_range)
+    print0(f"{found}: {mapping}; change with --value_range LOW,HIGH")

@@ -520,7 +520,7 @@ def test_images_from_loader_accepts_tensors_arrays_and_tuples():
         ([torch.zeros(2, 3, 8, 8, dtype=torch.int64)], "int64"),
         ([torch.full((2, 3, 8, 8), -1.0)], "from -1 to -1"),
         ([np.full((2, 3, 8, 8), 7, np.uint16)], "uint16 from 7 to 7"),
-        ([np.full((2, 3, 8, 8), "x")], "must have numbers"),
+        ([np.full((2, 3, 8, 8), "x")], "begin with numbers, not ndarray"),
         ([torch.full((2, 3, 8, 8), float("nan"))], "nan"),
     ],
 )

@@ -188,11 +188,8 @@ def test_cache_lists_the_first_unreadable_images(load, monkeypatch):
     with pytest.warns(FallbackWarning) as warned:
         load(gray_source(100, unreadable=(3, 7, 70, 71)))
     (message,) = (str(warning.message) for warning in warned)
-    assert message.splitlines()[1:] == [
-        "  image 3 is broken",
-        "  image 7 is broken",
-        "  and 2 more",
-    ]
+    assert message.startswith("4 of 100 images")
+    assert message.splitlines()[1:] == ["  image 3 is broken", "  image 7 is broken"]
 
 
 def test_cache_accepts_one_unreadable_image_in_twenty(load):
