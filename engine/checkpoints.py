@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -31,7 +31,6 @@ TRAINING_KEYS = {
 }  # fmt: skip
 MAX_WEIGHT = 1e6  # above any that training leads to
 UNSET_SHA256 = "0" * 64  # stands for the checksum in what it is computed of
-Weights = tuple[dict[str, Any], dict[str, Tensor]]  # architecture and state_dict
 
 
 class ModelFile(NamedTuple):
@@ -121,7 +120,7 @@ def check_architecture(
     path: Path, saved: Mapping[str, Any], expected: Mapping[str, Any], mutable: Collection[str],
     advice: str,
 ) -> None:  # fmt: skip
-    """Raises UserError if a checkpoint's architecture is another one, but for `mutable` entries."""
+    """Raises UserError if a checkpoint's architecture differs, except in its `mutable` entries."""
     for key, value in expected.items():
         if saved.get(key, value) != value and key not in mutable:
             change = f"{key} {saved[key]}, which cannot become {value}"
@@ -162,7 +161,7 @@ def load(path: Path) -> dict[str, Any]:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if part := archive.testzip():
-                    raise zipfile.BadZipFile(f"the checksum of {part} is another")
+                    raise zipfile.BadZipFile(f"checksum mismatch in {part}")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
@@ -178,11 +177,14 @@ def load_training(path: Path) -> TrainingCheckpoint:
     state = load(path)
     missing = [k for k, type_ in TRAINING_KEYS.items() if not isinstance(state.get(k), type_)]
     if missing:
-        reason = f"has no {', '.join(missing)}, or of another type"
-        raise UserError(f"{path} {reason}, and cannot be resumed")
-    numbers = [v for k, v in state["progress"].items() if (k, v) != ("best", None)]
-    if not all(type(v) in (int, float) and v >= 0 for v in numbers):
-        raise UserError(f"{path} has a progress of {state['progress']} and cannot be resumed")
+        advice = "start a new run from its weights with --init_from"
+        raise UserError(f"{path} has no valid {', '.join(missing)} to resume with: {advice}")
+    progress = state["progress"]
+    best = progress.pop("best", None)
+    is_valid = all(type(v) in (int, float) and 0 <= v < inf for v in progress.values())
+    if not is_valid or type(best) not in (int, float, type(None)):
+        raise UserError(f"{path} has a progress of {progress}, best {best}, and cannot be resumed")
+    progress["best"] = best if isfinite(best or 0) else None  # earlier versions stored NaN
     if not all(type(name) is str for name in state["config"]):
         raise UserError(f"{path} has a configuration without names and cannot be resumed")
     return TrainingCheckpoint(path, state)
@@ -197,8 +199,8 @@ def save_safetensors(path: Path, architecture: dict[str, Any], state: dict[str, 
     write_atomically(path, lambda file: file.write(content))
 
 
-def load_safetensors(path: Path) -> Weights:
-    """Reads what save_safetensors wrote; UserError if it is damaged or another kind."""
+def load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads architecture and weights that save_safetensors wrote; UserError if it cannot."""
     _check_file(path)
     with refuse_damaged(path, "is damaged, or not a .safetensors file of this project"):
         with safetensors.safe_open(path, framework="pt") as file:
@@ -206,19 +208,12 @@ def load_safetensors(path: Path) -> Weights:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         architecture = json.loads(metadata["architecture"])
 
-    # The checksum; that of a pretrained model is in a file next to it.
-    content = path.read_bytes()
     expected = metadata.get("sha256", "")
-    sums = path.with_name("SHA256SUMS")
-    if expected:
-        content = content.replace(expected.encode(), UNSET_SHA256.encode(), 1)
-    elif sums.is_file():
-        lines = sums.read_text().splitlines()
-        expected = dict(reversed(line.split()) for line in lines).get(path.name)
+    content = path.read_bytes().replace(expected.encode(), UNSET_SHA256.encode(), 1)
     if not expected:
         print0(f"note: {path} was written before files had checksums: it cannot be checked")
     elif hashlib.sha256(content).hexdigest() != expected:
-        raise UserError(f"{path} is damaged (its checksum is another): use another checkpoint")
+        raise UserError(f"{path} is damaged (checksum mismatch): use another checkpoint")
     return architecture, state
 
 
@@ -334,7 +329,7 @@ def display_name(path: Path) -> str:
 
 def import_lucidrains_checkpoint(
     file: dict[str, Any], image_size: int | None, path: Path
-) -> Weights:
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Returns architecture and weights (EMA if any) from lucidrains' Trainer.
 
     Width, levels, attention and channels follow from the shapes of the weights, the schedule from

@@ -105,7 +105,7 @@ def max_checkpoints(config: Any, epochs: float) -> int:
     every = config.CHECKPOINT_EVERY
     of_epochs = epochs // every if every else 0
     kept = config.KEEP if every is None else of_epochs
-    return int(kept) + 3  # last.pt, which final.pt is a link to, best.pt and one being written
+    return int(kept) + 3  # last.pt, later a link to final.pt, best.pt and one being written
 
 
 class NullRun:
@@ -114,7 +114,12 @@ class NullRun:
     def ignore(self, *_: object) -> None:
         pass
 
-    __init__ = after_step = after_epoch = on_interrupt = on_finish = close = ignore
+    __init__ = ignore
+    after_step = ignore
+    after_epoch = ignore
+    on_interrupt = ignore
+    on_finish = ignore
+    close = ignore
 
 
 class Run:
@@ -232,14 +237,15 @@ class Run:
         start = time.monotonic()
         self.validation_loss = self.train_step.validate(self.validation_split)
         self.log.write_validation_loss(self.progress, self.validation_loss)
-        if self.progress.best is None or self.validation_loss < self.progress.best:
+        best = math.inf if self.progress.best is None else self.progress.best
+        if -math.inf < self.validation_loss < best:  # NaN is neither
             self.progress.best = self.validation_loss
             self.save("best.pt")
         duration = time.monotonic() - start
         self.next_validation_time = start + duration / VALIDATION_TIME_FRACTION
 
     def ends_part(self, parts: int) -> bool:
-        """Whether the last step ended one of `parts` equal parts of the run, but not the last."""
+        """Whether the last step ended one of `parts` equal parts of the run but the last part."""
         return int(self.last_fraction * parts) < int(self.progress.fraction * parts) < parts
 
     def warn_of_small_disk(self) -> None:
@@ -249,9 +255,11 @@ class Run:
         needed -= sum(file.stat().st_size for file in self.folder.glob("*.pt"))
         free = shutil.disk_usage(self.folder).free
         if needed > free:
-            room = f"{format_bytes(free)} of {format_bytes(needed)} that its checkpoints may take"
-            message = f"{self.folder}/ has room for {room} (lower --keep, or free some)"
-            warnings.warn(f"{message}; continuing without what will not fit", FallbackWarning, 3)
+            every = self.config.CHECKPOINT_EVERY
+            advice = {None: "lower --keep, or ", 0: ""}.get(every, "raise --checkpoint_every, or ")
+            need = f"the checkpoints may need {format_bytes(needed)}, but {self.folder}/ has only"
+            reason = f"{need} {format_bytes(free)} free ({advice}free some)"
+            warnings.warn(f"{reason}; continuing without what will not fit", FallbackWarning, 3)
 
     def sample_grid(self, file: str) -> None:
         """Samples with the EMA weights, a class in each row; no failure stops training."""

@@ -1,5 +1,6 @@
 """A run: what it is called, who may train it, what is due when, and what it writes."""
 
+import math
 import os
 import subprocess
 import sys
@@ -201,14 +202,14 @@ def test_run_validates_a_fiftieth_of_the_time_once_epochs_are_many(made_run, clo
 
 
 def test_run_saves_as_best_the_lowest_validation_loss(made_run, monkeypatch):
-    losses, best, saves = [0.5, 0.6, 0.4, 0.4, 0.45], [], []
+    losses, best, saves = [-math.inf, 0.5, 0.6, 0.4, 0.4, -0.1], [], []
     for loss in losses:
         monkeypatch.setattr(made_run.train_step, "validate", lambda _, loss=loss: loss)
         made_run.progress.step += 1
         made_run.after_epoch()
         best.append(made_run.progress.best)
         saves.append(len(made_run.files))
-    assert best == [0.5, 0.5, 0.4, 0.4, 0.4] and saves == [1, 1, 2, 2, 2]
+    assert best == [None, 0.5, 0.5, 0.4, 0.4, -0.1] and saves == [0, 1, 1, 2, 2, 3]
     assert set(made_run.files) == {"best.pt"}
     rows = plots.read_metrics(Path("samples/mine/metrics.jsonl"))
     assert [row["validation_loss"] for row in rows] == losses
@@ -246,7 +247,10 @@ def test_run_warns_of_a_disk_that_is_too_small(made_run, monkeypatch):
     monkeypatch.setattr(run.shutil, "disk_usage", lambda _: usage)
     made_run.warn_of_small_disk()  # 3 and last, best and one being written
     usage.free -= 1
-    with pytest.warns(FallbackWarning, match=r"has room for .* MB of .* MB .* \(lower --keep"):
+    with pytest.warns(FallbackWarning, match=r"may need .* has only .* free \(lower --keep, or"):
+        made_run.warn_of_small_disk()
+    made_run.config.CHECKPOINT_EVERY = 1
+    with pytest.warns(FallbackWarning, match=r"\(raise --checkpoint_every, or free some\); cont"):
         made_run.warn_of_small_disk()
 
 
@@ -330,10 +334,11 @@ def test_should_snapshot_guide_waits_for_its_fraction_and_the_warm_up():
     assert is_due(50, 0.125)
     assert not is_due(49, 0.49)
     assert is_due(20, 0.5)
-    assert not is_due(19, 1.0)
+    assert not is_due(19, 0.99)
+    assert is_due(20, 0.99) and not is_due(20, 1.0)
     assert not is_due(50, 0.125, guide="exists")
     assert not is_due(1000, 0.124)
-    assert not is_due(1000, 1.0, guide_fraction=0)
+    assert not is_due(1000, 0.99, guide_fraction=0)
 
 
 # --- metrics
