@@ -18,6 +18,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.gpu_memory import is_out_of_memory
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # covers a sample grid that rank 0 samples on a CPU
 SUM = torch.distributed.ReduceOp.SUM
@@ -104,12 +105,14 @@ def _stop(*_: Any) -> None:
 
 @contextlib.contextmanager
 def _collective() -> Iterator[None]:
-    """Turns the backend's errors into RankLostError."""
+    """Turns the backend's errors into RankLostError, unless memory ran out."""
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().split("\n")[0] or repr(error)
-        message = f"another rank died (killed, out of memory, or host down): {reason}"
+        if is_out_of_memory(error):
+            raise
+        reason = f"another rank may have died: {str(error).strip() or repr(error)}"
+        message = f"a collective operation failed; {reason}"
         raise RankLostError(message, 1) from error
 
 

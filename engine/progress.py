@@ -106,7 +106,7 @@ class StopSignal:
     """SIGINT and SIGTERM as a question that the loop asks after each step; a second one kills.
 
     With several ranks, a thread ends this one if after a signal the loop stops asking for
-    GRACE_PERIOD: in a collective it may wait forever for a rank that died.
+    GRACE_PERIOD before it is told yes: a collective may wait forever for a rank that died.
     """
 
     def __init__(self, dist: PartialState, hint: Callable[[], str]):
@@ -133,8 +133,8 @@ class StopSignal:
             return  # a SIGTERM of the launcher must not come before the error message
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-        if self.is_watched:
-            self.is_watched = False
+        self.is_watched = False
+        if self.dist.num_processes > 1:
             self.was_asked.set()
             signal.set_wakeup_fd(-1)
             self.sender.close()
@@ -149,7 +149,7 @@ class StopSignal:
             pass
         while self.is_watched:
             self.was_asked.clear()
-            if not self.was_asked.wait(GRACE_PERIOD):
+            if not self.was_asked.wait(GRACE_PERIOD) and self.is_watched:
                 if distributed.is_first_failure():
                     line = f"\nerror: rank {self.dist.process_index} is stuck; {self.hint()}"
                     print(line, file=sys.stderr, flush=True)  # below the progress bar
@@ -164,4 +164,5 @@ class StopSignal:
             number = torch.tensor(self.received, device=self.dist.device)
             distributed.all_reduce(number, op=distributed.MAX)
             self.number = int(number.item())
+        self.is_watched &= self.number == 0
         return self.number > 0

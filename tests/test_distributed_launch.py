@@ -1,14 +1,11 @@
 """Launched ranks: rank 0 prepares first, and a dead rank ends all with one line."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from tests.helpers import ROOT
+from tests.test_distributed import torchrun
 
 SCRIPT = """
 import os
@@ -47,19 +44,16 @@ run_script(main)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs the ranks do not talk through gloo")
 def test_ranks_share_choices_wait_for_rank_0_and_end_with_one_line(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    result = subprocess.run(
-        [*launcher, "--nproc_per_node=3", "script.py"], cwd=tmp_path, text=True, timeout=60,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True,
-    )  # fmt: skip
-    ranks = sorted(line.split() for line in result.stdout.splitlines() if line)
+    launcher = torchrun(tmp_path, "script.py", count=3)
+    output, errors = launcher.communicate(timeout=60)
+    ranks = sorted(line.split() for line in output.splitlines() if line)
     assert [(rank, choice) for rank, choice, *_ in ranks] == [(r, "choice-0") for r in "012"]
     rank0_end = float(ranks[0][3])
     assert all(float(start) >= rank0_end for _, _, start, *_ in ranks[1:])
     assert all(is_restored == "True" for *_, is_restored in ranks)
 
-    assert result.returncode == 1
-    (line,) = re.findall(r"^error: .*", result.stderr, re.MULTILINE)
+    assert launcher.returncode == 1
+    (line,) = re.findall(r"^error: .*", errors, re.MULTILINE)
     assert line == (
         "error: stopped by SIGTERM: another rank died, or the launcher was stopped; "
         "resume like this"

@@ -129,16 +129,17 @@ def test_stop_signal_restores_handlers_and_starts_no_thread_on_a_single_rank():
 STUCK = """
 import os, signal, time
 from types import SimpleNamespace
-from engine import progress
+from engine import distributed, progress
 
 progress.GRACE_PERIOD = 0.5
+distributed.all_reduce = lambda *_, **__: None
 dist = SimpleNamespace(num_processes=2, process_index=1, device="cpu")
-for steps, seconds in ((10, 0), (3, 1000)):
+for first, steps, seconds in ((1, 10, 0), (0, 1, 2), (1, 3, 1000)):  # the second: saves for long
     with progress.StopSignal(dist, lambda: "resume with --resume mine") as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         for step in range(steps):
             time.sleep(0.2)
-            stop.requested(10 * step + 1)
+            stop.requested(10 * step + first)
         time.sleep(seconds)
     print("left", flush=True)
 """
@@ -150,7 +151,7 @@ def test_stop_signal_ends_a_rank_that_is_stuck_but_not_a_slow_one(tmp_path):
         [sys.executable, "-c", STUCK], cwd=tmp_path, env=environment, capture_output=True,
         text=True, timeout=100,
     )  # fmt: skip
-    assert (stuck.returncode, stuck.stdout) == (1, "left\n")
+    assert (stuck.returncode, stuck.stdout) == (1, "left\nleft\n")
     assert stuck.stderr.strip() == "error: rank 1 is stuck; resume with --resume mine"
 
 
