@@ -122,7 +122,7 @@ class DDPMConfig(Settings):
         None, "epochs between kept checkpoints instead of --keep; 0 keeps none", min=0, type_=int,
         auto="by --keep")
     SAVE_EVERY_MINUTES = Setting(
-        2.0, "minutes between updates of last.pt", min=0, old_name="SAVE_MINUTES")
+        2.0, "minutes between updates of last.pt; 0: every step", min=0, old_name="SAVE_MINUTES")
     NUM_SAMPLE_GRIDS = Setting(
         10, "sample grids over the run; 0 disables", min=0, max=1000, old_name="SAMPLE_GRIDS")
     GRID_IMAGES = Setting(64, "images in a sample grid", min=1, max=1024, old_name="NUM_SAMPLES")

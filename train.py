@@ -193,10 +193,16 @@ def configure(
     init_model: the model of --init_from, whose network and noise schedule the new run has. A
     tuning run has all other settings of that model's run, too.
     """
-    check_is_tuned(request, checkpoint, init_model)
     # The settings to continue with, if any: of the run to resume, or of the one to tune.
+    is_tuning = request.tuning is not None
     earlier_run = checkpoint.state["config"] if checkpoint else None
-    if init_model and request.tuning is not None:
+    if checkpoint and checkpoint.state["architecture"].get("consistency", False) != is_tuning:
+        script = "that, or tune it with --checkpoint" if is_tuning else "train_consistency.py"
+        raise UserError(f"{checkpoint.path} is of another script: resume it with {script}")
+    if init_model and is_tuning:
+        if init_model.is_consistency_tuned:
+            advice = "name the model to tune with --checkpoint, or --resume to continue"
+            raise UserError(f"{request.init_from} is tuned already: {advice}")
         earlier_run = init_model.training_info["config"] or None
 
     # The GPU, and with it the data set.
@@ -211,7 +217,7 @@ def configure(
         # The model's own size, unless another is named.
         image_size = request.setting("IMAGE_SIZE", {"IMAGE_SIZE": init_model.image_size})
         required = network_settings(init_model.architecture, image_size)
-        if request.tuning is not None:
+        if is_tuning:
             required |= {
                 "GUIDANCE": init_model.guidance, "GUIDANCE_MODE": init_model.guidance_mode,
                 "SCHEDULE_BASE_SIZE": init_model.architecture["schedule_base_size"],
@@ -220,19 +226,6 @@ def configure(
     return resolve(
         dataset, tier, request.defaults, request.subclass, request.flags, earlier_run, required
     )
-
-
-def check_is_tuned(
-    request: TrainingRequest, checkpoint: TrainingCheckpoint | None, init_model: DDPMModel | None
-) -> None:
-    """Raises UserError if a run to resume is another script's, or a model to tune is tuned."""
-    is_tuning = request.tuning is not None
-    if checkpoint and checkpoint.state["architecture"].get("consistency", False) != is_tuning:
-        script = "that, or tune it with --checkpoint" if is_tuning else "train_consistency.py"
-        raise UserError(f"{checkpoint.path} is of another script: resume it with {script}")
-    if is_tuning and init_model and init_model.is_consistency_tuned:
-        advice = "name the model to tune with --checkpoint, or --resume to continue"
-        raise UserError(f"{request.init_from} is tuned already: {advice}")
 
 
 def choose_dataset(

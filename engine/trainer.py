@@ -28,13 +28,13 @@ MAX_NONFINITE_STEPS = 20  # in a row
 # is not saved before this many times WARMUP_STEPS:
 GUIDE_WARMUPS = 5  # in the first half of a run
 LATE_GUIDE_WARMUPS = 2  # in the second
-# Entries of the architecture; classes have check_classes_on_resume.
+# Of the architecture; check_classes_on_resume says which classes may change.
 MUTABLE_ON_RESUME = {"sampling_timesteps", "guidance", "guidance_mode", "dropout", "class_counts"}
 
 
 def train(
     model: TrainableModel, data: ImageDataset | np.ndarray, config: Any,
-    resume: TrainingCheckpoint | Path | None = None,
+    resume: TrainingCheckpoint | Path | str | None = None,
 ) -> Path:  # fmt: skip
     """Trains until the configured length is reached and returns the final checkpoint.
 
@@ -49,7 +49,8 @@ def train(
     loader, train_step = set_up(model, data, config, dist)
 
     # A new run, or one that continues from a checkpoint.
-    checkpoint = checkpoints.load_training(resume) if isinstance(resume, Path) else resume
+    is_path = isinstance(resume, (str, Path))
+    checkpoint = checkpoints.load_training(Path(resume)) if is_path else resume
     data_info = {
         "dataset": config.DATASET, "images": len(data), "shape": [*data.images.shape[1:]],
         "fingerprint": data.fingerprint(),
@@ -97,7 +98,7 @@ def set_up(
 ) -> tuple[BatchLoader, TrainStep]:
     """Returns this rank's batches, and the model with its optimizer on this rank's device.
 
-    Raises UserError if the images do not fit the model or are fewer than a batch.
+    Raises UserError if the images are not uint8, do not fit the model or are fewer than a batch.
     """
     rank = dist.process_index
     world_size = dist.num_processes
@@ -105,6 +106,8 @@ def set_up(
     torch.backends.cudnn.benchmark = True
     seed_everything(config.SEED + rank)
     shape = (model.channels, model.image_size, model.image_size)
+    if data.images.dtype != np.uint8:
+        raise UserError(f"the images are {data.images.dtype}, but must be uint8, 0 to 255")
     if data.images.shape[1:] != shape:
         raise UserError(f"the images are {data.images.shape[1:]}, but the model's must be {shape}")
     effective_batch = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
@@ -118,12 +121,13 @@ def start_or_resume(
     checkpoint: TrainingCheckpoint | None, data_info: dict[str, Any], train_step: TrainStep,
     loader: BatchLoader, dist: PartialState,
 ) -> tuple[str, Progress]:  # fmt: skip
-    """Returns and prints a new run's name, or a resumed one's; also returns its progress.
+    """Returns the name of the run, a new one without a checkpoint, and its progress.
 
-    Raises UserError if that run is finished, or as restore does.
+    Prints the name. Raises UserError if that run is finished, or as restore does.
     """
     if checkpoint:
-        with checkpoints.refuse_damaged(checkpoint.path):
+        problem = "does not fit this model, or is damaged"
+        with checkpoints.refuse_damaged(checkpoint.path, problem):
             progress = restore(checkpoint, data_info, train_step, loader, dist)
         name = run_names.resumed_run_name(checkpoint) if dist.is_main_process else ""
     else:
@@ -131,7 +135,7 @@ def start_or_resume(
         progress = Progress(train_step.config, len(loader), dist)
     name = distributed.broadcast_object(name)
     if progress.is_finished and run_names.is_complete(name, progress.step):
-        # Of a process killed while it plotted.
+        # Temporary files of a process that was killed while it plotted.
         checkpoints.remove_leftovers(run_names.SAMPLES_DIR / name)
         advice = "raise --epochs, --max_steps or --minutes to continue it"
         raise UserError(f"{checkpoint.path} is of a finished run: {advice}")
@@ -147,7 +151,7 @@ def warn_if_short(config: Any, steps: float) -> None:
 
     should_snapshot_guide saves no guide before LATE_GUIDE_WARMUPS times the warm-up.
     """
-    if steps < LATE_GUIDE_WARMUPS * config.WARMUP_STEPS and not config.MAX_STEPS:
+    if steps <= LATE_GUIDE_WARMUPS * config.WARMUP_STEPS and not config.MAX_STEPS:
         found = f"only {steps:,.0f} steps, with a warm-up of {config.WARMUP_STEPS:,}"
         without = "; continuing without a guide" if config.GUIDE_FRACTION else ""
         advice = "set --minutes, or more --epochs"
@@ -199,11 +203,10 @@ def restore(
 def abort_if_diverged(train_step: TrainStep, step: int, name: str) -> None:
     """Raises UserError if the last MAX_NONFINITE_STEPS updates were not finite."""
     if train_step.consecutive_skips.item() >= MAX_NONFINITE_STEPS:
-        raise UserError(
-            f"{MAX_NONFINITE_STEPS} updates in a row were not finite; stopped at step {step}. "
-            f"Checkpoints in {checkpoints.CHECKPOINT_DIR / name}/ are finite: use --resume {name} "
-            "with a lower --learning_rate or --no-use_amp", exit_code=1,
-        )  # fmt: skip
+        reason = f"{MAX_NONFINITE_STEPS} updates in a row were not finite; stopped at step {step}"
+        advice = f"{run_names.resume_hint(name)} with a lower --learning_rate"
+        advice += " or --no-use_amp" if train_step.config.USE_AMP else ""
+        raise UserError(f"{reason}: {advice}", exit_code=1)
 
 
 def should_snapshot_guide(train_step: TrainStep, progress: Progress) -> bool:
@@ -213,7 +216,7 @@ def should_snapshot_guide(train_step: TrainStep, progress: Progress) -> bool:
     than none does. From half of the run on, LATE_GUIDE_WARMUPS are enough.
     """
     config = train_step.config
-    is_due = 0 < config.GUIDE_FRACTION <= progress.fraction
+    is_due = 0 < config.GUIDE_FRACTION <= progress.fraction < 1  # at 1 it would be the model
     warmups = LATE_GUIDE_WARMUPS if progress.fraction >= 0.5 else GUIDE_WARMUPS
     is_trained = progress.step >= warmups * config.WARMUP_STEPS
     return train_step.ema.guide is None and is_due and is_trained
@@ -244,12 +247,14 @@ def estimate(model: TrainableModel, num_images: int, config: Any, memory_gib: fl
 
     memory_gib: an estimate, returned instead of the peak where there is no GPU.
     """
-    # Time of a step. On a CPU a few images are enough: it is proportional to their number.
+    # Time of a rank's step. On a CPU a few images are enough: it is proportional to their number.
     dist = distributed.init()
     device = default_device()
     train_step = TrainStep(model.to(device).train(), config)
     is_cuda = device.type == "cuda"
-    count = config.BATCH_SIZE if is_cuda else min(config.BATCH_SIZE, 8)
+    effective_batch = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
+    local_batch = -(-effective_batch // dist.num_processes)
+    count = min(config.BATCH_SIZE, local_batch if is_cuda else 8)
     shape = (count, model.channels, model.image_size, model.image_size)
     batch = Batch(torch.randint(256, shape, dtype=torch.uint8, device=device))
     times = []
@@ -257,7 +262,6 @@ def estimate(model: TrainableModel, num_images: int, config: Any, memory_gib: fl
         start = time.perf_counter()
         train_step(batch, number, 0.0)[0].item()
         times.append(time.perf_counter() - start)
-    effective_batch = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
     seconds = statistics.median(times[1:]) * effective_batch / count / dist.num_processes
 
     # Length of the run. Too few images are an error, as in the run itself.
@@ -269,7 +273,8 @@ def estimate(model: TrainableModel, num_images: int, config: Any, memory_gib: fl
     duration = format_duration(steps * seconds)
     length = f"{steps:,.0f} steps, {steps / steps_per_epoch:.1f} epochs, about {duration}"
     peak = torch.cuda.max_memory_allocated() / 2**30 if is_cuda else memory_gib
-    memory = f"memory {peak:.1f} GiB ({'measured' if is_cuda else 'estimated'})"
+    how = "measured, without the data and what CUDA itself takes" if is_cuda else "estimated"
+    memory = f"memory {peak:.1f} GiB ({how})"
     num_files = max_checkpoints(config, steps / steps_per_epoch)
     size = checkpoint_bytes(train_step)
     disk = f"disk {format_bytes(num_files * size)} at most ({num_files} x {format_bytes(size)})"

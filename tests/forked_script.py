@@ -6,7 +6,6 @@ in a tenth of a second instead of five. Imports nothing of the project: the scri
 
 import multiprocessing
 import os
-import resource
 import runpy
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -24,19 +23,15 @@ FORKSERVER.set_forkserver_preload([
 class ForkedScript:
     """A running script on the CPU, with the methods of subprocess.Popen that the tests need.
 
-    script: a file of the repository, or a path. max_file_bytes: the largest file that it can
-    write; a larger one fails as on a full disk.
+    script: a file of the repository, or a path.
     """
 
-    def __init__(
-        self, folder: Path, script: str | Path, *arguments: str, max_file_bytes: int | None = None,
-        **environment: str,
-    ):  # fmt: skip
+    def __init__(self, folder: Path, script: str | Path, *arguments: str, **environment: str):
         command = [str(Path(__file__).parent.parent / script), *arguments]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment
         pipes = [FORKSERVER.Pipe(duplex=False) for _ in ("stdout", "stderr")]
         writers = [writer for _, writer in pipes]
-        arguments = command, str(folder), environment, writers, max_file_bytes
+        arguments = command, str(folder), environment, writers
         self.process = FORKSERVER.Process(target=run, args=arguments)
         self.process.start()
         for writer in writers:
@@ -77,17 +72,14 @@ def read_all(reader: Connection) -> str:
 
 
 def run(
-    command: list[str], folder: str, environment: dict[str, str], outputs: list[Connection],
-    max_file_bytes: int | None,
-) -> None:  # fmt: skip
+    command: list[str], folder: str, environment: dict[str, str], outputs: list[Connection]
+) -> None:
     """Becomes the script: runs in the forked process."""
     for stream, writer in enumerate(outputs, start=1):
         os.dup2(writer.fileno(), stream)
         writer.close()
     sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", closefd=False, buffering=1, errors="backslashreplace")
-    if max_file_bytes is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

@@ -133,6 +133,8 @@ def test_train_refuses_images_that_do_not_fit_the_model(tmp_path, monkeypatch):
             UserError, match=r"the images are .* but the model's must be \(3, 8, 8\)"
         ):
             train(model, images, config)
+    with pytest.raises(UserError, match="the images are float32, but must be uint8"):
+        train(model, random_images(40, 8) / np.float32(255), config)
     assert not Path("checkpoints").exists()
 
 
@@ -450,7 +452,7 @@ def resumable(trained_by_api, tmp_path, monkeypatch) -> Callable[..., Path]:
     def resume(file: str = "last.pt", seed: int = 0, **changes) -> Path:
         config = configure(**({"MAX_STEPS": 4} | changes))
         images = random_images(80, 8, seed=seed)
-        return train(DDPMModel.from_config(config), images, config, Path("checkpoints/whole", file))
+        return train(DDPMModel.from_config(config), images, config, f"checkpoints/whole/{file}")
 
     return resume
 
@@ -547,7 +549,7 @@ def test_train_rebuilds_damaged_metrics(resumable):
 def test_train_refuses_damaged_parts(resumable, change):
     last = Path("checkpoints/whole/last.pt")
     checkpoints.save(last, checkpoints.load(last) | change)
-    with pytest.raises(UserError, match=r"last\.pt is damaged \(.*\): use another checkpoint"):
+    with pytest.raises(UserError, match=r"last\.pt does not fit this model, or is .*: use another"):
         resumable(MAX_STEPS=5)
 
 
@@ -660,7 +662,8 @@ def test_train_stops_at_a_loss_that_stays_nan_and_keeps_finite_weights(folder):
     flags = ["--run_name", "bad", "--max_steps", "100", "--save_every_minutes", "0"]
     code, _, errors = run_changed(folder, "1 if calls <= 5 else float('nan')", *flags)
     assert code == 1 and "Traceback" not in errors
-    assert "20 updates in a row were not finite; stopped at step 30" in errors
+    line = "20 updates in a row were not finite; stopped at step 30: resume with --resume bad with"
+    assert line in errors
     weights = checkpoint_weights(folder / "checkpoints/bad/last.pt")
     assert all(torch.isfinite(value).all() for value in weights.values())
 
@@ -679,7 +682,7 @@ def test_abort_if_diverged_counts_updates_skipped_in_a_row():
         abort_if_diverged(step, 20, "mine")
     assert step.skipped_updates.item() == 57
     update(float("inf"))
-    with pytest.raises(UserError, match="20 updates in a row were not finite; stopped at step 61"):
+    with pytest.raises(UserError, match=r"step 61: .* saved nothing .* --learning_rate$"):
         abort_if_diverged(step, 61, "mine")
 
 
@@ -716,32 +719,10 @@ def test_scripts_answer_bad_input_with_one_line(trained, script_error):
         assert expected in script_error(trained, *command)
 
 
-def test_train_resumes_no_run_of_another_process(script_error, trained, tmp_path):
-    fcntl = pytest.importorskip("fcntl")
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    handle = os.open(tmp_path / "checkpoints/whole/.lock", os.O_CREAT | os.O_RDWR)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    line = script_error(tmp_path, "train.py", "--resume", "whole", "--max_steps", "42")
-    assert "run whole is being trained by another process" in line
-    os.close(handle)
-
-
 # --- disks
 
 
-def test_train_on_a_full_disk_continues_and_leaves_no_partial_file(folder):
-    flags = ["--run_name", "full", "--max_steps", "20", "--save_every_minutes", "0.01"]
-    process = ForkedScript(folder, "train.py", *TINY_FLAGS, *flags, max_file_bytes=300_000)
-    _, errors = process.communicate()
-    line = "warning: writing checkpoints/full/best.pt failed (File too large); continuing without"
-    assert line in errors
-    assert process.returncode == 2 and "Traceback" not in errors
-    assert "error: File too large (checkpoints/full/final.pt)" in errors
-    files = [path.name for path in (folder / "checkpoints").rglob("*.*")]
-    assert set(files) <= {".lock"}
-
-
-def test_train_that_can_write_nothing_any_more_ends_with_an_error(folder):
+def test_train_on_a_full_disk_ends_with_an_error_and_leaves_no_partial_file(folder):
     # RLIMIT_FSIZE, from the first step on: importing torch may write files.
     limit = "__import__('resource').setrlimit(1, (400, 400))"
     change = f"1 + 0 * (calls == 1 and {limit} or 0)"
@@ -753,6 +734,7 @@ def test_train_that_can_write_nothing_any_more_ends_with_an_error(folder):
     assert "error: File too large (checkpoints/full/final.pt): free some space" in errors
     rows = plots.read_metrics(folder / "samples/full/metrics.jsonl")
     assert rows[0]["step"] == 10 and len(rows) < 4
+    assert {path.name for path in (folder / "checkpoints").rglob("*.*")} == {".lock"}
 
 
 def test_train_reports_before_the_first_step_that_it_cannot_write(script_error, folder):
@@ -760,20 +742,6 @@ def test_train_reports_before_the_first_step_that_it_cannot_write(script_error, 
     flags = [*TINY_FLAGS, "--run_name", "none", "--max_steps", "40"]
     assert "checkpoints" in script_error(folder, "train.py", *flags)
     assert not plots.read_metrics(folder / "samples/none/metrics.jsonl")
-
-
-def test_write_atomically_on_a_full_disk_leaves_the_old_file(tmp_path):
-    path = tmp_path / "model.pt"
-    checkpoints.save(path, {"value": torch.zeros(3)})
-
-    def fill(file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="No space left"):
-        checkpoints.write_atomically(path, fill)
-    assert torch.equal(checkpoints.load(path)["value"], torch.zeros(3))
-    assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
 
 
 # --- the trained model
