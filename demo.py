@@ -217,7 +217,7 @@ def check_interpolation(demo: SimpleNamespace) -> str:
     check(worst > MIN_PSNR, f"the ends are at {worst:.1f} dB from the given images")
     row = torch.cat([endpoints[:1], images, endpoints[1:]])
     plots.save_image(plots.grid(row, columns=10), Path("interpolation.png"))
-    return f"the ends are within {worst:.1f} dB of the given images"
+    return f"the ends match the given images at {worst:.1f} dB PSNR"
 
 
 def check_figures(demo: SimpleNamespace) -> str:

@@ -25,6 +25,7 @@ if sys.version_info < (3, 10):  # noqa: UP036 - an older Python gets this far
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PIP_INSTALL = [sys.executable, "-m", "pip", "install"]
+TORCH_PACKAGES = ("torch", "torchvision")
 ROW = "  {:<34}{}"  # of the report
 MODULES = {"pillow": "PIL", "pytest-xdist": "xdist"}  # whose names differ from the package's
 
@@ -59,6 +60,11 @@ def find_package(name: str, versions: str) -> tuple[str, str]:
     return version, ""
 
 
+def specifier(name: str, versions: str) -> str:
+    """Returns a requirement as pip takes it."""
+    return f"{name}>={versions}" if versions else name
+
+
 def run(command: list[str]) -> None:
     """Runs a command; if it fails, exits with code 1 after repeating its errors."""
     print(f"$ {shlex.join(command)}")
@@ -74,9 +80,8 @@ def install(requirements_file: Path, torch_index: str | None) -> None:
     if torch_index:
         # The index is named after its build, and so are its versions: .../cu124 has 2.6.0+cu124.
         build = torch_index.rstrip("/").rpartition("/")[2]
-        names = ("torch", "torchvision")
-        if not all(find_package(name, "")[0].endswith(f"+{build}") for name in names):
-            specifiers = [f"{name}>={requirements[name]}" for name in names]
+        if not all(find_package(name, "")[0].endswith(f"+{build}") for name in TORCH_PACKAGES):
+            specifiers = [specifier(name, requirements[name]) for name in TORCH_PACKAGES]
             # Without force, pip keeps another build of the same version.
             run([*PIP_INSTALL, "--force-reinstall", "--index-url", torch_index, *specifiers])
     if any(find_package(*requirement)[1] for requirement in requirements.items()):
@@ -85,7 +90,7 @@ def install(requirements_file: Path, torch_index: str | None) -> None:
         print(f"everything in {requirements_file.name} is already installed")
 
 
-def check_installation(requirements_file: Path) -> int:
+def check_installation(requirements_file: Path, torch_index: str | None) -> int:
     """Reports packages, GPUs and tier; returns 1 if a package is missing or broken."""
     # Packages.
     missing = []
@@ -100,15 +105,18 @@ def check_installation(requirements_file: Path) -> int:
                 importlib.import_module(MODULES.get(name, name.replace("-", "_")))
             except Exception as error:  # a binary for another version raises more than ImportError
                 problem = f"does not import: {type(error).__name__}: {error}".splitlines()[0]
-                broken.append(name)
+                has_index = torch_index and name in TORCH_PACKAGES
+                index = ["--index-url", torch_index] if has_index else []
+                command = [*PIP_INSTALL, "--force-reinstall", *index, specifier(name, versions)]
+                broken.append(f"\n  {shlex.join(command)}")
         print(ROW.format(name, problem or version))
     if missing:
         command = [sys.executable, *(arg for arg in sys.argv if arg != "--check")]
-        print(f"\nMissing: {', '.join(missing)}. To install:\n  {shlex.join(command)}")
+        print(f"\nMissing, too old or too new: {', '.join(missing)}. To install:")
+        print(f"  {shlex.join(command)}")
         return 1
     if broken:
-        command = [*PIP_INSTALL, "--force-reinstall", *broken]
-        print(f"\nBroken: {', '.join(broken)}. To repair:\n  {shlex.join(command)}")
+        print(f"\nTo repair what does not import:{''.join(broken)}")
         return 1
 
     # Machine.
@@ -151,7 +159,7 @@ def main() -> int:
     if not args.check:
         install(requirements_file, args.torch_index)
         importlib.invalidate_caches()
-    exit_code = check_installation(requirements_file)
+    exit_code = check_installation(requirements_file, args.torch_index)
     if exit_code == 0 and not args.check:
         activate = f". {VENV}/bin/activate\n  " if Path(sys.prefix) == VENV else ""
         print(f"\nNext:\n  {activate}python train_optimized.py\n  python demo.py")

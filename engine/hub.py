@@ -41,9 +41,9 @@ model = DDPMModel.from_pretrained("{name}")
 images = model.sample(batch_size=16, seed=0)  # floats in [0, 1], {shape}
 ```
 
-## Figures
+## Scores
 
-{figures}
+{scores}
 
 ## Recipe
 
@@ -79,7 +79,7 @@ class HubMixin:
     ) -> None:
         """Writes weights, config.json, a grid of samples and a model card, README.md.
 
-        figures: further rows of the card's table, e.g. {"FID (50,000 samples)": 3.61}.
+        figures: further scores in the card's table, e.g. {"FID (50,000 samples)": 3.61}.
         """
         folder = Path(folder)
         self._save(folder, folder.name, license, figures)
@@ -122,7 +122,7 @@ class HubMixin:
             size=self.image_size, shape=tuple(images.shape),
             parameters=sum(p.numel() for p in self.unet.parameters()) / 1e6,
             classes=f" and the classes {', '.join(self.class_names)}" if self.class_names else "",
-            figures=figures_table(training_info["progress"], figures),
+            scores=score_table(training_info["progress"], figures),
             recipe=recipe(self.architecture, **training_info),
         )  # fmt: skip
         checkpoints.write_text(folder / "README.md", text)
@@ -137,11 +137,11 @@ def publishable(training_info: Mapping[str, Mapping[str, Any]]) -> dict[str, dic
     return {"config": config, "progress": dict(training_info["progress"])}
 
 
-def figures_table(progress: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
-    """Returns the validation loss and further figures as a Markdown table."""
+def score_table(progress: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
+    """Returns the validation loss and further scores as a Markdown table."""
     best = progress.get("best")
     known = {} if best is None else {"validation loss (weighted, EMA weights)": f"{best:.4f}"}
-    rows = [f"| {name} | {value} |" for name, value in {**known, **figures}.items()]
+    rows = [f"| {name} | {value} |" for name, value in {**known, **scores}.items()]
     return "\n".join(["| | |", "| --- | --- |", *rows]) if rows else "None were measured."
 
 
@@ -164,7 +164,11 @@ def find_pretrained(name: str) -> Path:
     if included.is_file():
         return included
     if Path(name).is_dir():
-        return Path(name) / WEIGHTS_FILE
+        weights = Path(name) / WEIGHTS_FILE
+        if not weights.is_file():
+            advice = "Load another file with from_file"
+            raise UserError(f"no checkpoint {weights}: not a folder of save_pretrained. {advice}")
+        return weights
     if name.count("/") == 1:
         return download(name)
     known = sorted(file.stem for file in included.parent.glob("*.safetensors"))
@@ -182,8 +186,8 @@ def download(repo_id: str) -> Path:
     except Exception as error:  # of HTTP, of the Hub, of the name
         advice = "Check its name; a private model needs `hf auth login`"
         reason = type_and_message(error)
-        message = f"no folder {repo_id}, and not on the Hugging Face Hub ({reason})"
-        raise UserError(f"{message}. {advice}") from error
+        where = "not found on the Hugging Face Hub, or the Hub cannot be reached"
+        raise UserError(f"no folder {repo_id}, and {where} ({reason}). {advice}") from error
 
 
 def read_training_info(path: Path) -> dict[str, dict[str, Any]]:

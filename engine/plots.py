@@ -107,7 +107,8 @@ def captioned_grid(
     column_width = content_width + gap
     row_height = tiles[0].height + 14 * max(map(len, lines)) + gap
     height = title_height + math.ceil(len(tiles) / columns) * row_height + gap
-    sheet = Image.new("RGB", (columns * column_width + gap, height), "white")
+    width = max(columns * column_width, math.ceil(font.getlength(title)) + gap) + gap
+    sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((gap, gap), title, "black", font)
     for i, (tile, caption) in enumerate(zip(tiles, captions, strict=True)):

@@ -89,7 +89,7 @@ class Tracker:
 def create_tracker(
     name: str, run_name: str, folder: Path, config: Mapping[str, Any], step: int
 ) -> tracking.GeneralTracker:
-    """Starts or resumes a run in one of accelerate's trackers."""
+    """Starts a run in one of accelerate's trackers; all but MLflow resume one of its name."""
     values = {key: v if isinstance(v, (int, float)) else str(v) for key, v in config.items()}
     if name == "tensorboard":  # drops what an earlier session logged after `step`
         arguments = {"logging_dir": folder, "purge_step": step + 1}
@@ -99,7 +99,8 @@ def create_tracker(
     else:
         arguments = {"name": run_name, "resume": "allow" if step else "never", "config": values}
         if name == "wandb":
-            arguments |= {"id": run_name.replace("/", "-"), "dir": folder}
+            # "allow" at step 0, too: a run that ended before it saved anything starts again.
+            arguments |= {"id": run_name.replace("/", "-"), "dir": folder, "resume": "allow"}
         tracker = tracking.LOGGER_TYPE_TO_CLASS[name](PROJECT, **arguments)
     tracker.start()
     if name == "mlflow":

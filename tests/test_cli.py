@@ -61,10 +61,9 @@ def test_parser_tells_arguments_from_flags():
         parser.parse_args(["--hlp=3"])
 
 
-def test_import_from_file_takes_dataclasses_and_replaces_no_module(tmp_path):
-    file = tmp_path / "io.py"
+@pytest.mark.parametrize("name", ["mine.py", "io.py"])
+def test_import_from_file_takes_dataclasses_and_replaces_no_module(tmp_path, name):
     code = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
-    file.write_text(f"{code}@dataclass\nclass Mine:\n    size: int = 3\n")
-    module, name = import_from_file(f"{file}:Mine", "--config", "")
-    assert getattr(module, name)().size == 3
-    assert __import__("io") is io
+    (tmp_path / name).write_text(f"{code}@dataclass\nclass Mine:\n    size: int = 3\n")
+    module, _ = import_from_file(f"{tmp_path / name}:Mine", "--config", "")
+    assert module.Mine().size == 3 and __import__("io") is io

@@ -83,6 +83,8 @@ def test_model_without_a_run_has_a_card_too(tmp_path):
 def test_from_pretrained_says_what_is_wrong_with_a_folder(model, tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint .*model\.safetensors"):
         DDPMModel.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"not a folder of save_pretrained.* with from_file$"):
+        DDPMModel.from_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
     for text in ("no json", "[]", '{"training_info": {"config": 1}}'):
         (tmp_path / "config.json").write_text(text)
@@ -203,7 +205,8 @@ def test_model_goes_to_the_hub_and_comes_back(model, hub, tmp_path):
     model.save_pretrained(tmp_path / "mine")
     address, *errors = run_client(CLIENT, hub, tmp_path)
     assert address == f"http://127.0.0.1:{hub.server_port}/me/tiny"
-    assert "no folder me/missing, and not on the Hugging Face Hub (RepositoryNotFound" in errors[0]
+    where = "not found on the Hugging Face Hub, or the Hub cannot be reached"
+    assert f"no folder me/missing, and {where} (RepositoryNotFound" in errors[0]
     assert "not a name cannot be uploaded (HFValidationError" in errors[1]
 
     assert set(hub.repos) == {"me/tiny"}

@@ -50,6 +50,12 @@ def test_captioned_grid_has_its_title_above_the_images():
     assert np.array_equal(titled[22 + 4 :], plain[4:]) and titled[:22].min() < 128
 
 
+def test_captioned_grid_is_as_wide_as_its_title():
+    sheet = plots.captioned_grid(torch.zeros(1, 3, 64, 64), ["a"], title=9 * "long title")
+    title = np.asarray(sheet)[:22]
+    assert title[:, -4:].min() == 255 and title[:, -8:].min() < 128
+
+
 def test_grid_has_as_many_columns_as_rows():
     assert plots.grid(torch.zeros(9, 3, 64, 64)).size == (3 * 66 + 2, 3 * 66 + 2)
     assert plots.grid(torch.zeros(7, 3, 64, 64)).size == (3 * 66 + 2, 3 * 66 + 2)

@@ -48,7 +48,7 @@ def test_check_reports_packages_and_machine():
 def test_check_reports_missing_and_old_packages(copy: Path):
     result = run_setup(copy, "--check", "--dev")
     assert result.returncode == 1
-    assert "Missing: no-such-distribution, pytest." in result.stdout
+    assert "Missing, too old or too new: no-such-distribution, pytest." in result.stdout
     assert f"{metadata.version('pytest')} is older than 1000" in result.stdout
     assert "setup.py --dev" in result.stdout
     assert not (copy / "checkpoints").exists()
@@ -58,7 +58,7 @@ def test_check_reports_packages_that_are_too_new(copy: Path):
     (copy / "requirements.txt").write_text("tqdm >= 4, < 4.1  # the API changed\n")
     result = run_setup(copy, "--check")
     assert result.returncode == 1
-    assert "Missing: tqdm." in result.stdout
+    assert "Missing, too old or too new: tqdm." in result.stdout
     assert f"{metadata.version('tqdm')} is too new, must be older than 4.1" in result.stdout
 
 
@@ -66,16 +66,19 @@ def test_check_accepts_versions_within_bounds(copy: Path):
     (copy / "requirements.txt").write_text("tqdm>=4,<1000\n-r more.txt\n")
     (copy / "more.txt").write_text("no-such-distribution>=1,<2\n")
     result = run_setup(copy, "--check")
-    assert "Missing: no-such-distribution." in result.stdout
+    assert "Missing, too old or too new: no-such-distribution." in result.stdout
 
 
 def test_check_reports_packages_that_do_not_import(copy: Path):
-    (copy / "requirements.txt").write_text("tqdm\n")
+    (copy / "requirements.txt").write_text("tqdm\ntorch>=2.6,<3\n")
+    (copy / "torch.py").write_text("import nothing")
     (copy / "tqdm.py").write_text("raise RuntimeError('operator does not exist')\n")
-    result = run_setup(copy, "--check")
+    result = run_setup(copy, "--check", "--torch_index", "https://example.org/cpu")
     assert result.returncode == 1
     assert "does not import: RuntimeError: operator does not exist" in result.stdout
-    assert "pip install --force-reinstall tqdm" in result.stdout
+    assert "pip install --force-reinstall tqdm\n" in result.stdout
+    index = "--index-url https://example.org/cpu"
+    assert f"pip install --force-reinstall {index} 'torch>=2.6,<3'" in result.stdout
 
 
 def test_install_failure_prints_command_and_reason(copy: Path):

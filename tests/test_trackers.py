@@ -73,6 +73,21 @@ def test_wandb_run_has_configuration_metrics_and_grids(folder):
     assert "samples/_type" in rows[1] and list(path.parent.glob("files/media/images/samples_*.png"))
 
 
+def test_wandb_starts_a_run_again_that_saved_nothing(folder, monkeypatch):
+    started = {}
+
+    class Fake:
+        def __init__(self, project, **options):
+            started.update(options)
+
+        def start(self):
+            pass
+
+    monkeypatch.setitem(trackers.tracking.LOGGER_TYPE_TO_CLASS, "wandb", Fake)
+    trackers.create_tracker("wandb", "a/mine", folder, CONFIG, step=0)
+    assert (started["id"], started["resume"]) == ("a-mine", "allow")
+
+
 def test_trackio_run_has_metrics_and_grids_and_is_resumed(folder):
     pytest.importorskip("trackio")
     log_with("trackio", folder, [10, 20])
