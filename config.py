@@ -58,7 +58,7 @@ class DDPMConfig(Settings):
         old_name="FULL_ATTENTION_SIZE")
     DROPOUT = Setting(0.0, "dropout in the residual blocks", min=0, max=0.9)
     TIMESTEPS = Setting(1000, "timesteps of the diffusion process", min=2, max=100_000)
-    SAMPLING_TIMESTEPS = Setting(14, "network evaluations (NFE) per sample, not counting "
+    SAMPLING_TIMESTEPS = Setting(14, "network evaluations per sample, not counting "
         "guidance's", min=1, max=100_000)
     GUIDANCE = Setting(2.0, "weight of guidance (arXiv:2406.02507); 1 disables it", min=0, max=10)
     GUIDANCE_MODE = Setting(

@@ -32,7 +32,7 @@ GUIDANCE_INTERVAL = (0.2, 5.0)  # lowest and highest sigma to guide, where nothi
 RENAMED = {
     "keep_guide": "snapshot_guide", "timesteps_at": "timesteps_from_uniform",
     "plan": "sampling_plan", "evaluations": "count_nfe", "given": "prepare_image",
-    "provenance": "training_info",
+    "provenance": "training_info", "samplers": "supported_samplers",
 }  # fmt: skip
 
 
@@ -45,8 +45,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
     a model with any is class-conditional. consistency: tuned by train_consistency.py, to be sampled
     in a few steps. guidance, in every method: the weight of guidance, 1 disables it, None means the
     model's own; guidance_mode: one of GUIDANCE_MODES, see `denoiser`. training_info: `config` and
-    `progress` of the run whose checkpoint was loaded. Raises UserError for sizes that exclude each
-    other.
+    `progress` of the run whose checkpoint was loaded. Raises UserError for incompatible sizes.
     """
 
     cuda_graph = True  # run the network as a CUDA graph when sampling on a GPU
@@ -74,7 +73,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         if "classes" in unet_kwargs:
             warnings.warn("classes is now class_counts", RenamedWarning, stacklevel=2)
             class_counts = unet_kwargs.pop("classes")
-        # Reject sizes that exclude each other.
+        # Reject incompatible sizes.
         factor = 2 ** (len(dim_mults) - 1)
         if image_size % factor:
             raise UserError(f"image_size {image_size} is not a multiple of {factor}")
@@ -263,9 +262,9 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         return (prediction - target).square().mean(dim=(1, 2, 3))
 
     def timesteps_from_uniform(self, u: Tensor) -> Tensor:
-        """Maps u (B,), uniform in [0, 1), to timesteps (B,) distributed as in training."""
+        """Maps u (B,), uniform in [0, 1], to timesteps (B,) distributed as in training."""
         t = torch.searchsorted(self.timestep_cdf, u, right=True)
-        return t.clamp(max=self.num_timesteps - 1)
+        return t.clamp(max=self.num_timesteps - 1)  # u can round to 1
 
     def _run_network(
         self, network: nn.Module, x: Tensor, t: Tensor, previous: Tensor | None = None,

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from engine.denoiser import apply_guidance
 from engine.noise_schedule import SIGMA_MAX, timestep_density
 
-Network = Callable[[Tensor, Tensor], Tensor]  # x_t (B, C, H, W) and t (B,) to v (B, C, H, W)
+VPredictor = Callable[[Tensor, Tensor], Tensor]  # x_t (B, C, H, W) and t (B,) to v (B, C, H, W)
 
 # log(sigma) ~ N(ECT_P_MEAN, ECT_P_STD^2): wider than EDM's, as samples start from noise alone.
 ECT_P_MEAN = -1.1
 ECT_P_STD = 2.0
 HUBER = 5.4e-4  # c of the pseudo-Huber distance of a value (arXiv:2310.14189)
-HALVINGS = 3, 8  # k of earlier_timesteps, at the start of a run and at its end
+GAP_EXPONENTS = 3, 8  # k of earlier_timesteps, at the start of a run and at its end
 
 
 class ConsistencyLoss(nn.Module):
@@ -48,7 +48,7 @@ class ConsistencyLoss(nn.Module):
             self.register_buffer(name, values.float(), persistent=False)
 
     def forward(
-        self, network: Network, x_0: Tensor, t: Tensor, noise: Tensor,
+        self, network: VPredictor, x_0: Tensor, t: Tensor, noise: Tensor,
         teacher: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
         """Returns the mean distance, a scalar.
@@ -76,7 +76,7 @@ class ConsistencyLoss(nn.Module):
         with the fraction of the run.
         """
         sigma_t = self.sigma[t]
-        first, last = HALVINGS
+        first, last = GAP_EXPONENTS
         k = first + (last - first) * self.fraction
         n = 1 + 8 * torch.sigmoid(-sigma_t)
         sigma_s = sigma_t * (1 - n * torch.exp2(-k)).clamp(min=0)
@@ -88,7 +88,7 @@ class ConsistencyLoss(nn.Module):
         signal_scale, noise_scale = self.scales(t)
         return signal_scale * x_0 + noise_scale * noise
 
-    def predict_x_0(self, network: Network, x: Tensor, t: Tensor) -> Tensor:
+    def predict_x_0(self, network: VPredictor, x: Tensor, t: Tensor) -> Tensor:
         """Predicts x_0 from x_t (B, C, H, W); at t = -1, the clean image, returns x itself."""
         signal_scale, noise_scale = self.scales(t)
         v = network(x, t.clamp(min=0)).float()
@@ -100,7 +100,7 @@ class ConsistencyLoss(nn.Module):
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def predict_guided(
-        self, network: Network, weaker: Network, x: Tensor, t: Tensor, guidance: float,
+        self, network: VPredictor, weaker: VPredictor, x: Tensor, t: Tensor, guidance: float,
         interval: tuple[float, float],
     ) -> Tensor:  # fmt: skip
         """Predicts x_0 in [-1, 1] from x_t, guided as by ModelDenoiser, which takes a single t.

@@ -67,7 +67,7 @@ class GenerationMixin:
         return self.channels, self.image_size, self.image_size
 
     @property
-    def samplers(self) -> dict[str, Callable]:
+    def supported_samplers(self) -> dict[str, Callable]:
         """The samplers that suit the model, by name."""
         return samplers.CONSISTENCY_SAMPLERS if self.is_consistency_tuned else SAMPLERS
 
@@ -227,7 +227,7 @@ class GenerationMixin:
     ) -> tuple[Callable, list[int]]:  # fmt: skip
         """Returns the sampler as a function and its timesteps, the last of which is -1.
 
-        steps: network evaluations (NFE), without guidance's. spacing: one of SPACINGS, by default
+        steps: network evaluations, not counting guidance's. spacing: one of SPACINGS, by default
         the sampler's own. noise_levels: of the sampler consistency, the sigma of each step, as in
         CONSISTENCY_LEVELS, in place of steps and spacing. UserError for unknown names, or more
         steps than the process has.
@@ -235,12 +235,13 @@ class GenerationMixin:
         # The sampler and the number of steps.
         sampler, steps, spacing, levels = self.complete_plan(sampler, steps, spacing, noise_levels)
         if isinstance(sampler, str):  # still a name: none of this model's samplers
-            known = {**SAMPLERS, **samplers.CONSISTENCY_SAMPLERS}
-            reason = "this model has no" if sampler in known else "unknown"
-            raise UserError(f"{reason} sampler {sampler}; choose from {', '.join(self.samplers)}")
+            is_known = sampler in (*SAMPLERS, *samplers.CONSISTENCY_SAMPLERS)
+            reason = "this model has no" if is_known else "unknown"
+            names = ", ".join(self.supported_samplers)
+            raise UserError(f"{reason} sampler {sampler}; choose from {names}")
         if not 1 <= steps <= self.num_timesteps:
-            bounds = f"between 1 and {self.num_timesteps}"
-            raise UserError(f"steps is {steps}, but this model has {bounds}")
+            bounds = f"between 1 and {self.num_timesteps} for this model"
+            raise UserError(f"steps is {steps}, but must be {bounds}")
         limit = samplers.MAX_CONSISTENCY_STEPS
         if sampler is samplers.consistency and steps > limit:
             raise UserError(f"steps is {steps}, but must be at most {limit}")
@@ -264,7 +265,7 @@ class GenerationMixin:
         if spacing not in (None, *SPACINGS):
             raise UserError(f"unknown spacing {spacing}; choose from {', '.join(SPACINGS)}")
         sampler = self.default_sampler if sampler is None else sampler
-        sampler = self.samplers.get(sampler, sampler)
+        sampler = self.supported_samplers.get(sampler, sampler)
         if noise_levels is not None:
             samplers.check_noise_levels(noise_levels, sampler, steps)
             return SamplingPlan(sampler, len(noise_levels), None, noise_levels)
@@ -277,7 +278,7 @@ class GenerationMixin:
         self, sampler: Callable, timesteps: Sequence[int], guidance: float | None = None,
         guidance_mode: str | None = None,
     ) -> int:  # fmt: skip
-        """Returns the network evaluations (NFE) of a sample, guidance's included."""
+        """Returns the NFE of a sample: all network evaluations, those of guidance included."""
         labels = torch.zeros(1, dtype=torch.long) if self.class_names else None
         denoiser = self.denoiser(guidance=guidance, labels=labels, guidance_mode=guidance_mode)
         counter = NFECounter(denoiser)

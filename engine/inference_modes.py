@@ -248,7 +248,7 @@ def compare_samplers(job: InferenceJob) -> str:
     # What is compared; checked before anything is sampled.
     model = job.model
     seeds = job.settings["seeds"][:MAX_FIGURE_SEEDS]
-    samplers = [*model.samplers, *([job.sampler] if callable(job.sampler) else [])]
+    samplers = [*model.supported_samplers, *([job.sampler] if callable(job.sampler) else [])]
     compared = CONSISTENCY_STEPS if model.is_consistency_tuned else COMPARED_STEPS
     step_counts = [count for count in compared if count <= model.num_timesteps]
     sampling = {name: job.settings[name] for name in ("spacing", "guidance", "guidance_mode")}

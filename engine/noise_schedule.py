@@ -52,9 +52,9 @@ def shift_log_snr(process: GaussianDiffusion, shift: float, min_snr_gamma: float
     # The shifted process, in double precision.
     alpha_bar = (1 - process.betas.double()).cumprod(0)
     alpha_bar = torch.sigmoid(alpha_bar.logit() + shift)
-    previous = F.pad(alpha_bar[:-1], (1, 0), value=1.0)
-    alpha = alpha_bar / previous
-    posterior_variance = (1 - alpha) * (1 - previous) / (1 - alpha_bar)
+    alpha_bar_prev = F.pad(alpha_bar[:-1], (1, 0), value=1.0)
+    alpha = alpha_bar / alpha_bar_prev
+    posterior_variance = (1 - alpha) * (1 - alpha_bar_prev) / (1 - alpha_bar)
 
     # Min-SNR loss weights, Hang et al. (arXiv:2303.09556).
     snr = alpha_bar / (1 - alpha_bar)
@@ -62,7 +62,7 @@ def shift_log_snr(process: GaussianDiffusion, shift: float, min_snr_gamma: float
     weights = {"pred_noise": clipped / snr, "pred_x0": clipped, "pred_v": clipped / (snr + 1)}
 
     buffers = {
-        "betas": 1 - alpha, "alphas_cumprod": alpha_bar, "alphas_cumprod_prev": previous,
+        "betas": 1 - alpha, "alphas_cumprod": alpha_bar, "alphas_cumprod_prev": alpha_bar_prev,
         "sqrt_alphas_cumprod": alpha_bar.sqrt(),
         "sqrt_one_minus_alphas_cumprod": (1 - alpha_bar).sqrt(),
         "log_one_minus_alphas_cumprod": (1 - alpha_bar).log(),
@@ -70,8 +70,8 @@ def shift_log_snr(process: GaussianDiffusion, shift: float, min_snr_gamma: float
         "sqrt_recipm1_alphas_cumprod": snr.rsqrt(),
         "posterior_variance": posterior_variance,
         "posterior_log_variance_clipped": posterior_variance.clamp(min=1e-20).log(),
-        "posterior_mean_coef1": (1 - alpha) * previous.sqrt() / (1 - alpha_bar),
-        "posterior_mean_coef2": (1 - previous) * alpha.sqrt() / (1 - alpha_bar),
+        "posterior_mean_coef1": (1 - alpha) * alpha_bar_prev.sqrt() / (1 - alpha_bar),
+        "posterior_mean_coef2": (1 - alpha_bar_prev) * alpha.sqrt() / (1 - alpha_bar),
         "loss_weight": weights[process.objective],
     }  # fmt: skip
     for name, values in buffers.items():

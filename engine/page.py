@@ -185,7 +185,8 @@ class Plan:
         if len(seeds) > MAX_TEXT:
             reason = f"the seeds have {len(seeds)} characters, but at most {MAX_TEXT} are possible"
             raise UserError(f"{reason}. Write ranges like 0-15")
-        if sampler not in model.samplers or not set(class_names) <= set(model.class_names):
+        has_classes = set(class_names) <= set(model.class_names)
+        if not has_classes or sampler not in model.supported_samplers:
             raise UserError("this model has no such sampler or class. Reload the page")
         guidance = float(guidance or model.guidance)
         options = {"sampler": sampler, "steps": int(steps), "guidance": guidance}
@@ -282,7 +283,7 @@ def control_updates(model: nn.Module) -> dict[str, dict[str, Any]]:
     limit = max_steps(model)
     return {
         "classes": {"choices": names, "value": [], "visible": bool(names)},
-        "sampler": {"choices": list(model.samplers), "value": model.default_sampler},
+        "sampler": {"choices": list(model.supported_samplers), "value": model.default_sampler},
         "steps": {"value": min(model.sampling_timesteps, limit), "maximum": limit},
         "guidance": {"value": model.guidance, "visible": has_guidance},
     }
@@ -312,7 +313,7 @@ def take_upload(
     if not settings:
         session.choose(PageImage(image, "upload", {}))
         return {}
-    if settings["sampler"] not in model.samplers:
+    if settings["sampler"] not in model.supported_samplers:
         raise UserError("the upload was made with a sampler that this page does not offer")
 
     # The sources of variations and inpainted images are in their settings; never a path.

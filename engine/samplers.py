@@ -86,14 +86,14 @@ def dpmpp_2m(denoiser: Denoiser, x: Tensor, timesteps: Timesteps, randn: Randn) 
 
     The first step has none before it, and the last is infinitely long in lambda: both have order 1.
     """
-    previous = None  # x_0 and h of the interval before
+    interval_before = None  # its x_0 and h
     for t, s, a_t, a_s in intervals(denoiser, timesteps):
         h = half_log_snr(a_s) - half_log_snr(a_t)
         x_0 = D = denoiser(x, t)
-        if previous and s >= 0:
-            x_0_previous, h_previous = previous
-            D = x_0 + h / (2 * h_previous) * (x_0 - x_0_previous)  # the paper's r is h_previous / h
-        previous = x_0, h
+        if interval_before and s >= 0:
+            x_0_before, h_before = interval_before
+            D = x_0 + h / (2 * h_before) * (x_0 - x_0_before)  # the paper's r is h_before / h
+        interval_before = x_0, h
         x = ddim_step(x, D, a_t, a_s)
         yield x, x_0
 
@@ -105,29 +105,29 @@ def unipc(denoiser: Denoiser, x: Tensor, timesteps: Timesteps, randn: Randn) -> 
     the interval that led there (UniC-2); the last interval stays uncorrected.
     """
     interval = None  # from r to t: x_r, x_0 predicted at r, a_r, h
-    previous = None  # change of x_0 over the interval that ended at r, h
+    interval_before = None  # that ended at r: change of x_0, h
     for t, s, a_t, a_s in intervals(denoiser, timesteps):
         h = half_log_snr(a_s) - half_log_snr(a_t)
-        x_0 = average = denoiser(x, t)
+        x_0 = D = denoiser(x, t)
         if interval:
             # Correct the step from r to t; g is -1 / r_1 of the paper.
             x_r, x_0_r, a_r, h_r = interval
             change = x_0 - x_0_r
             corrected = x_0_r + change / 2
-            if previous:
-                previous_change, previous_h = previous
-                g = h_r / previous_h
+            if interval_before:
+                change_before, h_before = interval_before
+                g = h_r / h_before
                 b_1 = -1 / math.expm1(-h_r) - 1 / h_r
                 b_2 = -1 / math.expm1(-h_r) - 2 * b_1 / h_r
-                weighted = (b_1 + b_2 * g) * change + (b_1 - b_2) * g**2 * previous_change
+                weighted = (b_1 + b_2 * g) * change + (b_1 - b_2) * g**2 * change_before
                 corrected = x_0_r + weighted / (1 + g)
-            previous = change, h_r
+            interval_before = change, h_r
             x = ddim_step(x_r, corrected, a_r, a_t)
             if s >= 0:
-                average = x_0 + h / (2 * h_r) * change
+                D = x_0 + h / (2 * h_r) * change
         # Predict the step from t to s.
         interval = x, x_0, a_t, h
-        x = ddim_step(x, average, a_t, a_s)
+        x = ddim_step(x, D, a_t, a_s)
         yield x, x_0
 
 
@@ -203,7 +203,7 @@ def batched(seeds: Sequence[int], size: int) -> list[list[int]]:
 
 
 def num_intervals(sampler: Callable[..., SamplerOutput], steps: int) -> int:
-    """Returns the intervals that take `steps` NFE; heun takes 2 in all but the last."""
+    """Returns the intervals that take `steps` evaluations; heun takes 2 in all but the last."""
     return (steps + 1) // 2 if sampler is heun else steps
 
 
@@ -251,7 +251,7 @@ DEFAULT_SPACING = "karras"
 def choose_timesteps(
     sampler: Callable[..., SamplerOutput], alpha_bar: Sequence[float], steps: int, spacing: str
 ) -> list[int]:
-    """Returns the timesteps of a sampler for `steps` NFE, spaced as SPACINGS[spacing].
+    """Returns the timesteps of a sampler for `steps` evaluations, spaced as SPACINGS[spacing].
 
     Heun's last correction is half of its first sigma times the error of a prediction at the lowest
     sigma, which is near 1. If that sigma is more than MAX_HEUN_RATIO times the lowest, the images

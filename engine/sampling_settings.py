@@ -65,7 +65,7 @@ class SamplingSettings(Settings):
         "or file.py:function; auto: the model's own"
     )  # fmt: skip
     steps = Setting(
-        0, "network evaluations (NFE) per image, without guidance's; 0: the model's own number, "
+        0, "network evaluations per image, without guidance's; 0: the model's own number, "
         "for ddpm all timesteps", min=0,
     )  # fmt: skip
     guidance = Setting(

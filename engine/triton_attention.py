@@ -17,7 +17,6 @@ import math
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 MAX_SLOTS = tl.constexpr(16)  # slots are padded to them, the fewest rows that tl.dot takes
 PRECISION = tl.constexpr("ieee")  # of products of fp32; ROCm compiles no tf32, also in bf16 kernels
@@ -177,9 +176,8 @@ class LinearAttentionFunction(torch.autograd.Function):
         return dqkv, dmem_kv.sum(0).to(mem_kv.dtype)
 
 
-def supports_linear_attention(mem_kv: Tensor) -> bool:
-    """Whether the kernels take memory slots (2, heads, D, slots) of this shape."""
-    _, _, dim, slots = mem_kv.shape
+def supports_attention(dim: int, slots: int) -> bool:
+    """Whether the kernels take heads of this dimension with this number of memory slots."""
     return dim in (16, 32, 64) and slots <= MAX_SLOTS.value
 
 
@@ -391,9 +389,3 @@ class FullAttentionFunction(torch.autograd.Function):
             **ctx.options, **ctx.key_options)  # fmt: skip
         _full_backward_kv[ctx.grid](qkv, lse, dout, delta, dqkv, tokens, ctx.scale, **ctx.options)
         return dqkv, dmem_kv.sum(0).to(mem_kv.dtype)
-
-
-def supports_full_attention(mem_kv: Tensor) -> bool:
-    """Whether the kernels take memory slots (2, heads, slots, D) of this shape."""
-    _, _, slots, dim = mem_kv.shape
-    return dim in (16, 32, 64) and slots <= MAX_SLOTS.value

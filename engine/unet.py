@@ -18,7 +18,7 @@ from engine.cpu_norm import CpuNormFunction, use_cpu_norm
 from engine.errors import UserError
 from engine.triton_support import triton_attention, triton_concat, triton_kernels, use_triton
 
-Weights = dict[Tensor, Tensor]  # parameter -> its value in the precision of matrix products
+CastWeights = dict[Tensor, Tensor]  # parameter -> its value in the precision of matrix products
 UPSTREAM_VERSIONS = "denoising-diffusion-pytorch>=2.1,<2.4"
 # What upstream's modules consist of: names of parameters and children, or classes in a Sequential.
 UPSTREAM_LAYOUTS = {
@@ -72,7 +72,7 @@ class FastUnet(Unet):
             weights = cast_weights(self.cast_params, dtype)
             return self._forward(x, t, labels, weights).contiguous()
 
-    def _forward(self, x: Tensor, t: Tensor, labels: Tensor | None, weights: Weights) -> Tensor:
+    def _forward(self, x: Tensor, t: Tensor, labels: Tensor | None, weights: CastWeights) -> Tensor:
         """Computes in the precision of x."""
         modulations = self._modulations(t, labels, weights, x.dtype)
         recompute = self.checkpointing and torch.is_grad_enabled()
@@ -112,7 +112,7 @@ class FastUnet(Unet):
         return conv(x, self.final_conv, weights)
 
     def _modulations(
-        self, t: Tensor, labels: Tensor | None, weights: Weights, dtype: torch.dtype
+        self, t: Tensor, labels: Tensor | None, weights: CastWeights, dtype: torch.dtype
     ) -> dict:
         """Scale and shift (B, 2C) of each block, of one matrix product for all."""
         embedding, linear1, _, linear2 = self.time_mlp
@@ -159,7 +159,7 @@ def dropout_mask(x: Tensor, module: nn.Module) -> Tensor | None:
     return mask.bernoulli_(1 - p).div_(1 - p)
 
 
-def cast_weights(params: Sequence[Tensor], dtype: torch.dtype) -> Weights:
+def cast_weights(params: Sequence[Tensor], dtype: torch.dtype) -> CastWeights:
     """Maps parameters of one precision to their values in another."""
     # torch.compile of torch 2.11 loses the gradients of CastFunction.
     if params[0].dtype == dtype or torch.compiler.is_compiling():
@@ -183,7 +183,7 @@ class CastFunction(torch.autograd.Function):
 
 
 def resnet_block(
-    x: Tensor, skip: Tensor | None, module: nn.Module, weights: Weights, modulation: Tensor,
+    x: Tensor, skip: Tensor | None, module: nn.Module, weights: CastWeights, modulation: Tensor,
     mask: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Upstream's ResnetBlock of x and skip, concatenated; mask, if any, replaces its dropout."""
@@ -211,7 +211,7 @@ def concat(x: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
     return x, x
 
 
-def attention_block(x: Tensor, module: nn.Module, weights: Weights) -> Tensor:
+def attention_block(x: Tensor, module: nn.Module, weights: CastWeights) -> Tensor:
     """x plus upstream's Attention or LinearAttention over its pixels."""
     qkv = conv(norm_act(x, None, module.norm.g), module.to_qkv, weights)
     qkv = qkv.permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, 3 * heads * D)
@@ -230,10 +230,10 @@ def linear_attention(qkv: Tensor, mem_kv: Tensor) -> Tensor:
     Softmax of keys over N, of queries over D; linear in N, since keys and values are multiplied
     first (arXiv:1812.01243).
     """
-    if use_triton(qkv) and triton_attention.supports_linear_attention(mem_kv):
+    _, heads, dim, slots = mem_kv.shape
+    if use_triton(qkv) and triton_attention.supports_attention(dim, slots):
         return triton_attention.LinearAttentionFunction.apply(qkv, mem_kv)
     # Pixels last: a softmax over the last axis is slow if that is short, as D is.
-    _, heads, dim, _ = mem_kv.shape
     q, *kv = qkv.mT.contiguous().unflatten(1, (3, heads, dim)).unbind(1)
     memory = mem_kv.to(qkv.dtype)[:, None].expand(-1, len(qkv), -1, -1, -1)
     k, v = (torch.cat(pair, dim=3) for pair in zip(memory, kv, strict=True))
@@ -243,18 +243,18 @@ def linear_attention(qkv: Tensor, mem_kv: Tensor) -> Tensor:
 
 def full_attention(qkv: Tensor, mem_kv: Tensor) -> Tensor:
     """qkv (B, N, 3 * heads * D) and mem_kv (2, heads, slots, D) to (B, N, heads * D)."""
+    _, heads, slots, dim = mem_kv.shape
     # In fp32, PyTorch's is faster and takes less memory.
     use_kernels = qkv.element_size() == 2 and use_triton(qkv)
-    if use_kernels and triton_attention.supports_full_attention(mem_kv):
+    if use_kernels and triton_attention.supports_attention(dim, slots):
         return triton_attention.FullAttentionFunction.apply(qkv, mem_kv)
-    _, heads, _, dim = mem_kv.shape
     q, *kv = qkv.unflatten(2, (3, heads, dim)).permute(2, 0, 3, 1, 4)
     memory = mem_kv.to(qkv.dtype)[:, None].expand(-1, len(qkv), -1, -1, -1)
     k, v = (torch.cat(pair, dim=2) for pair in zip(memory, kv, strict=True))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def conv(x: Tensor, module: nn.Conv2d, weights: Weights, with_bias: bool = True) -> Tensor:
+def conv(x: Tensor, module: nn.Conv2d, weights: CastWeights, with_bias: bool = True) -> Tensor:
     """A convolution; 1x1 as a matrix product."""
     weight = weights[module.weight]
     bias = module.bias if with_bias else None
@@ -268,7 +268,7 @@ def conv(x: Tensor, module: nn.Conv2d, weights: Weights, with_bias: bool = True)
 
 
 def conv_deferring_bias(
-    x: Tensor, module: nn.Conv2d, weights: Weights
+    x: Tensor, module: nn.Conv2d, weights: CastWeights
 ) -> tuple[Tensor, Tensor | None]:
     """A convolution, and the bias that the norm_act which follows still has to add.
 
@@ -279,7 +279,7 @@ def conv_deferring_bias(
     return conv(x, module, weights, with_bias=False), module.bias
 
 
-def downsample(x: Tensor, module: nn.Module, weights: Weights) -> Tensor:
+def downsample(x: Tensor, module: nn.Module, weights: CastWeights) -> Tensor:
     """Upstream's Downsample, or the convolution that the last level has instead.
 
     Its 1x1 convolution of 2x2 pixels is a 2x2 convolution of stride 2.
@@ -290,7 +290,7 @@ def downsample(x: Tensor, module: nn.Module, weights: Weights) -> Tensor:
     return add_bias(F.conv2d(x, weight, stride=2), module[1].bias)
 
 
-def upsample(x: Tensor, module: nn.Module, weights: Weights, upsample_matrix: Tensor) -> Tensor:
+def upsample(x: Tensor, module: nn.Module, weights: CastWeights, upsample_matrix: Tensor) -> Tensor:
     """Upstream's Upsample, or the convolution that the last level has instead.
 
     Its 3x3 convolution of pixels repeated 2x2 times is a transposed 4x4 convolution of stride 2,

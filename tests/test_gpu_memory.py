@@ -1,7 +1,5 @@
 """GPU memory: caps, and one policy for running out of it."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
@@ -86,19 +84,14 @@ def test_oom_batcher_halves_for_good_and_covers_every_image_once():
     assert len(warned) == 2
 
 
-def raise_error(error: Exception) -> Callable[[slice], None]:
-    def work(part: slice) -> None:
-        raise error
-
-    return work
+def raise_cuda_error(part: slice) -> None:
+    raise torch.OutOfMemoryError
 
 
 @pytest.mark.parametrize(
     "work",
     [
-        raise_error(torch.OutOfMemoryError()),
-        raise_error(RuntimeError("CUDA error: out of memory")),
-        raise_error(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublas")),
+        raise_cuda_error,
         lambda part: torch.empty(2**58),  # a RuntimeError of the CPU's allocator
         lambda part: np.empty(2**58),  # a MemoryError
     ],
@@ -106,6 +99,11 @@ def raise_error(error: Exception) -> Callable[[slice], None]:
 def test_oom_batcher_gives_up_at_one_image(work):
     with pytest.warns(FallbackWarning), pytest.raises(UserError, match="fits; sell one"):
         list(OomBatcher(2, "sell one").map(2, work))
+
+
+@pytest.mark.parametrize("text", ["out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling `x`"])
+def test_errors_of_cuda_without_a_type_are_out_of_memory(text):
+    assert gpu_memory.is_out_of_memory(RuntimeError(f"CUDA error: {text}"))
 
 
 def test_oom_batcher_raises_other_errors():

@@ -640,7 +640,7 @@ def test_high_res_figures_are_larger(folder, monkeypatch, capsys):
         (["--checkpoint", "cut.pt"], "cut.pt is damaged"),
         (["--checkpoint", "other.pt"], "other.pt does not fit DDPMModel"),
         (["--checkpoint", ""], "--checkpoint is empty"),
-        (["--steps", "61"], "steps is 61, but this model has between 1 and 60"),
+        (["--steps", "61"], "steps is 61, but must be between 1 and 60 for this"),
         (["--sampler", "euler"], "unknown sampler euler"),
         (["--sampler", "nowhere.py:mine"], "nowhere.py, which does not exist"),
         (["--spacing", "wide"], "spacing is 'wide'"),

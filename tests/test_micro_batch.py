@@ -2,6 +2,7 @@
 
 import gc
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -49,18 +50,12 @@ class Broken(DDPMModel):
 def test_probe_halves_the_effective_batch_until_it_fits(
     batch, accumulation, expected, recwarn, monkeypatch
 ):
-    attempts = []
-    rehearse = micro_batch.rehearse
-
-    def record(model, config, effective):
-        attempts.append(config.BATCH_SIZE)
-        return rehearse(model, config, effective)
-
-    monkeypatch.setattr(micro_batch, "rehearse", record)
+    rehearse = Mock(wraps=micro_batch.rehearse)
+    monkeypatch.setattr(micro_batch, "rehearse", rehearse)
     config = tiny_config(BATCH_SIZE=batch, GRADIENT_ACCUMULATION=accumulation)
     assert probe_micro_batch(Hungry.from_config(config), config, 1.0)[0] == expected
     assert (config.BATCH_SIZE, config.GRADIENT_ACCUMULATION) == (batch, accumulation)
-    assert attempts[-1] == expected  # whose peak is reported
+    assert rehearse.call_args.args[1].BATCH_SIZE == expected  # whose peak is reported
     assert not [w for w in recwarn.list if "out of memory" in str(w.message)]
 
 

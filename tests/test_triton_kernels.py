@@ -171,7 +171,7 @@ def test_linear_attention_kernel_matches_formula(batch, tokens, heads, dim, slot
     torch.manual_seed(0)
     qkv = 2 * torch.randn(batch, tokens, 3 * heads * dim).to(dtype)
     mem_kv = torch.randn(2, heads, dim, slots)
-    assert unet.triton_attention.supports_linear_attention(mem_kv)
+    assert unet.triton_attention.supports_attention(dim, slots)
     dy = torch.randn(batch, tokens, heads * dim).to(dtype)
     kernel = unet.triton_attention.LinearAttentionFunction.apply
     compare(kernel, unet.linear_attention, [qkv, mem_kv], dy, limit)
@@ -191,7 +191,7 @@ def test_full_attention_kernels_match_formula(batch, tokens, heads, dim, slots, 
     qkv = 2 * torch.randn(batch, tokens, 3 * heads * dim).to(dtype)
     qkv[:, :, : heads * dim] *= 4  # scores of 100 and more, whose maximum grows along the keys
     mem_kv = torch.randn(2, heads, slots, dim)
-    assert unet.triton_attention.supports_full_attention(mem_kv)
+    assert unet.triton_attention.supports_attention(dim, slots)
     dy = torch.randn(batch, tokens, heads * dim).to(dtype)
     kernel = unet.triton_attention.FullAttentionFunction.apply
     compare(kernel, unet.full_attention, [qkv, mem_kv], dy, limit)
