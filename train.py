@@ -201,7 +201,7 @@ def configure(
         raise UserError(f"{checkpoint.path} is of another script: resume it with {script}")
     if init_model and is_tuning:
         if init_model.is_consistency_tuned:
-            advice = "name the model to tune with --checkpoint, or --resume to continue"
+            advice = "name the model to tune with --checkpoint, or continue with --resume"
             raise UserError(f"{request.init_from} is tuned already: {advice}")
         earlier_run = init_model.training_info["config"] or None
 
