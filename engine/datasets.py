@@ -103,8 +103,7 @@ def check_stored(dataset: str, data_dir: Path) -> None:
 def check_channels(dataset: str, channels: int) -> None:
     """Raises UserError for channels that a data set cannot be read with; 0: its own."""
     if channels not in (0, 3) and dataset in (*ARCHIVES, "shapes"):
-        which = f"--channels {channels} is for --dataset folder and hf:NAME"
-        raise UserError(f"{which}, but {dataset} is RGB. Leave it out")
+        raise UserError(f"--channels {channels} is for folders and hf:NAME, but {dataset} is RGB")
 
 
 def load_dataset(
@@ -228,16 +227,14 @@ def open_source(
     if not use_labels:
         return source
 
-    names: tuple[str, ...] = ()
-    labels = None
     if dataset == "folder":
         labels, names = labels_from_folders(source.names, source.location)
     elif dataset == "shapes":
         labels = kind_of(np.arange(SHAPES_COUNT)).astype(np.int64)
         names = SHAPE_KINDS
-    elif archive.class_names:
-        labels = archive_labels(archive, data_dir)
+    else:
         names = archive.class_names
+        labels = archive_labels(archive, data_dir) if names else None
     check_num_classes(names, source.location)
     return replace(source, labels=lambda: (labels, names))
 

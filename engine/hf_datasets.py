@@ -48,7 +48,6 @@ def hf_source(dataset: str, options: ReadOptions, use_labels: bool) -> Source:
     channels = options.channels or 3
     value_range = parse_range(options.value_range)
     all_frames = options.frames == "all"
-    is_default = not (value_range or all_frames)
 
     # How the cache reads it: rows in blocks, images of a block, some sizes.
     def stream() -> Iterator[list[tuple[int, Any]]]:
@@ -81,7 +80,7 @@ def hf_source(dataset: str, options: ReadOptions, use_labels: bool) -> Source:
 
     return Source(
         location, fingerprint, count, read, lambda: channels, sample_sizes, stream=stream,
-        cache_key=f"\n{','.join(columns)} {channels if is_default else options}",
+        cache_key=f"\n{','.join(columns)} {options if value_range or all_frames else channels}",
         labels=(lambda: to_labels(values, class_names)) if use_labels else None,
     )  # fmt: skip
 
@@ -92,8 +91,7 @@ def parse(dataset: str) -> tuple[str, str, str]:
     parts = [reference] if Path(reference).exists() else reference.split(",")
     if not parts[0] or len(parts) > 3:
         raise UserError(f"--dataset is {dataset}, but must look like hf:user/name or hf:my_folder")
-    name, image_column, label_column = [*parts, "", ""][:3]
-    return name, image_column, label_column
+    return (*parts, "", "")[:3]
 
 
 def open_table(name: str) -> tuple[str, str, int, Any]:
@@ -119,8 +117,7 @@ def open_table(name: str) -> tuple[str, str, int, Any]:
         reason = f"--dataset hf:{name} cannot be read ({short_reason(error)})"
         raise UserError(f"{reason}. {advice}train or a single one") from error
     if format_ not in FORMATS:
-        needed = ", ".join(FORMATS)
-        raise UserError(f"--dataset hf:{name} has {format_} files, but must have {needed}")
+        raise UserError(f"hf:{name} has {format_} files, but must have {', '.join(FORMATS)}")
 
     # What identifies it.
     found = builder.info.splits or {}
@@ -134,9 +131,8 @@ def find_image_column(features: dict[str, Any], name: str, dataset: str) -> str:
     """Returns the column of the images: the given one, the only one, or by its name."""
     import datasets
 
-    kinds = (datasets.Image, dict)
     binary = datasets.Value("binary")
-    able = [n for n, f in features.items() if isinstance(f, kinds) or f == binary]
+    able = [n for n, f in features.items() if isinstance(f, (datasets.Image, dict)) or f == binary]
     typed = [n for n in able if isinstance(features[n], datasets.Image)]
     found = typed or [n for n in able if n.lower() in IMAGE_NAMES]
     return choose_column("images", features, name, able, found, dataset)

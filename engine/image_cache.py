@@ -153,5 +153,4 @@ def _build(source: Source, size: int, files: CacheFiles, workers: int, progress:
     if unreadable:
         description = f"{len(counts)} images in {source.location}"
         first = f"{len(unreadable)} of {description} cannot be read; continuing without:"
-        lines = [first, *unreadable[:MAX_LISTED]]
-        warnings.warn("\n  ".join(lines), FallbackWarning, stacklevel=2)
+        warnings.warn("\n  ".join([first, *unreadable[:MAX_LISTED]]), FallbackWarning, stacklevel=2)

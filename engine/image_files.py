@@ -110,8 +110,7 @@ def walk(folder: Path) -> list[str]:
         for entry in entries:
             name = prefix + entry.name
             target = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
-            # Of a link to itself, entry.is_dir() raises an OSError.
-            if os.path.isdir(target) if entry.is_symlink() else entry.is_dir():
+            if os.path.isdir(target) if entry.is_symlink() else entry.is_dir():  # a loop is none
                 (pending.append if entry.is_symlink() else pending.appendleft)((target, f"{name}/"))
             elif not is_image_name(name):
                 continue
@@ -136,16 +135,16 @@ def walk(folder: Path) -> list[str]:
 def files_of_zip(path: Path) -> ImageFiles:
     """Returns the images in a .zip; threads may open them at the same time."""
     archive = zipfile.ZipFile(path)
-    members = {str(PurePosixPath(n)): n for n in archive.namelist() if is_image_name(n)}
+    members = {str(PurePosixPath(name)): name for name in archive.namelist()}
+    names = sorted(filter(is_image_name, members))
     fingerprint = file_fingerprint(path)
-    return ImageFiles(sorted(members), fingerprint, lambda n: io.BytesIO(archive.read(members[n])))
+    return ImageFiles(names, fingerprint, lambda name: io.BytesIO(archive.read(members[name])))
 
 
 def files_of_tar(path: Path) -> ImageFiles:
     """Returns the images in a .tar; if compressed, it is decompressed at first use."""
     with tarfile.open(path) as archive:
-        found = (member for member in archive if member.isreg() and is_image_name(member.name))
-        members = {str(PurePosixPath(member.name)): member for member in found}  # not ./name
+        members = {str(PurePosixPath(m.name)): m for m in archive if m.isreg()}  # not ./name
     lock = threading.Lock()
     content: list[BinaryIO] = []
 
@@ -156,7 +155,7 @@ def files_of_tar(path: Path) -> ImageFiles:
             content[0].seek(members[name].offset_data)
             return io.BytesIO(content[0].read(members[name].size))
 
-    return ImageFiles(sorted(members), file_fingerprint(path), read)
+    return ImageFiles(sorted(filter(is_image_name, members)), file_fingerprint(path), read)
 
 
 def _uncompressed(path: Path) -> BinaryIO:

@@ -51,10 +51,8 @@ class Source:
 
     def blocks(self) -> Iterable[Sequence]:
         """Returns what `read` takes: the stream's blocks, or ranges of indices."""
-        if self.stream:
-            return self.stream()
-        starts = range(0, self.count, BLOCK)
-        return (range(start, min(start + BLOCK, self.count)) for start in starts)
+        blocks = (range(i, min(i + BLOCK, self.count)) for i in range(0, self.count, BLOCK))
+        return self.stream() if self.stream else blocks
 
 
 @dataclass(frozen=True)
@@ -68,9 +66,8 @@ class ReadOptions:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ReadOptions":
         """Returns the options of a run; runs of earlier versions are RGB."""
-        values = {"CHANNELS": 3} | dict(config)
-        names = [each.name for each in fields(cls) if each.name.upper() in values]
-        return cls(**{name: values[name.upper()] for name in names})
+        values = {name.lower(): value for name, value in ({"CHANNELS": 3} | dict(config)).items()}
+        return cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
 
 
 DEFAULT_OPTIONS = ReadOptions()
@@ -156,11 +153,19 @@ def image_source(
 
     # How the cache reads it: choices for all images, images of a block, some sizes.
     @functools.cache
-    def survey() -> tuple[int, Range | None]:
-        return examine(items, open_image, options) if options else (3, None)
+    def choose() -> tuple[int, Range | None]:
+        if not options:
+            return 3, None
+        survey = Survey(options)
+        bar = tqdm(items, "reading headers", unit=" images", delay=5, leave=False)
+        for index, item in enumerate(bar):
+            with suppress(Exception), open_image(item) as image:  # broken ones are reported later
+                survey.add(image, is_sample=index % stride == 0)
+        survey.print()
+        return survey.channels(), survey.value_range()
 
     def read(block: range, size: int) -> list[np.ndarray | str]:
-        arguments = (*survey(), all_frames)
+        arguments = (*choose(), all_frames)
         results: list[np.ndarray | str] = []
         for index in block:
             try:
@@ -171,19 +176,17 @@ def image_source(
         return results
 
     def sample_sizes() -> Iterator[int]:
-        for item in items[:: -(-len(items) // MAX_SIZES_CHECKED)]:
+        for item in items[::stride]:
             with suppress(Exception), open_image(item) as image:  # reads the header only
                 yield min(image.size)
 
-    def chosen_cache_key() -> str:
-        return f"\n{replace(options, channels=survey()[0])}"
-
     all_frames = options is not None and options.frames == "all"
-    has_choice = options is not None and not options.channels
+    stride = -(-len(items) // MAX_SIZES_CHECKED)
     return Source(
-        str(path.resolve()), fingerprint, len(items), read, lambda: survey()[0], sample_sizes,
+        str(path.resolve()), fingerprint, len(items), read, lambda: choose()[0], sample_sizes,
         cache_key=f"\n{options}" if options else "",
-        chosen_cache_key=chosen_cache_key if has_choice else None,
+        chosen_cache_key=(lambda: f"\n{replace(options, channels=choose()[0])}")
+        if options and not options.channels else None,
     )  # fmt: skip
 
 
@@ -270,20 +273,6 @@ class Survey:
         cropped = self.cropped / max(self.kinds.total(), 1)
         if cropped > MAX_CROPPED_FRACTION:
             print0(f"cropping to squares cuts off {100 * cropped:.0f} % of the images' area")
-
-
-def examine(
-    items: Sequence, open_image: Callable[[Any], Image.Image], options: ReadOptions
-) -> tuple[int, Range | None]:
-    """Reads every header; returns and prints the channels and the range of values."""
-    survey = Survey(options)
-    stride = -(-len(items) // MAX_SIZES_CHECKED)
-    bar = tqdm(items, "reading headers", unit=" images", delay=5, leave=False)
-    for index, item in enumerate(bar):
-        with suppress(Exception), open_image(item) as image:  # broken ones are reported later
-            survey.add(image, is_sample=index % stride == 0)
-    survey.print()
-    return survey.channels(), survey.value_range()
 
 
 def print_range(count: int, lowest: float, highest: float, value_range: Range) -> None:

@@ -19,8 +19,7 @@ def labels_from_folders(paths: Sequence[str], location: str) -> tuple[np.ndarray
     """Returns the labels (N,) and class names of images in class folders.
 
     paths: relative to `location`, with slashes; the first folder is the class. Without any folder
-    there are no classes. One folder around all class folders, as in many archives, is no class.
-    Raises UserError for images outside of them.
+    there are no classes; one around all class folders is none. Raises UserError for images outside.
     """
     while len({p.partition("/")[0] for p in paths}) == 1 and all(p.count("/") > 1 for p in paths):
         paths = [path.partition("/")[2] for path in paths]

@@ -335,8 +335,7 @@ def loss_by_timestep(
 
     batch: images that were not trained on, of which LOSS_CURVE_IMAGES are used.
     """
-    stride = math.ceil(len(batch.images) / LOSS_CURVE_IMAGES)
-    batch = batch.take(slice(None, None, stride))
+    batch = batch.take(slice(None, None, math.ceil(len(batch.images) / LOSS_CURVE_IMAGES)))
     noise = torch.randn(batch.images.shape, generator=torch.Generator().manual_seed(0))
     batcher = OomBatcher(LOSS_CURVE_IMAGES)
 

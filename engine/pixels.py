@@ -46,14 +46,12 @@ def parse_range(text: str) -> Range | None:
 def find_range(lowest: float, highest: float, is_float: bool = False) -> Range:
     """Returns the values of black and white. lowest, highest: of all images.
 
-    That is 0 and, of integers, the largest number of that many bits, such as 4095; of floats 1 or
-    255 if they go to about that, else the highest value. But it is the values themselves if some
-    are negative, or if they fill less than a quarter of that.
+    That is 0 and the largest number of that many bits, such as 4095; of floats 1, 255 or highest.
+    But it is the values themselves if some are negative or they fill less than a quarter of that.
     """
+    white = 2 ** math.ceil(math.log2(max(highest, 1) + 1)) - 1
     if is_float:  # resizing and noise may exceed 1 and 255
         white = 1 if highest <= 1.25 else 255 if 128 <= highest <= 320 else highest
-    else:
-        white = 2 ** math.ceil(math.log2(max(highest, 1) + 1)) - 1
     if lowest >= 0 and (highest == lowest or highest - lowest >= white / 4):
         return 0, white
     return lowest, highest if highest > lowest else lowest + 1
