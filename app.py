@@ -205,7 +205,7 @@ class Page:
     # Model and runs, checked every POLL_SECONDS.
 
     def poll(self, session: Session) -> dict[Any, Any]:
-        """Shows the model, again whenever its checkpoint is replaced."""
+        """Shows a new model; controls whose update stays the same keep the visitor's values."""
         served = self.keeper.refresh()
         if self.keeper.problem != session.problem:
             session.problem = self.keeper.problem
@@ -216,7 +216,6 @@ class Page:
         if session.model_version:
             gr.Info("The checkpoint has changed: the new model is used from now on.")
         session.model_version = served.version
-        # Controls whose update is the former model's keep what the visitor chose.
         updates = page.control_updates(served.model)
         changed = {n: gr.update(**u) for n, u in updates.items() if u != session.updates.get(n)}
         session.updates = updates
@@ -259,6 +258,7 @@ class Page:
 
     def build_samples(self) -> None:
         """Lays out the sampling tab."""
+        limits = {name: (s.min, s.max) for name, s in InferenceSettings.settings().items()}
         with gr.Row():
             with gr.Column(scale=3, min_width=340):
                 self.samples = gr.HTML(js_on_load=PICK % "samples")
@@ -272,14 +272,14 @@ class Page:
                     "classes": gr.Dropdown([], multiselect=True, label="Classes", visible=False),
                     "sampler": gr.Dropdown(list(SAMPLERS), value=DEFAULT_SAMPLER, label="Sampler"),
                     "steps": gr.Slider(1, MAX_STEPS, step=1, label="Steps"),
-                    "guidance": gr.Slider(**page.bounds(InferenceSettings, "guidance"), step=0.1),
+                    "guidance": gr.Slider(*limits["guidance"], step=0.1, label="Guidance"),
                 }
                 self.chosen = gr.HTML(page_html.chosen_images([]))
                 self.upload = gr.UploadButton("Upload an image", file_types=["image"])
         with gr.Tabs(elem_classes="panel") as self.tabs:
             with gr.Tab("Vary", id="Vary"):
-                bounds = page.bounds(InferenceSettings, "strength")
-                self.controls["strength"] = gr.Slider(**bounds, step=0.001)
+                strength = gr.Slider(*limits["strength"], 0.5, step=0.001, label="Strength")
+                self.controls["strength"] = strength
                 self.varied = gr.HTML(js_on_load=PICK % "vary")
             with gr.Tab("Inpaint", id="Inpaint"), gr.Row():
                 with gr.Column(scale=1, min_width=280):

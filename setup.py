@@ -60,11 +60,6 @@ def find_package(name: str, versions: str) -> tuple[str, str]:
     return version, ""
 
 
-def specifier(name: str, versions: str) -> str:
-    """Returns a requirement as pip takes it."""
-    return f"{name}>={versions}" if versions else name
-
-
 def run(command: list[str]) -> None:
     """Runs a command; if it fails, exits with code 1 after repeating its errors."""
     print(f"$ {shlex.join(command)}")
@@ -81,7 +76,7 @@ def install(requirements_file: Path, torch_index: str | None) -> None:
         # The index is named after its build, and so are its versions: .../cu124 has 2.6.0+cu124.
         build = torch_index.rstrip("/").rpartition("/")[2]
         if not all(find_package(name, "")[0].endswith(f"+{build}") for name in TORCH_PACKAGES):
-            specifiers = [specifier(name, requirements[name]) for name in TORCH_PACKAGES]
+            specifiers = [f"{name}>={requirements[name]}" for name in TORCH_PACKAGES]
             # Without force, pip keeps another build of the same version.
             run([*PIP_INSTALL, "--force-reinstall", "--index-url", torch_index, *specifiers])
     if any(find_package(*requirement)[1] for requirement in requirements.items()):
@@ -107,7 +102,8 @@ def check_installation(requirements_file: Path, torch_index: str | None) -> int:
                 problem = f"does not import: {type(error).__name__}: {error}".splitlines()[0]
                 has_index = torch_index and name in TORCH_PACKAGES
                 index = ["--index-url", torch_index] if has_index else []
-                command = [*PIP_INSTALL, "--force-reinstall", *index, specifier(name, versions)]
+                requirement = f"{name}>={versions}" if versions else name
+                command = [*PIP_INSTALL, "--force-reinstall", *index, requirement]
                 broken.append(f"\n  {shlex.join(command)}")
         print(ROW.format(name, problem or version))
     if missing:

@@ -47,9 +47,9 @@ def import_optional(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        missing = (error.name or module).partition(".")[0].replace("_", "-")
-        is_missing = isinstance(error, ModuleNotFoundError)
-        reason = f"{missing} is not installed" if is_missing else f"{module} fails ({error})"
+        reason = f"{module} fails ({error})"
+        if isinstance(error, ModuleNotFoundError):
+            reason = f"{error.name.partition('.')[0].replace('_', '-')} is not installed"
         raise UserError(f"{reason}: pip install -r requirements-eval.txt") from error
 
 

@@ -31,8 +31,6 @@ MAX_IMAGES = 36  # of a request
 MAX_STEPS = 100
 MAX_SECONDS = 120.0
 MAX_TEXT = 400  # characters of the seeds
-# Settings of an upload that change new samples, and that the page may not offer.
-LIMITED = ("steps", "spacing", "noise_levels", "eta", "guidance_mode", "use_amp", "resamples")
 
 
 class SupersededError(Exception):
@@ -180,11 +178,9 @@ class Plan:
         """
         model = served.model.serve(request)
         if not 1 <= steps <= MAX_STEPS:
-            limits = f"at least 1 and at most {MAX_STEPS} steps"
-            raise UserError(f"steps is {steps}, but the page has {limits}")
+            raise UserError(f"steps is {steps}, but must be from 1 to at most {MAX_STEPS} steps")
         if len(seeds) > MAX_TEXT:
-            reason = f"the seeds have {len(seeds)} characters, but at most {MAX_TEXT} are possible"
-            raise UserError(f"{reason}. Write ranges like 0-15")
+            raise UserError(f"seeds has {len(seeds)} characters, but may have at most {MAX_TEXT}")
         has_classes = set(class_names) <= set(model.class_names)
         if not has_classes or sampler not in model.supported_samplers:
             raise UserError("this model has no such sampler or class. Reload the page")
@@ -200,15 +196,13 @@ class Plan:
         del settings["num_samples"]
         return cls(model, numbers, labels or None, options, jobs.complete_settings(settings))
 
-    def repeat(self, settings: dict[str, Any]) -> "Plan":
+    def repeat(self, settings: dict[str, Any]) -> None:
         """Takes over what a sample's PNG stores besides the controls; UserError if it cannot."""
         if len(settings["seeds"]) > 1 or settings["use_amp"]:
-            reason = "the page repeats single images, without mixed precision"
-            raise UserError(f"{reason}. Choose another image")
+            raise UserError("the page repeats only single images, without mixed precision")
         sampler = settings["sampler"]
         names = ("guidance_mode", "eta") if sampler == "ddim" else ("guidance_mode",)
         self.options |= plan_kwargs(settings, sampler) | {name: settings[name] for name in names}
-        return self
 
     def trajectory(self) -> Iterator[State]:
         """Yields t, x_t and the predicted x_0, from noise to image, like DDPMModel.sample."""
@@ -270,17 +264,12 @@ class Session:
         self.mask = None
 
 
-def max_steps(model: nn.Module) -> int:
-    """Returns the most steps that the page offers with a model."""
-    limit = MAX_CONSISTENCY_STEPS if model.is_consistency_tuned else MAX_STEPS
-    return min(model.num_timesteps, limit)
-
-
 def control_updates(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Returns what the controls offer with a model, by name, as arguments of gradio's update."""
     names = list(model.class_names)
     has_guidance = model.guide is not None or bool(names)
-    limit = max_steps(model)
+    limit = MAX_CONSISTENCY_STEPS if model.is_consistency_tuned else MAX_STEPS
+    limit = min(model.num_timesteps, limit)
     return {
         "classes": {"choices": names, "value": [], "visible": bool(names)},
         "sampler": {"choices": list(model.supported_samplers), "value": model.default_sampler},
@@ -289,19 +278,14 @@ def control_updates(model: nn.Module) -> dict[str, dict[str, Any]]:
     }
 
 
-def bounds(settings_class: type[Settings], name: str) -> dict[str, Any]:
-    """Returns label, bounds and default of a setting, as arguments of gradio's slider."""
-    s = settings_class.settings()[name]
-    return {"label": name.capitalize(), "minimum": s.min, "maximum": s.max, "value": s.default}
-
-
 def take_upload(
     session: Session, path: Path, model: nn.Module, settings_class: type[Settings],
     notify: Callable[[str], None] = print,
 ) -> dict[str, Any]:  # fmt: skip
     """Chooses an uploaded image, and returns values of the controls by name.
 
-    A PNG of ours restores what it was made from and the controls, with a notice of what differs.
+    A PNG of ours restores what it was made from, the controls and up to MAX_IMAGES seeds; a notice
+    names other settings of new samples that the page does not restore.
     settings_class: of inference.py. Raises UserError, and changes nothing, for what is no image.
     """
     try:
@@ -328,16 +312,18 @@ def take_upload(
     # The controls, and what they cannot restore.
     has_classes = model.class_names and settings["classes"]
     labels = parse_classes(settings["classes"], model.class_names) if has_classes else []
+    limit = control_updates(model)["steps"]["maximum"]
     controls = {
         "seeds": format_seeds(settings["seeds"][:MAX_IMAGES]),
         "classes": [model.class_names[label] for label in labels],
         "sampler": settings["sampler"], "strength": settings["strength"],
-        "steps": min(settings["steps"] or model.sampling_timesteps, max_steps(model)),
+        "steps": min(settings["steps"] or model.sampling_timesteps, limit),
         "guidance": settings["guidance"] or model.guidance,
     }  # fmt: skip
     own = settings_class.values() | {"sampler": settings["sampler"], "steps": settings["steps"]}
     own |= choose_sampling(model, own) | {"steps": controls["steps"]}
-    lost = [f"{n} {settings[n]}" for n in LIMITED if settings[n] and settings[n] != own[n]]
+    names = ("steps", "spacing", "noise_levels", "eta", "guidance_mode", "use_amp", "resamples")
+    lost = [f"{n} {settings[n]}" for n in names if settings[n] and settings[n] != own[n]]
     if lost:
         notify(f"the page does not restore {', '.join(lost)} of the upload")
 

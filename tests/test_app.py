@@ -155,6 +155,15 @@ def test_keeper_tells_of_a_passing_failure_and_loads_again(served, error):
     assert keeper.refresh().version == 2 and not keeper.problem
 
 
+def test_sliders_have_the_bounds_of_the_settings(served):
+    pytest.importorskip("gradio")
+    app.import_gradio()
+    shown = app.Page(ModelKeeper(lambda: served.path, app.load_shared_model))
+    shown.build()
+    sliders = shown.controls["guidance"], shown.controls["strength"]
+    assert [(s.minimum, s.maximum) for s in sliders] == [(0, 10), (0.001, 1)]
+
+
 def test_poll_resets_only_controls_that_a_new_checkpoint_changes(served):
     pytest.importorskip("gradio")
     app.import_gradio()
@@ -180,7 +189,7 @@ def test_poll_resets_only_controls_that_a_new_checkpoint_changes(served):
         ({"seeds": "1," * 300}, "at most"),
         ({"seeds": "1," * 300}, "600 characters"),
         ({"steps": 0}, "at most 100 steps"),
-        ({"steps": 0}, "steps is 0, but .* at least 1"),
+        ({"steps": 0}, "steps is 0, but must be from 1 to"),
         ({"steps": 101}, "at most 100 steps"),
         ({"steps": float("nan")}, "at most 100 steps"),
         ({"guidance": 1e9}, "guidance is 1000000000.0"),
@@ -244,7 +253,7 @@ def test_trajectory_ends_in_the_png_of_inference(served, monkeypatch):
 @pytest.mark.parametrize("change", [{"seeds": [3, 7]}, {"use_amp": True}])
 def test_trajectory_of_what_the_page_cannot_repeat_is_refused(served, change):
     plan = plan_of(served)
-    with pytest.raises(UserError, match="single images, without mixed precision"):
+    with pytest.raises(UserError, match="only single images, without mixed precision"):
         plan.repeat(plan.settings | {"seeds": [3]} | change)
 
 
@@ -316,8 +325,6 @@ def test_upload_never_names_a_file_of_the_server(served):
 
 
 def test_upload_sets_controls_within_their_bounds_with_a_notice(served):
-    bounds = page.bounds(InferenceSettings, "guidance")
-    assert (bounds["minimum"], bounds["maximum"]) == (0, 10)
     settings = plan_of(served).settings | {"steps": 1000, "guidance": None}
     path = save_png(PageImage(torch.rand(3, 8, 8), "upload", settings), "a.png")
     notices = []
