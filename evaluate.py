@@ -143,7 +143,7 @@ def load_real_images(
     if settings.data_dir and not settings.dataset:
         check_stored(dataset, Path(data_dir))
     size = settings.image_size or shape[2]
-    channels = shape[0] if dataset == "folder" else 3
+    channels = shape[0] if dataset.startswith(("folder", "hf:")) else 3
     options = replace(ReadOptions.from_config(config), channels=channels)
     # With labels, if it has the model's classes.
     data = None

@@ -134,6 +134,20 @@ def test_data_dir_alone_is_where_the_training_images_are_now(folder):
         evaluate.load_real_images(settings, config | {"DATASET": "cifar10"}, *arguments)
 
 
+def test_training_images_have_the_channels_of_the_model(monkeypatch):
+    def load_dataset(*_, options) -> ImageDataset:
+        channels.append(options.channels)
+        raise UserError("stop")
+
+    monkeypatch.setattr(evaluate, "load_dataset", load_dataset)
+    channels = []
+    for dataset in ("folder", "hf:user/name", "shapes"):
+        config = {"DATASET": dataset, "DATA_DIR": "data", "CHANNELS": 0}
+        with pytest.raises(UserError, match="stop"):
+            evaluate.load_real_images(evaluate.EvaluationSettings(), config, (1, 8, 8), Path("a"))
+    assert channels == [1, 1, 3]
+
+
 class Careless:
     def __reduce__(self):
         return (Path("unpickled").touch, ())
