@@ -17,6 +17,7 @@ from PIL import Image
 from torchvision.datasets import CelebA
 from torchvision.datasets.utils import _get_google_drive_file_id, calculate_md5
 
+import train
 from config import resolve
 from engine import datasets, image_source, labels
 from engine.dataloader import ImageDataset
@@ -24,7 +25,7 @@ from engine.datasets import choose_default_dataset, images_from_loader, load_dat
 from engine.errors import RenamedWarning, UserError
 from engine.image_source import ReadOptions
 from engine.shapes import draw_shapes, kind_of
-from tests.helpers import CPU_TIER, random_images
+from tests.helpers import CPU_TIER, TINY_FLAGS, random_images
 
 STL10_NAMES = ("stl10_binary/train_X.bin", "stl10_binary/unlabeled_X.bin")
 
@@ -471,7 +472,7 @@ def test_load_dataset_takes_the_size_that_all_images_have(load):
             load(size=size, upsampling=False)
 
 
-def test_channels_are_for_folders(load):
+def test_channels_are_for_folders(load, monkeypatch):
     save_gray(load.data / "a.png", 1)
     assert load(options=ReadOptions(channels=4)).shape == (1, 4, 4, 4)
     refusal = "--channels 1 is for folders and hf:NAME, but shapes is RGB"
@@ -479,6 +480,10 @@ def test_channels_are_for_folders(load):
         load("shapes", options=ReadOptions(channels=1))
     with pytest.raises(UserError, match=refusal):
         datasets.placeholder("shapes", 8, channels=1)
+    flags = [*TINY_FLAGS, "--channels", "1", "--dry_run"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    with pytest.raises(UserError, match=refusal):
+        train.main()
 
 
 def test_sizes_are_checked_all_over_the_folder(load, monkeypatch):
