@@ -300,8 +300,7 @@ def fraction_inside(x: Tensor, y: Tensor) -> float:
     chunks = y.split(CHUNK_ROWS)
     radii = []
     for rows in chunks:
-        distances = (torch.cdist(rows, chunk) for chunk in chunks)
-        nearest = [d.topk(min(k, d.shape[1]), largest=False).values for d in distances]
+        nearest = [torch.cdist(rows, c).topk(min(k, len(c)), largest=False).values for c in chunks]
         radii.append(torch.cat(nearest, dim=1).kthvalue(k).values)
     num_inside = 0
     for rows in x.split(CHUNK_ROWS):

@@ -268,12 +268,12 @@ def control_updates(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Returns what the controls offer with a model, by name, as arguments of gradio's update."""
     names = list(model.class_names)
     has_guidance = model.guide is not None or bool(names)
-    limit = MAX_CONSISTENCY_STEPS if model.is_consistency_tuned else MAX_STEPS
-    limit = min(model.num_timesteps, limit)
+    max_steps = MAX_CONSISTENCY_STEPS if model.is_consistency_tuned else MAX_STEPS
+    max_steps = min(model.num_timesteps, max_steps)
     return {
         "classes": {"choices": names, "value": [], "visible": bool(names)},
         "sampler": {"choices": list(model.supported_samplers), "value": model.default_sampler},
-        "steps": {"value": min(model.sampling_timesteps, limit), "maximum": limit},
+        "steps": {"value": min(model.sampling_timesteps, max_steps), "maximum": max_steps},
         "guidance": {"value": model.guidance, "visible": has_guidance},
     }
 
@@ -284,9 +284,9 @@ def take_upload(
 ) -> dict[str, Any]:  # fmt: skip
     """Chooses an uploaded image, and returns values of the controls by name.
 
-    A PNG of ours restores what it was made from, the controls and up to MAX_IMAGES seeds; a notice
-    names other settings of new samples that the page does not restore.
-    settings_class: of inference.py. Raises UserError, and changes nothing, for what is no image.
+    A PNG of ours restores what it was made from and the controls, with at most MAX_IMAGES seeds; a
+    notice names settings that the page lacks. settings_class: of inference.py. Raises UserError,
+    and changes nothing, for what is no image.
     """
     try:
         image = read_image(path, model.image_size, model.channels)
@@ -312,12 +312,12 @@ def take_upload(
     # The controls, and what they cannot restore.
     has_classes = model.class_names and settings["classes"]
     labels = parse_classes(settings["classes"], model.class_names) if has_classes else []
-    limit = control_updates(model)["steps"]["maximum"]
+    max_steps = control_updates(model)["steps"]["maximum"]
     controls = {
         "seeds": format_seeds(settings["seeds"][:MAX_IMAGES]),
         "classes": [model.class_names[label] for label in labels],
         "sampler": settings["sampler"], "strength": settings["strength"],
-        "steps": min(settings["steps"] or model.sampling_timesteps, limit),
+        "steps": min(settings["steps"] or model.sampling_timesteps, max_steps),
         "guidance": settings["guidance"] or model.guidance,
     }  # fmt: skip
     own = settings_class.values() | {"sampler": settings["sampler"], "steps": settings["steps"]}
