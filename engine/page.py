@@ -20,7 +20,6 @@ from engine import inference_jobs as jobs
 from engine import plots
 from engine.errors import UserError, short_reason
 from engine.generation import State
-from engine.gpu_memory import is_out_of_memory
 from engine.input_images import is_embedded, read_image, read_mask, resolve_input
 from engine.labels import labels_in_proportion, parse_classes
 from engine.samplers import MAX_CONSISTENCY_STEPS
@@ -108,7 +107,7 @@ class ModelKeeper:
     """Holds the model of a checkpoint and loads it again when the file is exchanged.
 
     find: returns the path of the checkpoint. load: loads it. problem: why the newest file could not
-    be loaded, or nothing. Raises UserError if the first one cannot be loaded.
+    be loaded, which is tried again, or nothing. Raises UserError if the first one cannot be loaded.
     """
 
     def __init__(self, find: Callable[[], Path], load: Callable[[Path], nn.Module]):
@@ -133,9 +132,7 @@ class ModelKeeper:
                     self.served = ServedModel(self.load(path), path, jobs.sha256(path), version)
                     self.signature = signature
                 self.problem = ""
-            except Exception as error:  # the next call tries again
-                if not isinstance(error, (UserError, OSError)) and not is_out_of_memory(error):
-                    raise
+            except (UserError, OSError, RuntimeError, MemoryError) as error:
                 self.problem = short_reason(error)
             return self.served
 
