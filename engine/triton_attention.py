@@ -323,6 +323,7 @@ def _full_backward_kv(qkv_ptr, lse_ptr, dout_ptr, delta_ptr, dqkv_ptr, tokens, s
 
     dV = P^T dout    dK = D^-0.5 * dS^T Q
     """
+    # Keys and values of the block.
     image, head, rows = _find_block(tokens, HEADS, BLOCK)
     dims = tl.arange(0, DIM)
     block = tl.arange(0, BLOCK)
@@ -335,6 +336,7 @@ def _full_backward_kv(qkv_ptr, lse_ptr, dout_ptr, delta_ptr, dqkv_ptr, tokens, s
     k = tl.load(q_ptr + row_offsets, row_mask, 0.0)
     v = tl.load(q_ptr + HEADS * DIM + row_offsets, row_mask, 0.0)
 
+    # All queries, a block at a time.
     dk = tl.zeros([BLOCK, DIM], tl.float32)
     dv = tl.zeros([BLOCK, DIM], tl.float32)
     for start in range(0, tokens, BLOCK):
