@@ -30,6 +30,12 @@ def tiny_config(**flags):
     return resolve("cifar10", LARGE_TIER, flags=NETWORK | {"BATCH_SIZE": 4} | flags)
 
 
+@pytest.fixture(autouse=True)
+def max_gpu_fraction(monkeypatch):
+    """Restored after a test: in this process, too, a measurement sets it for its own."""
+    monkeypatch.setattr(dataloader, "MAX_GPU_FRACTION", dataloader.MAX_GPU_FRACTION)
+
+
 @pytest.fixture
 def large_tier(monkeypatch):
     monkeypatch.setattr(benchmark, "detect_tier", lambda: LARGE_TIER)
