@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_optimized
 from config import DATASET_PRESETS, Config, DDPMConfig, detect_tier, resolve, tier_for_memory
 from ddpm_model import DDPMModel, full_attention_levels, per_level
-from engine import benchmarking, dataloader, distributed
+from engine import benchmarking, dataloader, devices, distributed
 from engine.benchmarking import BenchmarkJob, Row, run_section, time_steps
 from engine.checkpoints import write_text
 from engine.dataloader import BatchLoader, ImageDataset, as_batch, train_val_split
@@ -43,7 +43,7 @@ from engine.gpu_memory import cap_memory
 from engine.micro_batch import find_micro_batch
 from engine.samplers import DEFAULT_SAMPLER
 from engine.settings import Setting, Settings
-from engine.train_step import TrainStep, amp_dtype, learning_rate
+from engine.train_step import TrainStep, learning_rate
 
 SAMPLERS = (("ddim", 50), ("dpmpp_2m", 20), ("heun", 19), ("ddpm", 50))  # next to the default
 EPOCH_STEPS = 40  # steps in an epoch of random images
@@ -93,7 +93,7 @@ def compute_mfu(config: Config, images_per_second: float, device: torch.device) 
     gc.collect()  # what was timed may hold the memory
     is_gpu = device.type == "cuda"
     size = 8192 if is_gpu else 2048
-    dtype = amp_dtype(device) if is_gpu else torch.float32
+    dtype = devices.amp_dtype(device) if is_gpu else torch.float32
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     matmuls_per_second = time_steps(lambda: a @ b, 1, device)["images_per_second"]
     return 3 * counter.get_total_flops() * images_per_second / (2 * size**3 * matmuls_per_second)
@@ -122,10 +122,10 @@ def measure_upstream_training(config: Config, device: torch.device) -> Row:
     return row | {"mfu": compute_mfu(config, row["images_per_second"], device)}
 
 
-def train(
+def train_loop(
     config: Config, device: torch.device, data: ImageDataset, steps: int
 ) -> Iterator[tuple[TrainStep, Tensor]]:
-    """Trains on this rank's part of each batch; yields the loss of each step."""
+    """Trains on this rank's part of each batch; yields the TrainStep and the loss, each step."""
     ranks = (distributed.launched_rank(), distributed.launched_world_size())
     effective_batch = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION * ranks[1]
     loader = BatchLoader(data, effective_batch, config.SEED, device, 8, *ranks)
@@ -148,7 +148,7 @@ def measure_training(
     batch = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION * ranks
     shape = (EPOCH_STEPS * batch, 3, config.IMAGE_SIZE, config.IMAGE_SIZE)
     data = ImageDataset(np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8))
-    row = time_steps(partial(next, train(config, device, data, 1_000_000)), batch, device, seconds)
+    row = time_steps(partial(next, train_loop(config, device, data, 10**6)), batch, device, seconds)
     return row | {"mfu": compute_mfu(config, row["images_per_second"] / ranks, device)}
 
 
@@ -160,7 +160,7 @@ def measure_sampling(config: Config, device: torch.device, sampler: str, steps: 
     model.to(device).eval().cuda_graph = config.CUDA_GRAPH
 
     def sample() -> None:
-        with torch.autocast(device.type, amp_dtype(device), enabled=config.USE_AMP):
+        with torch.autocast(device.type, devices.amp_dtype(device), enabled=config.USE_AMP):
             model.sample(config.BATCH_SIZE, sampler=sampler, steps=steps, seed=0)
 
     nfe = model.count_nfe(*model.sampling_plan(sampler, steps))
@@ -195,7 +195,7 @@ def learning_curve(config: Config, device: torch.device, steps: int, seed: int) 
     """Trains on the built-in shapes; returns the losses and the final validation loss."""
     config.override({"SEED": seed, "HORIZONTAL_FLIP": False}, "benchmark")
     data = load_dataset("shapes", config.IMAGE_SIZE, Path("data"), progress=False)
-    results = [(step, loss.clone()) for step, loss in train(config, device, data, steps)]
+    results = [(step, loss.clone()) for step, loss in train_loop(config, device, data, steps)]
     losses = [round(loss.item(), 6) for _, loss in results]
     validation = as_batch(data[train_val_split(len(data))[1]])
     return {"losses": losses, "validation_loss": results[-1][0].validate(validation)}

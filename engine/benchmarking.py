@@ -150,7 +150,7 @@ def run_section(
         if "validation_loss" in row:
             losses.append(row["validation_loss"])
             row["loss_difference"] = losses[-1] - losses[0]
-        (_, label), *figures = zip(*table([row]), strict=True)
+        (_, label), *figures = zip(*table_cells([row]), strict=True)
         print(f"{section}: {label}: {', '.join(map(' '.join, figures))}", flush=True)
         measured.append((job.work, row))
         result["rows"] = [row for _, row in sorted(measured, key=lambda pair: pair[0])]
@@ -186,7 +186,7 @@ def format_value(key: str, value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else value or ""
 
 
-def table(rows: Sequence[Row]) -> list[list[str]]:
+def table_cells(rows: Sequence[Row]) -> list[list[str]]:
     """Returns the cells of a table of rows: a line of headings, and a line for each row."""
     keys = [key for key in HEADINGS if any(row.get(key) is not None for row in rows)]
     cells = [[format_value(key, row.get(key)) for key in keys] for row in rows]
@@ -198,7 +198,7 @@ def markdown_section(network: str, result: Row) -> str:
     hidden = ("rows", "device", "command")
     about = {key: format_value(key, value) for key, value in result.items() if key not in hidden}
     how = [f"`{result['command']}`", *(f"{key.replace('_', ' ')}: {about[key]}" for key in about)]
-    headings, *rows = table(result["rows"])
+    headings, *rows = table_cells(result["rows"])
     lines = [headings, ["---"] * len(headings), *rows]
     lines = [" | ".join(cell.replace("|", "/") for cell in line) for line in lines]
     heading = ", ".join(filter(None, (network, result["device"])))

@@ -451,7 +451,7 @@ def test_mfu_is_of_a_large_matmul(monkeypatch, is_gpu, size):
     randn = lambda *shape, **options: shapes.append((shape, options)) or (None, None)  # noqa: E731
     monkeypatch.setattr(torch, "randn", randn)
     monkeypatch.setattr(benchmark, "upstream_diffusion", make_diffusion)
-    monkeypatch.setattr(benchmark, "amp_dtype", lambda device: torch.float16)
+    monkeypatch.setattr(benchmark.devices, "amp_dtype", lambda device: torch.float16)
     monkeypatch.setattr(benchmark, "time_steps", lambda *_: {"images_per_second": 10.0})
     # Forward and backward of 16 x 16 pixels; 1000 images/s against 10 products a second.
     expected = 1000 * 3 * 2 * 9 * 3 * 5 * 16 * 16 / (2 * size**3 * 10)
