@@ -14,6 +14,7 @@ with its layer.
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -143,8 +144,9 @@ DATASET_PRESETS: dict[str, dict[str, Any]] = {
 # side. Steps are slow and few, so an eighth of a run would be too early for the guide.
 HIGH_RES_SETTINGS: dict[str, Any] = {
     "SCHEDULE_BASE_SIZE": 32, "FULL_ATTENTION_MAX_SIZE": 24, "DROPOUT": 0.1, "GUIDANCE": 3.0,
-    "GUIDE_FRACTION": 0.5, "WEIGHT_DECAY": 0.0,
+    "GUIDE_FRACTION": 0.5,
 }  # fmt: skip
+HIGH_RES_GUIDANCE = {"GUIDANCE_MODE": "both", "GUIDANCE": 2.5}  # with class labels
 # By the smallest image size that each is for, px.
 SIZE_PRESETS: dict[int, dict[str, Any]] = {
     64: HIGH_RES_SETTINGS | {"BATCH_SIZE": 128},
@@ -302,13 +304,16 @@ def presets_for(
             del preset["IMAGE_SIZE"]
 
     size = DDPMConfig.IMAGE_SIZE
+    is_conditional = DDPMConfig.CLASS_CONDITIONAL
     for values in (script, by_dataset, for_cpu, explicit):
         size = values.get("IMAGE_SIZE", size)
+        is_conditional = values.get("CLASS_CONDITIONAL", is_conditional)
     # A wrong type is reported when the layer that sets it is checked.
     preset_size = max((s for s in SIZE_PRESETS if isinstance(size, int) and s <= size), default=0)
     return [
         (f"preset {dataset}", by_dataset),
         (f"preset {preset_size} px", SIZE_PRESETS.get(preset_size, {})),
+        ("preset classes", HIGH_RES_GUIDANCE if preset_size and is_conditional else {}),
         (f"preset {dataset} (CPU)", for_cpu),
     ]
 
@@ -334,11 +339,8 @@ def apply_tier(config: Config, tier: Tier, explicit: Mapping[str, Any]) -> None:
     batch_size = config.BATCH_SIZE
     micro = batch_size
     accumulation = config.GRADIENT_ACCUMULATION
-    shape = config.DIM, config.IMAGE_SIZE
-    available = 0.8 * tier.memory
-    while estimate_memory_gib(*shape, micro, parameters, config.USE_AMP) > available:
-        if micro % 2:
-            break
+    estimate = partial(estimate_memory_gib, config.DIM, config.IMAGE_SIZE)
+    while micro % 2 == 0 and estimate(micro, parameters, config.USE_AMP) > 0.8 * tier.memory:
         micro //= 2
     config.split_batch(micro, f"tier {tier.name}")
     if micro < batch_size and "GRADIENT_ACCUMULATION" in explicit:
@@ -364,9 +366,8 @@ def size_advice(config: DDPMConfig) -> str:
     size = config.IMAGE_SIZE
     mults = config.DIM_MULTS
     factor = 2 ** (len(mults) - 1)
-    below = size // factor * factor
-    above = -(-size // factor) * factor
-    sizes = " or ".join(str(each) for each in (below, above) if 4 <= each <= 1024)
+    around = size // factor * factor, -(-size // factor) * factor
+    sizes = " or ".join(str(each) for each in around if 4 <= each <= 1024)
     levels = next(n for n in range(len(mults), 0, -1) if size % 2 ** (n - 1) == 0)
     return f"use --image_size {sizes}, or --dim_mults {','.join(map(str, mults[:levels]))}"
 
@@ -375,18 +376,19 @@ def validate(config: DDPMConfig) -> None:
     """Raises UserError if two values exclude each other."""
     levels = len(config.DIM_MULTS)
     factor = 2 ** (levels - 1)
-    max_base_size = MAX_SCHEDULE_RATIO * config.IMAGE_SIZE
-    is_linear = config.BETA_SCHEDULE == "linear"
+    drops_label = config.CLASS_CONDITIONAL and config.GUIDANCE_MODE != "autoguidance"
     for is_bad, name, requirement in (
         (config.IMAGE_SIZE % factor, "IMAGE_SIZE",
          f"the {levels} levels of DIM_MULTS need a multiple of {factor}: {size_advice(config)}"),
         (config.DIM % 2, "DIM", "must be even"),  # sine and cosine of the timestep embedding
-        (is_linear and config.TIMESTEPS < 20, "TIMESTEPS",
+        (config.BETA_SCHEDULE == "linear" and config.TIMESTEPS < 20, "TIMESTEPS",
          "the linear BETA_SCHEDULE needs at least 20"),
-        (config.SCHEDULE_BASE_SIZE > max_base_size, "SCHEDULE_BASE_SIZE",
+        (config.SCHEDULE_BASE_SIZE > MAX_SCHEDULE_RATIO * config.IMAGE_SIZE, "SCHEDULE_BASE_SIZE",
          f"must be at most {MAX_SCHEDULE_RATIO} times IMAGE_SIZE, {config.IMAGE_SIZE}"),
         (config.SAMPLING_TIMESTEPS > config.TIMESTEPS, "SAMPLING_TIMESTEPS",
          f"must be at most TIMESTEPS, {config.TIMESTEPS}"),
+        (drops_label and not config.LABEL_DROPOUT, "LABEL_DROPOUT",
+         f"GUIDANCE_MODE {config.GUIDANCE_MODE} needs a network that knows images without labels"),
     ):  # fmt: skip
         if is_bad:
             raise UserError(f"{name} is {getattr(config, name)}, but {requirement}")

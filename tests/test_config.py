@@ -114,6 +114,23 @@ def test_classes_are_on_where_they_measured_better():
     assert not resolve("cifar10", LARGE_TIER, flags={"CLASS_CONDITIONAL": False}).CLASS_CONDITIONAL
 
 
+@pytest.mark.parametrize(
+    ("dataset", "flags", "mode", "weight"),
+    [
+        ("folder", {}, "autoguidance", 2.0),
+        ("folder", {"CLASS_CONDITIONAL": True}, "autoguidance", 2.0),
+        ("celeba", {}, "autoguidance", 3.0),
+        ("stl10", {"CLASS_CONDITIONAL": True}, "both", 2.5),
+        ("cifar10", {"IMAGE_SIZE": 64}, "both", 2.5),
+        ("cifar10", {"IMAGE_SIZE": 64, "CLASS_CONDITIONAL": False}, "autoguidance", 3.0),
+        ("cifar10", {"IMAGE_SIZE": 64, "GUIDANCE_MODE": "cfg"}, "cfg", 2.5),
+    ],
+)
+def test_preset_guides_large_images_with_classes_by_both(dataset, flags, mode, weight):
+    config = resolve(dataset, LARGE_TIER, flags=flags)
+    assert (config.GUIDANCE_MODE, config.GUIDANCE) == (mode, weight)
+
+
 def test_high_res_script_takes_the_larger_of_its_size_and_the_data_sets():
     script = train_true_high_res.DEFAULTS
     names = ("cifar10", "shapes", "celeba", "stl10", "folder")
@@ -313,6 +330,8 @@ def test_help_shows_every_flag_with_its_default(capsys):
         (["--dim_mults", "1,x"], "--dim_mults: expected integers like 1,2,4,8, got '1,x'"),
         (["--image_size", "16", "--schedule_base_size", "257"],
          "SCHEDULE_BASE_SIZE is 257, but must be at most 16 times"),
+        (["--class_conditional", "--label_dropout", "0", "--guidance_mode", "both"],
+         "LABEL_DROPOUT is 0.0, but GUIDANCE_MODE both needs a network that knows"),
         (["--minutes", "0"], "set one of them"),
         (["--config", "nowhere.py:Mine"], "nowhere.py, which does not exist"),
         (["--config", "Mine"], "must look like my_config.py:MyConfig"),
