@@ -13,10 +13,9 @@ import torch
 from engine.errors import FallbackWarning, UserError
 
 _memory_cap: float | None = None  # bytes
-# In errors of torch that have no exception type: of its CPU allocators, of CUDA and its libraries.
-OOM_TEXTS = (
-    "DefaultCPUAllocator", "std::bad_alloc", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED",
-)  # fmt: skip
+# In errors that have no exception type: of torch's CPU allocators, of CUDA's libraries, and of CUDA
+# as torch and Triton report it.
+OOM_TEXTS = ("DefaultCPUAllocator", "std::bad_alloc", "_STATUS_ALLOC_FAILED", "out of memory")
 SAMPLING_ADVICE = "stop other programs that use it, or sample on the CPU (CUDA_VISIBLE_DEVICES=-1)"
 
 

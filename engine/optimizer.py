@@ -39,7 +39,7 @@ def use_muon(name: str, p: Tensor) -> bool:
 
 
 def flatten(model: nn.Module) -> tuple[Tensor, list[tuple[str, nn.Parameter]]]:
-    """Moves a model's trainable parameters into one vector, as views with the same strides.
+    """Moves a model's trainable parameters into one vector, as contiguous or channels-last views.
 
     Returns the vector and the named parameters in its order: Muon's first, equal shapes together,
     and the class embedding last, so that the rest is as in an unconditional model.
@@ -51,6 +51,10 @@ def flatten(model: nn.Module) -> tuple[Tensor, list[tuple[str, nn.Parameter]]]:
 
     trainable = [item for item in model.named_parameters() if item[1].requires_grad]
     named = sorted(trainable, key=order)
+    for _, p in named:
+        # Muon reads a matrix row by row.
+        if not (p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last)):
+            p.data = p.data.contiguous()
     params = [p for _, p in named]
     flat = torch.zeros(sum(padded_numel(p.numel()) for p in params), device=params[0].device)
     for p, view in zip(params, views(flat, params), strict=True):
@@ -158,7 +162,7 @@ class Muon:
     def nesterov_momentum(self, grad: Tensor, grad_scale: Tensor, is_finite: Tensor) -> Tensor:
         """Adds grad * grad_scale to exp_avg; returns Nesterov's look-ahead; bf16 by Triton."""
         if use_triton(grad):
-            momentum = torch.empty_like(grad, dtype=torch.bfloat16 if grad.is_cuda else None)
+            momentum = torch.empty_like(grad, dtype=torch.bfloat16)
             triton_kernels.momentum(grad, self.exp_avg, momentum, grad_scale, is_finite, MOMENTUM)
             return momentum
         grad = scale_finite(grad, grad_scale, is_finite)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import FallbackWarning, short_reason
+from engine.gpu_memory import is_out_of_memory
 
 try:
     from engine import triton_attention, triton_concat, triton_kernels
@@ -18,27 +19,44 @@ except ImportError as error:  # PyTorch brings Triton on Linux only
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether to run our kernels; torch.compile generates its own from the formulas."""
-    return x.is_cuda and not torch.compiler.is_compiling() and kernels_work(x.device)
+    """Whether to run our kernels; torch.compile generates its own from the formulas.
+
+    Not for empty tensors, nor for fp64, as kernels compute in fp32.
+    """
+    if torch.compiler.is_compiling() or not x.is_cuda:
+        return False
+    return x.numel() > 0 and x.dtype != torch.float64 and kernels_work(x.device)
 
 
 @functools.cache
 def kernels_work(device: torch.device) -> bool:
-    """Whether all kernels compile and run on a device; warns of the first failure."""
-    problem = f"importing Triton failed ({MISSING})" if MISSING else ""
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = torch.bfloat16 if has_bf16 else torch.float16
-    for name, probe in {} if problem else PROBES.items():
-        try:
-            with torch.enable_grad():
-                probe(device, dtype)
-        except Exception as error:  # Triton and the compilers that it starts each raise their own
-            problem = f"the Triton kernel {name} failed ({short_reason(error, 300)})"
-            break
+    """Whether all kernels compile and run on a device; warns of the first failure.
+
+    An out-of-memory error of a probe is raised: it says nothing about the kernels.
+    """
+    problem = find_problem(device)
     if problem:
         message = f"{problem}; continuing without Triton kernels, slower"
         warnings.warn(message, FallbackWarning, stacklevel=2)
     return not problem
+
+
+def find_problem(device: torch.device) -> str:
+    """Returns which kernel fails on a device, and why; empty if none does."""
+    if MISSING:
+        return f"importing Triton failed ({MISSING})"
+    # Probes compute gradients; callers may be sampling.
+    with torch.cuda.device(device), torch.inference_mode(False), torch.enable_grad():
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if has_bf16 else torch.float16
+        for name, probe in PROBES.items():
+            try:
+                probe(device, dtype)
+            except Exception as error:  # Triton and the compilers that it starts raise their own
+                if is_out_of_memory(error):
+                    raise
+                return f"the Triton kernel {name} failed ({short_reason(error, 300)})"
+    return ""
 
 
 def probe_norm(device: torch.device, dtype: torch.dtype) -> None:

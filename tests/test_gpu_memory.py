@@ -101,9 +101,12 @@ def test_oom_batcher_gives_up_at_one_image(work):
         list(OomBatcher(2, "sell one").map(2, work))
 
 
-@pytest.mark.parametrize("text", ["out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling `x`"])
+@pytest.mark.parametrize("text", [
+    "CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `x`",
+    "Triton Error [CUDA]: out of memory",
+])  # fmt: skip
 def test_errors_of_cuda_without_a_type_are_out_of_memory(text):
-    assert gpu_memory.is_out_of_memory(RuntimeError(f"CUDA error: {text}"))
+    assert gpu_memory.is_out_of_memory(RuntimeError(text))
 
 
 def test_oom_batcher_raises_other_errors():

@@ -115,8 +115,9 @@ def test_muon_updates_each_matrix_by_its_momentum(kernel, mix_sizes, monkeypatch
         for w, m, g in zip(expected, exp_avg, views(grad, params), strict=True):
             m.mul_(0.95).add_(0.05 * 0.5 * g)
             w -= 0.1 * reference_muon_update(0.05 * 0.5 * g + 0.95 * m)
+    limit = 2e-2 if kernel else 1e-4  # the kernel writes bf16
     for w, view in zip(expected, views(flat, params), strict=True):
-        torch.testing.assert_close(view, w, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(view, w, rtol=limit, atol=limit / 10)
 
 
 def test_flatten_makes_parameters_views_with_equal_matrices_together():
@@ -135,6 +136,15 @@ def test_flatten_makes_parameters_views_with_equal_matrices_together():
     assert len(groups) == len({(shape[0], shape[1:].numel()) for shape in matrices})
     flat.zero_()
     assert all(not p.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("weight", [torch.randn(4, 8).mT, torch.randn(8, 6)[:, :4]])
+def test_flatten_lays_out_a_matrix_of_any_strides_by_row(weight):
+    linear = torch.nn.Linear(4, 8, bias=False)
+    linear.weight = torch.nn.Parameter(weight)
+    expected = weight.clone()
+    flat, _ = flatten(linear)
+    assert torch.equal(flat[:32].view(8, 4), expected) and torch.equal(linear.weight, expected)
 
 
 def test_use_muon_excludes_the_first_and_the_last_convolution():

@@ -1,5 +1,6 @@
 """engine/triton_support.py: kernels compile for every GPU, and do not for want of a compiler."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -57,18 +58,62 @@ def test_every_kernel_compiles_for_gpus_of_nvidia_and_amd(tmp_path):
 def on_gpu(monkeypatch) -> SimpleNamespace:
     """A tensor that says it is on a GPU, where nothing was tried yet; kernels are interpreted."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     triton_support.kernels_work.cache_clear()
-    yield SimpleNamespace(is_cuda=True, device=CPU)
+    yield SimpleNamespace(is_cuda=True, device=CPU, dtype=torch.float32, numel=lambda: 1)
     triton_support.kernels_work.cache_clear()
 
 
 @needs_triton
 @needs_no_gpu
-def test_kernels_are_used_where_all_of_them_work(on_gpu, recwarn):
-    with torch.no_grad():  # as in sampling
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])  # as in sampling
+def test_kernels_are_used_where_all_of_them_work(on_gpu, mode, recwarn):
+    with mode():
         assert triton_support.use_triton(on_gpu)
     assert not recwarn
     assert not triton_support.use_triton(torch.zeros(1))
+
+
+@pytest.mark.parametrize("changes", [{"dtype": torch.float64}, {"numel": lambda: 0}])
+def test_kernels_are_not_used_for_fp64_or_empty_tensors(on_gpu, changes, monkeypatch):
+    monkeypatch.setattr(triton_support, "MISSING", "")
+    monkeypatch.setattr(triton_support, "PROBES", {})
+    assert triton_support.use_triton(on_gpu)
+    assert not triton_support.use_triton(SimpleNamespace(**(vars(on_gpu) | changes)))
+
+
+def test_kernels_are_probed_with_their_device_current(on_gpu, monkeypatch):
+    current, seen = [], []
+
+    @contextlib.contextmanager
+    def device(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    def probe(device, _):
+        seen.append((device, *current))
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(triton_support, "MISSING", "")
+    monkeypatch.setattr(triton_support, "PROBES", {"norm": probe})
+    on_gpu.device = torch.device("cuda:1")
+    assert triton_support.use_triton(on_gpu)
+    assert seen == [(on_gpu.device, on_gpu.device)] and not current
+
+
+def test_probe_out_of_memory_is_raised_and_tried_again(on_gpu, monkeypatch):
+    outcomes = iter([RuntimeError("Triton Error [CUDA]: out of memory"), None])
+
+    def probe(*_):
+        if error := next(outcomes):
+            raise error
+
+    monkeypatch.setattr(triton_support, "MISSING", "")
+    monkeypatch.setattr(triton_support, "PROBES", {"norm": probe})
+    with pytest.raises(RuntimeError, match="out of memory"):
+        triton_support.use_triton(on_gpu)
+    assert triton_support.use_triton(on_gpu)
 
 
 @pytest.mark.parametrize("is_installed", [True, False])
