@@ -163,7 +163,8 @@ class Muon:
         """Adds grad * grad_scale to exp_avg; returns Nesterov's look-ahead; bf16 by Triton."""
         if use_triton(grad):
             momentum = torch.empty_like(grad, dtype=torch.bfloat16)
-            triton_kernels.momentum(grad, self.exp_avg, momentum, grad_scale, is_finite, MOMENTUM)
+            scalars = (grad_scale, is_finite)
+            triton_kernels.nesterov_momentum(grad, self.exp_avg, momentum, *scalars, MOMENTUM)
             return momentum
         grad = scale_finite(grad, grad_scale, is_finite)
         self.exp_avg.lerp_(grad, (1 - MOMENTUM) * is_finite)

@@ -6,10 +6,10 @@ For each image and head, with queries Q (N, D), keys K and values V (slots + N, 
                                   out = scale * softmax(Q over D) context   (N, D)
     full (arXiv:2307.08691)       out = softmax(scale * Q K^T over tokens) V
 
-Of linear attention, program (image, head) holds context and BLOCK tokens at a time; of full
-attention, a program holds BLOCK queries of a head and passes over its keys, BLOCK at a time.
-All are read where they are in qkv and mem_kv, and gradients are written so. Softmaxes and sums are
-in fp32, matrix products in the precision of qkv.
+qkv: (B, N, 3 * heads * D). mem_kv: (2, heads, D, slots) for linear, (2, heads, slots, D) for full
+attention. Both are read in place; gradients have the same layout. Linear attention: program (image,
+head) loops over blocks of tokens. Full attention: a program has one block of queries of a head and
+loops over its keys. Softmaxes and sums are in fp32, matrix products in the precision of qkv.
 """
 
 import math
@@ -17,9 +17,10 @@ import math
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 MAX_SLOTS = tl.constexpr(16)  # slots are padded to them, the fewest rows that tl.dot takes
-PRECISION = tl.constexpr("ieee")  # of products of fp32; ROCm compiles no tf32, also in bf16 kernels
+PRECISION = tl.constexpr("ieee")  # tf32 would miss FastUnet's 1e-5 in fp32; ROCm compiles none
 
 
 @triton.jit
@@ -81,12 +82,12 @@ def _linear_forward(qkv_ptr, mem_kv_ptr, out_ptr, context_ptr, lse_ptr, tokens, 
 
 
 @triton.jit
-def _linear_backward_kv(kv_ptr, dkv_ptr, offsets, v_offset, mask, lse, dcontext, kdk_sum):
-    """dK and dV of a tile of tokens or slots, see _linear_backward."""
+def _linear_backward_kv(kv_ptr, dkv_ptr, offsets, v_offset, mask, lse, dcontext, delta):
+    """dK and dV of keys at `offsets` of qkv or mem_kv and values v_offset further on."""
     s = tl.exp(tl.load(kv_ptr + offsets, mask, -float("inf")).to(tl.float32) - lse[None, :])
     v = tl.load(kv_ptr + v_offset + offsets, mask, 0.0).to(dcontext.dtype)
     ds = tl.dot(v, tl.trans(dcontext), input_precision=PRECISION)
-    tl.store(dkv_ptr + offsets, s * (ds - kdk_sum[None, :]), mask)
+    tl.store(dkv_ptr + offsets, s * (ds - delta[None, :]), mask)
     dv = tl.dot(s.to(dcontext.dtype), dcontext, input_precision=PRECISION)
     tl.store(dkv_ptr + v_offset + offsets, dv, mask)
 
@@ -98,8 +99,8 @@ def _linear_backward(qkv_ptr, mem_kv_ptr, context_ptr, lse_ptr, dout_ptr, dqkv_p
     """dqkv and dmem_kv; P = softmax(Q over D), S = softmax(K over tokens) = exp(K - lse):
 
     dP = scale * dout context^T    dQ = P * (dP - sum over D of dP * P)
-    dcontext = scale * P^T dout    dV = S dcontext    dS = V dcontext^T    dK = S * (dS - kdk_sum)
-    kdk_sum, over tokens of S * dS, is also the sum over V's D of dcontext * context.
+    dcontext = scale * P^T dout    dV = S dcontext    dS = V dcontext^T    dK = S * (dS - delta)
+    delta, the sum over tokens of S * dS, is also the sum over V's D of dcontext * context.
     dmem_kv (B, 2, heads, D, slots) is to be summed over images.
     """
     image = tl.program_id(0).to(tl.int64)
@@ -129,19 +130,18 @@ def _linear_backward(qkv_ptr, mem_kv_ptr, context_ptr, lse_ptr, dout_ptr, dqkv_p
         tl.store(dq_ptr + offsets, p * (dp - tl.sum(dp * p, 1)[:, None]), mask)
 
     # Keys and values of the tokens, then of the slots.
-    kdk_sum = tl.sum(dcontext * context, 1)
+    delta = tl.sum(dcontext * context, 1)
     dcontext = dcontext.to(dtype)
-    v_offset = HEADS * DIM
     for start in range(0, tokens, BLOCK):
         mask = (start + block < tokens)[:, None]
         offsets = (start + block)[:, None] * stride + dims[None, :] + HEADS * DIM
-        _linear_backward_kv(q_ptr, dq_ptr, offsets, v_offset, mask, lse, dcontext, kdk_sum)
+        _linear_backward_kv(q_ptr, dq_ptr, offsets, HEADS * DIM, mask, lse, dcontext, delta)
     slots = tl.arange(0, MAX_SLOTS)
     mask = (slots < SLOTS)[:, None]
     offsets = head * DIM * SLOTS + dims[None, :] * SLOTS + slots[:, None]
     dmem_kv_ptr += image * 2 * HEADS * DIM * SLOTS
     v_offset = HEADS * DIM * SLOTS
-    _linear_backward_kv(mem_kv_ptr, dmem_kv_ptr, offsets, v_offset, mask, lse, dcontext, kdk_sum)
+    _linear_backward_kv(mem_kv_ptr, dmem_kv_ptr, offsets, v_offset, mask, lse, dcontext, delta)
 
 
 class LinearAttentionFunction(torch.autograd.Function):
@@ -154,8 +154,9 @@ class LinearAttentionFunction(torch.autograd.Function):
         images, tokens, _ = qkv.shape
         _, heads, dim, slots = mem_kv.shape
         out = qkv.new_empty(images, tokens, heads * dim)
-        context = torch.empty((images, heads, dim, dim), device=qkv.device)
-        lse = torch.empty((images, heads, dim), device=qkv.device)
+        context = qkv.new_empty(images, heads, dim, dim, dtype=torch.float32)
+        lse = qkv.new_empty(images, heads, dim, dtype=torch.float32)
+        # At least 16, which tl.dot needs; at most 2,048 values in a tile, 16 for each thread.
         block = min(max(triton.next_power_of_2(tokens), 16), 2048 // dim)
         ctx.options = dict(HEADS=heads, DIM=dim, SLOTS=slots, BLOCK=block)
         _linear_forward[images, heads](
@@ -164,12 +165,13 @@ class LinearAttentionFunction(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
         qkv, mem_kv, context, lse = ctx.saved_tensors
         images, tokens, _ = qkv.shape
         _, heads, dim, _ = mem_kv.shape
         dqkv = torch.empty_like(qkv)
-        dmem_kv = torch.empty((images, *mem_kv.shape), device=qkv.device)
+        dmem_kv = lse.new_empty(images, *mem_kv.shape)
         _linear_backward[images, heads](
             qkv, mem_kv, context, lse, dout.contiguous(), dqkv, dmem_kv, tokens, dim**-0.5,
             **ctx.options)  # fmt: skip
@@ -178,7 +180,7 @@ class LinearAttentionFunction(torch.autograd.Function):
 
 def supports_attention(dim: int, slots: int) -> bool:
     """Whether the kernels take heads of this dimension with this number of memory slots."""
-    return dim in (16, 32, 64) and slots <= MAX_SLOTS.value
+    return dim in (16, 32, 64) and 1 <= slots <= MAX_SLOTS.value
 
 
 @triton.jit
@@ -254,12 +256,15 @@ def _full_forward(qkv_ptr, mem_kv_ptr, out_ptr, lse_ptr, tokens, scale, HEADS: t
 
 
 @triton.jit
-def _full_backward_tile(a, b, c, d, lse, delta, scale):
-    """P = exp2(scale * a b^T - lse) and dS = P * (c d^T - delta), of queries or of keys by row."""
-    scores = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+def _full_backward_tile(rows, cols, drows, dcols, lse, delta, scale):
+    """P = exp2(scale * rows cols^T - lse) and dS = P * (drows dcols^T - delta).
+
+    With Q, K, dout, V a row is a query; with K, Q, V, dout a key, and P and dS are transposed.
+    """
+    scores = tl.dot(rows, tl.trans(cols), input_precision=PRECISION)
     p = tl.exp2(scores * scale - lse)
-    dp = tl.dot(c, tl.trans(d), input_precision=PRECISION)
-    return p.to(a.dtype), (p * (dp - delta)).to(a.dtype)
+    dp = tl.dot(drows, tl.trans(dcols), input_precision=PRECISION)
+    return p.to(rows.dtype), (p * (dp - delta)).to(rows.dtype)
 
 
 @triton.jit
@@ -289,12 +294,11 @@ def _full_backward_q(qkv_ptr, mem_kv_ptr, out_ptr, lse_ptr, dout_ptr, dqkv_ptr, 
     lse = tl.load(lse_ptr + index, rows < tokens, 0.0)[:, None]
     delta = tl.sum(dout.to(tl.float32) * out, 1)
     tl.store(delta_ptr + index, delta, rows < tokens)
-    delta = delta[:, None]
 
     # Slots. Where lse is infinite, P and dS are 0.
     mem_k, mem_v, is_slot, slot_offsets = _load_slots(mem_kv_ptr, head, q.dtype, HEADS, DIM, SLOTS)
     slot_lse = tl.where(is_slot[None, :], lse, float("inf"))
-    slot_p, slot_ds = _full_backward_tile(q, mem_k, dout, mem_v, slot_lse, delta, scale)
+    slot_p, slot_ds = _full_backward_tile(q, mem_k, dout, mem_v, slot_lse, delta[:, None], scale)
     dmem_k = tl.dot(tl.trans(slot_ds), q, input_precision=PRECISION) * DIM**-0.5
     dmem_v = tl.dot(tl.trans(slot_p), dout, input_precision=PRECISION)
     blocks = tl.cdiv(tokens, BLOCK)
@@ -310,7 +314,7 @@ def _full_backward_q(qkv_ptr, mem_kv_ptr, out_ptr, lse_ptr, dout_ptr, dqkv_ptr, 
         k = tl.load(k_ptr + offsets, is_token[:, None], 0.0)
         v = tl.load(k_ptr + HEADS * DIM + offsets, is_token[:, None], 0.0)
         token_lse = tl.where(is_token[None, :], lse, float("inf")) if IS_RAGGED else lse
-        _, ds = _full_backward_tile(q, k, dout, v, token_lse, delta, scale)
+        _, ds = _full_backward_tile(q, k, dout, v, token_lse, delta[:, None], scale)
         dq += tl.dot(ds, k, input_precision=PRECISION)
     dq_ptr = dqkv_ptr + image * tokens * stride + head * DIM
     tl.store(dq_ptr + row_offsets, dq * DIM**-0.5, row_mask)
@@ -322,6 +326,7 @@ def _full_backward_kv(qkv_ptr, lse_ptr, dout_ptr, delta_ptr, dqkv_ptr, tokens, s
     """dK and dV of BLOCK tokens, with P and dS of _full_backward_q, transposed:
 
     dV = P^T dout    dK = D^-0.5 * dS^T Q
+    Padded queries add nothing: their dout and delta are 0.
     """
     # Keys and values of the block.
     image, head, rows = _find_block(tokens, HEADS, BLOCK)
@@ -365,12 +370,13 @@ class FullAttentionFunction(torch.autograd.Function):
         images, tokens, _ = qkv.shape
         _, heads, slots, dim = mem_kv.shape
         out = qkv.new_empty(images, tokens, heads * dim)
-        lse = torch.empty((images, heads, tokens), device=qkv.device)
-        largest = min(64, 4096 // (dim * qkv.element_size()))  # fits GPUs of 64 KiB shared memory
+        lse = qkv.new_empty(images, heads, tokens, dtype=torch.float32)
+        # Tiles of 4 KiB: what a program holds fits into 64 KiB of shared memory.
+        largest = min(64, 4096 // (dim * qkv.element_size()))
         block = min(max(triton.next_power_of_2(tokens), 16), largest)
         ctx.grid = (images * heads * triton.cdiv(tokens, block),)
         ctx.scale = dim**-0.5 * math.log2(math.e)
-        ctx.options = dict(HEADS=heads, DIM=dim, BLOCK=block, num_warps=block // 16)
+        ctx.options = dict(HEADS=heads, DIM=dim, BLOCK=block, num_warps=block // 16)  # 16 rows each
         ctx.key_options = dict(SLOTS=slots, IS_RAGGED=tokens % block > 0)
         _full_forward[ctx.grid](
             qkv, mem_kv, out, lse, tokens, ctx.scale, **ctx.options, **ctx.key_options)  # fmt: skip
@@ -378,13 +384,14 @@ class FullAttentionFunction(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
         qkv, mem_kv, out, lse = ctx.saved_tensors
         images, tokens, _ = qkv.shape
         dout = dout.contiguous()
         dqkv = torch.empty_like(qkv)
         blocks = triton.cdiv(tokens, ctx.options["BLOCK"])
-        dmem_kv = torch.empty((images * blocks, *mem_kv.shape), device=qkv.device)
+        dmem_kv = lse.new_empty(images * blocks, *mem_kv.shape)
         delta = torch.empty_like(lse)
         _full_backward_q[ctx.grid](
             qkv, mem_kv, out, lse, dout, dqkv, dmem_kv, delta, tokens, ctx.scale,

@@ -8,10 +8,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from engine.triton_kernels import as_channels_last_rows
 
-TILE_ELEMENTS = 4096  # that a program copies
+COPIED_ELEMENTS = 4096  # by a program
 
 
 @triton.jit
@@ -33,27 +34,30 @@ def _concat(a_ptr, b_ptr, y_ptr, a_stride, b_stride, rows, a_channels, b_channel
 
 
 @triton.jit
-def _add_and_split(y_ptr, z_ptr, a_ptr, b_ptr, y_stride, z_stride, rows, a_channels, b_channels,
-                   ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
-    """Rows of a are the first a_channels of y + z, those of b the rest; programs as in _concat."""
+def _add_and_split(dy_ptr, dz_ptr, da_ptr, db_ptr, dy_stride, dz_stride, rows, a_channels,
+                   b_channels, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+    """Rows of da are the first a_channels of dy + dz, those of db the rest.
+
+    Program (i, 0) writes the i-th ROWS rows of da, program (i, 1) those of db.
+    """
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     col = tl.arange(0, COLS)[None, :]
-    y_ptr += row * y_stride + col
-    z_ptr += row * z_stride + col
+    dy_ptr += row * dy_stride + col
+    dz_ptr += row * dz_stride + col
     if tl.program_id(1) == 0:
         mask = (row < rows) & (col < a_channels)
-        y = tl.load(y_ptr, mask).to(tl.float32)
-        tl.store(a_ptr + row * a_channels + col, y + tl.load(z_ptr, mask), mask)
+        dy = tl.load(dy_ptr, mask).to(tl.float32)
+        tl.store(da_ptr + row * a_channels + col, dy + tl.load(dz_ptr, mask), mask)
     else:
         mask = (row < rows) & (col < b_channels)
-        y = tl.load(y_ptr + a_channels, mask).to(tl.float32)
-        tl.store(b_ptr + row * b_channels + col, y + tl.load(z_ptr + a_channels, mask), mask)
+        dy = tl.load(dy_ptr + a_channels, mask).to(tl.float32)
+        tl.store(db_ptr + row * b_channels + col, dy + tl.load(dz_ptr + a_channels, mask), mask)
 
 
 def copy_grid(rows: int, a_channels: int, b_channels: int) -> tuple[tuple[int, int], dict]:
     """Returns the launch grid of the two kernels above, and their constants."""
     cols = triton.next_power_of_2(max(a_channels, b_channels))
-    tile_rows = max(TILE_ELEMENTS // cols, 1)
+    tile_rows = max(COPIED_ELEMENTS // cols, 1)
     return (triton.cdiv(rows, tile_rows), 2), dict(ROWS=tile_rows, COLS=cols)
 
 
@@ -67,11 +71,14 @@ def empty_rows(like: Tensor, channels: int) -> Tensor:
 class ConcatFunction(torch.autograd.Function):
     """The channels of a, then those of b, (B, C, H, W); returned twice, for two consumers.
 
-    So the gradients of both are added and split in one pass.
+    So the gradients of both are added and split in one pass. ValueError if a and b differ in more
+    than their channels.
     """
 
     @staticmethod
     def forward(ctx, a, b):
+        if (len(a), *a.shape[2:]) != (len(b), *b.shape[2:]):
+            raise ValueError(f"cannot concatenate {tuple(a.shape)} and {tuple(b.shape)}")
         a = as_channels_last_rows(a)
         b = as_channels_last_rows(b)
         images, a_channels, height, width = a.shape
@@ -79,11 +86,11 @@ class ConcatFunction(torch.autograd.Function):
         y = empty_rows(a, sum(ctx.channels))
         rows = images * height * width
         grid, constants = copy_grid(rows, *ctx.channels)
-        # Stride 3 leads to the next pixel, which is the next row.
         _concat[grid](a, b, y, a.stride(3), b.stride(3), rows, *ctx.channels, **constants)
         return y, y.view_as(y)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dz):
         dy = as_channels_last_rows(dy)
         dz = as_channels_last_rows(dz)

@@ -1,17 +1,20 @@
 """Triton kernels for the work between matrix products, and for the optimizers.
 
 Images are channels-last: a row is the C channels of a pixel. Between two convolutions PyTorch reads
-and writes an activation about six times, a kernel once. Kernels compute in fp32 and leave out what
-is None. engine.unet and engine.optimizer have the same formulas in plain PyTorch.
+and writes an activation about six times, a kernel once. Kernels compute in fp32. A pointer that is
+None removes its term when the kernel is compiled. engine.unet and engine.optimizer have the same
+formulas in plain PyTorch.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 TARGET_PROGRAMS = 528  # four for each of the 132 multiprocessors of an H100
 MAX_PROGRAMS_PER_IMAGE = 64
+MAX_GRID_Y = 65_535  # programs along axis 1 or 2 of a launch grid; axis 0 takes 2^31 - 1
 TILE_ELEMENTS = 1024  # of each array that a program holds at a time
 BLOCK_SIZE = 2048  # elements for each program of an elementwise kernel
 
@@ -25,13 +28,16 @@ def _load_fp32(ptr, mask):
 def _norm_forward(x_ptr, bias_ptr, gain_ptr, modulation_ptr, residual_ptr, residual_bias_ptr, y_ptr,
                   modulation_stride, pixels, channels, ACTIVATE: tl.constexpr, ROWS: tl.constexpr,
                   COLS: tl.constexpr):  # fmt: skip
-    """Bias, RMSNorm, modulation, SiLU, residual; n = (x + bias) / |x + bias|:
+    """Bias, RMSNorm, modulation, SiLU, residual:
 
-    y = silu(n * gain * sqrt(C) * (scale + 1) + shift) + residual + residual_bias
-    Program (image, i) does all channels of the image's i-th ROWS pixels.
+    n = (x + bias) / |x + bias|    u = n * gain * sqrt(C) * (scale + 1) + shift
+    y = silu(u) + residual + residual_bias
+    modulation: scale (C), then shift (C), of each image; rows are modulation_stride apart. Programs
+    (image, *) do the tiles of an image: all channels of ROWS pixels each.
     """
     image = tl.program_id(0).to(tl.int64)
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    tile = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    rows = tile * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
     col_mask = cols < channels
     mask = (rows < pixels)[:, None] & col_mask[None, :]
@@ -42,16 +48,17 @@ def _norm_forward(x_ptr, bias_ptr, gain_ptr, modulation_ptr, residual_ptr, resid
     if bias_ptr is not None:
         x += _load_fp32(bias_ptr + cols, col_mask)[None, :]
     length = tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)
-    gain = _load_fp32(gain_ptr + cols, col_mask) * tl.sqrt(channels.to(tl.float32))
-    y = x / length[:, None] * gain[None, :]
+    factor = _load_fp32(gain_ptr + cols, col_mask) * tl.sqrt(channels.to(tl.float32))
+    u = x / length[:, None] * factor[None, :]
 
     # Modulation, SiLU, residual.
     if modulation_ptr is not None:
         scale_ptr = modulation_ptr + image * modulation_stride + cols
-        y = y * (_load_fp32(scale_ptr, col_mask) + 1)[None, :]
-        y += _load_fp32(scale_ptr + channels, col_mask)[None, :]
+        u = u * (_load_fp32(scale_ptr, col_mask) + 1)[None, :]
+        u += _load_fp32(scale_ptr + channels, col_mask)[None, :]
+    y = u
     if ACTIVATE:
-        y = y * tl.sigmoid(y)
+        y = u * tl.sigmoid(u)
     if residual_ptr is not None:
         y += _load_fp32(residual_ptr + offsets, mask)
     if residual_bias_ptr is not None:
@@ -60,30 +67,30 @@ def _norm_forward(x_ptr, bias_ptr, gain_ptr, modulation_ptr, residual_ptr, resid
 
 
 @triton.jit
-def _norm_backward(x_ptr, bias_ptr, gain_ptr, modulation_ptr, dy_ptr, dx_ptr, sums_ptr,
-                   modulation_stride, dy_stride, pixels, channels, rows_per_program,
-                   HAS_RESIDUAL_BIAS: tl.constexpr, ACTIVATE: tl.constexpr, ROWS: tl.constexpr,
-                   COLS: tl.constexpr):  # fmt: skip
-    """dx, and sums over pixels for the other gradients; n as in _norm_forward:
+def _norm_backward(x_ptr, bias_ptr, gain_ptr, modulation_ptr, residual_bias_ptr, dy_ptr, dx_ptr,
+                   sums_ptr, modulation_stride, dy_stride, pixels, channels, rows_per_program,
+                   ACTIVATE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+    """dx, and sums over pixels for the other gradients; n and u as in _norm_forward:
 
-    g = gain * sqrt(C) * (scale + 1)    du = dy * silu'(n * g + shift)
-    dn = du * g                         dx = (dn - n * sum(dn * n)) / |x + bias|
-    Program (image, i) goes over the i-th rows_per_program pixels, ROWS at a time, and stores its
-    sums of du * n * sqrt(C), of du (dshift) or dy (dresidual_bias), and of dx (dbias).
+    factor = gain * sqrt(C) * (scale + 1)    u = n * factor + shift    du = dy * silu'(u)
+    dn = du * factor                         dx = (dn - n * sum(dn * n)) / |x + bias|
+    Program (image, i) loops over the i-th rows_per_program pixels, ROWS at a time. It stores its
+    sums (3, images, programs, C): [0] du * n * sqrt(C); [1] du, or dy if there is a residual bias;
+    [2] dx.
     """
     image = tl.program_id(0).to(tl.int64)
     program = tl.program_id(1)
     cols = tl.arange(0, COLS)
     col_mask = cols < channels
     sqrt_channels = tl.sqrt(channels.to(tl.float32))
-    gain = _load_fp32(gain_ptr + cols, col_mask) * sqrt_channels
+    factor = _load_fp32(gain_ptr + cols, col_mask) * sqrt_channels
     bias = tl.zeros([COLS], tl.float32)
     if bias_ptr is not None:
         bias = _load_fp32(bias_ptr + cols, col_mask)
     shift = tl.zeros([COLS], tl.float32)
     if modulation_ptr is not None:
         scale_ptr = modulation_ptr + image * modulation_stride + cols
-        gain = gain * (_load_fp32(scale_ptr, col_mask) + 1)
+        factor = factor * (_load_fp32(scale_ptr, col_mask) + 1)
         shift = _load_fp32(scale_ptr + channels, col_mask)
 
     # Rows are summed once, at the end: a sum across threads in each round is slow.
@@ -97,27 +104,28 @@ def _norm_backward(x_ptr, bias_ptr, gain_ptr, modulation_ptr, dy_ptr, dx_ptr, su
         row = image * pixels + pixel
         x = _load_fp32(x_ptr + row[:, None] * channels + cols[None, :], mask)
         x = tl.where(mask, x + bias[None, :], 0.0)
-        d = _load_fp32(dy_ptr + row[:, None] * dy_stride + cols[None, :], mask)
+        dy = _load_fp32(dy_ptr + row[:, None] * dy_stride + cols[None, :], mask)
         inv_length = 1 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)
         n = x * inv_length[:, None]
-        if HAS_RESIDUAL_BIAS:
-            dshift_acc += d
+        if residual_bias_ptr is not None:
+            dshift_acc += dy
+        du = dy
         if ACTIVATE:
-            u = n * gain[None, :] + shift[None, :]
+            u = n * factor[None, :] + shift[None, :]
             sigmoid = tl.sigmoid(u)
-            d = d * sigmoid * (1 + u * (1 - sigmoid))
+            du = dy * sigmoid * (1 + u * (1 - sigmoid))
         if modulation_ptr is not None:
-            dshift_acc += d
-        dgain_acc += d * n
-        d = d * gain[None, :]
-        d = (d - n * tl.sum(d * n, 1)[:, None]) * inv_length[:, None]
-        dbias_acc += d
-        tl.store(dx_ptr + row[:, None] * channels + cols[None, :], d, mask)
+            dshift_acc += du
+        dgain_acc += du * n
+        dn = du * factor[None, :]
+        dx = (dn - n * tl.sum(dn * n, 1)[:, None]) * inv_length[:, None]
+        dbias_acc += dx
+        tl.store(dx_ptr + row[:, None] * channels + cols[None, :], dx, mask)
 
     sums_stride = tl.num_programs(0) * tl.num_programs(1) * channels
     sums_ptr += (image * tl.num_programs(1) + program) * channels + cols
     tl.store(sums_ptr, tl.sum(dgain_acc, 0) * sqrt_channels, col_mask)
-    if modulation_ptr is not None or HAS_RESIDUAL_BIAS:
+    if modulation_ptr is not None or residual_bias_ptr is not None:
         tl.store(sums_ptr + sums_stride, tl.sum(dshift_acc, 0), col_mask)
     if bias_ptr is not None:
         tl.store(sums_ptr + 2 * sums_stride, tl.sum(dbias_acc, 0), col_mask)
@@ -130,7 +138,7 @@ def _norm_reduce(sums_ptr, gain_ptr, modulation_ptr, dgain_ptr, dbias_ptr, dmodu
     """Gradients of all but x from _norm_backward's sums (3, images, PROGRAMS, C).
 
     For each image dscale = gain * sums[0] and dshift = sums[1]; dgain is the sum over images of
-    (scale + 1) * sums[0]. Program i does the i-th COLS channels, IMAGES at a time.
+    (scale + 1) * sums[0]. Program i does the i-th COLS channels, IMAGES images at a time.
     """
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     col_mask = cols < channels
@@ -148,15 +156,15 @@ def _norm_reduce(sums_ptr, gain_ptr, modulation_ptr, dgain_ptr, dbias_ptr, dmodu
         tile_ptr = sums_ptr + row[:, :, None] * channels + cols[None, None, :]
         tile_mask = mask[:, None, :]
         dgain = tl.sum(tl.load(tile_ptr, tile_mask, 0.0), 1)
+        dshift = tl.sum(tl.load(tile_ptr + sums_stride, tile_mask, 0.0), 1)
         if dbias_ptr is not None:
             dbias_acc += tl.sum(tl.sum(tl.load(tile_ptr + 2 * sums_stride, tile_mask, 0.0), 1), 0)
         if dresidual_bias_ptr is not None:
-            dresidual_acc += tl.sum(tl.sum(tl.load(tile_ptr + sums_stride, tile_mask, 0.0), 1), 0)
+            dresidual_acc += tl.sum(dshift, 0)
         if modulation_ptr is not None:
             scale_ptr = modulation_ptr + image[:, None] * modulation_stride + cols[None, :]
             dscale_ptr = dmodulation_ptr + image[:, None] * (2 * channels) + cols[None, :]
             tl.store(dscale_ptr, dgain * gain[None, :], mask)
-            dshift = tl.sum(tl.load(tile_ptr + sums_stride, tile_mask, 0.0), 1)
             tl.store(dscale_ptr + channels, dshift, mask)
             dgain = dgain * (_load_fp32(scale_ptr, mask) + 1)
         dgain_acc += tl.sum(dgain, 0)
@@ -168,41 +176,51 @@ def _norm_reduce(sums_ptr, gain_ptr, modulation_ptr, dgain_ptr, dbias_ptr, dmodu
 
 
 def as_channels_last_rows(x: Tensor) -> Tensor:
-    """Copies x (B, C, H, W) unless it is rows of adjacent channels with one stride."""
+    """Returns x (B, C, H, W) as rows of adjacent channels that are stride(3) apart.
+
+    Copies x only if it is stored otherwise.
+    """
     _, channels, height, width = x.shape
-    if height * width == 1:  # the strides of H and W are arbitrary, and contiguous() leaves them
-        return x.contiguous().as_strided(x.shape, (channels, 1, channels, channels))
-    is_even = x.stride(2) == width * x.stride(3) and x.stride(0) == height * x.stride(2)
-    return x if is_even and x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
+    is_evenly_spaced = x.stride(2) == width * x.stride(3) and x.stride(0) == height * x.stride(2)
+    if is_evenly_spaced and x.stride(1) == 1:
+        return x
+    x = x.contiguous(memory_format=torch.channels_last)
+    # Axes of size 1 may still have any stride.
+    return x.as_strided(x.shape, (height * width * channels, 1, width * channels, channels))
 
 
 def launch_config(channels: int, pixels: int) -> dict[str, int]:
-    """Rows and columns of a program's tile, and its number of warps."""
+    """Returns rows and columns of a program's tile, and the number of its warps."""
     cols = triton.next_power_of_2(channels)
     rows = min(max(TILE_ELEMENTS // cols, 1), triton.next_power_of_2(pixels))
+    # Each of the 32 threads of a warp has 16 elements in its registers, more only above 8 warps.
     return dict(ROWS=rows, COLS=cols, num_warps=max(1, min(rows * cols // 512, 8)))
 
 
 class NormFunction(torch.autograd.Function):
-    """engine.unet.norm_act, with a modulation or a residual bias but not both."""
+    """engine.unet.norm_act; with a modulation or a residual bias, not both."""
 
     @staticmethod
     def forward(ctx, x, bias, gain, modulation, residual, residual_bias, activate):
+        assert modulation is None or residual_bias is None  # sums[1] is for one of them
         x = x.contiguous(memory_format=torch.channels_last)
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)
         images, channels, height, width = x.shape
         y = torch.empty_like(x)
         ctx.config = launch_config(channels, height * width)
+        tiles = triton.cdiv(height * width, ctx.config["ROWS"])
+        grid_z = triton.cdiv(tiles, MAX_GRID_Y)
         ctx.modulation_stride = 0 if modulation is None else modulation.stride(0)
         ctx.activate = activate
         ctx.save_for_backward(x, bias, gain, modulation, residual_bias)
-        _norm_forward[images, triton.cdiv(height * width, ctx.config["ROWS"])](
+        _norm_forward[images, triton.cdiv(tiles, grid_z), grid_z](
             x, bias, gain, modulation, residual, residual_bias, y, ctx.modulation_stride,
             height * width, channels, activate, **ctx.config)  # fmt: skip
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, bias, gain, modulation, residual_bias = ctx.saved_tensors
         dy = as_channels_last_rows(dy)
@@ -217,11 +235,12 @@ class NormFunction(torch.autograd.Function):
         max_programs = min(triton.cdiv(pixels, ctx.config["ROWS"]), MAX_PROGRAMS_PER_IMAGE)
         programs = min(triton.cdiv(TARGET_PROGRAMS, images), max_programs)
         programs = triton.next_power_of_2(programs)
-        sums = torch.empty((3, images, programs, channels), device=x.device)
+        sums = torch.empty((3, images, programs, channels), dtype=torch.float32, device=x.device)
         _norm_backward[images, programs](
-            x, bias, gain, modulation, dy, dx, sums, ctx.modulation_stride, dy.stride(3), pixels,
-            channels, triton.cdiv(pixels, programs), residual_bias is not None, ctx.activate,
+            x, bias, gain, modulation, residual_bias, dy, dx, sums, ctx.modulation_stride,
+            dy.stride(3), pixels, channels, triton.cdiv(pixels, programs), ctx.activate,
             **ctx.config)  # fmt: skip
+        # Tiles of 256 rows and 16 channels (64 adjacent bytes): 16 values in registers of a thread.
         _norm_reduce[(triton.cdiv(channels, 16),)](
             sums, gain, modulation, dgain, dbias, dmodulation, dresidual_bias,
             ctx.modulation_stride, images, channels, IMAGES=max(256 // programs, 1),
@@ -268,12 +287,13 @@ class AddBiasFunction(torch.autograd.Function):
         return x
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         rows = dy.numel() // ctx.channels
         dy_rows = as_channels_last_rows(dy)
         config = launch_config(ctx.channels, rows)
         programs = min(TARGET_PROGRAMS, triton.cdiv(rows, config["ROWS"]))
-        sums = torch.empty((programs, ctx.channels), device=dy.device)
+        sums = torch.empty((programs, ctx.channels), dtype=torch.float32, device=dy.device)
         _sum_rows[(programs,)](
             dy_rows, sums, dy_rows.stride(3), rows, ctx.channels, triton.cdiv(rows, programs),
             **config)  # fmt: skip
@@ -283,7 +303,12 @@ class AddBiasFunction(torch.autograd.Function):
 @triton.jit
 def _adam(param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, lr_ptr, grad_scale_ptr, is_finite_ptr,
           step_count_ptr, numel, beta1, beta2, epsilon, BLOCK: tl.constexpr):  # fmt: skip
-    """Adam (arXiv:1412.6980) for grad * grad_scale; each program does BLOCK elements."""
+    """Adam (arXiv:1412.6980) for g = grad * grad_scale; each program does BLOCK elements:
+
+    exp_avg += (1 - beta1) * (g - exp_avg)    exp_avg_sq += (1 - beta2) * (g^2 - exp_avg_sq)
+    root = sqrt(exp_avg_sq / (1 - beta2^step)) + epsilon
+    param -= lr / (1 - beta1^step) * exp_avg / root
+    """
     if tl.load(is_finite_ptr) > 0:
         offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < numel
@@ -314,25 +339,31 @@ def adam(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr: T
 
 
 @triton.jit
-def _momentum(grad_ptr, exp_avg_ptr, nesterov_ptr, grad_scale_ptr, is_finite_ptr, numel, momentum,
-              BLOCK: tl.constexpr):  # fmt: skip
-    """Nesterov's momentum of grad * grad_scale; each program does BLOCK elements."""
+def _nesterov_momentum(grad_ptr, exp_avg_ptr, momentum_ptr, grad_scale_ptr, is_finite_ptr, numel,
+                       decay, BLOCK: tl.constexpr):  # fmt: skip
+    """Nesterov's momentum of g = grad * grad_scale; each program does BLOCK elements:
+
+    exp_avg += (1 - decay) * (g - exp_avg)    momentum = g + decay * (exp_avg - g)
+    """
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < numel
-    nesterov = tl.zeros([BLOCK], tl.float32)
+    momentum = tl.zeros([BLOCK], tl.float32)
     if tl.load(is_finite_ptr) > 0:
         grad = tl.load(grad_ptr + offsets, mask, 0.0) * tl.load(grad_scale_ptr)
         exp_avg = tl.load(exp_avg_ptr + offsets, mask, 0.0)
-        exp_avg += (1 - momentum) * (grad - exp_avg)
+        exp_avg += (1 - decay) * (grad - exp_avg)
         tl.store(exp_avg_ptr + offsets, exp_avg, mask)
-        nesterov = grad + momentum * (exp_avg - grad)
-    tl.store(nesterov_ptr + offsets, nesterov, mask)
+        momentum = grad + decay * (exp_avg - grad)
+    tl.store(momentum_ptr + offsets, momentum, mask)
 
 
-def momentum(grad: Tensor, exp_avg: Tensor, nesterov: Tensor, grad_scale: Tensor,
-             is_finite: Tensor, momentum: float) -> None:  # fmt: skip
-    """Updates exp_avg in place and writes nesterov; if is_finite is 0, only zeros."""
-    if grad.numel():
-        _momentum[(triton.cdiv(grad.numel(), BLOCK_SIZE),)](
-            grad, exp_avg, nesterov, grad_scale, is_finite, grad.numel(), momentum,
-            BLOCK=BLOCK_SIZE)  # fmt: skip
+def nesterov_momentum(grad: Tensor, exp_avg: Tensor, momentum: Tensor, grad_scale: Tensor,
+                      is_finite: Tensor, decay: float) -> None:  # fmt: skip
+    """Updates exp_avg in place and writes momentum; if is_finite is 0, only zeros to momentum.
+
+    The first three are contiguous vectors, momentum of any precision; the next two scalars on the
+    device.
+    """
+    _nesterov_momentum[(triton.cdiv(grad.numel(), BLOCK_SIZE),)](
+        grad, exp_avg, momentum, grad_scale, is_finite, grad.numel(), decay,
+        BLOCK=BLOCK_SIZE)  # fmt: skip

@@ -62,7 +62,7 @@ def find_problem(device: torch.device) -> str:
 def probe_norm(device: torch.device, dtype: torch.dtype) -> None:
     """Runs the norm with a modulation, and with a residual, forward and backward."""
     x = torch.ones(1, 128, 8, 8, device=device, dtype=dtype, requires_grad=True)
-    vector = torch.ones(128, device=device, requires_grad=True)
+    vector = torch.ones(128, device=device, dtype=torch.float32, requires_grad=True)
     modulation = torch.ones(1, 256, device=device, dtype=dtype, requires_grad=True)
     for rest in ((modulation, None, None), (None, x, vector)):
         y = triton_kernels.NormFunction.apply(x, vector, vector.view(1, -1, 1, 1), *rest, True)
@@ -72,7 +72,7 @@ def probe_norm(device: torch.device, dtype: torch.dtype) -> None:
 def probe_add_bias(device: torch.device, dtype: torch.dtype) -> None:
     """Adds a bias, forward and backward."""
     x = torch.ones(1, 128, 8, 8, device=device, dtype=dtype)
-    bias = torch.ones(128, device=device, requires_grad=True)
+    bias = torch.ones(128, device=device, dtype=torch.float32, requires_grad=True)
     y = triton_kernels.AddBiasFunction.apply(x, bias)
     y.backward(torch.ones_like(y))
 
@@ -86,7 +86,7 @@ def probe_concat(device: torch.device, dtype: torch.dtype) -> None:
 def probe_linear_attention(device: torch.device, dtype: torch.dtype) -> None:
     """Runs linear attention, forward and backward."""
     qkv = torch.ones(1, 64, 384, device=device, dtype=dtype, requires_grad=True)
-    mem_kv = torch.ones(2, 4, 32, 4, device=device, requires_grad=True)
+    mem_kv = torch.ones(2, 4, 32, 4, device=device, dtype=torch.float32, requires_grad=True)
     y = triton_attention.LinearAttentionFunction.apply(qkv, mem_kv)
     y.backward(torch.ones_like(y))
 
@@ -94,17 +94,17 @@ def probe_linear_attention(device: torch.device, dtype: torch.dtype) -> None:
 def probe_full_attention(device: torch.device, dtype: torch.dtype) -> None:
     """Runs full attention, forward and backward."""
     qkv = torch.ones(1, 64, 384, device=device, dtype=dtype, requires_grad=True)
-    mem_kv = torch.ones(2, 4, 4, 32, device=device, requires_grad=True)
+    mem_kv = torch.ones(2, 4, 4, 32, device=device, dtype=torch.float32, requires_grad=True)
     y = triton_attention.FullAttentionFunction.apply(qkv, mem_kv)
     y.backward(torch.ones_like(y))
 
 
 def probe_optimizer(device: torch.device, _: torch.dtype) -> None:
     """Runs an update of Adam and one of Muon's momentum."""
-    vectors = torch.ones(4, 64, device=device)
-    scalars = torch.ones(4, device=device)
+    vectors = torch.ones(4, 64, device=device, dtype=torch.float32)
+    scalars = torch.ones(4, device=device, dtype=torch.float32)
     triton_kernels.adam(*vectors, *scalars, (0.9, 0.99), 1e-8)
-    triton_kernels.momentum(*vectors[:3], *scalars[:2], 0.9)
+    triton_kernels.nesterov_momentum(*vectors[:3], *scalars[:2], 0.9)
 
 
 PROBES = {

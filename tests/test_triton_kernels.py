@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from engine import unet
+from engine import triton_support, unet
 from tests.helpers import needs_no_gpu, relative_error
 
 pytest.importorskip("triton", reason="PyTorch brings Triton on Linux only")
@@ -34,6 +34,18 @@ def compare(
 def add_bias(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """The kernel, on a copy of x, which it overwrites."""
     return unet.triton_kernels.AddBiasFunction.apply(x * 1, bias)
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[tuple]:
+    """Grid and arguments of each kernel that is launched; none runs."""
+    found = []
+
+    def record(_, grid):
+        return lambda *args, **options: found.append((grid, args))
+
+    monkeypatch.setattr(type(unet.triton_kernels._add_bias), "__getitem__", record)
+    return found
 
 
 # Shapes: full tiles, several programs an image with a partial tile, more channels than 512.
@@ -69,7 +81,9 @@ def test_norm_kernel_matches_formula(batch, channels, size, kind, dtype, limit):
 @pytest.mark.parametrize("kind", ["modulated", "residual"])
 def test_norm_kernel_loops_over_rows_with_a_partial_last_tile(kind, monkeypatch):
     torch.manual_seed(0)
-    # Two programs an image, each with 13 rows in tiles of 4.
+    # Seven programs an image in the forward pass, on two axes of the grid; two in the backward
+    # pass, each with 13 rows in tiles of 4.
+    monkeypatch.setattr(unet.triton_kernels, "MAX_GRID_Y", 3)
     monkeypatch.setattr(unet.triton_kernels, "TARGET_PROGRAMS", 4)
     monkeypatch.setattr(unet.triton_kernels, "TILE_ELEMENTS", 128)
     x, dy = (channels_last(3, 24, 5, 5) for _ in range(2))
@@ -141,11 +155,73 @@ def test_kernels_take_images_of_one_pixel():
     )
 
 
+def test_kernels_take_gradients_of_images_one_pixel_wide():
+    """Such a gradient may have any stride along its width."""
+    torch.manual_seed(0)
+    x = channels_last(2, 24, 3, 1)
+    dy = torch.randn(144).as_strided(x.shape, (72, 1, 24, 7))
+    compare(add_bias, unet.add_bias, [x, torch.randn(24)], dy)
+
+
+# Many images, and many pixels of 136 channels, for which a tile has the fewest.
+@pytest.mark.parametrize("images, channels, size", [(70_000, 24, 4), (1, 136, 512)])
+def test_kernels_are_launched_on_grids_that_cuda_takes(images, channels, size, launches):
+    shapes = [(images, channels, size, size), (1, channels, 1, 1), (channels,)]
+    x, gain, bias = (torch.empty(shape, device="meta", requires_grad=True) for shape in shapes)
+    qkv = torch.empty(images, size**2, 96, device="meta")
+    mem_kv = torch.empty(2, 1, 32, 16, device="meta", requires_grad=True)
+    outputs = (
+        unet.triton_kernels.NormFunction.apply(x, bias, gain, None, x, bias, True),
+        unet.triton_kernels.AddBiasFunction.apply(x * 1, bias),
+        sum(unet.triton_concat.ConcatFunction.apply(x, x)),
+        unet.triton_attention.LinearAttentionFunction.apply(qkv, mem_kv),
+        unet.triton_attention.FullAttentionFunction.apply(qkv, mem_kv.mT),
+    )
+    for y in outputs:
+        y.backward(torch.empty_like(y))
+    assert len(launches) == 12
+    for grid, _ in launches:
+        assert grid[0] < 2**31 and max(grid[1:], default=1) <= 65_535
+
+
+def test_kernels_get_no_fp64_where_that_is_the_default(launches):
+    torch.set_default_dtype(torch.float64)
+    try:
+        for probe in triton_support.PROBES.values():
+            probe(torch.device("meta"), torch.bfloat16)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    tensors = [x for _, args in launches for x in args if isinstance(x, torch.Tensor)]
+    assert {x.dtype for x in tensors} == {torch.bfloat16, torch.float32}
+
+
+@pytest.mark.parametrize("name", ["norm", "add_bias", "concat", "linear", "full"])
+def test_second_derivatives_of_kernels_raise(name):
+    x = channels_last(1, 96, 2, 2).requires_grad_()
+    qkv = x.flatten(2).mT
+    function = {
+        "norm": lambda: unet.triton_kernels.NormFunction.apply(
+            x, None, torch.ones(1, 96, 1, 1), None, None, None, True
+        ),
+        "add_bias": lambda: add_bias(x, torch.ones(96)),
+        "concat": lambda: unet.triton_concat.ConcatFunction.apply(x, x)[0],
+        "linear": lambda: unet.triton_attention.LinearAttentionFunction.apply(
+            qkv, torch.ones(2, 1, 32, 4)
+        ),
+        "full": lambda: unet.triton_attention.FullAttentionFunction.apply(
+            qkv, torch.ones(2, 1, 4, 32)
+        ),
+    }[name]
+    (dx,) = torch.autograd.grad(function().square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
 # Shapes: a partial last tile, unequal halves, images of one pixel.
 @pytest.mark.parametrize("a_channels, b_channels, size", [(64, 64, 9), (24, 40, 5), (48, 16, 1)])
 def test_concat_kernels_match_formula(a_channels, b_channels, size, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(unet.triton_concat, "TILE_ELEMENTS", 512)
+    monkeypatch.setattr(unet.triton_concat, "COPIED_ELEMENTS", 512)
     a = channels_last(3, 2 * a_channels, size, size)[:, a_channels:]
     b = channels_last(3, b_channels, size, size)
     weight = channels_last(3, a_channels + b_channels, size, size)
@@ -159,6 +235,18 @@ def test_concat_kernels_match_formula(a_channels, b_channels, size, monkeypatch)
         [a, b],
         torch.randn_like(weight),
     )
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 4, 2), (2, 8, 4, 4)])
+def test_concat_rejects_images_of_another_size_or_number(shape):
+    with pytest.raises(ValueError, match=r"cannot concatenate \(1, 8, 4, 4\) and"):
+        unet.triton_concat.ConcatFunction.apply(channels_last(1, 8, 4, 4), channels_last(*shape))
+
+
+def test_attention_kernels_need_a_slot():
+    assert unet.triton_attention.supports_attention(32, 1)
+    assert not unet.triton_attention.supports_attention(32, 0)
+    assert not unet.triton_attention.supports_attention(32, 17)
 
 
 @pytest.mark.parametrize("batch, tokens, heads, dim, slots, dtype, limit", [

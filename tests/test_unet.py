@@ -72,6 +72,14 @@ def test_cpu_norm_has_the_gradients_of_the_formula(is_modulated, activate, monke
         assert relative_error(a, b) < 1e-5
 
 
+def test_second_derivative_of_the_cpu_norm_raises():
+    x = torch.randn(2, 8, 3, 3, requires_grad=True)
+    y = unet.norm_act(x, None, torch.ones(1, 8, 1, 1), activate=True)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
 def test_class_embedding_begins_at_zero_and_is_the_only_new_key():
     torch.manual_seed(0)
     plain = FastUnet(**ARCHITECTURES[0])
