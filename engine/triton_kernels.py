@@ -47,9 +47,10 @@ def _norm_forward(x_ptr, bias_ptr, gain_ptr, modulation_ptr, residual_ptr, resid
     x = _load_fp32(x_ptr + offsets, mask)
     if bias_ptr is not None:
         x += _load_fp32(bias_ptr + cols, col_mask)[None, :]
-    length = tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)
+    norm = tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)
+    n = x / norm[:, None]
     factor = _load_fp32(gain_ptr + cols, col_mask) * tl.sqrt(channels.to(tl.float32))
-    u = x / length[:, None] * factor[None, :]
+    u = n * factor[None, :]
 
     # Modulation, SiLU, residual.
     if modulation_ptr is not None:
@@ -105,8 +106,8 @@ def _norm_backward(x_ptr, bias_ptr, gain_ptr, modulation_ptr, residual_bias_ptr,
         x = _load_fp32(x_ptr + row[:, None] * channels + cols[None, :], mask)
         x = tl.where(mask, x + bias[None, :], 0.0)
         dy = _load_fp32(dy_ptr + row[:, None] * dy_stride + cols[None, :], mask)
-        inv_length = 1 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)
-        n = x * inv_length[:, None]
+        inv_norm = 1 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)
+        n = x * inv_norm[:, None]
         if residual_bias_ptr is not None:
             dshift_acc += dy
         du = dy
@@ -118,7 +119,7 @@ def _norm_backward(x_ptr, bias_ptr, gain_ptr, modulation_ptr, residual_bias_ptr,
             dshift_acc += du
         dgain_acc += du * n
         dn = du * factor[None, :]
-        dx = (dn - n * tl.sum(dn * n, 1)[:, None]) * inv_length[:, None]
+        dx = (dn - n * tl.sum(dn * n, 1)[:, None]) * inv_norm[:, None]
         dbias_acc += dx
         tl.store(dx_ptr + row[:, None] * channels + cols[None, :], dx, mask)
 
@@ -156,9 +157,9 @@ def _norm_reduce(sums_ptr, gain_ptr, modulation_ptr, dgain_ptr, dbias_ptr, dmodu
         tile_ptr = sums_ptr + row[:, :, None] * channels + cols[None, None, :]
         tile_mask = mask[:, None, :]
         dgain = tl.sum(tl.load(tile_ptr, tile_mask, 0.0), 1)
-        dshift = tl.sum(tl.load(tile_ptr + sums_stride, tile_mask, 0.0), 1)
         if dbias_ptr is not None:
             dbias_acc += tl.sum(tl.sum(tl.load(tile_ptr + 2 * sums_stride, tile_mask, 0.0), 1), 0)
+        dshift = tl.sum(tl.load(tile_ptr + sums_stride, tile_mask, 0.0), 1)
         if dresidual_bias_ptr is not None:
             dresidual_acc += tl.sum(dshift, 0)
         if modulation_ptr is not None:
