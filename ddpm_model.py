@@ -212,6 +212,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
 
         Those of an unconditional model fit a conditional one: its class embedding is zero then.
         """
+        self.graph_cache.clear()  # with assign=True they would read the old weights
         self.guide = None
         if any(name.startswith("guide.") for name in state_dict):
             self.snapshot_guide()
@@ -274,7 +275,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         use_graph = self.cuda_graph and self.supports_cuda_graphs and x.is_cuda
         if use_graph and not torch.is_grad_enabled():
             try:
-                return self.graph_cache(network, x, t, *([] if labels is None else [labels]))
+                return self.graph_cache(network, x, t, labels)
             except GraphCaptureError as error:
                 self.cuda_graph = False
                 warn_fallback("CUDA graph capture", error)

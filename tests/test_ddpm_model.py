@@ -175,6 +175,14 @@ def test_errors_of_a_network_are_not_taken_for_failed_captures():
     assert model.cuda_graph
 
 
+def test_graphs_are_dropped_when_weights_get_other_storage():
+    model = small()
+    for change in (model.float, lambda: model.load_state_dict(model.state_dict(), assign=True)):
+        model.graph_cache.graphs["network"] = None
+        change()
+        assert not model.graph_cache.graphs
+
+
 # Files.
 
 

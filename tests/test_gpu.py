@@ -3,6 +3,7 @@
 The quick ones first, the one that compiles (a minute or two) last.
 """
 
+import gc
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from config import detect_tier, estimate_memory_gib, resolve
 from ddpm_model import DDPMModel
 from engine import dataloader, metrics, train_step, unet
-from engine.cuda_graphs import CapturedFunction, GraphCaptureError
+from engine.cuda_graphs import CapturedFunction, GraphCaptureError, capture_stream
 from engine.dataloader import Batch, BatchLoader, ImageDataset
 from engine.datasets import load_dataset
 from engine.errors import FallbackWarning
@@ -162,6 +164,76 @@ def test_sampling_by_graph_generates_the_same_images():
         assert (a - b).abs().max() < 2e-2
 
 
+def test_graph_captured_in_inference_mode_replays_outside_it():
+    torch.manual_seed(0)
+    model = DDPMModel(image_size=32, dim=32).to(CUDA).eval()
+    with torch.inference_mode():
+        images = model.sample(4, steps=6, seed=0)
+    assert (model.sample(4, steps=6, seed=0) - images).abs().max() < 1e-4
+    assert model.graph_cache.graphs
+
+
+class PlainNetwork(nn.Sequential):
+    """A network whose weights autocast casts."""
+
+    self_condition = False
+
+    def forward(self, x, t, previous=None):
+        return super().forward(x)
+
+
+def test_graph_captured_under_autocast_replays_in_a_later_block():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 64, 3, padding=1), nn.SiLU(), nn.Conv2d(64, 3, 3, padding=1)
+    model = DDPMModel(image_size=32, dim=8).eval()
+    model.diffusion.model = PlainNetwork(*layers)
+    model.to(CUDA)
+    images = {}
+    for model.cuda_graph in (False, True):
+        for _ in range(2):
+            with torch.autocast("cuda", torch.bfloat16):
+                images[model.cuda_graph] = model.sample(4, steps=6, seed=0)
+            # Takes the place of the weights that were cast, which are free now.
+            with torch.cuda.stream(capture_stream(model.device)):
+                [torch.full((1024,), torch.nan, device=CUDA) for _ in range(1000)]
+    assert model.graph_cache.graphs
+    assert (images[False] - images[True]).abs().max() < 2e-2
+
+
+def test_memory_of_graphs_is_free_after_running_out_of_it():
+    def reserved():
+        gc.collect()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    def run_out_of_memory(*_):
+        raise torch.OutOfMemoryError
+
+    model = DDPMModel(image_size=32, dim=32).to(CUDA).eval()
+    before = reserved()
+    model.sample(64, steps=6, seed=0)
+    held = reserved() - before
+    model.unet.register_forward_pre_hook(run_out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        model.sample(65, steps=6, seed=0)
+    assert reserved() - before < held / 2
+
+
+@two_gpus
+def test_model_on_another_gpu_than_the_current_one_samples_the_same_images():
+    torch.manual_seed(0)
+    model = DDPMModel(image_size=32, dim=32).eval()
+    images = []
+    for device in ("cuda:0", "cuda:1"):
+        model.to(device)
+        for model.cuda_graph in (False, True):
+            images.append(model.sample(4, steps=6, seed=0).cpu())
+        assert model.graph_cache.graphs
+    assert torch.cuda.current_device() == 0
+    for others in images[1:]:
+        assert (others - images[0]).abs().max() < 2e-2
+
+
 def test_class_conditional_model_trains_and_samples_by_graph_as_without():
     classes = {name: 1 for name in "abcd"}
     steps = []
@@ -192,7 +264,8 @@ def test_captured_step_computes_what_its_kernels_do_one_by_one(micro_batch):
     for number in range(5):
         losses = [step(make_batch(), number, 1e-3)[0].item() for step in (plain, captured)]
         assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-    assert set(captured.graphs) == {min(micro_batch, 32), 32 % micro_batch or micro_batch, "update"}
+    sizes = {micro_batch, 32 % micro_batch or micro_batch}
+    assert set(captured.graphs) == {"update", *((size, 32) for size in sizes)}
 
 
 def test_captured_step_replays_with_the_labels_of_its_batch():

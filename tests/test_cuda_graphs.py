@@ -1,0 +1,180 @@
+"""CUDA graphs without a GPU: what is captured, on which device, and what is kept."""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine import cuda_graphs
+from engine.cuda_graphs import MAX_GRAPHS, CapturedFunction, GraphCache, GraphCaptureError
+from engine.errors import UserError
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch) -> SimpleNamespace:
+    """Stubs of what CapturedFunction uses of torch.cuda; leaving a failed capture fails, too.
+
+    device: the current one. replays: the device of each. captures: pool and device of each.
+    """
+    state = SimpleNamespace(device=None, replays=[], captures=[])
+
+    @contextlib.contextmanager
+    def device(value):
+        state.device = value
+        try:
+            yield
+        finally:
+            state.device = None
+
+    class FakeCapture:
+        def __init__(self, graph, pool, stream):
+            state.captures.append((pool, stream.device))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, kind, *_):
+            if kind is not None:
+                raise RuntimeError("capture was invalidated")
+
+    def stream(device=None):
+        return SimpleNamespace(device=device, wait_stream=lambda other: None)
+
+    def graph():
+        return SimpleNamespace(replay=lambda: state.replays.append(state.device))
+
+    monkeypatch.setattr(cuda_graphs, "capture_stream", cuda_graphs.capture_stream.__wrapped__)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    monkeypatch.setattr(torch.cuda, "graph", FakeCapture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    return state
+
+
+def test_captured_function_tells_capture_memory_and_other_errors_apart(fake_cuda):
+    def failing(error):
+        calls = []
+
+        def fn(x):
+            calls.append(x)
+            if error and len(calls) == 2:
+                raise error
+            return x * 2
+
+        return CapturedFunction(fn)
+
+    x = torch.ones(2)
+    captured = failing(None)
+    assert torch.equal(captured(x), 2 * x) and captured.graph is None  # the first call is plain
+    assert torch.equal(captured(x), 2 * x) and captured.graph is not None
+    captured = failing(ValueError("waits for the GPU"))
+    captured(x)
+    with pytest.raises(GraphCaptureError, match="capture was invalidated"):
+        captured(x)
+    captured = failing(torch.OutOfMemoryError("too large"))
+    captured(x)
+    with pytest.raises(torch.OutOfMemoryError, match="too large"):
+        captured(x)
+
+    def broken(x):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match=r"^shapes do not match$"):
+        CapturedFunction(broken)(x)
+
+
+def test_captured_function_uses_the_device_of_its_inputs(fake_cuda):
+    devices = []
+
+    def fn(x):
+        devices.append(fake_cuda.device)
+        return x * 2
+
+    captured = CapturedFunction(fn)
+    second_gpu = torch.device("cuda:1")
+    with FakeTensorMode():
+        for _ in range(3):
+            captured(torch.ones(2, device=second_gpu))
+    assert devices == [second_gpu] * 2  # without a graph, and in the capture
+    assert fake_cuda.captures == [(None, second_gpu)] and fake_cuda.replays == [second_gpu] * 2
+
+
+def test_function_captured_in_inference_mode_takes_inputs_outside_it(fake_cuda):
+    captured = CapturedFunction(lambda x: x * 2)
+    with torch.inference_mode():
+        captured(torch.ones(2))
+        captured(torch.ones(2))
+    captured(torch.full((2,), 3.0))
+    assert captured.static_inputs[0].tolist() == [3, 3]
+
+
+def test_capture_holds_the_casts_of_autocast(fake_cuda):
+    """A cast that an earlier call made is freed when its autocast block ends."""
+    casts = []
+
+    class CastCounter(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default:
+                casts.append(args[0].shape)
+            return function(*args, **(kwargs or {}))
+
+    layer = nn.Linear(2, 3, bias=False)
+    captured = CapturedFunction(layer)
+    x = torch.ones(1, 2, dtype=torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            with CastCounter():
+                captured(x)
+        assert torch.is_autocast_cache_enabled()
+    assert casts == [layer.weight.shape] * 2
+
+
+# The cache of a model.
+
+
+class Network(nn.Module):
+    """Doubles x; up to 4 images fit into memory."""
+
+    def forward(self, x, t, previous, labels=None):
+        if len(x) > 4:
+            raise torch.OutOfMemoryError
+        return x * 2
+
+
+def test_graphs_of_a_cache_share_a_pool_until_one_fails(fake_cuda):
+    cache = GraphCache()
+    network = Network()
+
+    def run(count):
+        return cache(network, torch.ones(count, 1), torch.zeros(count))
+
+    for count in (3, 4):
+        outputs = [run(count) for _ in range(3)]
+        assert torch.equal(outputs[1], outputs[2]) and outputs[1] is not outputs[2]
+    with pytest.raises(torch.OutOfMemoryError):
+        run(5)
+    assert not cache.graphs and cache.pool is None
+    for _ in range(2):
+        run(2)
+    pools = [pool for pool, _ in fake_cuda.captures]
+    assert pools[0] is pools[1] is not pools[2] is cache.pool
+
+
+def test_cache_holds_few_graphs(fake_cuda):
+    cache = GraphCache()
+    networks = [Network() for _ in range(MAX_GRAPHS + 1)]
+    for network in networks:
+        cache(network, torch.ones(1, 1), torch.zeros(1))
+    assert [key[0] for key in cache.graphs] == networks[-1:]
+
+
+def test_cache_rejects_labels_for_an_unconditional_network(fake_cuda):
+    with pytest.raises(UserError, match="unconditional"):
+        GraphCache()(Network(), torch.ones(1, 1), torch.zeros(1), torch.zeros(1))
