@@ -6,6 +6,7 @@ products. On a GPU, all that follows a convolution is one Triton kernel, and so 
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from engine.cpu_norm import CpuNormFunction, use_cpu_norm
 from engine.errors import UserError
 from engine.triton_support import triton_attention, triton_concat, triton_kernels, use_triton
 
-CastWeights = dict[Tensor, Tensor]  # parameter -> its value in the precision of matrix products
+CastWeights = dict[nn.Module, Tensor]  # layer -> its weight in the precision of matrix products
 UPSTREAM_VERSIONS = "denoising-diffusion-pytorch>=2.1,<2.4"
 # What upstream's modules consist of: names of parameters and children, or classes in a Sequential.
 UPSTREAM_LAYOUTS = {
@@ -44,11 +45,6 @@ class FastUnet(Unet):
         super().__init__(*args, **kwargs)
         check_upstream(self)
         self.num_classes = num_classes
-        self.blocks = [module for module in self.modules() if hasattr(module, "block1")]
-        # upsample() combines its weights in fp32 before they are cast.
-        upsample_weights = {up[1].weight for *_, up in self.ups if isinstance(up, nn.Sequential)}
-        weights = [p for name, p in self.named_parameters() if name.endswith("weight")]
-        self.cast_params = [p for p in weights if p not in upsample_weights]
         matrix = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])  # see upsample
         self.register_buffer("upsample_matrix", torch.kron(matrix, matrix), persistent=False)
         if num_classes:
@@ -59,7 +55,7 @@ class FastUnet(Unet):
     def forward(
         self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
-        """x (B, C, H, W), timesteps t (B,); H and W are multiples of downsample_factor.
+        """x (B, C, H, W), timesteps t (B,) or (1,); H and W are multiples of downsample_factor.
 
         labels: classes (B,), -1: no label; or weights of all classes, floats (B, num_classes).
         """
@@ -67,14 +63,17 @@ class FastUnet(Unet):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if self.self_condition:
             x = torch.cat((torch.zeros_like(x) if x_self_cond is None else x_self_cond, x), dim=1)
-        with torch.autocast(device, enabled=False):
+        # Triton launches on the current device.
+        guard = nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(x)
+        with torch.autocast(device, enabled=False), guard:
             x = x.to(dtype, memory_format=torch.channels_last)
-            weights = cast_weights(self.cast_params, dtype)
-            return self._forward(x, t, labels, weights).contiguous()
+            return self._forward(x, t.expand(len(x)), labels).contiguous()
 
-    def _forward(self, x: Tensor, t: Tensor, labels: Tensor | None, weights: CastWeights) -> Tensor:
+    def _forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """Computes in the precision of x."""
-        modulations = self._modulations(t, labels, weights, x.dtype)
+        layers, blocks = self._layers_and_blocks()
+        weights = cast_weights(layers, x.dtype)
+        modulations = self._modulations(t, labels, blocks, weights, x.dtype)
         recompute = self.checkpointing and torch.is_grad_enabled()
 
         def run(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
@@ -111,25 +110,47 @@ class FastUnet(Unet):
         x = block(x, self.final_res_block, stem)
         return conv(x, self.final_conv, weights)
 
+    def _layers_and_blocks(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """The layers whose weights are cast, and the residual blocks, as they are at this call.
+
+        Not upsample's layers: it combines their weights in fp32 before they are cast.
+        """
+        upsamplings = {up for *_, up in self.ups if isinstance(up, nn.Sequential)}
+        layers = []
+        blocks = []
+        remaining = [self]
+        while remaining:  # self.modules() takes three times as long
+            module = remaining.pop()
+            children = module._modules
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                layers.append(module)
+            elif module not in upsamplings:
+                remaining += children.values()
+            if "block1" in children:
+                blocks.append(module)
+        return layers, blocks
+
     def _modulations(
-        self, t: Tensor, labels: Tensor | None, weights: CastWeights, dtype: torch.dtype
-    ) -> dict:
+        self, t: Tensor, labels: Tensor | None, blocks: Sequence[nn.Module], weights: CastWeights,
+        dtype: torch.dtype,
+    ) -> dict[nn.Module, Tensor]:  # fmt: skip
         """Scale and shift (B, 2C) of each block, of one matrix product for all."""
         embedding, linear1, _, linear2 = self.time_mlp
-        t = F.linear(embedding(t).to(dtype), weights[linear1.weight], linear1.bias.to(dtype))
-        t = F.linear(F.gelu(t), weights[linear2.weight], linear2.bias.to(dtype))
+        t = F.linear(embedding(t).to(dtype), weights[linear1], linear1.bias.to(dtype))
+        t = F.linear(F.gelu(t), weights[linear2], linear2.bias.to(dtype))
         if labels is not None:
             class_mix = labels
             if not labels.is_floating_point():  # -1 is no class
                 every_label = torch.arange(self.num_classes, device=labels.device)
-                class_mix = (labels[:, None] == every_label).float()
-            t = t + (class_mix @ self.class_embedding.weight).to(dtype)
-        linears = [block.mlp[1] for block in self.blocks]
-        weight = torch.cat([weights[linear.weight] for linear in linears])
+                class_mix = labels[:, None] == every_label
+            embeddings = self.class_embedding.weight
+            t = t + (class_mix.to(embeddings.dtype) @ embeddings).to(dtype)
+        linears = [block.mlp[1] for block in blocks]
+        weight = torch.cat([weights[linear] for linear in linears])
         bias = torch.cat([linear.bias for linear in linears]).to(dtype)
         modulations = F.linear(F.silu(t), weight, bias)
         sizes = [linear.out_features for linear in linears]
-        return dict(zip(self.blocks, modulations.split(sizes, dim=1), strict=True))
+        return dict(zip(blocks, modulations.split(sizes, dim=1), strict=True))
 
 
 def check_upstream(network: Unet) -> None:
@@ -159,12 +180,13 @@ def dropout_mask(x: Tensor, module: nn.Module) -> Tensor | None:
     return mask.bernoulli_(1 - p).div_(1 - p)
 
 
-def cast_weights(params: Sequence[Tensor], dtype: torch.dtype) -> CastWeights:
-    """Maps parameters of one precision to their values in another."""
+def cast_weights(layers: Sequence[nn.Module], dtype: torch.dtype) -> CastWeights:
+    """Maps layers, all of one precision, to their weights in another."""
+    params = [layer.weight for layer in layers]
     # torch.compile of torch 2.11 loses the gradients of CastFunction.
     if params[0].dtype == dtype or torch.compiler.is_compiling():
-        return {p: p.to(dtype) for p in params}
-    return dict(zip(params, CastFunction.apply(dtype, *params), strict=True))
+        return {layer: p.to(dtype) for layer, p in zip(layers, params, strict=True)}
+    return dict(zip(layers, CastFunction.apply(dtype, *params), strict=True))
 
 
 class CastFunction(torch.autograd.Function):
@@ -256,7 +278,7 @@ def full_attention(qkv: Tensor, mem_kv: Tensor) -> Tensor:
 
 def conv(x: Tensor, module: nn.Conv2d, weights: CastWeights, with_bias: bool = True) -> Tensor:
     """A convolution; 1x1 as a matrix product."""
-    weight = weights[module.weight]
+    weight = weights[module]
     bias = module.bias if with_bias else None
     if module.kernel_size == (1, 1):
         bias = None if bias is None else bias.to(x.dtype)
@@ -286,7 +308,7 @@ def downsample(x: Tensor, module: nn.Module, weights: CastWeights) -> Tensor:
     """
     if isinstance(module, nn.Conv2d):
         return conv(x, module, weights)
-    weight = weights[module[1].weight].view(module[1].out_channels, -1, 2, 2)
+    weight = weights[module[1]].view(module[1].out_channels, -1, 2, 2)
     return add_bias(F.conv2d(x, weight, stride=2), module[1].bias)
 
 

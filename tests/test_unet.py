@@ -80,6 +80,71 @@ def test_second_derivative_of_the_cpu_norm_raises():
         dx.sum().backward()
 
 
+def test_fast_unet_broadcasts_one_timestep_and_one_label(monkeypatch):
+    torch.manual_seed(0)
+    network = FastUnet(dim=8, dim_mults=(1, 2), num_classes=3)
+    nn.init.normal_(network.class_embedding.weight)
+    rows = []
+
+    def spy(x, skip, module, weights, modulation, mask):  # kernels read a row for each image
+        rows.append(len(modulation))
+        return resnet_block(x, skip, module, weights, modulation, mask)
+
+    resnet_block = unet.resnet_block
+    monkeypatch.setattr(unet, "resnet_block", spy)
+    x, t, labels = torch.randn(3, 3, 8, 8), torch.tensor([400]), torch.tensor([2])
+    with torch.no_grad():
+        output = network(x, t, labels=labels)
+        torch.testing.assert_close(output, network(x, t.repeat(3), labels=labels.repeat(3)))
+    assert set(rows) == {3}
+
+
+def test_fast_unet_in_bf16_takes_labels():
+    torch.manual_seed(0)
+    network = FastUnet(dim=8, dim_mults=(1, 2), num_classes=3)
+    nn.init.normal_(network.class_embedding.weight)
+    x, t = torch.randn(3, 3, 8, 8), torch.tensor([0, 400, 999])
+    for labels in (torch.tensor([2, -1, 0]), torch.rand(3, 3)):
+        with torch.no_grad():
+            exact = network.float()(x, t, labels=labels)
+            output = network.bfloat16()(x.bfloat16(), t, labels=labels)
+        assert relative_error(output, exact) < 0.05
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_fast_unet_computes_with_the_weights_and_modules_of_now(autocast):
+    _, expected = pair(**ARCHITECTURES[0])
+    state = expected.state_dict()
+    x, t = torch.randn(3, 3, 16, 16), torch.tensor([0, 400, 999])
+
+    def assigned():
+        network = FastUnet(**ARCHITECTURES[0])
+        network.load_state_dict(state, assign=True)
+        return network
+
+    def from_meta():
+        with torch.device("meta"):
+            network = FastUnet(**ARCHITECTURES[0])
+        network = network.to_empty(device="cpu")
+        network.upsample_matrix.copy_(expected.upsample_matrix)
+        network.load_state_dict(state)
+        return network
+
+    def with_replaced_modules():
+        network = FastUnet(**ARCHITECTURES[0])
+        network.mid_block1 = FastUnet(**ARCHITECTURES[0]).mid_block1
+        network.final_conv = nn.Conv2d(32, 3, 1)
+        network.load_state_dict(state)
+        return network
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = expected(x, t)
+        for make in (assigned, from_meta, with_replaced_modules):
+            torch.testing.assert_close(make()(x, t), output)
+        network = FastUnet(**ARCHITECTURES[0])
+        torch.testing.assert_close(torch.func.functional_call(network, state, (x, t)), output)
+
+
 def test_class_embedding_begins_at_zero_and_is_the_only_new_key():
     torch.manual_seed(0)
     plain = FastUnet(**ARCHITECTURES[0])
