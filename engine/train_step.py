@@ -3,7 +3,7 @@
 import copy
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -38,7 +38,7 @@ class TrainableModel(Protocol):
     image_size: int  # pixels
     channels: int
     architecture: dict[str, Any]  # the arguments that build the model, stored in checkpoints
-    guide: nn.Module | None  # an earlier copy of the network, for autoguidance
+    guide: nn.Module | None  # an earlier copy of the network, for autoguidance; training drops it
     supports_cuda_graphs: bool  # whether a forward pass launches the same kernels every time
 
     def __call__(
@@ -98,7 +98,8 @@ class TrainStep:
         # In the memory that training leaves.
         self.eval_batcher = OomBatcher(config.BATCH_SIZE, advice)
 
-        # Parameters, EMA and gradient: one flat vector each.
+        # Parameters, EMA and gradient: one flat vector each. A guide would be trained with them.
+        model.guide = None
         model.to(memory_format=torch.channels_last)  # custom networks, too
         self.ema = copy.deepcopy(model).eval()
         self.params, named = flatten(model)
@@ -111,6 +112,12 @@ class TrainStep:
         self.param_names = [name for name, _ in named]
         self.param_views = [p for _, p in named]
         self.grad_views = views(self.grad, self.param_views)
+        # Those that are saved, such as BatchNorm's running means, have no EMA but are copied.
+        saved = model.state_dict().keys()
+        self.buffers, self.ema_buffers = (
+            [buffer for name, buffer in network.named_buffers() if name in saved]
+            for network in (model, self.ema)
+        )
 
         # Optimizers: flatten() puts the matrices first, which Muon updates; Adam updates the rest.
         matrices = [p for name, p in named if use_muon(name, p)]
@@ -124,12 +131,13 @@ class TrainStep:
         adam = Adam(self.params[end:])
         self.optimizers = {"muon": (muon, slice(end)), "adam": (adam, slice(end, None))}
 
-        # Precision, compilation, CUDA graphs (of micro-batches by their size, and of the update).
+        # Precision, compilation, CUDA graphs (of the update, and of micro-batches by their size and
+        # the local batch's).
         self.amp_dtype = amp_dtype(self.device)
         self.loss_function = torch.compile(model, dynamic=False) if config.COMPILE_MODEL else model
         self.use_labels = "labels" in inspect.signature(model.forward).parameters
         use_graphs = config.CUDA_GRAPH and is_cuda and model.supports_cuda_graphs
-        self.graphs: dict[int | str, CapturedFunction] | None = {} if use_graphs else None
+        self.graphs: dict[Hashable, CapturedFunction] | None = {} if use_graphs else None
         self.graph_pool = torch.cuda.graph_pool_handle() if use_graphs else None
         use_threads = use_batch_threads(self.device) and not config.COMPILE_MODEL
         self.threads = BatchThreads() if use_threads else None
@@ -214,7 +222,7 @@ class TrainStep:
         loss = torch.zeros((), device=self.device)
         add = partial(self.add_micro_batch, local_batch)
         for part in zip(*(x.split(self.micro_batch) for x in inputs), strict=True):
-            loss += self.run_captured(len(part[0]), add, *part)
+            loss += self.run_captured((len(part[0]), local_batch), add, *part)
         return loss
 
     def add_micro_batch(self, local_batch: int, *inputs: Tensor) -> Tensor:
@@ -272,10 +280,16 @@ class TrainStep:
         for optimizer, part in self.optimizers.values():
             optimizer.update(self.params[part], self.grad[part], self.lr, grad_scale, is_finite)
         self.ema_params.lerp_(self.params, self.ema_weight * is_finite)
+        if self.buffers:
+            torch._foreach_copy_(self.ema_buffers, self.buffers)
         return norm
 
-    def run_captured(self, key: int | str, fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Returns fn(*inputs), run as a CUDA graph if configured; a key stands for one fn."""
+    def run_captured(self, key: Hashable, fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Returns fn(*inputs), run as a CUDA graph if configured.
+
+        A key stands for one fn and its Python numbers, which are fixed at capture: what changes
+        between calls must be a tensor that is updated in place.
+        """
         if self.graphs is not None:
             if key not in self.graphs:
                 self.graphs[key] = CapturedFunction(fn, self.graph_pool)

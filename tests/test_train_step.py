@@ -1,6 +1,5 @@
 """The training step: what it computes, and what it does when something fails."""
 
-import contextlib
 import copy
 from functools import partial
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from ddpm_model import DDPMModel
-from engine.cuda_graphs import CapturedFunction, GraphCaptureError
+from engine.cuda_graphs import GraphCaptureError
 from engine.dataloader import Batch, BatchLoader, ImageDataset
 from engine.errors import FallbackWarning, UserError
 from engine.optimizer import use_muon
@@ -97,6 +96,27 @@ def test_step_ema_follows_its_closed_form():
         expected, weight = expected + weight * (1 - decay) * value, weight * decay
     torch.testing.assert_close(next(step.ema.parameters()), expected + weight * start)
     assert ema_decay(0.999, 0) == 0.1 and ema_decay(0.999, 10**6) == 0.999
+
+
+def test_step_copies_changing_buffers_to_the_ema():
+    model = make_model()
+    model.unet.add_module("norm", torch.nn.BatchNorm2d(3))
+    model.unet.register_forward_pre_hook(lambda unet, inputs: (unet.norm(inputs[0]), *inputs[1:]))
+    step = TrainStep(model, SimpleNamespace(**STEP_SETTINGS))
+    for number in range(2):
+        step(make_batch(), number, 1e-3)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        trained = getattr(step.model.unet.norm, name)
+        assert not torch.equal(trained, getattr(torch.nn.BatchNorm2d(3), name))
+        assert torch.equal(getattr(step.ema.unet.norm, name), trained)
+
+
+def test_step_drops_the_guide_which_would_be_trained():
+    model = make_model()
+    model.snapshot_guide()
+    step = TrainStep(model, SimpleNamespace(**STEP_SETTINGS))
+    assert step.model.guide is step.ema.guide is None
+    assert len(step.params) == len(make_step().params)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adam"])
@@ -444,7 +464,18 @@ def test_step_with_replayed_micro_batches_makes_the_same_update(micro_batch, mon
         losses = [step(make_batch(), number, 1e-3)[0].item() for step in (plain, replayed)]
         assert losses[0] == losses[1]
     assert max_weight_difference(plain.model, replayed.model) == 0
-    assert set(replayed.graphs) == {micro_batch, 32 % micro_batch or micro_batch, "update"}
+    sizes = {micro_batch, 32 % micro_batch or micro_batch}
+    assert set(replayed.graphs) == {"update", *((size, 32) for size in sizes)}
+
+
+def test_step_with_replayed_micro_batches_takes_batches_of_several_sizes(monkeypatch):
+    monkeypatch.setattr("engine.train_step.CapturedFunction", ReplayedFunction)
+    plain, replayed = make_step(), make_step()
+    replayed.graphs = {}
+    for number, count in enumerate((32, 64, 32)):  # one part, which overwrites the gradient, or two
+        losses = [step(make_batch(count), number, 1e-3)[0].item() for step in (plain, replayed)]
+        assert losses[0] == losses[1]
+    assert max_weight_difference(plain.model, replayed.model) == 0
 
 
 @pytest.mark.parametrize("key", [8, "update"])
@@ -470,61 +501,6 @@ def test_step_continues_without_a_graph_that_cannot_be_captured(key, monkeypatch
                 made(make_batch(), number, 1e-3)
     assert len(caught) == 1 and step.graphs is None
     assert max_weight_difference(step.model, reference.model) == 0
-
-
-@pytest.fixture
-def fake_cuda(monkeypatch):
-    """Stubs of what CapturedFunction uses of torch.cuda; leaving a failed capture fails, too."""
-
-    class FakeCapture:
-        def __init__(self, graph, pool):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, kind, *_):
-            if kind is not None:
-                raise RuntimeError("capture was invalidated")
-
-    context = SimpleNamespace(wait_stream=lambda _: None)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: context)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: context)
-    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
-    monkeypatch.setattr(torch.cuda, "graph", FakeCapture)
-
-
-def test_captured_function_tells_capture_memory_and_other_errors_apart(fake_cuda):
-    def failing(error):
-        calls = []
-
-        def fn(x):
-            calls.append(x)
-            if error and len(calls) == 2:
-                raise error
-            return x * 2
-
-        return CapturedFunction(fn)
-
-    x = torch.ones(2)
-    captured = failing(None)
-    assert torch.equal(captured(x), 2 * x) and captured.graph is None  # the first call is plain
-    assert torch.equal(captured(x), 2 * x) and captured.graph is not None
-    captured = failing(ValueError("waits for the GPU"))
-    captured(x)
-    with pytest.raises(GraphCaptureError, match="capture was invalidated"):
-        captured(x)
-    captured = failing(torch.OutOfMemoryError("too large"))
-    captured(x)
-    with pytest.raises(torch.OutOfMemoryError, match="too large"):
-        captured(x)
-
-    def broken(x):
-        raise RuntimeError("shapes do not match")
-
-    with pytest.raises(RuntimeError, match=r"^shapes do not match$"):
-        CapturedFunction(broken)(x)
 
 
 # --- checkpoints
