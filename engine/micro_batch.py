@@ -14,6 +14,7 @@ from engine.checkpoints import write_text
 from engine.dataloader import Batch, fits_on_gpu
 from engine.errors import FallbackWarning, UserError, warn_fallback
 from engine.gpu_memory import limited_to, usable_memory
+from engine.labels import NO_LABEL
 from engine.train_step import TrainableModel, TrainStep
 
 CACHE_FILE = Path("data/cache/memory.json")
@@ -119,20 +120,29 @@ def rehearse(model: TrainableModel, config: Any, effective: int) -> tuple[int, b
     if config.GUIDE_FRACTION:
         step.ema.snapshot_guide()
     shape = (effective, model.channels, model.image_size, model.image_size)
-    batch = Batch(torch.randint(256, shape, dtype=torch.uint8, device=device))
+    images = torch.randint(256, shape, dtype=torch.uint8, device=device)
+    has_labels = bool(getattr(model, "class_names", ()))
+    batch = Batch(images, torch.full((effective,), NO_LABEL, device=device) if has_labels else None)
     for number in range(2):
         step(batch, number, 1e-4)
-    micro = max(n for n in range(1, step.micro_batch + 1) if effective % n == 0)
+    micro = max_divisor(effective, step.micro_batch)
 
-    # A validation and a sample grid with the guide, in parts as small as necessary.
+    # A validation and a sample grid with the guide, in parts as small as necessary; then another
+    # update, next to what sampling keeps.
     def sample(part: slice) -> None:
-        step.ema.sample(part.stop - part.start, steps=3, seed=0)
+        step.ema.sample(part.stop - part.start, steps=min(3, config.TIMESTEPS), seed=0)
 
     try:
         step.validate(batch.take(slice(micro)).to(torch.device("cpu")))
         step.map_eval_batches(min(micro, config.GRID_IMAGES), sample)
+        step(batch, 2, 1e-4)
     except UserError:
         if micro == 1:
             raise
         return micro, False
-    return micro, True
+    return max_divisor(effective, step.micro_batch), True
+
+
+def max_divisor(number: int, limit: int) -> int:
+    """Returns the largest divisor of a number up to a limit."""
+    return max(n for n in range(1, limit + 1) if number % n == 0)

@@ -85,6 +85,41 @@ def test_probe_leaves_memory_for_sampling(recwarn):
     assert probe_micro_batch(Cramped.from_config(config), config, 1.0)[0] == 2
 
 
+class Hoarder(DDPMModel):
+    """Trains on up to 8 images at a time, or 4 once it has sampled, which leaves something."""
+
+    limit = 8
+
+    def forward(self, images, t, noise):
+        if self.training and len(images) > self.limit:
+            raise torch.OutOfMemoryError
+        return super().forward(images, t, noise)
+
+    def sample(self, *args, **kwargs):
+        type(self).limit = 4
+        return super().sample(*args, **kwargs)
+
+
+def test_probe_leaves_memory_for_training_after_sampling():
+    config = tiny_config(BATCH_SIZE=8)
+    assert probe_micro_batch(Hoarder.from_config(config), config, 1.0)[0] == 4
+
+
+def test_probe_samples_a_process_of_two_timesteps():
+    config = tiny_config(TIMESTEPS=2)
+    assert probe_micro_batch(DDPMModel.from_config(config), config, 1.0)[0] == 4
+
+
+def test_probe_trains_a_model_that_needs_labels():
+    class Labeled(DDPMModel):
+        def forward(self, images, t, noise, labels):
+            return super().forward(images, t, noise, labels)
+
+    config = tiny_config()
+    model = Labeled.from_config(config, {"a": 1, "b": 1})
+    assert probe_micro_batch(model, config, 1.0)[0] == 4
+
+
 @pytest.fixture
 def search(tmp_path, monkeypatch):
     """search(**changes) returns the micro-batch and the limits probed, on a fake GPU."""
