@@ -57,14 +57,18 @@ def check_launcher() -> None:
 def init() -> PartialState:
     """Initializes the process group, if there is a launcher: NCCL on GPUs, else gloo.
 
-    Raises UserError if there are more ranks on this machine than GPUs.
+    Makes this rank's GPU the current one. Raises UserError if there are more ranks on this machine
+    than GPUs.
     """
     gpus = torch.cuda.device_count()
     if 0 < gpus <= int(os.environ.get("LOCAL_RANK", 0)):
         raise UserError(f"more ranks than GPUs: this machine has {gpus}, so start at most {gpus}")
     # On a CPU, accelerate ignores torchrun's ranks unless cpu is set.
     cpu = not gpus and launched_world_size() > 1
-    return PartialState(cpu=cpu, timeout=COLLECTIVE_TIMEOUT)
+    state = PartialState(cpu=cpu, timeout=COLLECTIVE_TIMEOUT)
+    if state.device.type == "cuda" and state.device.index is not None:
+        torch.cuda.set_device(state.device)  # accelerate leaves ACCELERATE_TORCH_DEVICE's alone
+    return state
 
 
 def shut_down() -> None:

@@ -32,10 +32,18 @@ def cap_memory(gib: float) -> None:
         warnings.warn(f"no GPU whose memory could be capped at {gib:g} GiB", FallbackWarning, 2)
 
 
+def rank_gpu() -> int:
+    """Returns the index of this rank's GPU, which distributed.init makes the current one."""
+    named = torch.device(os.environ.get("ACCELERATE_TORCH_DEVICE", "cuda")).index
+    if named is None and "LOCAL_RANK" in os.environ:
+        # distributed.init refuses more ranks than GPUs later; here the index must only be valid.
+        named = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
+    return torch.cuda.current_device() if named is None else named
+
+
 def _set_allocator_limit(limit: float) -> None:
     """Makes the allocator of this rank's GPU refuse more than `limit` bytes."""
-    # distributed.init refuses more ranks than GPUs later; here the index must only be valid.
-    device = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    device = rank_gpu()
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
 
@@ -54,7 +62,7 @@ def limited_to(gib: float) -> Iterator[None]:
 
 def memory_limit() -> float:
     """Returns the bytes that this process may allocate: the GPU's memory, or the cap."""
-    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    total = torch.cuda.get_device_properties(rank_gpu()).total_memory
     return total if _memory_cap is None else min(_memory_cap, total)
 
 

@@ -44,6 +44,18 @@ def test_scripts_run_on_the_device_of_training(on_mps, tmp_path, monkeypatch, sc
     assert used == [devices.default_device()] == [on_mps]
 
 
+def test_device_named_for_accelerate_becomes_the_current_one(monkeypatch):
+    distributed.init()
+    device = torch.device("cuda:1")
+    made_current = []
+    monkeypatch.setitem(PartialState._shared_state, "device", device)
+    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
+    assert devices.default_device() == device and made_current == [device]
+    monkeypatch.setitem(PartialState._shared_state, "device", torch.device("cuda"))
+    devices.default_device()
+    assert made_current == [device]
+
+
 def test_device_name_needs_no_backend_that_is_missing():
     assert devices.device_name(CPU) == "CPU"
     assert devices.device_name(torch.device("mps")) == "MPS"

@@ -20,7 +20,8 @@ def two_gpus(monkeypatch) -> list:
     for size, gib in zip(sizes, (24, 8), strict=True):
         size.total_memory = gib * 2**30
     monkeypatch.setattr(gpu_memory, "_memory_cap", None)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name in ("LOCAL_RANK", "ACCELERATE_TORCH_DEVICE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
@@ -31,11 +32,19 @@ def two_gpus(monkeypatch) -> list:
     return limits
 
 
-@pytest.mark.parametrize(("local_rank", "device"), [("0", 0), ("1", 1), ("2", 0)])
-def test_cap_memory_applies_to_the_gpu_of_the_local_rank(two_gpus, monkeypatch, local_rank, device):
-    monkeypatch.setenv("LOCAL_RANK", local_rank)
+@pytest.mark.parametrize(
+    ("variable", "value", "device"),
+    [
+        ("LOCAL_RANK", "0", 0), ("LOCAL_RANK", "1", 1), ("LOCAL_RANK", "2", 0),
+        ("ACCELERATE_TORCH_DEVICE", "cuda:0", 0), ("ACCELERATE_TORCH_DEVICE", "cuda", 1),
+    ],
+)  # fmt: skip
+def test_cap_and_limit_are_of_the_gpu_of_this_rank(two_gpus, monkeypatch, variable, value, device):
+    monkeypatch.setenv(variable, value)
+    gib = (24, 8)[device]
+    assert gpu_memory.memory_limit() == gib * 2**30
     gpu_memory.cap_memory(6)
-    assert two_gpus == [(6 / (24, 8)[device], device)]
+    assert two_gpus == [(6 / gib, device)]
 
 
 def test_memory_limit_is_the_cap_or_the_whole_card(two_gpus):
@@ -43,9 +52,9 @@ def test_memory_limit_is_the_cap_or_the_whole_card(two_gpus):
     gpu_memory.cap_memory(6)
     assert gpu_memory.memory_limit() == 6 * 2**30
     gpu_memory.cap_memory(12)
-    assert gpu_memory.memory_limit() == 8 * 2**30 and two_gpus == [(0.25, 0), (0.5, 0)]
+    assert gpu_memory.memory_limit() == 8 * 2**30 and two_gpus == [(0.75, 1), (1.0, 1)]
     gpu_memory.cap_memory(48)
-    assert two_gpus[-1] == (1.0, 0)
+    assert two_gpus[-1] == (1.0, 1)
 
 
 def test_usable_memory_is_what_other_processes_leave(two_gpus, monkeypatch):
