@@ -50,12 +50,12 @@ def make_jobs(settings: ScalingSettings, ranks: int) -> list[BenchmarkJob]:
     seeds = SEEDS if ranks == 1 else SEEDS[:1]
     plan += [("loss", "cifar10", local_batch, seed) for seed in seeds if settings.STEPS]
 
-    is_gpu = torch.cuda.is_available()
     jobs = []
     for kind, preset, batch, seed in plan:
-        parts = -(-batch // settings.LARGE_BATCH) if preset == "stl10" else 1
-        flags = {"BATCH_SIZE": batch // parts, "GRADIENT_ACCUMULATION": parts}
-        flags |= {"USE_AMP": is_gpu, "CUDA_GRAPH": is_gpu, "DIM": settings.DIM}
+        fewest = -(-batch // settings.LARGE_BATCH) if preset == "stl10" else 1
+        parts = next(n for n in range(fewest, batch + 1) if batch % n == 0)
+        flags = {"BATCH_SIZE": batch // parts, "GRADIENT_ACCUMULATION": parts, "DIM": settings.DIM}
+        flags |= dict.fromkeys(("USE_AMP", "CUDA_GRAPH"), torch.cuda.is_available())
         flags |= {"IMAGE_SIZE": settings.IMAGE_SIZE} if settings.IMAGE_SIZE else {}
         config = resolve(preset, tier_for_memory(1000.0), flags=flags)
         row = {"kind": kind, "preset": preset, "image_size": config.IMAGE_SIZE, "dim": config.DIM}

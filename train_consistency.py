@@ -78,6 +78,9 @@ class ConsistencyModel(DDPMModel):
         parts = {".".join(name.split(".")[:2]) for name in state_dict}
         unet = copy.deepcopy(self.unet) if "teacher.unet" in parts else None
         guide = copy.deepcopy(self.unet) if "teacher.guide" in parts else None
+        if unet and not guide and self.guidance_mode != "cfg":
+            why = f"the teacher of this run has no guide, which {self.guidance_mode} needs"
+            raise UserError(f"{why}. Resume with --guidance_mode cfg")
         self.teacher.set_networks(unet, guide)
 
     def set_fraction(self, fraction: float) -> None:

@@ -264,14 +264,15 @@ class Session:
 def control_updates(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Returns what the controls offer with a model, by name, as arguments of gradio's update."""
     names = list(model.class_names)
-    has_guidance = model.guide is not None or bool(names)
-    max_steps = MAX_CONSISTENCY_STEPS if model.is_consistency_tuned else MAX_STEPS
+    has_weaker = model.guide is not None or (model.guidance_mode == "cfg" and bool(names))
+    is_tuned = model.is_consistency_tuned  # guidance is in its weights
+    max_steps = MAX_CONSISTENCY_STEPS if is_tuned else MAX_STEPS
     max_steps = min(model.num_timesteps, max_steps)
     return {
         "classes": {"choices": names, "value": [], "visible": bool(names)},
         "sampler": {"choices": list(model.supported_samplers), "value": model.default_sampler},
         "steps": {"value": min(model.sampling_timesteps, max_steps), "maximum": max_steps},
-        "guidance": {"value": model.guidance, "visible": has_guidance},
+        "guidance": {"value": model.guidance, "visible": has_weaker and not is_tuned},
     }
 
 

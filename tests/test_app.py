@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 from engine.cli import run_script
 
@@ -66,6 +67,12 @@ def save_png(image: PageImage, path: str) -> Path:
     png = page.resolve_input(image.data_uri).getvalue()
     Path(path).write_bytes(png)
     return Path(path)
+
+
+def last_x_t(film: str) -> np.ndarray:
+    """The last image of a trajectory's film, without the x_0 next to it."""
+    last = film.split('src="')[-1].split('"')[0]
+    return np.asarray(Image.open(page.resolve_input(last)), int)[:, :8]
 
 
 # Turns and requests.
@@ -178,6 +185,29 @@ def test_poll_resets_only_controls_that_a_new_checkpoint_changes(served):
     assert shown.poll(session).keys() == {"header", "classes"}
 
 
+@pytest.mark.parametrize(
+    ("architecture", "sampler", "steps", "maximum"),
+    [({}, "unipc", 4, 40), ({"consistency": True, "sampling_timesteps": 2}, "consistency", 2, 8)],
+)
+def test_controls_offer_what_the_model_can(architecture, sampler, steps, maximum):
+    updates = page.control_updates(app.SharedModel(**SMALL | architecture))
+    assert updates["sampler"]["value"] == sampler
+    assert updates["steps"] == {"value": steps, "maximum": maximum}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "has_guide", "is_shown"),
+    [({}, False, False), ({}, True, True), ({"consistency": True}, True, False),
+     ({"class_counts": {"cat": 1, "dog": 1}}, False, False),
+     ({"class_counts": {"cat": 1, "dog": 1}, "guidance_mode": "cfg"}, False, True)],
+)  # fmt: skip
+def test_guidance_is_shown_where_it_has_an_effect(architecture, has_guide, is_shown):
+    model = app.SharedModel(**SMALL | architecture)
+    if has_guide:
+        model.snapshot_guide()
+    assert page.control_updates(model)["guidance"]["visible"] is is_shown
+
+
 # What may be asked for.
 
 
@@ -213,6 +243,41 @@ def test_mask_is_read_in_rows():
     assert page.parse_mask("0" * 8 + "1" * 56, 8).nonzero()[0].tolist() == [1, 0]
 
 
+def test_newly_chosen_image_has_no_mask_and_one_other_stays():
+    session = Session()
+    for name in "abc":
+        session.mask = torch.ones(8, 8)
+        session.choose(PageImage(torch.rand(3, 8, 8), name, {}))
+        assert session.mask is None
+    assert [image.caption for image in session.chosen] == ["c", "b"]
+
+
+def test_panels_edit_the_newest_image_and_end_at_it(served, monkeypatch):
+    edited, ends = [], []
+
+    def edit(plan: Plan, mode: str, count: int, source: PageImage, options: dict) -> list:
+        edited.append((mode, count, source.caption, options))
+        return []
+
+    monkeypatch.setattr(Plan, "edit", edit)
+    monkeypatch.setattr(
+        app.SharedModel, "interpolate",
+        lambda model, a, b, count, steps: ends.extend((a, b)) or torch.zeros(count, 3, 8, 8),
+    )  # fmt: skip
+    shown = app.Page(ModelKeeper(lambda: served.path, app.load_shared_model))
+    older, newest = (PageImage(torch.rand(3, 8, 8), name, {}) for name in ("older", "newest"))
+    mask = torch.arange(64).reshape(8, 8) < 8
+    session = Session(chosen=[newest, older], mask=mask)
+    for panel in (shown.vary, shown.inpaint, shown.interpolate):
+        panel(session, Request(), 0.8, *CONTROLS.values())
+    assert edited == [
+        ("vary", 8, "newest", {"strength": 0.8}),
+        ("inpaint", 4, "newest", {"mask": mask}),
+    ]
+    assert ends[0] is older.image and ends[1] is newest.image
+    assert f'data-mask="{"1" * 8}{"0" * 56}"' in shown.show_chosen(session)[2]
+
+
 # PNGs.
 
 
@@ -245,9 +310,14 @@ def test_trajectory_ends_in_the_png_of_inference(served, monkeypatch):
     assert "spacing uniform, eta 1.0, guidance_mode autoguidance" in notices[0]
     shown = app.Page(ModelKeeper(lambda: served.path, app.load_shared_model))
     film = shown.show_trajectory(session, Request())
-    last = film.split('src="')[-1].split('"')[0]
-    x_t_and_x_0 = np.asarray(Image.open(page.resolve_input(last)))
-    np.testing.assert_allclose(x_t_and_x_0[:, :8], np.asarray(Image.open(path)), atol=1)
+    np.testing.assert_allclose(last_x_t(film), np.asarray(Image.open(path)), atol=1)
+
+
+@pytest.mark.parametrize("change", [{"mode": "vary"}, {"sha256": "of another model"}])
+def test_trajectory_is_of_samples_of_this_model_only(served, change):
+    image = PageImage(torch.rand(3, 8, 8), "", plan_of(served).settings | change)
+    shown = app.Page(ModelKeeper(lambda: served.path, app.load_shared_model))
+    assert "only they start" in shown.show_trajectory(Session(chosen=[image]), Request())
 
 
 @pytest.mark.parametrize("change", [{"seeds": [3, 7]}, {"use_amp": True}])
@@ -297,6 +367,16 @@ def test_png_of_a_class_restores_the_class(tmp_path, monkeypatch):
     upload = save_png(images[2], "a.png")
     controls = page.take_upload(Session(), upload, served.model, InferenceSettings)
     assert controls["classes"] == ["dog <b>"] and controls["seeds"] == "2"
+
+    # Its trajectory and variations are of the class, too.
+    shown = app.Page(ModelKeeper(lambda: path, app.load_shared_model))
+    film = shown.show_trajectory(Session(chosen=images[:1]), Request())
+    np.testing.assert_allclose(last_x_t(film), plots.to_bytes(images[0].image), atol=1)
+    plan = plan_of(served, seeds="0", classes=["dog <b>"])
+    (varied,) = plan.edit("vary", 1, images[1], {"strength": 1.0})
+    options = {"sampler": "ddim", "guidance": 1.5, "labels": 1, "seed": 0}
+    expected = served.model.vary(images[1].image, 1.0, 1, **options)[0]
+    torch.testing.assert_close(varied.image, expected, atol=0.6 / 255, rtol=0)
 
     # Without a class chosen, each seed has the one that DDPMModel.sample gives it.
     plan = plan_of(served, seeds="0-2")
@@ -375,6 +455,39 @@ def test_upload_of_no_image_is_refused_without_the_servers_path(served):
 # gradio.
 
 
+def test_controls_are_passed_in_the_order_of_plans(served):
+    pytest.importorskip("gradio")
+    app.import_gradio()
+    shown = app.Page(ModelKeeper(lambda: served.path, app.load_shared_model))
+    blocks = shown.build()
+    names = {shown.controls[name]._id: name for name in CONTROLS}
+    orders = [
+        [names[each._id] for each in fn.inputs if each._id in names] for fn in blocks.fns.values()
+    ]
+    assert list(CONTROLS) in orders
+    assert all(order == list(CONTROLS) for order in orders if len(order) > 1)
+
+
+def test_run_shown_first_is_the_newest_and_only_changes_are_sent(served, monkeypatch):
+    pytest.importorskip("gradio")
+    app.import_gradio()
+    history = SimpleNamespace(
+        find_runs=lambda: ["new", "old"], run_version=lambda name: (name,),
+        grids_version=lambda name: [name], summarize_run=lambda version, _: {"run": version[0]},
+        plot_run=lambda version: version[0], run_grids=lambda name: [],
+    )  # fmt: skip
+    monkeypatch.setattr(app, "run_history", history)
+    shown = app.Page(ModelKeeper(lambda: served.path, app.load_shared_model))
+    outputs = ("run", "run_state", "run_curve", "run_grids")
+    for name in outputs:
+        setattr(shown, name, name)
+    session = Session()
+    for asked, found, sent in ((None, "new", 4), ("new", "new", 2), ("old", "old", 4)):
+        updates = shown.follow(session, asked)
+        assert updates["run"]["value"] == found and found in updates["run_state"]
+        assert [*updates] == [*outputs[:sent]]
+
+
 def test_checkpoint_flag_takes_a_run_and_suggests_the_nearest(served, monkeypatch):
     path = save_model("checkpoints/my_run/last.pt")
 
@@ -386,6 +499,27 @@ def test_checkpoint_flag_takes_a_run_and_suggests_the_nearest(served, monkeypatc
     for name, message in ((str(path), found), ("my_run", found), ("my_ran", "did you mean my_run")):
         with pytest.raises(UserError, match=message):
             app.start(app.AppSettings(checkpoint=name))
+
+
+def test_start_passes_on_the_address_and_limits_uploads(served, monkeypatch):
+    pytest.importorskip("gradio")
+    app.import_gradio()
+    launched = {}
+
+    def launch(blocks, **options) -> tuple[None, str, str]:
+        launched.update(options)
+        return None, "local", "public"
+
+    monkeypatch.setattr(app.gr.Blocks, "launch", launch)
+    checkpoint = str(served.path)
+    blocks, url = app.start(
+        app.AppSettings(checkpoint=checkpoint, host="0.0.0.0", port=80, share=True)
+    )
+    expected = {"server_name": "0.0.0.0", "server_port": 80, "share": True}
+    assert launched | expected | {"max_file_size": "10mb"} == launched and url == "public"
+    assert (blocks.delete_cache, Image.MAX_IMAGE_PIXELS) == ((600, 600), 10_000_000)
+    app.start(app.AppSettings(checkpoint=checkpoint))
+    assert (launched["server_name"], launched["share"]) == ("127.0.0.1", False)
 
 
 def test_missing_gradio_is_one_line(monkeypatch, capsys):

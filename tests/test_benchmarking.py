@@ -136,6 +136,13 @@ def test_time_steps_returns_the_median_round(clock):
     assert row["rounds"] == [8, 2, 4] and row["images_per_second"] == 4
 
 
+def test_time_steps_takes_as_many_steps_on_all_ranks(monkeypatch):
+    calls = []
+    monkeypatch.setattr(benchmarking.distributed, "broadcast_object", lambda _: 7)  # of rank 0
+    benchmarking.time_steps(lambda: calls.append(1), 8, CPU, round_seconds=0.0)
+    assert len(calls) == 3 + (2 + 7) * benchmarking.ROUNDS
+
+
 def test_time_steps_uses_the_threads_of_the_process():
     threads = []
     benchmarking.time_steps(lambda: threads.append(torch.get_num_threads()), 1, CPU, 0.0)

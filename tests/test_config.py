@@ -91,6 +91,7 @@ def test_preset_follows_the_image_size(dataset, flags, expected):
     full = tuple(model.architecture["full_attn"])
     assert (config.IMAGE_SIZE, config.DIM, config.DIM_MULTS, effective, full) == expected
     assert (config.SCHEDULE_BASE_SIZE > 0) == (config.IMAGE_SIZE > 32)
+    assert (config.DROPOUT > 0) == (config.GUIDE_FRACTION == 0.5) == (config.IMAGE_SIZE > 32)
 
 
 def test_preset_of_a_folder_is_limited_by_the_tier():
@@ -428,6 +429,16 @@ def test_resume_is_overridden_by_explicit_settings_only(saved_run, tmp_path):
     config = configure("--resume", "mine", *flags, script=train.DEFAULTS)
     changed = {"LEARNING_RATE": 0.5, "MINUTES": 3.0, "MAX_STEPS": 0, "EMA_DECAY": 0.5}
     assert config.as_dict() == saved_run | changed
+
+
+def test_dry_run_downloads_no_default_data_set(monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "choose_default_dataset", lambda *a: asked.append(a) or "cifar10")
+    for tier, has_gpu in ((CPU_TIER, False), (LARGE_TIER, True)):
+        monkeypatch.setattr(train, "detect_tier", lambda tier=tier: tier)
+        for flags in ([], ["--dry_run"]):
+            configure(*flags)
+            assert asked.pop() == (Path("data"), has_gpu, not flags)
 
 
 def test_data_dir_without_a_data_set_must_hold_the_default_one(saved_run, tmp_path):

@@ -134,12 +134,14 @@ def test_loss_has_no_gradient_through_the_target_and_one_in_mixed_precision():
     assert weights[0].grad != 0 and weights[1].grad is None
 
 
-def test_timesteps_are_distributed_up_to_sigma_max():
-    model = tuned_model(timesteps=1000)
+@pytest.mark.parametrize("base_size", [0, 16])
+def test_timesteps_are_distributed_up_to_sigma_max(base_size):
+    model = tuned_model(timesteps=1000, schedule_base_size=base_size)
+    shift = math.log(8 / base_size) if base_size else 0.0
     t = model.timesteps_from_uniform(torch.rand(100_000))
     log_sigma = model.loss.sigma[t].log()
     assert model.loss.sigma[t].max() <= 80 < model.loss.sigma[t.max() + 1]
-    assert log_sigma.mean().item() == pytest.approx(-1.1, abs=0.1)
+    assert log_sigma.mean().item() == pytest.approx(-1.1 + shift, abs=0.1)
     assert log_sigma.std().item() == pytest.approx(1.9, abs=0.1)
 
 
@@ -331,11 +333,14 @@ def configure_script(*flags: str):
 def test_script_tunes_with_the_settings_of_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = configure(RUN_NAME="mine", DIM=16, DATA_DIR="photos", LR_SCHEDULE="constant", DROPOUT=0.3)
+    run.override({"WEIGHT_DECAY": 0.1, "GUIDE_FRACTION": 0.5}, "test")
     train(DDPMModel.from_config(run), random_images(80, 8), run)
     config = configure_script()  # the newest
     same = ("DATASET", "DATA_DIR", "DIM", "DIM_MULTS", "BATCH_SIZE", "WARMUP_STEPS", "USE_AMP")
     assert all(getattr(config, name) == getattr(run, name) for name in same)
     assert {name: getattr(config, name) for name in TUNING} == TUNING
+    assert (config.DROPOUT, config.WEIGHT_DECAY, config.GUIDE_FRACTION) == (0, 0, 0)
+    assert (config.LR_SCHEDULE, config.RUN_NAME) == ("cosine", "")
     assert (config.EPOCHS, config.MAX_STEPS) == (0, 0)
     config = configure_script("--checkpoint", "mine", "--max_steps", "9", "--batch_size", "4")
     assert (config.MINUTES, config.MAX_STEPS, config.BATCH_SIZE) == (0, 9, 4)
@@ -354,11 +359,12 @@ def test_script_tunes_with_the_settings_of_the_run(tmp_path, monkeypatch):
 def test_script_knows_the_images_of_the_pretrained_model_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checkpoints, "PRETRAINED_DIR", tmp_path / "weights")
-    DDPMModel(**SMALL, class_counts={"cat": 1, "dog": 1}).save_model("weights/cifar10.safetensors")
+    model = DDPMModel(**SMALL, class_counts={"cat": 1, "dog": 1}, guidance_mode="both")
+    model.save_model("weights/cifar10.safetensors")
     for flags in ((), ("--checkpoint", "weights/cifar10.safetensors")):
         config = configure_script(*flags)
         assert (config.DATASET, config.IMAGE_SIZE, config.DIM) == ("cifar10", 8, 8)
-        assert config.CLASS_CONDITIONAL
+        assert config.CLASS_CONDITIONAL and config.GUIDANCE_MODE == "both"
     DDPMModel(**SMALL, guidance=2.25, schedule_base_size=16).save_model("other.safetensors")
     with pytest.raises(UserError, match="does not name its training images"):
         configure_script("--checkpoint", "other.safetensors")
@@ -419,6 +425,17 @@ def test_tuned_model_is_not_guided_again_and_its_file_holds_the_teacher_once(tun
     classes = {"cat": 1, "dog": 1}
     model = tuned_model(class_counts=classes, guidance=2.0, guidance_mode="cfg")
     assert model.count_nfe(*model.sampling_plan()) == 2
+
+
+def test_teacher_without_a_guide_is_not_resumed_in_a_mode_that_needs_one():
+    classes = {"cat": 1, "dog": 1}
+    source = DDPMModel(**SMALL, class_counts=classes)
+    tuned = tuned_model(class_counts=classes, guidance=2.0, guidance_mode="cfg")
+    tuned.start_from(source)
+    for mode in ("autoguidance", "both"):
+        resumed = tuned_model(class_counts=classes, guidance=2.0, guidance_mode=mode)
+        with pytest.raises(UserError, match=f"no guide, which {mode} needs. Resume with"):
+            resumed.load_state_dict(tuned.state_dict())
 
 
 def test_grids_have_one_step_above_two(tuned):

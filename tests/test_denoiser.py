@@ -207,6 +207,16 @@ def test_denoiser_self_conditions_on_its_previous_prediction():
     assert network.calls[0][1] is None and network.calls[1][1] is outputs[0]
 
 
+@pytest.mark.parametrize("is_tuned", [True, False])
+def test_tuned_network_is_asked_up_to_sigma_max_alone(is_tuned):
+    model = small(timesteps=1000, consistency=is_tuned)
+    asked = []
+    model.unet.register_forward_hook(lambda _, arguments, __: asked.append(int(arguments[1][0])))
+    model.denoiser()(torch.randn(1, 3, 8, 8), 999)
+    within = [t for t, a in enumerate(model.alpha_bar) if not is_tuned or sigma_of(a) <= 80]
+    assert asked == [within[-1]] and (within[-1] < 999) == is_tuned
+
+
 def test_labels_are_rejected_by_unconditional_models():
     model = guided()
     labels = torch.zeros(2, dtype=torch.long)

@@ -23,7 +23,7 @@ from ddpm_model import DDPMModel
 from engine import checkpoints
 from engine.dataloader import Batch
 from engine.datasets import load_dataset
-from engine.distributed import RankLostError, broadcast, init
+from engine.distributed import RankLostError, broadcast, init, session
 from engine.errors import UserError
 from engine.progress import LOG_EVERY
 from engine.train_step import TrainStep
@@ -274,6 +274,7 @@ with session(str) as dist:
     samples = inference.batch_generate(
         model, total_samples=10, batch_size=3, seed=5, sampler="ddpm"
     )
+    model.unet.final_conv.bias.data += rank  # rank 0's weights count
     config = SimpleNamespace(**{STEP_SETTINGS | {"BATCH_SIZE": 16}})
     step = TrainStep(model, config, rank, world_size)
     loss, norm = step(Batch(torch.load("images.pt")[16 * rank :][:16]), 3, 1e-3)
@@ -345,6 +346,15 @@ def test_failed_collective_is_a_lost_rank_unless_memory_ran_out(monkeypatch):
         monkeypatch.setattr(torch.distributed, "broadcast", Mock(side_effect=error))
         with pytest.raises((RankLostError, torch.OutOfMemoryError), match=text):
             broadcast(torch.zeros(1))
+
+
+def test_session_raises_at_sigterm_and_restores_its_handler(monkeypatch):
+    monkeypatch.setattr("engine.distributed.init", lambda: SimpleNamespace(num_processes=2))
+    before = signal.getsignal(signal.SIGTERM)
+    with session(str), pytest.raises(RankLostError, match="stopped by SIGTERM"):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_init_refuses_more_ranks_than_gpus(monkeypatch):

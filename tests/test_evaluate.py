@@ -18,6 +18,7 @@ from engine import checkpoints, metrics, plots
 from engine.dataloader import Batch, ImageDataset
 from engine.datasets import load_dataset
 from engine.errors import FallbackWarning, UserError
+from engine.image_source import ReadOptions
 from engine.inference_jobs import sha256
 from engine.shapes import draw_shapes
 from tests.helpers import CPU
@@ -134,6 +135,24 @@ def test_data_dir_alone_is_where_the_training_images_are_now(folder):
         evaluate.load_real_images(settings, config | {"DATASET": "cifar10"}, *arguments)
 
 
+def test_real_images_are_read_from_their_folder_as_the_run_reads_them(monkeypatch):
+    def load_dataset(name, size, folder, *, options) -> ImageDataset:
+        read.append((name, folder, options))
+        raise UserError("stop")
+
+    monkeypatch.setattr(evaluate, "load_dataset", load_dataset)
+    read = []
+    config = {"DATASET": "folder", "DATA_DIR": "photos", "VALUE_RANGE": "0,4095", "FRAMES": "all"}
+    for settings in ({}, {"dataset": "cifar10"}):  # which is not in the run's folder
+        settings = evaluate.EvaluationSettings(**settings)
+        with pytest.raises(UserError, match="stop"):
+            evaluate.load_real_images(settings, config, (1, 8, 8), Path("a"))
+    assert read == [
+        ("folder", Path("photos"), ReadOptions(1, "0,4095", "all")),
+        ("cifar10", Path("data"), ReadOptions(3, "0,4095", "all")),
+    ]
+
+
 def test_training_images_have_the_channels_of_the_model(monkeypatch):
     def load_dataset(*_, options) -> ImageDataset:
         channels.append(options.channels)
@@ -197,6 +216,15 @@ def test_main_without_the_optional_packages_says_what_to_install(folder, monkeyp
         "requirements-eval.txt); continuing without it",
         "error: no feature network is available: pip install -r requirements-eval.txt",
     ]
+
+
+def test_main_samples_more_images_with_a_gpu(folder, monkeypatch):
+    counts = []
+    monkeypatch.setattr(evaluate, "evaluate", lambda settings, *_: counts.append(settings))
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(evaluate, "default_device", lambda device=device: torch.device(device))
+        assert run_evaluate(monkeypatch) == 0
+    assert [settings.num_samples for settings in counts] == [10_000, 50_000]
 
 
 def test_main_accepts_the_former_flag_of_the_seed(folder, monkeypatch, capsys):
@@ -409,10 +437,11 @@ def test_sample_images_uses_the_models_steps_and_guidance_by_default(sample_imag
 
 def test_sample_images_uses_explicit_settings(sample_images):
     settings = {"steps": 4, "guidance": 1.0, "use_amp": True, "spacing": "uniform"}
-    settings["sampler"] = "heun"
+    settings |= {"sampler": "heun", "guidance_mode": "both"}
     arguments, details = sample_images(batch_size=2, **settings)
     expected = {"steps": 4, "guidance": 1.0, "batch": 2, "amp": True, "sampler": "heun"}
-    assert arguments | expected | {"spacing": "uniform"} == arguments
+    expected |= {"spacing": "uniform", "guidance_mode": "both"}
+    assert arguments | expected == arguments
     assert details | settings == details
     plan = sample_images.model.sampling_plan("heun", 4, "uniform")
     assert details["nfe"] == sample_images.model.count_nfe(*plan, 1.0)
@@ -428,7 +457,21 @@ def test_sample_images_without_a_guide_has_guidance_1(sample_images):
     assert sample_images(guidance=2.5)[1]["guidance"] == 1.0
 
 
+def test_sample_images_takes_the_classes_that_rank_0_chose(sample_images, monkeypatch):
+    monkeypatch.setattr(evaluate.distributed, "broadcast_object", lambda _: [1, 0, 1, 0, 1])
+    assert sample_images()[0]["labels"] == [1, 0, 1, 0, 1]
+
+
 # Classes.
+
+
+class OneColor(MeanColors):
+    """A network of another number of features."""
+
+    title = "FD-One"
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images)[:, :1]
 
 
 @pytest.fixture
@@ -459,6 +502,8 @@ def test_main_scores_classes_drawn_in_the_references_proportions(conditional, mo
         )
 
     monkeypatch.setattr(evaluate, "batch_generate", batch_generate)
+    networks = [OneColor("one"), MeanColors()]  # classes are scored by the last
+    monkeypatch.setattr(evaluate, "load_feature_networks", lambda *_: networks)
     flags = ["--num_samples", "80", "--guidance_mode", "cfg", "--guidance", "3"]
     assert run_evaluate(monkeypatch, *flags) == 0
     (path,) = Path("results").glob("*.json")

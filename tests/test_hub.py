@@ -121,8 +121,10 @@ class Hub(BaseHTTPRequestHandler):
         if self.headers["Authorization"] != "Bearer hf_secret":
             return self.reply({"error": "Invalid credentials"}, 401)
         if self.path == "/api/repos/create":
-            name = "{organization}/{name}".format(**json.loads(body))
+            options = json.loads(body)
+            name = "{organization}/{name}".format(**options)
             self.server.repos.setdefault(name, {})
+            self.server.created[name] = options
             return self.reply({"url": f"http://{self.headers['Host']}/{name}"})
         if self.path == "/api/validate-yaml":  # of the card
             assert "license: mit" in json.loads(body)["content"]
@@ -166,6 +168,7 @@ def hub():
     """The server, running."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.repos = {}
+    server.created = {}  # with which options
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -210,6 +213,8 @@ def test_model_goes_to_the_hub_and_comes_back(model, hub, tmp_path):
     assert "not a name cannot be uploaded (HFValidationError" in errors[1]
 
     assert set(hub.repos) == {"me/tiny"}
+    options = hub.created["me/tiny"]  # by the name of this version or of earlier ones
+    assert options.get("visibility") == "private" or options.get("private") is True
     files = hub.repos["me/tiny"]
     assert b"# me/tiny" in files["README.md"] and b'"images": 19200' in files["config.json"]
     loaded = DDPMModel.from_file(tmp_path / "loaded.safetensors")

@@ -218,6 +218,18 @@ def test_frames_are_one_image_or_one_each(load, capsys):
     assert load(frames="all")[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
 
 
+def test_value_range_is_that_of_all_frames_that_are_read(load):
+    frames = [Image.fromarray(np.full((4, 4), value, np.uint16)) for value in (1000, 4095)]
+    frames[0].save(load.data / "a.tif", save_all=True, append_images=frames[1:])
+    assert load(frames="all")[:, 0, 0, 0].tolist() == [62, 255]
+
+
+def test_read_options_are_those_of_the_run():
+    config = {"CHANNELS": 1, "VALUE_RANGE": "0,4095", "FRAMES": "all", "DIM": 8}
+    assert ReadOptions.from_config(config) == ReadOptions(1, "0,4095", "all")
+    assert ReadOptions.from_config({}) == ReadOptions(3)  # of an earlier version
+
+
 def test_labels_follow_the_frames(load):
     frames = [Image.new("L", (4, 4), value) for value in (1, 2)]
     (load.data / "x").mkdir()

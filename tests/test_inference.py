@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 from engine.cli import run_script
 
 import numpy as np
 import pytest
 import torch
+from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.utils import make_grid
@@ -24,6 +26,7 @@ import inference
 from ddpm_model import DDPMModel
 from engine import checkpoints, inference_jobs, inference_modes, input_images, plots
 from engine.errors import FallbackWarning, UserError
+from engine.image_source import ReadOptions
 from engine.inference_jobs import InferenceJob
 from engine.labels import labels_in_proportion
 from engine.samplers import SAMPLERS
@@ -225,11 +228,40 @@ def test_steps_default_to_all_timesteps_for_ddpm_only(guided, infer, capsys, fla
     assert f"{steps} steps, {nfe} NFE" in capsys.readouterr().out
 
 
+def test_use_amp_samples_in_mixed_precision(guided, infer, monkeypatch):
+    found, sample = [], DDPMModel.sample
+
+    def record(*args, **kwargs) -> Tensor:
+        found.append(torch.is_autocast_enabled("cpu"))
+        return sample(*args, **kwargs)
+
+    monkeypatch.setattr(DDPMModel, "sample", record)
+    for flags in ([], ["--use_amp"]):
+        assert infer("--num_samples", "1", "--steps", "1", *flags) == 0
+    assert found == [False, True]
+
+
+def test_image_size_is_that_of_the_librarys_checkpoint(guided, infer, capsys):
+    process = GaussianDiffusion(Unet(8, dim_mults=(1, 2)), image_size=12, timesteps=30)
+    torch.save({"model": process.state_dict()}, "library.pt")
+    flags = ["--num_samples", "1", "--steps", "1"]
+    assert infer(*flags, "--checkpoint", "library.pt") == 2
+    assert infer(*flags, "--image_size", "12") == 2
+    error = capsys.readouterr().err
+    assert "not store its image size" in error and "of 8 px: drop --image_size 12" in error
+    assert infer(*flags, "--checkpoint", "library.pt", "--image_size", "12") == 0
+    assert Image.open(only("*/000000.png")).size == (12, 12)
+
+
 def test_compile_model_compiles_the_guide_too(guided, infer, monkeypatch):
     compiled = []
     monkeypatch.setattr(nn.Module, "compile", lambda network: compiled.append(network))
     assert infer("--num_samples", "1", "--compile_model") == 0
     assert len(compiled) == 2 and compiled[0] is not compiled[1]
+    monkeypatch.setattr(inference_modes, "COMPARED_STEPS", (2,))
+    compare = ["--mode", "compare", "--compare_with", "checkpoints/ddpm_final.pt"]
+    assert infer("--num_samples", "1", "--compile_model", *compare) == 0
+    assert len(set(compiled)) == 6  # both models, or their times could not be compared
 
 
 def test_progressive_shows_the_trajectory_of_the_first_seeds(
@@ -267,6 +299,17 @@ def test_compare_samples_with_every_sampler_and_the_given_guidance(guided, infer
     same |= {"guidance_mode": None, "labels": None}
     expected = [same | {"sampler": name, "steps": steps} for name in SAMPLERS for steps in (2, 3)]
     assert calls[1:] == expected  # after the warm-up
+
+
+def test_compare_counts_the_nfe_of_the_given_spacing():
+    model = guided_model()
+    counts = []
+    for spacing in ("uniform", "karras"):
+        candidate = inference_modes.Candidate(model, Path(), None, ["ddim"], [9], spacing, 3.0)
+        ((_, _, nfe, _),) = candidate.sample([0])
+        counts.append(nfe)
+        assert nfe == model.count_nfe(*model.sampling_plan("ddim", 9, spacing), 3.0)
+    assert len(set(counts)) == 2
 
 
 def test_compare_with_adds_another_model_with_its_own_settings(conditional, infer, grids):
@@ -337,6 +380,21 @@ def test_training_images_come_from_the_checkpoint_which_is_read_once(
     assert [round(255 * image[0].mean().item()) for image in grids[0][[0, -1]]] == [100, 180]
     assert read == [path]
     assert infer("--mode", "vary", "--image", "data:4") == 2
+
+
+def test_training_image_is_read_as_the_run_reads_it(folder, infer, monkeypatch):
+    def load_dataset(*_, options) -> None:
+        read.append(options)
+        raise UserError("stop")
+
+    read = []
+    monkeypatch.setattr(inference_jobs, "load_dataset", load_dataset)
+    config = {"DATASET": "folder", "IMAGE_SIZE": 16, "DATA_DIR": "real"}
+    config |= {"CHANNELS": 1, "VALUE_RANGE": "0,4095", "FRAMES": "all"}
+    path = Path("checkpoints/ddpm_final.pt")
+    checkpoints.save(path, checkpoints.load(path) | {"config": config})
+    assert infer("--mode", "vary", "--image", "data:1") == 2
+    assert read == [ReadOptions(1, "0,4095", "all")]
 
 
 def test_inpaint_changes_the_image_where_the_mask_is_white(guided, infer, grids):
@@ -812,6 +870,24 @@ def test_batch_generate_takes_labels(conditional):
     images = inference.batch_generate(conditional, 5, 2, labels=[0, 1, 2, 1, 0])
     expected = conditional.sample(5, seed=0, labels=[0, 1, 2, 1, 0])
     torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+
+
+def test_ranks_sample_their_images_with_their_labels(conditional, monkeypatch):
+    labels = [0, 1, 2, 1, 0]
+    expected = conditional.sample(5, seed=0, labels=labels)
+    monkeypatch.setattr(inference.distributed, "all_reduce", lambda _: None)
+    for rank in range(2):
+        dist = SimpleNamespace(process_index=rank, num_processes=2)
+        monkeypatch.setattr(inference.distributed, "init", lambda dist=dist: dist)
+        images = inference.batch_generate(conditional, 5, 2, labels=labels)
+        torch.testing.assert_close(images[rank::2], expected[rank::2], atol=1e-5, rtol=0)
+        assert not images[1 - rank :: 2].any()
+
+
+def test_class_without_training_images_may_be_asked_for():
+    model = DDPMModel(**SMALL, class_counts={"cat": 3, "dog": 0})
+    job = InferenceJob(model, {"batch_size": 1, "classes": "dog"}, Path(), "ddim")
+    assert job.labels_of(range(4)) == [1] * 4
 
 
 @pytest.mark.parametrize(

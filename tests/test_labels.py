@@ -94,6 +94,16 @@ def test_unconditional_weights_fit_a_conditional_model():
     assert torch.equal(model.sample(2, labels=1, **options), plain.sample(2, **options))
 
 
+@pytest.mark.parametrize(("classes", "is_same"), [(CLASSES, True), ({"cow": 3, "pig": 1}, False)])
+def test_start_from_copies_embeddings_of_the_same_classes_only(classes, is_same):
+    source = conditional()
+    model = DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), class_counts=classes)
+    model.start_from(source)
+    weights = (each.unet.class_embedding.weight for each in (model, source))
+    assert torch.equal(*weights) == is_same
+    assert torch.equal(model.unet.init_conv.weight, source.unet.init_conv.weight)
+
+
 def test_interpolate_goes_between_two_classes():
     model = conditional()
     images = torch.rand(2, 3, 8, 8)

@@ -120,6 +120,20 @@ def test_probe_trains_a_model_that_needs_labels():
     assert probe_micro_batch(model, config, 1.0)[0] == 4
 
 
+@pytest.mark.parametrize("fraction", [0.0, 0.5])
+def test_rehearsal_samples_with_a_guide_if_the_run_will_have_one(fraction):
+    has_guide = []
+
+    class Recorded(DDPMModel):
+        def sample(self, *args, **kwargs):
+            has_guide.append(self.guide is not None)
+            return super().sample(*args, **kwargs)
+
+    config = tiny_config(GUIDE_FRACTION=fraction)
+    assert micro_batch.rehearse(Recorded.from_config(config), config, 4) == (4, True)
+    assert has_guide == [fraction > 0]
+
+
 @pytest.fixture
 def search(tmp_path, monkeypatch):
     """search(**changes) returns the micro-batch and the limits probed, on a fake GPU."""

@@ -48,6 +48,17 @@ def test_progress_continues_with_the_seconds_of_earlier_sessions(clock):
     assert progress.is_finished
 
 
+def test_progress_of_several_ranks_has_the_clock_of_rank_0(clock, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda seconds, src: seconds.fill_(30))
+    progress = Progress(resolve("folder", CPU_TIER, flags={"MINUTES": 1}), 4, PAIR)
+    clock.now += 50
+    for _ in range(LOG_EVERY - 1):
+        progress.advance(16)
+    assert progress.seconds == 0
+    progress.advance(16)
+    assert (progress.seconds, progress.fraction) == (30, 0.5)
+
+
 def test_progress_in_steps_ignores_the_clock(clock):
     progress = make_progress(seconds=1e6, step=98, MAX_STEPS=100)
     clock.now += 1e6

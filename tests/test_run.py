@@ -73,10 +73,10 @@ def hold_lock(tmp_path, monkeypatch):
     return hold
 
 
-def make_run(name: str) -> Run:
+def make_run(name: str, **progress) -> Run:
     step = make_step()
     loader = BatchLoader(ImageDataset(IMAGES), 16, 0, CPU, 1)
-    return Run(name, {}, step, loader, Progress(step.config, len(loader), ALONE))
+    return Run(name, {}, step, loader, Progress(step.config, len(loader), ALONE, **progress))
 
 
 def test_new_run_name_is_unused_even_if_two_runs_start_in_the_same_second(hold_lock, monkeypatch):
@@ -276,6 +276,26 @@ def test_run_logs_the_speed_since_the_last_line(made_run, clock):
         made_run.after_step(SCALAR, SCALAR, 1e-3)
     rows = plots.read_metrics(Path("samples/mine/metrics.jsonl"))
     assert [row["images_per_second"] for row in rows] == [10, 20]
+
+
+def test_run_continues_parts_speed_and_tracker_from_its_checkpoint(tmp_path, monkeypatch, clock):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(FLAGS, "LOG_WITH", "none")
+    trackers = []
+    monkeypatch.setattr(run, "Tracker", lambda *a: trackers.append(a) or NO_TRACKER)
+    made = make_run("mine", step=59, images=59 * 16)
+    assert (trackers[0][0], trackers[0][-1]) == ("none", 59)
+    made.config.CHECKPOINT_EVERY = None
+    made.config.NUM_SAMPLE_GRIDS = 4
+    for method in ("save", "sample_grid"):  # neither is due at 60 %
+        monkeypatch.setattr(made, method, pytest.fail)
+    made.progress.advance(16)
+    clock.now += 2
+    made.config.KEEP = 3
+    made.after_step(SCALAR, SCALAR, 1e-3)
+    made.close()
+    (row,) = plots.read_metrics(Path("samples/mine/metrics.jsonl"))
+    assert (row["step"], row["images_per_second"]) == (60, 8)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, ValueError, IndexError])

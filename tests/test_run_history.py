@@ -17,7 +17,7 @@ def write_run(name: str, fractions: list[float | None], final: bool = False) -> 
     folder.mkdir(parents=True)
     rows = [
         {"step": 10 * i, "epoch": i, "images": 640 * i, "seconds": 60.0 * i, "loss": 1 / i}
-        | {"images_per_second": 10.0 * i}
+        | {"images_per_second": 10.0 * i, "validation_loss": 2 / i}
         | ({} if fraction is None else {"fraction": fraction})
         for i, fraction in enumerate(fractions, 1)
     ]
@@ -37,12 +37,20 @@ def test_summarize_run_predicts_the_time_left(tmp_path, monkeypatch):
     figures = run_history.summarize_run(version, time.time())
     assert figures["state"] == "training"
     assert figures["time left"] == "7.0 minutes"  # 3 minutes were 30 %
-    assert figures["speed"] == "20 images/s" and figures["loss"] == "0.3333"
+    assert figures["speed"] == "20 images/s"
+    assert (figures["loss"], figures["validation loss"]) == ("0.3333", "0.6667")
     later = run_history.summarize_run(version, time.time() + 600)
     assert later["state"] == "silent for 10.0 minutes"
     assert [caption for _, caption in run_history.run_grids("cifar10/a")] == [
         "step 10", "step 20", "step 30",
     ]  # fmt: skip
+
+
+def test_summarize_run_has_the_speed_of_the_last_ten_rows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run("a", [0.01] * 30)
+    figures = run_history.summarize_run(run_history.run_version("a"), time.time())
+    assert figures["speed"] == "255 images/s"  # the mean of 210 to 300
 
 
 @pytest.mark.parametrize(

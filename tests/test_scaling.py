@@ -35,6 +35,21 @@ def test_configuration_is_the_presets_with_the_local_batch():
     assert (config.BATCH_SIZE, config.DIM, config.IMAGE_SIZE) == (64, 128, 96)
 
 
+def test_parts_of_a_batch_are_equal():
+    for job in scaling.make_jobs(settings(LARGE_BATCH=4, EFFECTIVE_BATCH=18), 1):
+        (config,) = job.measure.args
+        assert config.BATCH_SIZE * config.GRADIENT_ACCUMULATION == job.row["batch"]
+        assert config.BATCH_SIZE <= 4 or config.DATASET != "stl10"
+
+
+@pytest.mark.parametrize("is_gpu", [True, False])
+def test_gpus_are_measured_in_mixed_precision_and_cuda_graphs(is_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_gpu)
+    for job in scaling.make_jobs(settings(), 2):
+        (config,) = job.measure.args
+        assert config.USE_AMP is config.CUDA_GRAPH is is_gpu
+
+
 def test_work_is_divided_among_ranks():
     def work(count: int, **values) -> list[tuple]:
         jobs = scaling.make_jobs(settings(**values), count)

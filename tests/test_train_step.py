@@ -50,8 +50,10 @@ def make_batch(count: int = 32) -> Batch:
 # --- what a step computes
 
 
-def test_step_is_adamw_on_the_clipped_gradient_of_the_loss():
-    step, reference = make_step(WEIGHT_DECAY=2.0), make_model()
+@pytest.mark.parametrize(("clip", "flip"), [(1.0, True), (0.0, False)])
+def test_step_is_adamw_on_the_clipped_gradient_of_the_loss(clip, flip):
+    step = make_step(WEIGHT_DECAY=2.0, GRAD_CLIP=clip, HORIZONTAL_FLIP=flip)
+    reference = make_model()
     # Adam's first step amplifies the rounding of small gradients: the same memory layout.
     reference.to(memory_format=torch.channels_last)
     groups = [
@@ -62,10 +64,11 @@ def test_step_is_adamw_on_the_clipped_gradient_of_the_loss():
     adam = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.99))
     randomness = step_randomness(0, 3, torch.Size([32, 3, 8, 8]), CPU)
     images = make_batch().images / 255
-    x = torch.where(randomness.mirror[:, None, None, None], images.flip(-1), images)
+    is_mirrored = randomness.mirror[:, None, None, None] & flip
+    x = torch.where(is_mirrored, images.flip(-1), images)
     expected = reference(x, (randomness.timestep_u * 50).long(), randomness.noise)
     expected.backward()
-    expected_norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+    expected_norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), clip or torch.inf)
     adam.step()
     loss, norm = step(make_batch(), 3, 0.01)
     torch.testing.assert_close((loss, norm), (expected.detach(), expected_norm))
@@ -156,6 +159,7 @@ def test_learning_rate_rises_then_falls_to_zero():
     assert lr(100, 0.0) == 2e-3 and lr(500, 0.5) == pytest.approx(1e-3)
     assert lr(999, 1.0) == pytest.approx(0)
     assert lr(999, 1.0, "constant") == 2e-3
+    assert learning_rate(2e-3, "cosine", 0, 0, 0.0) == 2e-3  # without a warm-up
 
 
 # --- randomness
@@ -504,6 +508,17 @@ def test_step_continues_without_a_graph_that_cannot_be_captured(key, monkeypatch
 
 
 # --- checkpoints
+
+
+def test_load_state_dict_restores_loss_scale_and_counters():
+    step, other = make_step(), make_step()
+    names = ("loss_scale", "finite_streak", "skipped_updates")
+    for value, name in enumerate(names, 3):
+        getattr(step, name).fill_(value)
+    for made in (step, other):
+        made.use_loss_scaling = True
+    other.load_state_dict(copy.deepcopy(step.state_dict()))
+    assert [getattr(other, name).item() for name in names] == [3, 4, 5]
 
 
 def test_load_state_dict_accepts_the_names_of_earlier_files():

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import random
@@ -24,15 +25,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from config import Config, resolve
 from ddpm_model import DDPMModel
-from engine import checkpoints, plots, progress, run, run_names
+from engine import checkpoints, plots, progress, run, run_names, trainer
 from engine.checkpoints import TrainingCheckpoint
 from engine.dataloader import BatchLoader, ImageDataset
 from engine.errors import FallbackWarning, RenamedWarning, UserError
+from engine.image_source import ReadOptions
 from engine.progress import Progress
 from engine.run import VERSION
 from engine.shapes import SHAPE_KINDS
 from engine.train_step import TrainStep
-from engine.trainer import abort_if_diverged, estimate, format_duration, restore, train
+from engine.trainer import abort_if_diverged, estimate, format_duration, restore, set_up, train
 from tests.forked_script import ForkedScript
 from tests.helpers import (
     CPU,
@@ -276,6 +278,17 @@ def test_run_of_little_but_warm_up_warns_at_its_start_and_in_an_estimate(tmp_pat
         expect(MAX_STEPS=8)
 
 
+def test_estimate_divides_a_step_among_the_ranks(monkeypatch):
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    config = configure(MAX_STEPS=9)
+    for count in (1, 2):
+        dist = SimpleNamespace(num_processes=count, device=CPU)
+        monkeypatch.setattr(trainer.distributed, "init", lambda dist=dist: dist)
+        printed = estimate(DDPMModel.from_config(config), 80, config, 0.0)
+        # 8 of 16 images took a second.
+        assert f"({2 / count:.3f} s per step, measured)" in printed
+
+
 @pytest.mark.parametrize(("dataset", "steps"), [("stl10", "13,060"), ("celeba", "25,260")])
 def test_dry_run_downloads_nothing(dataset, steps, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -293,6 +306,35 @@ def test_dry_run_downloads_nothing(dataset, steps, tmp_path, monkeypatch, capsys
 )
 def test_format_duration_uses_the_unit_that_a_person_would(seconds, text):
     assert format_duration(seconds) == text
+
+
+def test_train_reads_images_by_its_settings(tmp_path, monkeypatch):
+    def load_dataset(name, size, folder, **options) -> None:
+        read.append((name, size, folder, options))
+        raise UserError("stop")
+
+    read = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("train.load_dataset", load_dataset)
+    flags = ["--dataset", "folder", "--data_dir", "photos", "--image_size", "8", "--channels", "1"]
+    flags += ["--value_range", "0,4095", "--frames", "all", "--num_workers", "2"]
+    for switch in ([], ["--use_upsampling", "--class_conditional"]):
+        monkeypatch.setattr(sys, "argv", ["train.py", *TINY_FLAGS[4:], *flags, *switch])
+        with pytest.raises(UserError, match="stop"):
+            importlib.import_module("train").main()
+        options = {"workers": 2, "progress": True, "options": ReadOptions(1, "0,4095", "all")}
+        options |= dict.fromkeys(("upsampling", "use_labels"), bool(switch))
+        assert read.pop() == ("folder", 8, Path("photos"), options)
+
+
+def test_train_takes_the_channels_of_a_folder(run_here, tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(20):
+        Image.new("L", (8, 8), 12 * i).save(tmp_path / "images" / f"{i}.png")
+    flags = ["--dataset", "folder", "--data_dir", "images", *TINY_FLAGS[2:], "--max_steps", "1"]
+    run_here(tmp_path, "train.py", *flags)
+    state = checkpoints.load(tmp_path / "checkpoints/ddpm_final.pt")
+    assert (state["architecture"]["channels"], state["config"]["CHANNELS"]) == (1, 1)
 
 
 # --- resuming
@@ -359,6 +401,35 @@ def test_restore_at_the_end_of_an_epoch_continues_with_the_next():
     progress, loader = restore_stub(make_state(position=4), {})
     assert progress.epoch_step == len(loader) and not list(loader.epoch(0, progress.epoch_step))
     assert (progress.step, progress.images, progress.seconds) == (4, 64, 1.0)
+
+
+def test_restore_continues_after_the_same_images_of_an_accumulated_batch():
+    state = make_state(position=1)
+    state["config"] = {"BATCH_SIZE": 8, "GRADIENT_ACCUMULATION": 4}
+    progress, _ = restore_stub(state, {})
+    assert progress.epoch_step == 2
+
+
+def test_ranks_draw_other_numbers_from_the_start_and_after_each_resume(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(trainer, "seed_everything", seeds.append)
+    monkeypatch.setattr(trainer, "TrainStep", lambda *_: None)
+    config = configure(MAX_STEPS=9, SEED=5)
+    model = DDPMModel.from_config(config)
+    for rank in (0, 1):
+        dist = SimpleNamespace(process_index=rank, num_processes=2)
+        loader, _ = set_up(model, ImageDataset(random_images(80, 8)), config, dist)
+        assert (loader.seed, loader.rank, loader.world_size) == (5, rank, 2)
+    state = make_state()
+    for step in (4, 5):  # the stub is rank 1
+        state["progress"]["step"] = step
+        restore_stub(state, {})
+    assert len(set(seeds)) == 4
+
+
+@pytest.mark.parametrize("name", ["sampling_timesteps", "guidance", "guidance_mode", "dropout"])
+def test_restore_lets_settings_change_that_are_no_weights(name):
+    restore_stub(make_state() | {"architecture": {name: 1}}, {name: 2})
 
 
 def test_restore_compares_the_upgraded_architecture():
@@ -629,6 +700,22 @@ def test_init_from_starts_a_new_run_from_ema_weights(trained_by_api, tmp_path, m
         start("--init_from", "whole", "--resume", "whole")
     with pytest.raises(UserError, match="--init_from nothing: no such checkpoint"):
         start("--init_from", "nothing")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_size": 16}, {"sampling_timesteps": 3}, {"loss_weighting": "min_snr"},
+        {"min_snr_gamma": 2.0}, {"schedule_base_size": 16}, {"guidance": 1.5}, {"dropout": 0.2},
+        {"guidance_mode": "cfg"}, {"class_counts": {"a": 1, "b": 1}}, {"consistency": True},
+    ],
+)  # fmt: skip
+def test_init_weights_ignores_settings_that_are_no_weights(change):
+    small = {"image_size": 8, "dim": 8, "dim_mults": (1, 2), "full_attn": (False, True)}
+    source = DDPMModel(**small)
+    model = DDPMModel(**small | change)
+    importlib.import_module("train").init_weights(model, source, Path("source.pt"))
+    assert torch.equal(model.unet.init_conv.weight, source.unet.init_conv.weight)
 
 
 # --- what stops a run
