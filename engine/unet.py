@@ -276,17 +276,20 @@ def full_attention(qkv: Tensor, mem_kv: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def conv(x: Tensor, module: nn.Conv2d, weights: CastWeights, with_bias: bool = True) -> Tensor:
-    """A convolution; 1x1 as a matrix product."""
+def conv(x: Tensor, module: nn.Conv2d, weights: CastWeights) -> Tensor:
+    """A convolution and its bias."""
+    if use_cpu_norm(x) or module.kernel_size == (1, 1):  # adds the bias at no cost
+        return convolve(x, module, weights, module.bias)
+    return add_bias(convolve(x, module, weights, None), module.bias)
+
+
+def convolve(x: Tensor, module: nn.Conv2d, weights: CastWeights, bias: Tensor | None) -> Tensor:
+    """A convolution with a bias or none; 1x1 as a matrix product."""
     weight = weights[module]
-    bias = module.bias if with_bias else None
-    if module.kernel_size == (1, 1):
-        bias = None if bias is None else bias.to(x.dtype)
-        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    if use_cpu_norm(x):  # conv2d adds the bias at no cost; elsewhere that is another kernel
+    if module.kernel_size != (1, 1):
         return F.conv2d(x, weight, bias, padding=module.padding)
-    x = F.conv2d(x, weight, padding=module.padding)
-    return x if bias is None else add_bias(x, bias)
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
 def conv_deferring_bias(
@@ -298,7 +301,7 @@ def conv_deferring_bias(
     """
     if use_cpu_norm(x):
         return conv(x, module, weights), None
-    return conv(x, module, weights, with_bias=False), module.bias
+    return convolve(x, module, weights, None), module.bias
 
 
 def downsample(x: Tensor, module: nn.Module, weights: CastWeights) -> Tensor:
