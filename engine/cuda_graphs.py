@@ -66,15 +66,17 @@ class CapturedFunction:
         with torch.inference_mode(False):  # later calls outside it write them, too
             self.static_inputs = [x.detach().clone() for x in inputs]
         graph = torch.cuda.CUDAGraph()
+        stream = capture_stream(inputs[0].device)
         # No garbage collection during the capture: freeing an older graph would break it. Nor
-        # weights that an earlier call cast: they are freed when its autocast block ends.
+        # autocast's cache: the weights in it, cast by earlier calls, are freed at its block's end.
         gc.collect()
         was_enabled = gc.isenabled()
         gc.disable()
         used_cache = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         try:
-            with torch.cuda.graph(graph, self.pool, capture_stream(inputs[0].device)):
+            # torch.cuda.graph stays on its stream if ending the capture fails.
+            with torch.cuda.stream(stream), torch.cuda.graph(graph, self.pool, stream):
                 self.static_output = self.fn(*self.static_inputs)
         except Exception as error:
             # Ending a capture in which memory ran out fails, too, and hides the first error.

@@ -1,6 +1,7 @@
 """CUDA graphs without a GPU: what is captured, on which device, and what is kept."""
 
 import contextlib
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -18,24 +19,26 @@ from engine.errors import UserError
 def fake_cuda(monkeypatch) -> SimpleNamespace:
     """Stubs of what CapturedFunction uses of torch.cuda; leaving a failed capture fails, too.
 
-    device: the current one. replays: the device of each. captures: pool and device of each.
+    device, stream: the current ones. replays: the device of each. captures: its pool and device.
     """
-    state = SimpleNamespace(device=None, replays=[], captures=[])
+    state = SimpleNamespace(device=None, stream=None, replays=[], captures=[])
 
     @contextlib.contextmanager
-    def device(value):
-        state.device = value
+    def current(name, value):
+        before = getattr(state, name)
+        setattr(state, name, value)
         try:
             yield
         finally:
-            state.device = None
+            setattr(state, name, before)
 
     class FakeCapture:
         def __init__(self, graph, pool, stream):
             state.captures.append((pool, stream.device))
+            self.stream = stream
 
         def __enter__(self):
-            return self
+            state.stream = self.stream
 
         def __exit__(self, kind, *_):
             if kind is not None:
@@ -48,10 +51,10 @@ def fake_cuda(monkeypatch) -> SimpleNamespace:
         return SimpleNamespace(replay=lambda: state.replays.append(state.device))
 
     monkeypatch.setattr(cuda_graphs, "capture_stream", cuda_graphs.capture_stream.__wrapped__)
-    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "device", partial(current, "device"))
     monkeypatch.setattr(torch.cuda, "Stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", stream)
-    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "stream", partial(current, "stream"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
     monkeypatch.setattr(torch.cuda, "graph", FakeCapture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
@@ -82,6 +85,7 @@ def test_captured_function_tells_capture_memory_and_other_errors_apart(fake_cuda
     captured(x)
     with pytest.raises(torch.OutOfMemoryError, match="too large"):
         captured(x)
+    assert fake_cuda.stream is None  # as before, though the capture did not end properly
 
     def broken(x):
         raise RuntimeError("shapes do not match")
