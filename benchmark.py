@@ -3,7 +3,7 @@
     python benchmark.py                         everything; about ten minutes on a GPU
     python benchmark.py --quick --only training
     python benchmark.py --dim 64 --dim_mults 1,2,4,8 --full_attention_max_size 0
-    python benchmark.py --memory                what fits on cards of 3, 6, 12 and 24 GiB
+    python benchmark.py --memory                what fits on GPUs of 3, 6, 12 and 24 GiB
     python benchmark.py --docs                  writes docs/benchmarks.md from results/
 
 The baselines are the step of its Trainer and its 1000 ancestral steps. A variant that fails, hangs
@@ -47,11 +47,11 @@ from engine.train_step import TrainStep, learning_rate
 
 SAMPLERS = (("ddim", 50), ("dpmpp_2m", 20), ("heun", 19), ("ddpm", 50))  # next to the default
 EPOCH_STEPS = 40  # steps in an epoch of random images
-CAPS = (3.0, 6.0, 12.0, 24.0)  # GiB: a card of each tier
+CAPS = (3.0, 6.0, 12.0, 24.0)  # GiB: a GPU of each tier
 SECTIONS = ("training", "sampling", "curves", "data")
 NETWORK = ("IMAGE_SIZE", "DIM", "DIM_MULTS", "FULL_ATTENTION_MAX_SIZE")
-# Words that a row's name consists of, and what they switch on.
-MODES = {"bf16": "USE_AMP", "compiled": "COMPILE_MODEL", "CUDA graph": "CUDA_GRAPH"}
+# Parts of a mode, and what they switch on.
+SWITCHES = {"bf16": "USE_AMP", "compiled": "COMPILE_MODEL", "CUDA graph": "CUDA_GRAPH"}
 
 
 class BenchmarkSettings(Settings):
@@ -59,14 +59,12 @@ class BenchmarkSettings(Settings):
 
     PRESET = Setting("", "preset", choices=tuple(DATASET_PRESETS), auto="cifar10; shapes on a CPU")
     IMAGE_SIZE, DIM, DIM_MULTS, FULL_ATTENTION_MAX_SIZE = map(DDPMConfig.settings().get, NETWORK)
-    BATCH = Setting(
-        (), "batches of a training step; upstream's has the first and the last", min=1,
-        auto="128,256,512; at 64 px and above, or on a CPU, the preset's",
-    )  # fmt: skip
+    BATCH = Setting((), "batches of a training step; upstream's has the first and the last", min=1,
+        auto="128,256,512; at 64 px and above, or on a CPU, the preset's")  # fmt: skip
     THREADS = Setting(0, "CPU threads; 0 leaves the choice to PyTorch", min=0, max=1024)
     QUICK = Setting(False, "fewer variants and steps")
     ONLY = Setting("", "section to measure", choices=SECTIONS, auto="all")
-    MEMORY = Setting(False, "measure what fits on cards of 3, 6, 12 and 24 GiB")
+    MEMORY = Setting(False, "measure what fits on GPUs of 3, 6, 12 and 24 GiB")
     DOCS = Setting(False, "write docs/benchmarks.md, measuring nothing", old_name="README")
 
 
@@ -91,9 +89,8 @@ def compute_mfu(config: Config, images_per_second: float, device: torch.device) 
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         upstream_diffusion(config).model(*map(torch.zeros, inputs))
     gc.collect()  # what was timed may hold the memory
-    is_gpu = device.type == "cuda"
-    size = 8192 if is_gpu else 2048
-    dtype = devices.amp_dtype(device) if is_gpu else torch.float32
+    size = 8192 if device.type == "cuda" else 2048
+    dtype = devices.amp_dtype(device) if device.type == "cuda" else torch.float32
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     matmuls_per_second = time_steps(lambda: a @ b, 1, device)["images_per_second"]
     return 3 * counter.get_total_flops() * images_per_second / (2 * size**3 * matmuls_per_second)
@@ -206,40 +203,42 @@ def make_jobs(
 ) -> list[BenchmarkJob]:
     """Returns the jobs of a section, the most important first."""
 
-    def job(what: str, mode: str, batch: int, measure: Callable, **options: Any) -> BenchmarkJob:
+    def job(what: str, mode: tuple, batch: int, measure: Callable, **options: Any) -> BenchmarkJob:
         variant = copy.deepcopy(config)
-        switches = {name: word in mode for word, name in MODES.items()}
+        switches = {name: part in mode for part, name in SWITCHES.items()}
         variant.override({"BATCH_SIZE": batch, "GRADIENT_ACCUMULATION": 1} | switches, "benchmark")
         shown = {key: options[key] for key in ("sampler", "steps", "seed") if key in options}
-        row = {"what": f"{what}, {mode}"} | shown | {"batch": batch}
+        row = {"what": ", ".join((what, *mode))} | shown | {"batch": batch}
         work = (batch,) if section == "training" else ()
-        measure = partial(measure, variant, **options)
-        return BenchmarkJob(row, measure, work, is_baseline=what.startswith("library"))
+        is_baseline = measure in (measure_upstream_training, measure_upstream_sampling)
+        return BenchmarkJob(row, partial(measure, variant, **options), work, is_baseline)
 
     # Each section plans what to measure, in which mode and batch.
-    fast = "bf16, CUDA graph" if is_gpu else "bf16"
+    fp32 = ("fp32",)
+    bf16 = ("bf16",)
+    fast = (*bf16, "CUDA graph") if is_gpu else bf16
     first = batches[0]
     if section == "training":
         ends = dict.fromkeys((first, batches[-1]))
-        jobs = [job("library's Trainer", "fp32", n, measure_upstream_training) for n in ends]
-        plan = [(fast, n) for n in batches] + [("bf16" if is_gpu else "fp32", first)]
+        jobs = [job("lucidrains' Trainer", fp32, n, measure_upstream_training) for n in ends]
+        plan = [(fast, n) for n in batches] + [(bf16 if is_gpu else fp32, first)]
         if is_gpu and not quick:
-            plan += [("fp32", first), ("bf16, compiled, CUDA graph", first)]
+            plan += [(fp32, first), (("bf16", "compiled", "CUDA graph"), first)]
         return jobs + [job("ours", mode, n, measure_training) for mode, n in plan]
     if section == "sampling":
         small = 64 if is_gpu else 4
         default = (DEFAULT_SAMPLER, config.SAMPLING_TIMESTEPS)
         plan = [(fast, 4 * small, *each) for each in ([default] if quick else [default, *SAMPLERS])]
         if is_gpu and not quick:
-            plan += [(mode, small, *default) for mode in (fast, "fp32, CUDA graph", "bf16", "fp32")]
-        jobs = [job("library", "fp32", small, measure_upstream_sampling)]
+            plan += [(m, small, *default) for m in (fast, (*fp32, "CUDA graph"), bf16, fp32)]
+        jobs = [job("lucidrains' sampler", fp32, small, measure_upstream_sampling)]
         return jobs + [
             job("ours", mode, batch, measure_sampling, sampler=sampler, steps=steps)
             for mode, batch, sampler, steps in plan
         ]
     if section == "curves":
         steps = (500 if is_gpu else 100) // (5 if quick else 1)
-        plan = (("fp32", 0), (fast, 0), ("fp32", 1), ("fp32", 2))
+        plan = ((fp32, 0), (fast, 0), (fp32, 1), (fp32, 2))
         return [job("ours", m, first, learning_curve, steps=steps, seed=seed) for m, seed in plan]
     if section == "memory":
         return [BenchmarkJob({"cap_gib": n}, partial(measure_memory, config, cap=n)) for n in CAPS]
@@ -281,7 +280,7 @@ def main() -> None:
 
     for section in sections:
         jobs = make_jobs(section, config, batches, settings.QUICK, is_gpu)
-        run_section("benchmark", network, section, about, jobs, "over_library")
+        run_section("benchmark", network, section, about, jobs, "speedup")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Measures how training scales over the GPUs of this machine.
 
     python scaling.py                              on 1, 2, 4 and 8 GPUs, as far as there are
-    python scaling.py --processes 1,8 --steps 0    speed only, on 1 and on 8
+    python scaling.py --ranks 1,8 --steps 0    speed only, on 1 and on 8
     python scaling.py --dim 8 --image_size 16 --batches 8 --large_batch 4 --effective_batch 16 \\
         --steps 20 --seconds 0.2                   runs everything, also without a GPU
 
@@ -29,7 +29,7 @@ SEEDS = (0, 1, 2)
 class ScalingSettings(Settings):
     """What to measure."""
 
-    PROCESSES = Setting((), "numbers of processes, one a GPU", auto="1,2,4,8 up to the GPUs")
+    RANKS = Setting((), "numbers of ranks, one a GPU", auto="1,2,4,8", old_name="PROCESSES")
     BATCHES = Setting((128, 512), "images a GPU in weak scaling of the cifar10 preset")
     LARGE_BATCH = Setting(64, "images a GPU at a time with the stl10 preset", min=1)
     EFFECTIVE_BATCH = Setting(512, "images a step in strong scaling and in training", min=1)
@@ -49,7 +49,6 @@ def make_jobs(settings: ScalingSettings, ranks: int) -> list[BenchmarkJob]:
     plan += [("strong", preset, local_batch, None) for preset in ("cifar10", "stl10")]
     seeds = SEEDS if ranks == 1 else SEEDS[:1]
     plan += [("loss", "cifar10", local_batch, seed) for seed in seeds if settings.STEPS]
-
     jobs = []
     for kind, preset, batch, seed in plan:
         fewest = -(-batch // settings.LARGE_BATCH) if preset == "stl10" else 1
@@ -59,7 +58,7 @@ def make_jobs(settings: ScalingSettings, ranks: int) -> list[BenchmarkJob]:
         flags |= {"IMAGE_SIZE": settings.IMAGE_SIZE} if settings.IMAGE_SIZE else {}
         config = resolve(preset, tier_for_memory(1000.0), flags=flags)
         row = {"kind": kind, "preset": preset, "image_size": config.IMAGE_SIZE, "dim": config.DIM}
-        row |= {"dim_mults": config.DIM_MULTS, "processes": ranks, "batch": batch}
+        row |= {"dim_mults": config.DIM_MULTS, "ranks": ranks, "batch": batch}
         measure = partial(measure_training, config, seconds=settings.SECONDS)
         if kind == "loss":
             row |= {"seed": seed, "steps": settings.STEPS}
@@ -70,19 +69,19 @@ def make_jobs(settings: ScalingSettings, ranks: int) -> list[BenchmarkJob]:
 
 
 def main() -> None:
-    """Measures with each number of processes."""
+    """Measures with each number of ranks."""
     parser = Parser(__doc__)
     ScalingSettings.add_flags(parser)
     settings = ScalingSettings(**ScalingSettings.given(parser.parse_args()))
 
-    # Numbers of processes.
+    # Numbers of ranks.
     gpus = torch.cuda.device_count()
-    counts = sorted(settings.PROCESSES or [n for n in (1, 2, 4, 8) if n <= (gpus or 2)])
+    counts = sorted(settings.RANKS or [n for n in (1, 2, 4, 8) if n <= (gpus or 2)])
     for count in counts:
         if (batch := settings.EFFECTIVE_BATCH) % count:
-            raise UserError(f"--effective_batch {batch} cannot be divided by {count} processes")
+            raise UserError(f"--effective_batch {batch} cannot be divided by {count} ranks")
         if gpus and count > gpus:
-            raise UserError(f"--processes asks for {count}, but there are {gpus} GPUs")
+            raise UserError(f"--ranks asks for {count}, but there are {gpus} GPUs")
 
     jobs = [job for count in counts for job in make_jobs(settings, count)]
     rows = run_section("scaling", "", "scaling", {}, jobs, "efficiency")

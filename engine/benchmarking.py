@@ -38,12 +38,13 @@ SECTIONS = {
 HEADINGS = {
     "what": "variant", "kind": "kind", "preset": "preset", "image_size": "px", "cap_gib": "cap GiB",
     "dim": "dim", "dim_mults": "dim_mults", "sampler": "sampler", "steps": "steps", "seed": "seed",
-    "nfe": "NFE", "processes": "ranks", "batch": "batch", "micro_batch": "micro-batch",
+    "nfe": "NFE", "ranks": "ranks", "batch": "batch", "micro_batch": "micro-batch",
     "images_per_second": "images/s", "ms": "ms", "peak_gib": "peak GiB", "mfu": "MFU",
-    "over_library": "speedup", "efficiency": "efficiency", "validation_loss": "validation loss",
+    "speedup": "speedup", "efficiency": "efficiency", "validation_loss": "validation loss",
     "loss_difference": "difference", "final_loss": "final loss", "fp32_gib": "fp32 GiB",
     "amp_gib": "mixed precision GiB", "failed": "failed",
 }  # fmt: skip
+RENAMED_KEYS = {"evaluations": "nfe", "processes": "ranks", "over_library": "speedup"}
 Row = dict[str, Any]  # of a table of results
 
 
@@ -166,7 +167,8 @@ def read_report(path: Path) -> dict[str, dict[str, Row]]:
     if not path.exists():
         return {}
     try:
-        report = json.loads(path.read_text(encoding="utf-8").replace('"evaluations":', '"nfe":'))
+        text = path.read_text(encoding="utf-8")
+        report = json.loads(re.sub(r"\w+(?=\":)", lambda m: RENAMED_KEYS.get(m[0], m[0]), text))
         report = {"": {path.name.split("-")[0]: report}} if "rows" in report else report
         [markdown_section("", each) for sections in report.values() for each in sections.values()]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -79,11 +79,13 @@ def test_quick_run_measures_sections_into_one_file(tmp_path, monkeypatch, capsys
         assert result["command"] == f"python benchmark.py {' '.join(flags)} --only {section}"
         assert result["parameters"] == sum(p.numel() for p in model.unet.parameters())
         assert (result["dim_mults"], result["full_attention_max_size"]) == ([1, 2], 16)
-        library, *ours = result["rows"]
-        assert library["what"].startswith("library") and len(ours) == len({*map(str, ours)}) >= 1
+        upstream, *ours = result["rows"]
+        assert (
+            upstream["what"].startswith("lucidrains") and len(ours) == len({*map(str, ours)}) >= 1
+        )
         for row in ours:
-            ratio = row["images_per_second"] / library["images_per_second"]
-            assert row["over_library"] == pytest.approx(ratio) and row["what"] in text
+            ratio = row["images_per_second"] / upstream["images_per_second"]
+            assert row["speedup"] == pytest.approx(ratio) and row["what"] in text
     assert any("fp32" in row["what"] for row in sections["training"]["rows"][1:])
     assert all(row["mfu"] > 0 for row in sections["training"]["rows"])
 
@@ -277,13 +279,13 @@ def test_training_jobs_begin_with_upstream_and_the_fast_path():
     config = resolve("cifar10", LARGE_TIER, flags=WIDE)
     jobs = benchmark.make_jobs("training", config, (128, 256, 512), False, True)
     rows = [(job.row["what"], job.row["batch"]) for job in jobs]
-    library, fast = "library's Trainer, fp32", "ours, bf16, CUDA graph"
-    assert rows[:2] == [(library, 128), (library, 512)]
+    upstream, fast = "lucidrains' Trainer, fp32", "ours, bf16, CUDA graph"
+    assert rows[:2] == [(upstream, 128), (upstream, 512)]
     assert rows[2:5] == [(fast, 128), (fast, 256), (fast, 512)]
     assert [what for what, batch in rows if batch == 256] == [fast]
     assert sum("compiled" in what for what, _ in rows) == 1 and len(rows) == len(set(rows)) == 8
     quick = benchmark.make_jobs("training", config, (128,), True, True)
-    assert [job.row["what"] for job in quick] == [library, fast, "ours, bf16"]
+    assert [job.row["what"] for job in quick] == [upstream, fast, "ours, bf16"]
 
 
 @pytest.mark.parametrize("is_gpu", [False, True])
@@ -604,21 +606,21 @@ def compared(monkeypatch, tmp_path):
     """Returns the rows of jobs, as run_section completes them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(benchmarking, "run_job", lambda job: dict(job.row))
-    return lambda *jobs: benchmarking.run_section("benchmark", "", "a", {}, jobs, "over_library")
+    return lambda *jobs: benchmarking.run_section("benchmark", "", "a", {}, jobs, "speedup")
 
 
 def test_training_is_compared_with_upstream_at_the_same_batch(compared):
-    library = [speed("library", *each) for each in ((128, 100.0), (512, 200.0), (64, None))]
+    upstream = [speed("lucidrains", *each) for each in ((128, 100.0), (512, 200.0), (64, None))]
     ours = [speed("ours", batch, 400.0) for batch in (64, 128, 256, 512)]
-    rows = compared(*library, *ours)
-    found = [(row["what"][:4], row["batch"], row.get("over_library")) for row in rows]
+    rows = compared(*upstream, *ours)
+    found = [(row["what"][:4], row["batch"], row.get("speedup")) for row in rows]
     assert found == [
-        ("libr", 64, None), ("ours", 64, None), ("libr", 128, 1), ("ours", 128, 4),
-        ("ours", 256, None), ("libr", 512, 1), ("ours", 512, 2),
+        ("luci", 64, None), ("ours", 64, None), ("luci", 128, 1), ("ours", 128, 4),
+        ("ours", 256, None), ("luci", 512, 1), ("ours", 512, 2),
     ]  # fmt: skip
 
 
 def test_sampling_is_compared_with_upstreams_only_row(compared):
-    upstream = speed("library", 64, 2.0, sampler="ddpm")
+    upstream = speed("lucidrains", 64, 2.0, sampler="ddpm")
     rows = compared(upstream, speed("ours", 256, 50.0, sampler="heun"))
-    assert [row["over_library"] for row in rows] == [1, 25]
+    assert [row["speedup"] for row in rows] == [1, 25]

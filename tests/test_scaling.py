@@ -53,7 +53,7 @@ def test_gpus_are_measured_in_mixed_precision_and_cuda_graphs(is_gpu, monkeypatc
 def test_work_is_divided_among_ranks():
     def work(count: int, **values) -> list[tuple]:
         jobs = scaling.make_jobs(settings(**values), count)
-        assert {job.ranks for job in jobs} == {job.row["processes"] for job in jobs} == {count}
+        assert {job.ranks for job in jobs} == {job.row["ranks"] for job in jobs} == {count}
         keys = ("kind", "preset", "batch", "seed")
         return [tuple(job.row.get(key) for key in keys) for job in jobs]
 
@@ -93,8 +93,8 @@ def test_loss_is_of_the_effective_batch():
     assert job.measure.func is benchmark.learning_curve
     assert job.measure.keywords == {"steps": 10, "seed": 0}
     assert (config.BATCH_SIZE, config.GRADIENT_ACCUMULATION, config.DATASET) == (4, 1, "cifar10")
-    found = {key: job.row[key] for key in ("kind", "seed", "steps", "processes", "batch")}
-    assert found == {"kind": "loss", "seed": 0, "steps": 10, "processes": 4, "batch": 4}
+    found = {key: job.row[key] for key in ("kind", "seed", "steps", "ranks", "batch")}
+    assert found == {"kind": "loss", "seed": 0, "steps": 10, "ranks": 4, "batch": 4}
 
 
 # --- main
@@ -102,7 +102,7 @@ def test_loss_is_of_the_effective_batch():
 
 @pytest.fixture
 def run_main(monkeypatch, tmp_path):
-    """Calls main on a CPU with speeds by (kind, preset, processes, batch); returns the report.
+    """Calls main on a CPU with speeds by (kind, preset, ranks, batch); returns the report.
 
     A row without a speed fails.
     """
@@ -111,9 +111,9 @@ def run_main(monkeypatch, tmp_path):
         def run(job: BenchmarkJob) -> dict:
             row = job.row
             if row["kind"] == "loss":
-                loss = 0.1 + row["seed"] / 100 - (0.01 if row["processes"] > 1 else 0)
+                loss = 0.1 + row["seed"] / 100 - (0.01 if row["ranks"] > 1 else 0)
                 return row | {"validation_loss": loss}
-            key = (row["kind"], row["preset"], row["processes"], row["batch"])
+            key = (row["kind"], row["preset"], row["ranks"], row["batch"])
             speed = speeds.get(key)
             return row | ({"images_per_second": speed} if speed else {"failed": "no memory"})
 
@@ -141,10 +141,10 @@ SPEEDS = {
 
 
 def test_efficiency_is_over_single_gpus_with_the_same_work(run_main, tmp_path):
-    run_main(SPEEDS, "--processes", "4,1", "--dim", "64")
+    run_main(SPEEDS, "--ranks", "4,1", "--dim", "64")
     rows = written(tmp_path)["rows"]
     found = {
-        (row["kind"], row["preset"], row["processes"], row["batch"]): row["efficiency"]
+        (row["kind"], row["preset"], row["ranks"], row["batch"]): row["efficiency"]
         for row in rows if row["kind"] != "loss"
     }  # fmt: skip
     assert found == {key: 1 for key in found if key[2] == 1} | {
@@ -153,7 +153,7 @@ def test_efficiency_is_over_single_gpus_with_the_same_work(run_main, tmp_path):
         ("strong", "stl10", 4, 128): 0.95,
     }  # fmt: skip
     losses = [row for row in rows if row["kind"] == "loss"]
-    assert [row["processes"] for row in losses] == [1, 1, 1, 4]
+    assert [row["ranks"] for row in losses] == [1, 1, 1, 4]
     differences = [row["loss_difference"] for row in losses]
     assert differences == pytest.approx([0, 0.01, 0.02, -0.01])
 
@@ -174,24 +174,24 @@ def test_efficiency_is_over_single_gpus_with_the_same_work(run_main, tmp_path):
 def test_main_writes_what_was_measured_next_to_a_failure(run_main, tmp_path):
     speeds = {key: value for key, value in SPEEDS.items() if key != ("weak", "stl10", 1, 64)}
     with pytest.raises(UserError, match="1 of 10 rows have no result") as error:
-        run_main(speeds, "--processes", "1,4", "--steps", "0")
+        run_main(speeds, "--ranks", "1,4", "--steps", "0")
     assert error.value.exit_code == 1
     report = written(tmp_path)
-    assert report["command"] == "python scaling.py --processes 1,4 --steps 0"
-    found = {row["processes"]: row for row in report["rows"] if row["preset"] == "stl10"}
+    assert report["command"] == "python scaling.py --ranks 1,4 --steps 0"
+    found = {row["ranks"]: row for row in report["rows"] if row["preset"] == "stl10"}
     assert sum("efficiency" in row for row in report["rows"]) == 8
     failed = [row for row in report["rows"] if "failed" in row]
-    assert [(row["kind"], row["processes"]) for row in failed] == [("weak", 1)] and len(found) == 2
+    assert [(row["kind"], row["ranks"]) for row in failed] == [("weak", 1)] and len(found) == 2
 
 
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--processes", "3"], "cannot be divided by 3 processes"),
-        (["--processes", "8"], "asks for 8, but there are 4 GPUs"),
+        (["--ranks", "3"], "cannot be divided by 3 ranks"),
+        (["--ranks", "8"], "asks for 8, but there are 4 GPUs"),
     ],
 )
-def test_main_refuses_impossible_numbers_of_processes(monkeypatch, flags, reason):
+def test_main_refuses_impossible_numbers_of_ranks(monkeypatch, flags, reason):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(sys, "argv", ["scaling.py", *flags])
     with pytest.raises(UserError, match=reason) as error:
