@@ -28,6 +28,7 @@ from ddpm_model import DDPMModel, unnormalize
 from engine import checkpoints, page, page_html, run_history
 from engine.devices import default_device
 from engine.errors import UserError
+from engine.gpu_memory import is_out_of_memory
 from engine.page import MAX_STEPS, Plan, Request, Session
 from engine.samplers import DEFAULT_SAMPLER, SAMPLERS
 from engine.settings import Setting, Settings
@@ -41,10 +42,6 @@ NUM_FRAMES = 12  # of an interpolation
 INTERPOLATION_STEPS = 60
 PREVIEW_SECONDS = 0.2
 POLL_SECONDS = 3
-PICK = "imageGrid(element, index => trigger('pick', {grid: '%s', index}))"
-PAINT = "watch('value', brush(element, mask => trigger('paint', {mask})))"
-PLAY = "watch('value', film(element))"
-MARGIN = "@media (max-width: 600px) { .app { padding: 12px !important; } }"  # around all app.css
 MAX_UPLOAD = "10mb"
 MAX_PIXELS = 20_000_000  # of an uploaded image
 
@@ -59,7 +56,7 @@ class AppSettings(Settings):
 
 
 class SharedModel(page.SharingMixin, DDPMModel):
-    """A model that several visitors use at once."""
+    """A model that several users use at once."""
 
 
 def load_shared_model(path: Path) -> SharedModel:
@@ -68,22 +65,24 @@ def load_shared_model(path: Path) -> SharedModel:
 
 
 class Page:
-    """What happens on the visitors' events. Each method returns what the page then shows."""
+    """What happens on the users' events. Each method returns what the page then shows."""
 
     def __init__(self, keeper: page.ModelKeeper):
         self.keeper = keeper
 
     @contextmanager
     def errors_shown(self) -> Iterator[None]:
-        """Shows an error to the visitor who caused it, and to nobody else."""
+        """Shows an error to the user who caused it, and to nobody else."""
         try:
             yield
         except page.SupersededError:
             pass
         except UserError as error:
             gr.Warning(html.escape(str(error)))
-        except torch.OutOfMemoryError:
-            gr.Warning("out of GPU memory: ask for fewer images")
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            gr.Warning("out of memory. Ask for fewer images")
 
     def plan(self, request: Request, *controls: Any) -> Plan:
         """Returns what the controls ask for; UserError if the page does not offer it."""
@@ -205,7 +204,7 @@ class Page:
     # Model and runs, checked every POLL_SECONDS.
 
     def poll(self, session: Session) -> dict[Any, Any]:
-        """Shows a new model; controls whose update stays the same keep the visitor's values."""
+        """Shows a new model; controls whose update stays the same keep the user's values."""
         served = self.keeper.refresh()
         if self.keeper.problem != session.problem:
             session.problem = self.keeper.problem
@@ -259,9 +258,10 @@ class Page:
     def build_samples(self) -> None:
         """Lays out the sampling tab."""
         limits = {name: (s.min, s.max) for name, s in InferenceSettings.settings().items()}
+        # Samples, controls, chosen images.
         with gr.Row():
             with gr.Column(scale=3, min_width=340):
-                self.samples = gr.HTML(js_on_load=PICK % "samples")
+                self.samples = gr.HTML(js_on_load=page_html.PICK % "samples")
                 self.status = gr.HTML()
             with gr.Column(scale=2, min_width=300):
                 with gr.Row(equal_height=True):
@@ -276,20 +276,22 @@ class Page:
                 }
                 self.chosen = gr.HTML(page_html.chosen_images([]))
                 self.upload = gr.UploadButton("Upload an image", file_types=["image"])
+        # Panels for the chosen images.
         with gr.Tabs(elem_classes="panel") as self.tabs:
             with gr.Tab("Vary", id="Vary"):
                 strength = gr.Slider(*limits["strength"], 0.5, step=0.001, label="Strength")
                 self.controls["strength"] = strength
-                self.varied = gr.HTML(js_on_load=PICK % "vary")
+                self.varied = gr.HTML(js_on_load=page_html.PICK % "vary")
             with gr.Tab("Inpaint", id="Inpaint"), gr.Row():
                 with gr.Column(scale=1, min_width=280):
-                    self.canvas = gr.HTML(js_on_load=PAINT)
+                    self.canvas = gr.HTML(js_on_load=page_html.PAINT)
                 with gr.Column(scale=3, min_width=320):
-                    self.inpainted = gr.HTML(js_on_load=PICK % "inpaint")
+                    self.inpainted = gr.HTML(js_on_load=page_html.PICK % "inpaint")
             with gr.Tab("Interpolate", id="Interpolate"):
-                self.between = gr.HTML(js_on_load=PLAY)
+                self.between = gr.HTML(js_on_load=page_html.PLAY)
             with gr.Tab("From noise", id="From noise"):
-                self.noise = gr.HTML(js_on_load=PLAY)
+                self.noise = gr.HTML(js_on_load=page_html.PLAY)
+        # Output and method of each panel.
         self.panels = {
             "Vary": (self.varied, self.vary),
             "Inpaint": (self.inpainted, self.inpaint),
@@ -305,27 +307,26 @@ class Page:
             with gr.Column(min_width=340):
                 self.run_curve = gr.HTML()
             with gr.Column(min_width=340):
-                self.run_grids = gr.HTML(js_on_load=PLAY)
+                self.run_grids = gr.HTML(js_on_load=page_html.PLAY)
 
     def wire(self, blocks: Any, session: Any, run_tab: Any) -> None:
-        """Connects the visitors' events with what they do."""
+        """Connects the users' events with what they do."""
         controls = self.controls
-        strength = controls["strength"]
         sampling = [controls[name] for name in ("seeds", "classes", "sampler", "steps", "guidance")]
         self.chosen_outputs = [self.samples, self.chosen, self.canvas]
         panels = [output for output, _ in self.panels.values()]
         quiet = {"api_visibility": "private", "show_progress": "hidden", "trigger_mode": "multiple"}
         sample = {"fn": self.sample, "inputs": [session, *sampling]}
         sample |= quiet | {"outputs": [self.samples, self.status]}
-        panel = {"fn": self.show_panel, "inputs": [session, strength, *sampling], "outputs": panels}
-        panel |= quiet | {"show_progress": "minimal"}
+        panel = quiet | {"fn": self.show_panel, "outputs": panels, "show_progress": "minimal"}
+        panel["inputs"] = [session, controls["strength"], *sampling]
 
         # Every change samples again.
         on_change = [controls[name].input for name in ("classes", "sampler", "steps", "guidance")]
         gr.on([*on_change, controls["seeds"].submit], **sample).then(**panel)
         new_seeds = self.dice.click(page.new_seeds, controls["seeds"], controls["seeds"], **quiet)
         new_seeds.then(**sample).then(**panel)
-        strength.input(**panel)
+        controls["strength"].input(**panel)
 
         # Chosen images and panels.
         for grid in (self.samples, self.varied, self.inpainted):
@@ -374,7 +375,7 @@ def start(settings: AppSettings) -> tuple[Any, str]:
         _, url, public_url = blocks.launch(
             server_name=settings.host, server_port=settings.port, share=settings.share,
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-            css_paths=ROOT / "app.css", head=f"<style>{MARGIN}</style><script>{script}</script>",
+            css_paths=ROOT / "app.css", head=f"{page_html.MARGIN}<script>{script}</script>",
             max_file_size=MAX_UPLOAD, prevent_thread_lock=True, quiet=True, footer_links=[],
             ssr_mode=False, run_history=False, enable_monitoring=False,
         )  # fmt: skip

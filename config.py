@@ -61,7 +61,7 @@ class DDPMConfig(Settings):
     TIMESTEPS = Setting(1000, "timesteps of the diffusion process", min=2, max=100_000)
     SAMPLING_TIMESTEPS = Setting(14, "network evaluations per sample, not counting "
         "guidance's", min=1, max=100_000)
-    GUIDANCE = Setting(2.0, "weight of guidance (arXiv:2406.02507); 1 disables it", min=0, max=10)
+    GUIDANCE = Setting(2.0, "weight of guidance (arXiv:2406.02507); 1 disables it", min=1, max=10)
     GUIDANCE_MODE = Setting(
         "autoguidance", "what samples of a class are moved away from: the guide, the network "
         "without a label (classifier-free guidance), or the guide without a label",
@@ -232,7 +232,7 @@ class Config(DDPMConfig):
 
 
 def resolve(
-    dataset: str, tier: Tier, script: Mapping[str, Any] | None = None,
+    dataset: str, tier: Tier, script: Mapping[str, Any] = {},
     subclass: type[DDPMConfig] | None = None, flags: Mapping[str, Any] | None = None,
     checkpoint: Mapping[str, Any] | None = None, init_from: Mapping[str, Any] | None = None,
 ) -> Config:  # fmt: skip
@@ -243,18 +243,18 @@ def resolve(
     Raises UserError for an unknown name, a value out of range or values that exclude each other.
     Warns where the tier changes an explicit value.
     """
-    explicit_layers: list[Layer] = [
-        ("init_from", init_from or {}),
-        (subclass.__name__, subclass_overrides(subclass)) if subclass else ("", {}),
-        ("flag", DDPMConfig.current_names(flags or {}, warn=True)),
-    ]
+    explicit_layers: list[Layer] = [("init_from", init_from or {})]
+    if subclass:
+        explicit_layers.append((subclass.__name__, subclass_overrides(subclass)))
+    explicit_layers.append(("flag", DDPMConfig.current_names(flags or {}, warn=True)))
     explicit = {name: value for _, values in explicit_layers for name, value in values.items()}
     if checkpoint:
         # What earlier versions did without naming it.
-        earlier_defaults = {"CHANNELS": 3, "WEIGHT_DECAY": 0.0}
-        base_layers = [("checkpoint", earlier_defaults | DDPMConfig.current_names(checkpoint))]
+        saved = {"CHANNELS": 3, "WEIGHT_DECAY": 0.0} | DDPMConfig.current_names(checkpoint)
+        if isinstance(saved.get("GUIDANCE"), float):  # which they allowed to be less than 1
+            saved["GUIDANCE"] = max(1.0, saved["GUIDANCE"])
+        base_layers = [("checkpoint", saved)]
     else:
-        script = script or {}
         base_layers = [("script", script), *presets_for(dataset, tier, script, explicit)]
 
     # Apply the layers in order.
@@ -265,10 +265,10 @@ def resolve(
         lengths = [name for name in RUN_LENGTH_SETTINGS if values.get(name)]
         if len(lengths) > 1 and layer != "checkpoint":
             raise UserError(f"set only one of {', '.join(lengths)} ({layer})")
-        if lengths:  # one kind of length replaces another
-            config.override(RUN_LENGTH_SETTINGS, layer)
-        config.override(values, layer)
-    config.DATASET = dataset
+        # One kind of length replaces another.
+        config.override((RUN_LENGTH_SETTINGS if lengths else {}) | values, layer)
+    if config.DATASET != dataset:
+        config.override({"DATASET": dataset}, "data")
 
     # An explicit batch size is used as is.
     for name, value, reasons in (

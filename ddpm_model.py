@@ -230,6 +230,9 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
             weights |= {k: v for k, v in self.unet.state_dict().items() if k == name}
         self.unet.load_state_dict(weights)
 
+    def add_teacher(self, state_dict: Mapping[str, Any]) -> None:
+        """Adds a teacher as a state_dict has it; only models that are tuned have one."""
+
     def _apply(self, *args: Any, **kwargs: Any) -> "DDPMModel":
         """Moves or converts the weights; captured graphs would still read the old ones."""
         self.graph_cache.clear()

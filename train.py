@@ -77,7 +77,7 @@ def main(
         model = model_class.from_config(config, data.class_counts)
         if init_model:
             init_weights(model, init_model, request.init_from)
-        elif checkpoint and tuning is not None:
+        elif checkpoint:
             with checkpoints.refuse_damaged(checkpoint.path):
                 # Empty, so that its memory and time are counted; train() loads the weights.
                 model.add_teacher(checkpoint.state["model"])
@@ -219,7 +219,8 @@ def configure(
         required = network_settings(init_model.architecture, image_size)
         if is_tuning:
             required |= {
-                "GUIDANCE": init_model.guidance, "GUIDANCE_MODE": init_model.guidance_mode,
+                "GUIDANCE": max(1.0, init_model.guidance),
+                "GUIDANCE_MODE": init_model.guidance_mode,
                 "SCHEDULE_BASE_SIZE": init_model.architecture["schedule_base_size"],
                 "CLASS_CONDITIONAL": bool(init_model.class_names), **request.tuning,
             }  # fmt: skip

@@ -4,6 +4,7 @@ import os
 import re
 import socket
 import tarfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torchvision.datasets import STL10, CelebA, utils
 from engine import hf_datasets
 from engine.dataloader import ImageDataset
 from engine.distributed import print0
-from engine.errors import UserError
+from engine.errors import FallbackWarning, UserError
 from engine.image_cache import load_cached
 from engine.image_files import file_fingerprint
 from engine.image_source import DEFAULT_OPTIONS, ReadOptions, Source, image_source, path_source
@@ -83,11 +84,12 @@ def choose_default_dataset(data_dir: Path, has_gpu: bool, download: bool = True)
                 ensure_downloaded(ARCHIVES["cifar10"], data_dir)
             return "cifar10"
         except UserError as error:
-            reason = str(error)
+            line = f"no CIFAR-10 ({error}); continuing with the built-in shapes. Use {advice}"
+            warnings.warn(line, FallbackWarning, stacklevel=2)
     else:
         reason = "no CUDA GPU found; CIFAR-10 would take days"
         advice = f"--dataset cifar10 to override, or {advice}"
-    print0(f"dataset: built-in shapes ({reason}). Use {advice}.")
+        print0(f"dataset: built-in shapes ({reason}). Use {advice}.")
     return "shapes"
 
 

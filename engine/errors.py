@@ -19,6 +19,10 @@ class FallbackWarning(UserWarning):
     """
 
 
+class OutOfMemoryWarning(FallbackWarning):
+    """Memory ran out, and the script continues with smaller batches."""
+
+
 class RenamedWarning(UserWarning):
     """An old name of a flag, setting or function was used; it works for one more release."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from engine.errors import FallbackWarning, UserError
+from engine.errors import FallbackWarning, OutOfMemoryWarning, UserError
 
 _memory_cap: float | None = None  # bytes
 # In errors that have no exception type: of torch's CPU allocators, of CUDA's libraries, and of CUDA
@@ -29,7 +29,8 @@ def cap_memory(gib: float) -> None:
         _memory_cap = gib * 2**30
         _set_allocator_limit(_memory_cap)
     else:
-        warnings.warn(f"no GPU whose memory could be capped at {gib:g} GiB", FallbackWarning, 2)
+        message = f"no GPU to cap at {gib:g} GiB; continuing without the cap"
+        warnings.warn(message, FallbackWarning, stacklevel=2)
 
 
 def rank_gpu() -> int:
@@ -102,7 +103,7 @@ class OomBatcher:
         gc.collect()  # the failed call may have left reference cycles
         torch.cuda.empty_cache()
         message = f"out of memory; continuing with batches of {self.size}"
-        warnings.warn(message, FallbackWarning, stacklevel=3)
+        warnings.warn(message, OutOfMemoryWarning, stacklevel=3)
 
     def map(self, count: int, function: Callable[[slice], Any]) -> Iterator[Any]:
         """Yields function(part) for slices that cover `count` in order, retrying on OOM."""

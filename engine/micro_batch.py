@@ -12,7 +12,7 @@ import torch
 
 from engine.checkpoints import write_text
 from engine.dataloader import Batch, fits_on_gpu
-from engine.errors import FallbackWarning, UserError, warn_fallback
+from engine.errors import OutOfMemoryWarning, UserError, warn_fallback
 from engine.gpu_memory import limited_to, usable_memory
 from engine.labels import NO_LABEL
 from engine.train_step import TrainableModel, TrainStep
@@ -94,7 +94,7 @@ def probe_micro_batch(model: TrainableModel, config: Any, limit_gib: float) -> t
     config.BATCH_SIZE = effective
     config.GRADIENT_ACCUMULATION = 1
     with limited_to(limit_gib), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "out of memory", FallbackWarning)
+        warnings.simplefilter("ignore", OutOfMemoryWarning)
         while True:
             micro, is_enough = rehearse(model, config, effective)
             peak = torch.cuda.max_memory_reserved()

@@ -1,4 +1,4 @@
-"""What app.py needs besides gradio: turns at the model, and what visitors chose."""
+"""What app.py needs besides gradio: turns at the model, and what users chose."""
 
 import copy
 import itertools
@@ -33,7 +33,7 @@ MAX_TEXT = 400  # characters of the seeds
 
 
 class SupersededError(Exception):
-    """The same visitor has asked for something newer."""
+    """The same user has asked for something newer."""
 
 
 class Turns:
@@ -59,7 +59,7 @@ class Turns:
 
 
 class Request:
-    """What a visitor asked for; it ends when a newer request supersedes it or its time is up."""
+    """What a user asked for; it ends when a newer request supersedes it or its time is up."""
 
     def __init__(self):
         self.is_superseded = False
@@ -75,7 +75,7 @@ class Request:
 
 
 class SharingMixin:
-    """Lets several visitors use a DDPMModel at once: forward passes take turns."""
+    """Lets several users use a DDPMModel at once: forward passes take turns."""
 
     turns = Turns()  # of all models, which share the device
     request: Request | None = None  # without one, work has no time limit
@@ -169,24 +169,27 @@ class Plan:
         cls, served: ServedModel, request: Request, settings_class: type[Settings], seeds: str,
         class_names: list[str], sampler: str, steps: float, guidance: float | None,
     ) -> "Plan":  # fmt: skip
-        """Checks what the controls ask for; guidance 0 or None: the model's own.
+        """Checks what the controls ask for; guidance None: the model's own.
 
         settings_class: of inference.py. Raises UserError for what the page does not offer.
         """
+        # What the page offers.
         model = served.model.serve(request)
         if not 1 <= steps <= MAX_STEPS:
-            raise UserError(f"steps is {steps}, but must be from 1 to at most {MAX_STEPS} steps")
+            raise UserError(f"steps is {steps}, but must be between 1 and {MAX_STEPS}")
         if len(seeds) > MAX_TEXT:
             raise UserError(f"seeds has {len(seeds)} characters, but may have at most {MAX_TEXT}")
         has_classes = set(class_names) <= set(model.class_names)
         if not has_classes or sampler not in model.supported_samplers:
             raise UserError("this model has no such sampler or class. Reload the page")
-        guidance = float(guidance or model.guidance)
+        # Options, seeds and labels.
+        guidance = model.guidance if guidance is None else float(guidance)
         options = {"sampler": sampler, "steps": int(steps), "guidance": guidance}
         options = settings_class.check(options, "the page")
         numbers = jobs.parse_seeds(seeds, MAX_IMAGES)
         chosen = [model.class_names.index(name) for name in class_names]
         labels = [label for _, label in zip(numbers, itertools.cycle(chosen), strict=False)]
+        # As inference.py stores them.
         settings = settings_class(**options, checkpoint=str(served.path)).as_dict()
         settings |= choose_sampling(model, settings)
         settings |= {"seeds": numbers, "sha256": served.sha256}
@@ -235,7 +238,7 @@ class Plan:
 
 @dataclass
 class Session:
-    """What one visitor sees: images by grid, the chosen ones, running requests by task."""
+    """What one user sees: images by grid, the chosen ones, running requests by task."""
 
     images: dict[str, list[PageImage]] = field(default_factory=dict)
     chosen: list[PageImage] = field(default_factory=list)  # the newest first, at most two
@@ -272,7 +275,7 @@ def control_updates(model: nn.Module) -> dict[str, dict[str, Any]]:
         "classes": {"choices": names, "value": [], "visible": bool(names)},
         "sampler": {"choices": list(model.supported_samplers), "value": model.default_sampler},
         "steps": {"value": min(model.sampling_timesteps, max_steps), "maximum": max_steps},
-        "guidance": {"value": model.guidance, "visible": has_weaker and not is_tuned},
+        "guidance": {"value": max(1, model.guidance), "visible": has_weaker and not is_tuned},
     }
 
 
@@ -310,13 +313,14 @@ def take_upload(
     # The controls, and what they cannot restore.
     has_classes = model.class_names and settings["classes"]
     labels = parse_classes(settings["classes"], model.class_names) if has_classes else []
-    max_steps = control_updates(model)["steps"]["maximum"]
+    offered = control_updates(model)
+    max_steps = offered["steps"]["maximum"]
     controls = {
         "seeds": format_seeds(settings["seeds"][:MAX_IMAGES]),
         "classes": [model.class_names[label] for label in labels],
         "sampler": settings["sampler"], "strength": settings["strength"],
         "steps": min(settings["steps"] or model.sampling_timesteps, max_steps),
-        "guidance": settings["guidance"] or model.guidance,
+        "guidance": settings["guidance"] or offered["guidance"]["value"],
     }  # fmt: skip
     own = settings_class.values() | {"sampler": settings["sampler"], "steps": settings["steps"]}
     own |= choose_sampling(model, own) | {"steps": controls["steps"]}

@@ -9,6 +9,13 @@ from engine import checkpoints
 from engine.devices import device_name
 from engine.page import PageImage, ServedModel
 
+# What gradio runs when an element is loaded, of app.js.
+PICK = "imageGrid(element, index => trigger('pick', {grid: '%s', index}))"
+PAINT = "watch('value', brush(element, mask => trigger('paint', {mask})))"
+PLAY = "watch('value', film(element))"
+# Around all that app.css is for.
+MARGIN = "<style>@media (max-width: 600px) { .app { padding: 12px !important; } }</style>"
+
 
 def image_grid(images: Sequence[tuple[str, str]], chosen: Sequence[str] = ()) -> str:
     """Returns images as a grid of buttons; those in `chosen` are framed.

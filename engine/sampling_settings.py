@@ -69,7 +69,7 @@ class SamplingSettings(Settings):
         "for ddpm all timesteps", min=0,
     )  # fmt: skip
     guidance = Setting(
-        None, "weight of guidance; 1 disables it", 0, 10, type_=float, auto="the model's own"
+        None, "weight of guidance; 1 disables it", 1, 10, type_=float, auto="the model's own"
     )
     guidance_mode = Setting(
         None, "what samples are moved away from", choices=GUIDANCE_MODES, type_=str,
@@ -89,12 +89,12 @@ class SamplingSettings(Settings):
     @classmethod
     def given(cls, options: argparse.Namespace) -> dict[str, Any]:
         """Returns valid values of the flags that were given; guidance 0 once meant None."""
+        if getattr(options, "guidance", None) == 0:
+            message = "--guidance 0 is deprecated: leave it out for the model's own weight"
+            warnings.warn(message, RenamedWarning, stacklevel=2)
+            options.guidance = None
         values = super().given(options)
         for name in ("steps", "spacing"):
             if "noise_levels" in values and name in values:
                 raise UserError(f"--noise_levels says what --{name} would. Drop one of them")
-        if values.get("guidance") == 0:
-            message = "--guidance 0 is deprecated: leave it out for the model's own weight"
-            warnings.warn(message, RenamedWarning, stacklevel=2)
-            values["guidance"] = None
         return values

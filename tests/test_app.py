@@ -168,7 +168,7 @@ def test_sliders_have_the_bounds_of_the_settings(served):
     shown = app.Page(ModelKeeper(lambda: served.path, app.load_shared_model))
     shown.build()
     sliders = shown.controls["guidance"], shown.controls["strength"]
-    assert [(s.minimum, s.maximum) for s in sliders] == [(0, 10), (0.001, 1)]
+    assert [(s.minimum, s.maximum) for s in sliders] == [(1, 10), (0.001, 1)]
 
 
 def test_poll_resets_only_controls_that_a_new_checkpoint_changes(served):
@@ -208,6 +208,19 @@ def test_guidance_is_shown_where_it_has_an_effect(architecture, has_guide, is_sh
     assert page.control_updates(model)["guidance"]["visible"] is is_shown
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError(), MemoryError(), RuntimeError("CUDA error: out of memory")]
+)
+def test_memory_that_runs_out_is_shown(error, monkeypatch):
+    shown = []
+    monkeypatch.setattr(app, "gr", SimpleNamespace(Warning=shown.append))
+    with app.Page(None).errors_shown():
+        raise error
+    with pytest.raises(RuntimeError, match="shapes"), app.Page(None).errors_shown():
+        raise RuntimeError("shapes do not match")
+    assert shown == ["out of memory. Ask for fewer images"]
+
+
 # What may be asked for.
 
 
@@ -218,10 +231,10 @@ def test_guidance_is_shown_where_it_has_an_effect(architecture, has_guide, is_sh
         ({"seeds": "../../etc/passwd"}, "must look like"),
         ({"seeds": "1," * 300}, "at most"),
         ({"seeds": "1," * 300}, "600 characters"),
-        ({"steps": 0}, "at most 100 steps"),
-        ({"steps": 0}, "steps is 0, but must be from 1 to"),
-        ({"steps": 101}, "at most 100 steps"),
-        ({"steps": float("nan")}, "at most 100 steps"),
+        ({"steps": 0}, "steps is 0, but must be between 1 and 100"),
+        ({"steps": 101}, "must be between 1 and 100"),
+        ({"steps": float("nan")}, "must be between 1 and 100"),
+        ({"guidance": 0}, "guidance is 0.0, but must be at least 1"),
         ({"guidance": 1e9}, "guidance is 1000000000.0"),
         ({"guidance": float("nan")}, "guidance is nan"),
         ({"sampler": "evil.py:run"}, "no such sampler or class"),

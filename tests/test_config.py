@@ -169,6 +169,7 @@ def test_later_layers_win_and_are_named():
     assert (config.DIM, config.set_by["DIM"]) == (48, "Mine")
     assert (config.BATCH_SIZE, config.set_by["BATCH_SIZE"]) == (7, "flag")
     assert (config.TIMESTEPS, config.set_by["TIMESTEPS"]) == (1000, "default")
+    assert (config.DATASET, config.set_by["DATASET"]) == ("cifar10", "data")
 
 
 def test_explicit_batch_is_used_as_is():
@@ -270,7 +271,7 @@ def test_every_setting_is_a_flag(name):
     dataset = [] if name == "DATASET" else ["--dataset", "folder"]
     config = configure(*dataset, *arguments)
     assert getattr(config, name) == value
-    assert name == "DATASET" or config.set_by[name] == "flag"
+    assert config.set_by[name] == "flag"
 
 
 @pytest.mark.parametrize(
@@ -297,7 +298,7 @@ def test_old_names_warn_in_a_subclass_and_load_from_a_checkpoint():
 
 def test_target_size_is_the_image_size():
     flags = ["--dataset", "folder", "--target_size", "128", "--max_memory_gib", "6"]
-    with pytest.warns(FallbackWarning, match="no GPU whose memory"):
+    with pytest.warns(FallbackWarning, match="no GPU to cap at 6 GiB; continuing without"):
         config = configure(*flags, script=train_true_high_res.DEFAULTS)
     assert (config.IMAGE_SIZE, config.MAX_MEMORY_GIB) == (128, 6.0)
 
@@ -420,6 +421,12 @@ def test_resume_of_an_earlier_version_is_rgb_without_weight_decay(saved_run):
     resumed = resolve("folder", CPU_TIER, checkpoint=saved_run)
     assert (resumed.CHANNELS, resumed.WEIGHT_DECAY) == (3, 0)
     assert resolve("folder", CPU_TIER, checkpoint=saved_run | {"CHANNELS": 1}).CHANNELS == 1
+
+
+def test_resume_of_an_earlier_version_has_a_guidance_of_at_least_1(saved_run):
+    assert resolve("shapes", CPU_TIER, checkpoint=saved_run | {"GUIDANCE": 0.0}).GUIDANCE == 1
+    with pytest.raises(UserError, match="GUIDANCE is 0"):
+        resolve("shapes", CPU_TIER, flags={"GUIDANCE": 0})
 
 
 def test_resume_is_overridden_by_explicit_settings_only(saved_run, tmp_path):

@@ -22,7 +22,7 @@ from config import resolve
 from engine import datasets, image_source, labels
 from engine.dataloader import ImageDataset
 from engine.datasets import choose_default_dataset, images_from_loader, load_dataset
-from engine.errors import RenamedWarning, UserError
+from engine.errors import FallbackWarning, RenamedWarning, UserError
 from engine.image_source import ReadOptions
 from engine.shapes import draw_shapes, kind_of
 from tests.helpers import CPU_TIER, TINY_FLAGS, random_images
@@ -368,9 +368,9 @@ def test_choose_default_dataset(load, cifar10, no_network, monkeypatch, capsys):
         chosen = choose_default_dataset(folder, has_gpu)
         return chosen, capsys.readouterr().out.splitlines()
 
-    chosen, (line,) = choose(has_gpu=True)
-    assert chosen == "shapes" and "cifar-10-binary.tar.gz" in line
-    assert line.endswith("Use --dataset folder --data_dir DIR for your own images.")
+    line = r"no CIFAR-10 .*cifar-10-binary.tar.gz.*; continuing with the built-in shapes. Use --da"
+    with pytest.warns(FallbackWarning, match=line):
+        assert choose(has_gpu=True) == ("shapes", [])
 
     write_files(load.data, cifar10_files(cifar10))
     assert choose(has_gpu=True) == ("cifar10", [])

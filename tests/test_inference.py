@@ -702,7 +702,7 @@ def test_high_res_figures_are_larger(folder, monkeypatch, capsys):
         (["--sampler", "euler"], "unknown sampler euler"),
         (["--sampler", "nowhere.py:mine"], "nowhere.py, which does not exist"),
         (["--spacing", "wide"], "spacing is 'wide'"),
-        (["--guidance", "-1"], "guidance is -1.0, but must be at least 0"),
+        (["--guidance", "-1"], "guidance is -1.0, but must be at least 1"),
         (["--guidance", "11"], "guidance is 11.0, but must be at most 10"),
         (["--seeds", "9-3"], "seeds has the reversed range 9-3. Write 3-9"),
         (["--seeds", "a-3"], "seeds is 'a-3', but must look like"),

@@ -13,7 +13,7 @@ import train_stl10_optimized
 from config import Config, detect_tier, resolve
 from ddpm_model import DDPMModel
 from engine import gpu_memory, micro_batch
-from engine.errors import FallbackWarning, UserError
+from engine.errors import FallbackWarning, OutOfMemoryWarning, UserError
 from engine.micro_batch import find_micro_batch, probe_micro_batch
 from tests.helpers import CPU_TIER, needs_gpu
 
@@ -49,7 +49,7 @@ def test_probe_halves_the_effective_batch_until_it_fits(
     assert probe_micro_batch(Hungry.from_config(config), config, 1.0)[0] == expected
     assert (config.BATCH_SIZE, config.GRADIENT_ACCUMULATION) == (batch, accumulation)
     assert rehearse.call_args.args[1].BATCH_SIZE == expected  # whose peak is reported
-    assert not [w for w in recwarn.list if "out of memory" in str(w.message)]
+    assert not [w for w in recwarn.list if w.category is OutOfMemoryWarning]
 
 
 def test_probe_says_if_nothing_fits():
