@@ -50,12 +50,15 @@ def batch_generate(
     Image i has seed + i at any batch size. sampler, labels and others as in DDPMModel.sample.
     In a distributed run every rank must call this: they share the work, and all get all images.
     """
+    # This rank's seeds.
     dist = distributed.init()
     rank_part = slice(dist.process_index, None, dist.num_processes)
     seeds = range(seed, seed + total_samples)[rank_part]
     options |= {"sampler": sampler, "steps": steps}
     if labels is not None:
         options["labels"] = np.broadcast_to(labels, total_samples)[rank_part].tolist()
+
+    # All images on all ranks.
     images = torch.zeros(total_samples, *model.image_shape)
     if seeds:
         batcher = OomBatcher(batch_size)
@@ -106,6 +109,7 @@ def settings_from_command_line(
     description: str | None, defaults: Mapping
 ) -> tuple[dict[str, Any], Path, bool]:
     """Returns settings as stored with each image, output folder, and whether seeds were given."""
+    # Flags.
     parser = Parser(description)
     parser.add_argument("--from_png", type=Path, help="reproduce an image of this script")
     folder = "inference_results"
@@ -130,6 +134,8 @@ def settings_from_command_line(
             if ":" not in str(given[name]):  # a sampler of the user's is compared, too
                 reason = "compare tries every sampler of the model at several numbers of steps"
                 raise UserError(f"--{name} has no effect: {reason}. Drop it")
+
+    # Seeds and checkpoints.
     count = settings.pop("num_samples")
     settings["seeds"] = jobs.parse_seeds(settings["seeds"] or f"0-{count - 1}")
     path = checkpoints.resolve_checkpoint(settings["checkpoint"])

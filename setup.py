@@ -106,6 +106,8 @@ def check_installation(requirements_file: Path, torch_index: str | None) -> int:
                 command = [*PIP_INSTALL, "--force-reinstall", *index, requirement]
                 broken.append(f"\n  {shlex.join(command)}")
         print(ROW.format(name, problem or version))
+
+    # What to do about them.
     if missing:
         command = [sys.executable, *(arg for arg in sys.argv if arg != "--check")]
         print(f"\nMissing, too old or too new: {', '.join(missing)}. To install:")

@@ -157,7 +157,8 @@ def parse_command_line(
         if options.resume is not None and is_given:
             raise UserError(f"--{name} is for a new run and --resume continues one: choose one")
     subclass = load_subclass(options.config) if options.config else None
-    resume = init_from = None
+    resume = None
+    init_from = None
     if options.resume is not None:
         resume = find_checkpoint("resume", options.resume)
     elif options.init_from is not None or tuning is not None:

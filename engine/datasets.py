@@ -191,7 +191,7 @@ def images_from_loader(loader: Iterable) -> np.ndarray:
     A batch is or begins with a tensor or array (B, C, H, W), uint8 or floating point in [0, 1]; all
     (C, H, W) are the same. Raises UserError for anything else.
     """
-    # Each batch: its images, checked, as uint8.
+    # Images of each batch, checked.
     chunks = []
     for batch in loader:
         images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
@@ -204,6 +204,8 @@ def images_from_loader(loader: Iterable) -> np.ndarray:
         differs = chunks and shape[1:] != chunks[0].shape[1:]
         if len(shape) != 4 or 0 in shape or shape[1] > 4 or differs:
             raise UserError(f"batches must be (B, C <= 4, H, W), images of one shape, not {shape}")
+
+        # As uint8.
         if images.dtype != torch.uint8:
             low, high = images.double().aminmax()  # torch has none of uint16
             if not (images.is_floating_point() and low >= 0 and high <= 1):

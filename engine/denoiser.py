@@ -54,7 +54,7 @@ class ModelDenoiser:
     labels (B,); return what the objective of `process` says. previous is the last x_0, for
     self-conditioning: it is state, so create a denoiser per sample. guidance: the weight of
     apply_guidance; 1 disables it. weaker, weaker_labels: from weaker_network. interval: lowest and
-    highest sigma to guide, Kynkaanniemi et al. (arXiv:2404.07724).
+    highest sigma to guide, Kynkäänniemi et al. (arXiv:2404.07724).
     """
 
     process: GaussianDiffusion

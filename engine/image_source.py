@@ -97,6 +97,7 @@ def array_source(path: Path, options: ReadOptions) -> Source:
     """
     images = load_array(path)
 
+    # Value range, images and channels, read when asked for.
     @functools.cache
     def value_range() -> Range | None:
         if options.value_range or images.dtype == np.uint8:
@@ -118,6 +119,7 @@ def array_source(path: Path, options: ReadOptions) -> Source:
         value_range()  # before threads need it
         return source.channels()
 
+    # The source.
     source = image_source(path, file_fingerprint(path), range(len(images)), open_image, options)
     sides = [min(images.shape[1:3])] * len(images)
     return replace(source, channels=channels, sample_sizes=lambda: sides)

@@ -266,7 +266,8 @@ def parse_seeds(text: str, limit: int = MAX_SEEDS) -> list[int]:
         if not match:
             examples = "7, 0-63 or 1,5,10-12, with at most 18 digits each"
             raise UserError(f"seeds is {text!r}, but must look like {examples}")
-        first, last = match[1], match[2] or match[1]
+        first = match[1]
+        last = match[2] or first
         span = range(int(first), int(last) + 1)
         if not span:
             raise UserError(f"seeds has the reversed range {first}-{last}. Write {last}-{first}")

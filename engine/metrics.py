@@ -269,6 +269,7 @@ def inception_scores(network: Inception, features: np.ndarray, real: np.ndarray)
     """
     from torch_fidelity import metric_isc, metric_kid
 
+    # KID, and IS if there is a classifier.
     weight = network.network.fc.weight
     pair = [torch.from_numpy(x).to(weight.device) for x in (features, real)]
     subset = min(1000, len(features), len(real))
@@ -281,6 +282,8 @@ def inception_scores(network: Inception, features: np.ndarray, real: np.ndarray)
         "IS": metric_isc.KEY_METRIC_ISC_MEAN, "IS std": metric_isc.KEY_METRIC_ISC_STD,
     }  # fmt: skip
     scores = {name: scores[key] for name, key in keys.items() if key in scores}
+
+    # Precision and recall.
     if subset > NUM_NEIGHBORS:
         print("precision and recall: distances between all pairs of features", flush=True)
         generated, reference = pair
@@ -293,7 +296,7 @@ def fraction_inside(x: Tensor, y: Tensor) -> float:
     """Returns the fraction of points x (N, D) that lie inside the manifold of points y (M, D).
 
     A point is inside if it is closer to some y than that is to its third nearest neighbor:
-    improved precision and recall, Kynkaanniemi et al. (arXiv:1904.06991). torch-fidelity's own
+    improved precision and recall, Kynkäänniemi et al. (arXiv:1904.06991). torch-fidelity's own
     function fetches all distances from the GPU, which takes minutes.
     """
     k = NUM_NEIGHBORS + 1  # the nearest row is the row itself

@@ -36,7 +36,8 @@ def parse_range(text: str) -> Range | None:
     try:
         low, high = map(float, text.split(","))
     except ValueError:
-        low = high = math.nan
+        low = math.nan
+        high = math.nan
     if not -math.inf < low < high < math.inf:
         expected = "two increasing numbers, such as 0,4095 or -1000,400"
         raise UserError(f"VALUE_RANGE is {text!r}, but must be {expected}")

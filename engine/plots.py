@@ -96,6 +96,7 @@ def captioned_grid(
     smallest: int = MIN_TILE,
 ) -> Image.Image:  # fmt: skip
     """Images (B, C, H, W) in [0, 1] as a grid with a title, each above the lines of its caption."""
+    # Sizes.
     font = ImageFont.load_default(11)
     tiles = [to_image(image) for image in enlarge(images, smallest)]
     columns = columns or math.ceil(math.sqrt(len(tiles)))
@@ -108,6 +109,8 @@ def captioned_grid(
     row_height = tiles[0].height + 14 * max(map(len, lines)) + gap
     height = title_height + math.ceil(len(tiles) / columns) * row_height + gap
     width = max(columns * column_width, math.ceil(font.getlength(title)) + gap) + gap
+
+    # Title, tiles and captions.
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((gap, gap), title, "black", font)

@@ -159,7 +159,8 @@ class Run:
         self.validation_split = loader.validation()
         self.validation_loss = self.log.validation_losses.get(progress.step, math.nan)
         self.last_fraction = progress.fraction
-        self.last_save_time = self.last_log_time = time.monotonic()
+        self.last_log_time = time.monotonic()
+        self.last_save_time = self.last_log_time
         self.next_validation_time = self.last_log_time
         self.logged_images = progress.images
 

@@ -89,7 +89,8 @@ def dpmpp_2m(denoiser: Denoiser, x: Tensor, timesteps: Timesteps, randn: Randn) 
     interval_before = None  # its x_0 and h
     for t, s, a_t, a_s in intervals(denoiser, timesteps):
         h = half_log_snr(a_s) - half_log_snr(a_t)
-        x_0 = D = denoiser(x, t)
+        x_0 = denoiser(x, t)
+        D = x_0
         if interval_before and s >= 0:
             x_0_before, h_before = interval_before
             D = x_0 + h / (2 * h_before) * (x_0 - x_0_before)  # the paper's r is h_before / h
@@ -108,7 +109,8 @@ def unipc(denoiser: Denoiser, x: Tensor, timesteps: Timesteps, randn: Randn) -> 
     interval_before = None  # that ended at r: change of x_0, h
     for t, s, a_t, a_s in intervals(denoiser, timesteps):
         h = half_log_snr(a_s) - half_log_snr(a_t)
-        x_0 = D = denoiser(x, t)
+        x_0 = denoiser(x, t)
+        D = x_0
         if interval:
             # Correct the step from r to t; g is -1 / r_1 of the paper.
             x_r, x_0_r, a_r, h_r = interval

@@ -14,7 +14,9 @@ try:
 
     MISSING = ""
 except ImportError as error:  # PyTorch brings Triton on Linux only
-    triton_attention = triton_concat = triton_kernels = None
+    triton_attention = None
+    triton_concat = None
+    triton_kernels = None
     MISSING = str(error)
 
 
