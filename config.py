@@ -177,7 +177,7 @@ class Tier(NamedTuple):
 
 
 def tier_for_memory(gib: float) -> Tier:
-    """Returns the tier of a GPU. Cards report slightly less than their name says, so it rounds."""
+    """Returns the tier of a GPU by its memory, rounded: GPUs report less than their name says."""
     for below, name, dim in ((4, "Tiny", 32), (8, "Small", 64), (17, "Medium", 128)):
         if round(gib) < below:
             return Tier(name, dim, gib)

@@ -60,7 +60,7 @@ def check_close(a: Tensor, b: Tensor, tolerance: float, name: str) -> None:
 
 
 def check_data(demo: SimpleNamespace) -> str:
-    """An epoch has every training image once, in an order that depends on seed and epoch alone."""
+    """An epoch has every training image once; seed and epoch alone determine their order."""
     demo.data = load_dataset("shapes", 16, Path("data"), progress=False)[:NUM_IMAGES]
     images = demo.data.images
     check(images.shape == (NUM_IMAGES, 3, 16, 16), f"shape {images.shape}")
@@ -76,7 +76,7 @@ def check_data(demo: SimpleNamespace) -> str:
 
 
 def check_model(demo: SimpleNamespace) -> str:
-    """The network keeps the shape, every weight gets a gradient, the initial loss is in range."""
+    """The network keeps the shape; every weight gets a gradient; the initial loss is in range."""
     torch.manual_seed(0)
     demo.model = DDPMModel(**ARCHITECTURE).to(demo.device)
     x = torch.tensor(demo.data.images[:8]).to(demo.device) / 255

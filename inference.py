@@ -108,7 +108,7 @@ class InferenceSettings(SamplingSettings):
 def settings_from_command_line(
     description: str | None, defaults: Mapping
 ) -> tuple[dict[str, Any], Path, bool]:
-    """Returns settings as stored with each image, output folder, and whether seeds were given."""
+    """Returns the settings, the output folder, and whether seeds were given."""
     # Flags.
     parser = Parser(description)
     parser.add_argument("--from_png", type=Path, help="reproduce an image of this script")

@@ -99,7 +99,7 @@ def main(
 
 @dataclass(frozen=True)
 class TrainingRequest:
-    """What a training script was asked to do, before data set, GPU and checkpoint are looked at."""
+    """What a training script was asked to do; data set, GPU and checkpoint do not count yet."""
 
     defaults: Mapping[str, Any]  # of the script, where they are not DDPMConfig's
     subclass: type[DDPMConfig] | None
@@ -115,7 +115,7 @@ class TrainingRequest:
         return {**(subclass_overrides(self.subclass) if self.subclass else {}), **self.flags}
 
     def setting(self, name: str, earlier_run: Mapping[str, Any] | None) -> Any:
-        """Returns a setting from flags, subclass, earlier_run or else the defaults, in this order.
+        """Returns a setting: of flags, subclass, earlier_run or defaults, in this order.
 
         Not for settings that presets or the tier choose. earlier_run: settings to continue with.
         """

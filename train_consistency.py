@@ -74,7 +74,7 @@ class ConsistencyModel(DDPMModel):
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def add_teacher(self, state_dict: Mapping[str, Any]) -> None:
-        """Gives the teacher the networks that it has in a state_dict, their weights not yet."""
+        """Gives the teacher the networks that it has in a state_dict; not their weights."""
         parts = {".".join(name.split(".")[:2]) for name in state_dict}
         unet = copy.deepcopy(self.unet) if "teacher.unet" in parts else None
         guide = copy.deepcopy(self.unet) if "teacher.guide" in parts else None

@@ -1,4 +1,4 @@
-"""Trains on STL-10's 105,000 photos at 96 px with every optimization, or on other images likewise.
+"""Trains on STL-10's 105,000 photos, or on other images, at 96 px.
 
     python train_stl10_optimized.py
     python train_stl10_optimized.py --max_memory_gib 6     limit to 6 GiB, e.g. to share the GPU

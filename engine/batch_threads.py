@@ -37,7 +37,7 @@ class BatchThreads:
         torch.set_num_threads(num_threads)  # which is also the default of later threads
 
     def map(self, fn: Callable[..., T], batch: Sequence[Tensor]) -> list[T]:
-        """Returns fn(*half) of both halves of a batch of tensors (B, ...), or [fn(*batch)]."""
+        """Returns fn(*half) of both halves of a batch (B, ...), or [fn(*batch)]."""
         if self.pool is not None:
             state = torch.get_rng_state(), random.getstate()
             halves = zip(*(x.chunk(2) for x in batch), strict=True)

@@ -120,7 +120,7 @@ def check_architecture(
     path: Path, saved: Mapping[str, Any], expected: Mapping[str, Any], mutable: Collection[str],
     advice: str,
 ) -> None:  # fmt: skip
-    """Raises UserError if a checkpoint's architecture differs, except in its `mutable` entries."""
+    """Raises UserError if a checkpoint's architecture differs; `mutable` entries may."""
     for key, value in expected.items():
         if saved.get(key, value) != value and key not in mutable:
             change = f"{key} {saved[key]}, which cannot become {value}"
@@ -242,10 +242,11 @@ def step_of(path: Path) -> int:
 
 
 def resolve_checkpoint(reference: str | None, flag: str = "--checkpoint") -> Path:
-    """Returns the checkpoint that a file, a run's folder or name, "newest" or None means.
+    """Returns the checkpoint that a reference means.
 
-    Of a run, and of "newest", the run saved last, it is the one with most steps, which a killed
-    process may have saved under any name. None means newest().
+    It may be a file, a run's folder or name, or "newest", the run saved last. Of a run, it means
+    the one with most steps, which a killed process may have saved under any name. None means
+    newest_checkpoint().
     """
     if reference is None:
         return newest()

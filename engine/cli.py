@@ -31,7 +31,7 @@ LOST_READER_EXIT_CODE = 141  # of a process that SIGPIPE ends
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are UserErrors, and which suggests the flag closest to a wrong one."""
+    """A parser whose errors are UserErrors that suggest the nearest flag."""
 
     def __init__(self, description: str | None):
         formatter = argparse.RawDescriptionHelpFormatter

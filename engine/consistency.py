@@ -103,9 +103,10 @@ class ConsistencyLoss(nn.Module):
         self, network: VPredictor, weaker: VPredictor, x: Tensor, t: Tensor, guidance: float,
         interval: tuple[float, float],
     ) -> Tensor:  # fmt: skip
-        """Predicts x_0 in [-1, 1] from x_t, guided as by ModelDenoiser, which takes a single t.
+        """Predicts x_0 in [-1, 1] from x_t with guidance.
 
-        The weaker network runs outside the interval too: a CUDA graph cannot branch.
+        As ModelDenoiser does, which takes a single t. The weaker network runs outside the interval
+        too: a CUDA graph cannot branch.
         """
         x_0 = self.predict_x_0(network, x, t)
         x_0_weaker = self.predict_x_0(weaker, x, t)

@@ -55,7 +55,7 @@ class CpuNormFunction(torch.autograd.Function):
 
 
 def factor_and_shift(gain: Tensor, modulation: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Returns what n is multiplied by, (1 or B, C, 1, 1), and what is added (B, C, 1, 1)."""
+    """Returns n's factor, (1 or B, C, 1, 1), and what is added to it, (B, C, 1, 1)."""
     factor = gain * math.sqrt(gain.numel())
     if modulation is None:
         return factor, None

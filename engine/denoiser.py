@@ -36,10 +36,10 @@ def apply_guidance(x_0: Tensor, x_0_weaker: Tensor, weight: float | Tensor) -> T
 def weaker_network(
     mode: str, network: Any, guide: Any, labels: Tensor | None
 ) -> tuple[Any, Tensor | None]:
-    """Returns what one of GUIDANCE_MODES moves samples away from, and the labels that it gets.
+    """Returns the network that samples are moved away from, and its labels.
 
-    That is the guide, an earlier snapshot of the network, or in classifier-free guidance, Ho and
-    Salimans (arXiv:2207.12598), the network itself without labels.
+    mode: one of GUIDANCE_MODES. It is the guide, an earlier snapshot of the network, or in
+    classifier-free guidance, Ho and Salimans (arXiv:2207.12598), the network itself without labels.
     """
     weaker = network if mode == "cfg" else guide
     return weaker, labels if mode == "autoguidance" else None

@@ -78,7 +78,7 @@ def shut_down() -> None:
 
 
 class RankLostError(UserError):
-    """This rank cannot continue, because another one is gone or the launcher ends them all."""
+    """This rank cannot continue: another one is gone, or the launcher ends them all."""
 
 
 @contextlib.contextmanager

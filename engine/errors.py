@@ -13,7 +13,7 @@ class UserError(Exception):
 
 
 class FallbackWarning(UserWarning):
-    """Something requested did not work, and the script continues without it or with less.
+    """Something requested did not work; the script continues without it or with less.
 
     Every fallback warns with this category, so that benchmarks and tests can turn it into an error.
     """

@@ -115,7 +115,10 @@ def save_curves(
     results: list[Evaluation], losses: dict[str, tuple[list[int], list[float]]],
     titles: list[str], stem: Path,
 ) -> None:  # fmt: skip
-    """Plots losses, by name as timesteps and values, and the distances of these titles by time."""
+    """Plots losses by timestep, and the distances of these titles by training time.
+
+    losses: timesteps and values by name.
+    """
     if losses:
         timesteps, _ = next(iter(losses.values()))
         values = {name: loss for name, (_, loss) in losses.items()}

@@ -34,7 +34,7 @@ def cap_memory(gib: float) -> None:
 
 
 def rank_gpu() -> int:
-    """Returns the index of this rank's GPU, which distributed.init makes the current one."""
+    """Returns the index of this rank's GPU; distributed.init makes it the current one."""
     named = torch.device(os.environ.get("ACCELERATE_TORCH_DEVICE", "cuda")).index
     if named is None and "LOCAL_RANK" in os.environ:
         # distributed.init refuses more ranks than GPUs later; here the index must only be valid.

@@ -152,7 +152,7 @@ def choose_column(
     content: str, features: dict[str, Any], name: str, able: list[str], found: list[str],
     dataset: str,
 ) -> str:  # fmt: skip
-    """Returns the column `name`, which must be in `able`, or without a name the only one found."""
+    """Returns the column `name`, of those `able`; without a name, the only one found."""
     types = {n: getattr(f, "dtype", type(f).__name__) for n, f in features.items()}
     columns = ", ".join(f"{n}: {type_}" for n, type_ in types.items())
     if name and name not in able:

@@ -70,7 +70,7 @@ def _name_of(file: Path | io.BytesIO) -> str:
 def _open_image(
     file: Path | io.BytesIO, kind: str, channels: int | None = None
 ) -> tuple[Image.Image, str]:
-    """Returns an image, rotated by its EXIF data and with `channels`, and the mode it had."""
+    """Returns an image with `channels`, rotated by its EXIF data, and its former mode."""
     try:
         with Image.open(file) as image:
             rotated = ImageOps.exif_transpose(image)

@@ -84,7 +84,7 @@ def _parse_range(text: str, class_names: Sequence[str]) -> Sequence[int]:
 
 
 def check_class_counts(class_counts: Mapping[str, int]) -> None:
-    """Raises UserError for class names that no folder can have, and counts that are no numbers."""
+    """Raises UserError for invalid class names or counts; a name must suit a folder."""
     for name, count in class_counts.items():
         if name in ("", ".", "..") or set(name) & set("/\\\0") or not isinstance(count, int):
             needed = "names that a folder can have, with numbers of images"

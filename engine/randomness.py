@@ -44,7 +44,7 @@ def seed_everything(seed: int) -> None:
 
 
 def get_rng_state(device: torch.device) -> dict[str, Any]:
-    """Returns the state of the global generators, that of a GPU under the name of its backend."""
+    """Returns the state of the global generators; a GPU's by the name of its backend."""
     state = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if device.type != "cpu":
         state[device.type] = torch.get_device_module(device).get_rng_state()

@@ -26,7 +26,7 @@ def run_version(name: str) -> tuple[Any, ...]:
 
 
 def grids_version(name: str) -> list[tuple[int, bool, Path]]:
-    """Returns time, whether it is the final one, and path of a run's grids, the newest last."""
+    """Returns the grids of a run, the newest last: time, whether it is final, path."""
     folder = SAMPLES_DIR / name
     paths = [*folder.glob("step_*.png"), *folder.glob("final.png")]
     return sorted((path.stat().st_mtime_ns, path.stem == "final", path) for path in paths)

@@ -186,7 +186,7 @@ def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
 
 
 class SeededNoise:
-    """Gaussian noise with a CPU generator per image, the same on any device and in any batch."""
+    """Gaussian noise with a CPU generator per image; the same on any device, in any batch."""
 
     def __init__(self, seeds: Sequence[int]):
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -253,12 +253,13 @@ DEFAULT_SPACING = "karras"
 def choose_timesteps(
     sampler: Callable[..., SamplerOutput], alpha_bar: Sequence[float], steps: int, spacing: str
 ) -> list[int]:
-    """Returns the timesteps of a sampler for `steps` evaluations, spaced as SPACINGS[spacing].
+    """Returns a sampler's timesteps for a number of steps.
 
-    Heun's last correction is half of its first sigma times the error of a prediction at the lowest
-    sigma, which is near 1. If that sigma is more than MAX_HEUN_RATIO times the lowest, the images
-    would be noise; the lowest timestep is then left out, and the last step ends at the clean image.
-    Consistency leaves it out always: running the network there would change nothing.
+    spacing: one of SPACINGS. Heun's last correction is half of its first sigma times the error of a
+    prediction at the lowest sigma, which is near 1. If that sigma is more than MAX_HEUN_RATIO times
+    the lowest, the images would be noise; the lowest timestep is then left out, and the last step
+    ends at the clean image. Consistency leaves it out always: running the network there would
+    change nothing.
     """
     count = num_intervals(sampler, steps)
     timesteps = SPACINGS[spacing](alpha_bar, count)
@@ -270,7 +271,7 @@ def choose_timesteps(
 
 
 def check_noise_levels(levels: Sequence[float], sampler: Callable, steps: int | None) -> None:
-    """Raises UserError unless a sampler can have these noise levels, and `steps` if given.
+    """Raises UserError for noise levels, or steps, that a sampler cannot have.
 
     levels: decreasing sigmas, as in CONSISTENCY_LEVELS; the first, noise alone, is at least
     SIGMA_MAX.

@@ -14,7 +14,10 @@ from engine.settings import Setting, Settings
 
 
 def choose_sampling(model: GenerationMixin, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns sampler, steps, spacing and noise levels, the model's own where they are not set."""
+    """Returns the sampling settings: sampler, steps, spacing and noise levels.
+
+    Where they are not set, they are the model's own.
+    """
     name = settings["sampler"]
     name = model.default_sampler if name == "auto" else name
     own_steps = model.num_timesteps if name == "ddpm" else None

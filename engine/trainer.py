@@ -96,7 +96,7 @@ def train(
 def set_up(
     model: TrainableModel, data: ImageDataset, config: Any, dist: PartialState
 ) -> tuple[BatchLoader, TrainStep]:
-    """Returns this rank's batches, and the model with its optimizer on this rank's device.
+    """Returns this rank's batches, and the training step on this rank's device.
 
     Raises UserError if the images are not uint8, do not fit the model or are fewer than a batch.
     """

@@ -179,7 +179,7 @@ class LinearAttentionFunction(torch.autograd.Function):
 
 
 def supports_attention(dim: int, slots: int) -> bool:
-    """Whether the kernels take heads of this dimension with this number of memory slots."""
+    """Whether the kernels take this head dimension and number of memory slots."""
     return dim in (16, 32, 64) and 1 <= slots <= MAX_SLOTS.value
 
 
@@ -209,7 +209,7 @@ def _load_slots(mem_kv_ptr, head, dtype, HEADS: tl.constexpr, DIM: tl.constexpr,
 def _full_forward(qkv_ptr, mem_kv_ptr, out_ptr, lse_ptr, tokens, scale, HEADS: tl.constexpr,
                   DIM: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
                   IS_RAGGED: tl.constexpr):  # fmt: skip
-    """Stores out, and for the backward pass the log-sum-exp (base 2) of each query's scores.
+    """Stores out, and each query's log-sum-exp (base 2) for the backward pass.
 
     scale includes log2(e): powers of 2 are what a GPU computes. One pass over the keys: whenever
     a query's largest score grows, its sums so far are rescaled to it.
