@@ -1,6 +1,9 @@
-"""Settings that must be made before torch and Triton are imported."""
+"""Settings that must be made before torch and Triton are imported, and a shared fixture."""
 
 import os
+from collections.abc import Iterator
+
+import pytest
 
 # Two workers of two threads each would wait for each other on two cores; and of one thread, a model
 # is called once for a batch.
@@ -14,3 +17,14 @@ def pytest_collectstart() -> None:
     # Without a GPU, Triton interprets the kernels.
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def two_cores() -> Iterator[None]:
+    """As on two cores; tests have one each."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

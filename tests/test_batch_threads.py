@@ -13,15 +13,6 @@ from engine.train_step import TrainStep
 from tests.helpers import STEP_SETTINGS, max_weight_difference
 
 
-@pytest.fixture
-def two_cores():
-    """As on two cores; tests have one each."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def trained(has_threads: bool = True, **architecture) -> TrainStep:
     """A small model after three steps on 7 images each, in micro-batches of 5."""
     torch.manual_seed(0)

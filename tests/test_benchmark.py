@@ -1,5 +1,6 @@
 """benchmark.py: which variant is measured how, and a run from the command line to the files."""
 
+import inspect
 import itertools
 import json
 import pickle
@@ -7,19 +8,29 @@ import runpy
 import sys
 import warnings
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from denoising_diffusion_pytorch import GaussianDiffusion, Trainer
+from ema_pytorch import EMA
+from torch.nn.utils import clip_grad_norm_
 
 import benchmark
-from config import resolve, tier_for_memory
+from config import Config, resolve, tier_for_memory
 from ddpm_model import DDPMModel
 from engine import benchmarking, dataloader
 from engine.dataloader import Batch, ImageDataset
 from engine.errors import FallbackWarning, RenamedWarning, UserError
-from tests.helpers import CPU, CPU_TIER, LARGE_TIER, ROOT, random_images
+from tests.helpers import (
+    CPU,
+    CPU_TIER,
+    LARGE_TIER,
+    ROOT,
+    max_weight_difference,
+    random_images,
+)
 
 CIFAR10 = "cifar10-32px-dim128-1,2,2,2-full16"
 NETWORK = {"IMAGE_SIZE": 16, "DIM": 8, "DIM_MULTS": (1, 2), "FULL_ATTENTION_MAX_SIZE": 0}
@@ -34,11 +45,6 @@ def tiny_config(**flags):
 def max_gpu_fraction(monkeypatch):
     """Restored after a test: in this process, too, a measurement sets it for its own."""
     monkeypatch.setattr(dataloader, "MAX_GPU_FRACTION", dataloader.MAX_GPU_FRACTION)
-
-
-@pytest.fixture
-def large_tier(monkeypatch):
-    monkeypatch.setattr(benchmark, "detect_tier", lambda: LARGE_TIER)
 
 
 # --- the whole run
@@ -410,8 +416,28 @@ def test_our_step_trains_on_random_images_of_the_effective_batch(
         assert batch.images.float().std() > 50
 
 
+def trainer_default(name: str) -> Any:
+    """The default of an argument of upstream's Trainer."""
+    return inspect.signature(Trainer.__init__).parameters[name].default
+
+
+def train_as_upstream(config: Config) -> GaussianDiffusion:
+    """Returns upstream's model after three steps of its Trainer on one batch."""
+    torch.manual_seed(0)
+    model = benchmark.upstream_diffusion(config)
+    lr, betas = map(trainer_default, ("train_lr", "adam_betas"))
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=betas)
+    images = torch.rand(config.BATCH_SIZE, 3, config.IMAGE_SIZE, config.IMAGE_SIZE)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(images).backward()
+        clip_grad_norm_(model.parameters(), trainer_default("max_grad_norm"))
+        optimizer.step()
+    return model
+
+
 def test_upstream_step_is_that_of_its_trainer(monkeypatch, timed, mfu):
-    calls = []
+    calls, emas = [], []
 
     def record(owner: type, name: str) -> None:
         original = getattr(owner, name)
@@ -422,16 +448,27 @@ def test_upstream_step_is_that_of_its_trainer(monkeypatch, timed, mfu):
 
         monkeypatch.setattr(owner, name, recorded)
 
+    def make_ema(model, **options):
+        emas.append((model, options))
+        return EMA(model, **options)
+
+    expected = train_as_upstream(tiny_config())
     for name in ("autocast", "backward", "clip_grad_norm_"):
         record(benchmark.Accelerator, name)
     record(torch.Tensor, "item")
     record(torch.optim.Adam, "step")
-    record(benchmark.EMA, "update")
+    record(EMA, "update")
+    monkeypatch.setattr(benchmark, "EMA", make_ema)
+    torch.manual_seed(0)
     benchmark.measure_upstream_training(tiny_config(), CPU)
     calls = calls[calls.index("autocast") :]
     order = [name for i, name in enumerate(calls) if name not in calls[:i]]
     assert order == ["autocast", "item", "backward", "clip_grad_norm_", "step", "update"]
     assert calls.count("update") == 3 and timed[0][0] == 4 and mfu == [10.0]
+    ((model, options),) = emas
+    assert max_weight_difference(model, expected) < 1e-8
+    beta, update_every = map(trainer_default, ("ema_decay", "ema_update_every"))
+    assert options == {"beta": beta, "update_every": update_every}
 
 
 class Convolution(torch.nn.Conv2d):

@@ -33,6 +33,14 @@ MIN_MODULE_LINES = 20  # of a module that is more than another's former name
 TINY = '"MAX_STEPS": 2, "NUM_SAMPLE_GRIDS": 1, "GRID_IMAGES": 2, "SAMPLING_TIMESTEPS": 2'
 
 
+# Of what the examples make with the model of the fixture `folder`.
+SHAPES = {
+    "images": (16, 3, 8, 8), "cats": (16, 3, 8, 8), "trajectory": (1, 3, 3, 8, 8),
+    "between": (10, 3, 8, 8), "variations": (4, 3, 8, 8), "inpainted": (1, 3, 8, 8),
+    "many": (3, 3, 8, 8), "enlarged": (64, 3, 16, 16),
+}  # fmt: skip
+
+
 def text_of(page: Path) -> str:
     return page.read_text(encoding="utf-8")
 
@@ -71,7 +79,8 @@ def folder(tmp_path, monkeypatch) -> Path:
 def execute(block: str, monkeypatch) -> dict:
     """Runs a block as a file, at toy size; returns what it defines."""
     monkeypatch.setitem(CPU_PRESETS, "shapes", {})
-    block = block.replace("total_samples=1000", "total_samples=3").replace('"MAX_STEPS": 200', TINY)
+    block = re.sub(r"total_samples=\d+", "total_samples=3", block)
+    block = re.sub(r'"MAX_STEPS": \d+', TINY, block)
     name = re.match(r"# (\w+\.py)\n", block)
     path = Path(name[1] if name else "block.py")
     path.write_text(block, encoding="utf-8")
@@ -93,13 +102,9 @@ def block_with(mark: str) -> str:
 )
 def test_block_runs(block, folder, monkeypatch):
     names = execute(block, monkeypatch)
-    if "inpainted" in names:
-        assert names["images"].shape == (16, 3, 8, 8)
-        assert names["trajectory"].shape == (1, 3, 3, 8, 8)
-        assert names["between"].shape == (10, 3, 8, 8)
-        assert names["variations"].shape == (4, 3, 8, 8)
-        assert names["inpainted"].shape == (1, 3, 8, 8)
-        assert names["many"].shape == (3, 3, 8, 8)
+    shapes = SHAPES | ({"images": (64, 3, 8, 8)} if "enlarged" in names else {})  # the banner
+    for name in shapes.keys() & names.keys():
+        assert names[name].shape == shapes[name], name
 
 
 @pytest.mark.parametrize("name", ["my_data", "my_loss", "my_network", "my_optimizer"])
@@ -120,7 +125,12 @@ def test_loss_example_has_another_loss(folder, monkeypatch):
     model = huber(image_size=16, dim=8, dim_mults=(1, 2))
     images, noise = torch.rand(4, 3, 16, 16), torch.randn(4, 3, 16, 16)
     t = torch.tensor([100, 300, 600, 900])
-    assert model(images, t, noise) != DDPMModel.forward(model, images, t, noise)
+    x_0 = images * 2 - 1
+    output = model.unet(model.diffusion.q_sample(x_0, t, noise), t)
+    error = output - model.diffusion.predict_v(x_0, t, noise)
+    per_image = (error.square() + 0.1**2).sqrt().sub(0.1).mean(dim=(1, 2, 3))
+    expected = (per_image * model.diffusion.loss_weight[t]).mean()
+    torch.testing.assert_close(model(images, t, noise), expected)
 
 
 def test_optimizer_example_skips_updates_that_are_not_finite(folder, monkeypatch):
@@ -137,8 +147,22 @@ def test_sampler_example_works_by_file_name(folder, monkeypatch):
     execute(block_with("def restless_ddim"), monkeypatch)
     sampler = load_sampler("my_sampler.py:restless_ddim")
     model = DDPMModel(image_size=8, dim=8, dim_mults=(1, 2))
-    images = model.sample(batch_size=2, sampler=sampler, steps=20, seed=0)
-    assert not torch.equal(images, model.sample(batch_size=2, sampler="ddim", steps=20, seed=0))
+    assert model.sample(batch_size=2, sampler=sampler, steps=20, seed=0).isfinite().all()
+
+    # Where x_0 is always 0.4, all noise is 1 at the start and the new noise is 2.
+    class Denoiser:
+        alpha_bar = torch.linspace(0.9, 0.1, 1000, dtype=torch.float64)
+
+        def __call__(self, x, t):
+            return torch.full_like(x, 0.4)
+
+    def x_at(alpha_bar: float, noise: float) -> torch.Tensor:
+        return torch.tensor([0.4 * alpha_bar**0.5 + noise * (1 - alpha_bar) ** 0.5]).double()
+
+    a = Denoiser.alpha_bar
+    states = sampler(Denoiser(), x_at(a[999], 1), [999, 700, 400, -1], lambda x: 2 * x**0)
+    expected = [x_at(a[700], 0.8 + 1.2), x_at(a[400], 0.8 + 1.2), x_at(1, 0)]
+    torch.testing.assert_close([x for x, _ in states], expected)
 
 
 def test_subclass_example_configures_its_command(folder):

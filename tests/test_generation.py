@@ -123,15 +123,6 @@ def test_generation_rejects_wrong_arguments(call, message):
         call(small(), torch.rand(3, 8, 8))
 
 
-def test_interpolate_begins_and_ends_at_the_images():
-    model = small()
-    a, b = torch.rand(2, 3, 8, 8) * 0.2 + 0.4
-    images = model.interpolate(a, b, num_steps=6)
-    assert images.shape == (6, 3, 8, 8)
-    torch.testing.assert_close(images[0], a, atol=0.1, rtol=0)
-    torch.testing.assert_close(images[-1], b, atol=0.1, rtol=0)
-
-
 def test_interpolate_disables_guidance():
     model = small(guidance=3.0)
     model.snapshot_guide()
@@ -148,6 +139,7 @@ def test_interpolate_does_not_clip_predictions():
     model = exact(mean=3.0, std=1.0, timesteps=400)
     pair = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     images = model.interpolate(*pair, 3, steps=400)
+    assert images.shape == (3, 3, 8, 8)
     torch.testing.assert_close(images[[0, -1]], pair, atol=0.02, rtol=0)
 
 

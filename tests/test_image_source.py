@@ -252,15 +252,19 @@ def test_crop_of_more_than_a_tenth_is_said(load, capsys):
 # Archives.
 
 
-def png(value: int) -> bytes:
+def png(image: np.ndarray) -> bytes:
     file = io.BytesIO()
-    Image.new("L", (4, 4), value).save(file, "PNG")
+    Image.fromarray(image).save(file, "PNG")
     return file.getvalue()
 
 
+def gray_png(value: int) -> bytes:
+    return png(np.full((4, 4), value, np.uint8))
+
+
 ARCHIVED = {
-    "b/x.png": png(2), "a.png": png(1), "b/y.PNG": png(3), "__MACOSX/._a.png": b"ab",
-    ".hidden/z.png": png(9), "readme.txt": b"text",
+    "b/x.png": gray_png(2), "a.png": gray_png(1), "b/y.PNG": gray_png(3), "__MACOSX/._a.png": b"ab",
+    ".hidden/z.png": gray_png(9), "readme.txt": b"text",
 }  # fmt: skip
 
 
@@ -282,14 +286,14 @@ def test_archive_is_a_folder(load, tmp_path, name):
     write_archive(tmp_path / name)
     assert load(name)[:, 0, 0, 0].tolist() == [1, 2, 3]
     assert {path.name for path in tmp_path.iterdir()} == {name, "data", "cache"}
-    write_archive(tmp_path / name, {f"{i:03d}.png": png(i) for i in range(200)})
+    write_archive(tmp_path / name, {f"{i:03d}.png": gray_png(i) for i in range(200)})
     assert load(name)[:, 0, 0, 0].tolist() == list(range(200))
 
 
 @pytest.mark.parametrize("name", ["a.zip", "a.tar"])
 @pytest.mark.parametrize("prefix", ["./", "top/", "./top/sub/"])
 def test_archive_of_class_folders_has_their_classes(load, tmp_path, name, prefix):
-    write_archive(tmp_path / name, {f"{prefix}{i}/x.png": png(int(i)) for i in "210"})
+    write_archive(tmp_path / name, {f"{prefix}{i}/x.png": gray_png(int(i)) for i in "210"})
     data = load_dataset("folder", 4, tmp_path / name, load.cache, progress=False, use_labels=True)
     assert data.class_names == ("0", "1", "2")
     assert data.labels.tolist() == data.images[:, 0, 0, 0].tolist() == [0, 1, 2]
@@ -297,12 +301,16 @@ def test_archive_of_class_folders_has_their_classes(load, tmp_path, name, prefix
 
 @pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz", "a.tar.xz"])
 def test_damaged_archive_is_an_error(load, tmp_path, name):
-    write_archive(tmp_path / name, {f"{i}.png": os.urandom(3000) for i in range(9)})
+    images = random_images(9, 32).transpose(0, 2, 3, 1)  # as PNG, they cannot be compressed
+    write_archive(tmp_path / name, {f"{i}.png": png(image) for i, image in enumerate(images)})
+    assert len(load(name)) == 9
     content = (tmp_path / name).read_bytes()
-    half = len(content) // 2
-    for damaged in (content[:half], content[:half] + bytes(99) + content[half + 99 :]):
+    cut = len(content) // 2 + 1000  # within an image
+    # The directory of a .zip is at its end.
+    message = r"cannot be read|a\.zip is not a folder or file of images"
+    for damaged in (content[:cut], content[:cut] + bytes(99) + content[cut + 99 :]):
         (tmp_path / name).write_bytes(damaged)
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match=message):
             load(name)
 
 

@@ -1,12 +1,10 @@
 """inference.py: every mode, images reproduced from their PNG, resumed batches, bad input."""
 
-import contextlib
 import io
 import json
 import os
 import runpy
 import shutil
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,7 +28,6 @@ from engine.image_source import ReadOptions
 from engine.inference_jobs import InferenceJob
 from engine.labels import labels_in_proportion
 from engine.samplers import SAMPLERS
-from tests.forked_script import ForkedScript
 from tests.helpers import ROOT
 
 NARROW = {"dim": 8, "attn_heads": 1, "attn_dim_head": 16}
@@ -481,20 +478,41 @@ def test_from_png_runs_no_code_that_the_image_names(folder, infer, capsys):
     assert np.array_equal(pixels(only("*/000004.png", "again")), pixels(Path(path)))
 
 
-WRONG_VALUES = ([], {}, [None], True, "x", -1, 0.5, 10**30, float("nan"), float("inf"), None)
+NAN, INF = float("nan"), float("inf")
+ACCEPTED_VALUES = {
+    "mode": ("batch", "all"), "seeds": ([0], [10**18 - 1, 3]), "steps": (0, 3), "eta": (0, 0.5, 1),
+    "image_size": (0, 1024), "num_steps": (2, 1000), "strength": (0.001, 1), "format": ("npz",),
+    "resamples": (1, 100), "tile": (1, 4096), "columns": (1, 1000), "batch_size": (0, 10**6),
+    "guidance": (0.5, 10, None), "guidance_mode": ("cfg", None), "spacing": ("karras", None),
+    "classes": ("1", None), "use_amp": (True, False), "image1": ("data:3",),
+}  # fmt: skip
+REFUSED_VALUES = {
+    "mode": ("x", 1, None), "seeds": ([], "3", 3, [-1], [10**18], [True], [0.5], [None], None),
+    "steps": (-1, 0.5, True, "3", [], NAN, None), "eta": (-0.1, 1.1, NAN, INF, True, "0", 10**400),
+    "image_size": (-1, 1025), "num_steps": (1, 1001, 2.0), "strength": (0, 1.1, NAN, [], None),
+    "format": ("gif", [], None), "resamples": (0, 101), "tile": (0, 4097), "columns": (0, 1001),
+    "batch_size": (-1,), "guidance": (-0.1, 10.1, NAN, "1", [1]), "guidance_mode": ("x", 1),
+    "spacing": ("x", []), "classes": (1, [1]), "use_amp": (1, "true", None), "image1": (3, [1]),
+    "sha256": ([], {}, "x", None), "checkpoint": ([], 3),
+}  # fmt: skip
 
 
 def test_from_png_accepts_only_values_that_the_command_line_accepts(guided, infer):
     assert infer("--seeds", "3", "--steps", "3") == 0
     stored = json.loads(plots.read_png_metadata(only("samples-*/000003.png")))
-    declared, path = inference.InferenceSettings, Path("changed.png")
-    for name in stored:
-        for value in WRONG_VALUES:
-            plots.save_image(Image.new("L", (1, 1)), path, json.dumps(stored | {name: value}))
-            with contextlib.suppress(UserError):
-                settings = inference_jobs.settings_from_png(path, declared)
-                assert name not in ("seeds", "sha256")
-                declared.check({name: settings[name]}, "the image")
+
+    def read(name: str, value: object) -> object:
+        path = Path("changed.png")
+        plots.save_image(Image.new("L", (1, 1)), path, json.dumps(stored | {name: value}))
+        return inference_jobs.settings_from_png(path, inference.InferenceSettings)[name]
+
+    for name, values in ACCEPTED_VALUES.items():
+        for value in values:
+            assert read(name, value) == value, name
+    for name, values in REFUSED_VALUES.items():
+        for value in values:
+            with pytest.raises(UserError):
+                pytest.fail(f"{name} is {read(name, value)!r}")
 
 
 def previous_version(settings: dict) -> dict:
@@ -589,16 +607,20 @@ def test_batch_resumes_after_an_interrupt_with_the_same_files(folder, infer, mon
             assert path.read_bytes() == other.read_bytes()
 
 
-def test_batch_killed_while_writing_leaves_complete_images_only(folder):
-    flags = ["--mode", "batch", "--num_samples", "2000", "--steps", "2"]
-    process = ForkedScript(folder, "inference.py", *flags)
-    while not list(Path("inference_results").rglob("images/*.png")):
-        assert process.returncode is None
-        time.sleep(0.02)
-    process.kill()
-    for path in Path("inference_results").rglob("images/*.png"):
-        if not path.name.startswith("."):
-            Image.open(path).load()
+def test_batch_interrupted_while_writing_leaves_complete_images_only(guided, infer, monkeypatch):
+    fsync, files = os.fsync, []
+
+    def interrupted_at_the_third(file: int) -> None:
+        files.append(file)
+        if len(files) == 3:
+            raise KeyboardInterrupt
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", interrupted_at_the_third)
+    assert infer("--mode", "batch", "--num_samples", "4", "--steps", "2") == 130
+    written = {path.name for path in only("batch-*").rglob("*") if path.is_file()}
+    assert written == {"settings.json", "000000.png"}
+    Image.open(only("batch-*/images/000000.png")).load()
 
 
 @pytest.mark.parametrize("lost", [0, 3, 5])

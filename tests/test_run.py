@@ -89,12 +89,11 @@ def test_new_run_name_is_unused_even_if_two_runs_start_in_the_same_second(hold_l
     os.close(handle)
 
 
-@pytest.mark.parametrize("name", ["../mine", "/mine", "a/../../b", ".", ""])
+@pytest.mark.parametrize("name", ["../mine", "/mine", "a/../../b", "."])
 def test_new_run_name_must_be_a_folder_below_the_checkpoints(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if name:
-        with pytest.raises(UserError, match="must name a folder below checkpoints/"):
-            new_run_name(SimpleNamespace(RUN_NAME=name))
+    with pytest.raises(UserError, match="must name a folder below checkpoints/"):
+        new_run_name(SimpleNamespace(RUN_NAME=name))
 
 
 def test_new_run_name_may_be_that_of_a_run_that_saved_nothing(tmp_path, monkeypatch):

@@ -15,7 +15,6 @@ from engine.errors import FallbackWarning, UserError
 from engine.optimizer import use_muon
 from engine.randomness import step_randomness
 from engine.train_step import TrainStep, ema_decay, learning_rate
-from engine.trainer import MAX_NONFINITE_STEPS
 from tests.helpers import CPU, STEP_SETTINGS, max_weight_difference
 
 
@@ -300,7 +299,6 @@ def test_step_skips_and_counts_an_update_that_is_not_finite():
     assert (step.skipped_updates.item(), step.consecutive_skips.item()) == (3, 0)
     # Adam's moments and step count were not touched either.
     assert max_weight_difference(step.model, reference.model) == 0
-    assert MAX_NONFINITE_STEPS > 3
 
 
 class InfiniteGradient:
