@@ -272,7 +272,7 @@ def test_training_jobs_do_what_their_rows_say(quick, is_gpu):
     jobs = benchmark.make_jobs("training", tiny_config(), (4, 6, 8), quick, is_gpu)
     for job in jobs:
         what, (config,) = job.row["what"], job.measure.args
-        measures = {"libr": benchmark.measure_upstream_training, "ours": benchmark.measure_training}
+        measures = {"luci": benchmark.measure_upstream_training, "ours": benchmark.measure_training}
         assert job.measure.func is measures[what[:4]] and not job.measure.keywords
         assert (config.BATCH_SIZE, config.GRADIENT_ACCUMULATION) == (job.row["batch"], 1)
         assert {name: getattr(config, name) for name in NETWORK} == NETWORK

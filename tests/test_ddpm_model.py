@@ -12,7 +12,7 @@ import torch
 from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
 from PIL import Image
 
-from config import DDPMConfig, resolve
+from config import resolve
 from ddpm_model import DDPMModel
 from engine import checkpoints
 from engine.cuda_graphs import GraphCaptureError
@@ -43,11 +43,8 @@ def guided(**changes) -> DDPMModel:
 # Construction.
 
 
-def test_defaults_are_those_of_the_configuration():
-    model = DDPMModel()
-    config = resolve("folder", CPU_TIER, flags={"DIM": DDPMConfig.DIM})
-    assert model.architecture == DDPMModel.from_config(config).architecture
-    assert model.architecture["full_attn"] == [False, True, True, True]
+def test_full_attention_is_at_small_resolutions_by_default():
+    assert DDPMModel(32, dim=8).architecture["full_attn"] == [False, True, True, True]
     assert DDPMModel(64, dim=8).architecture["full_attn"] == [False, False, True, True]
 
 
@@ -188,10 +185,13 @@ def test_graphs_are_dropped_when_weights_get_other_storage():
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_load_model_needs_nothing_but_the_file(tmp_path, suffix):
-    model = small(objective="pred_x0", dropout=0.1, attn_heads=2, full_attn=(True, False))
+    changes = {"objective": "pred_x0", "dropout": 0.1, "attn_heads": 2, "full_attn": (True, False)}
+    changes |= {"schedule_base_size": 32, "class_counts": {"cat": 3, "dog": 1}}
+    model = small(**changes)
     model.save_model(tmp_path / f"model{suffix}")
     loaded = DDPMModel.from_file(tmp_path / f"model{suffix}")
     assert loaded.architecture == model.architecture
+    assert loaded.class_names == ("cat", "dog") and loaded.class_counts == changes["class_counts"]
     assert torch.equal(loaded.sample(2, seed=0), model.sample(2, seed=0))
     assert [path.name for path in tmp_path.iterdir()] == [f"model{suffix}"]
 

@@ -17,6 +17,7 @@ from engine.cli import run_script
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from config import detect_tier, resolve
 from ddpm_model import DDPMModel
@@ -32,9 +33,9 @@ from tests.forked_script import ForkedScript
 from tests.helpers import (
     ROOT,
     STEP_SETTINGS,
-    TINY_FLAGS,
     checkpoint_weights,
     max_checkpoint_difference,
+    random_images,
     run_script_ok,
 )
 from train import parse_command_line
@@ -80,8 +81,16 @@ def finish(ranks: list[ForkedScript]) -> str:
     return "".join(output for output, _ in outputs)
 
 
+def save_images(folder: Path) -> None:
+    """Writes 200 images of two classes to folder/images."""
+    for i, pixels in enumerate(random_images(200, 8).transpose(0, 2, 3, 1)):
+        path = folder / "images" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+
+
 def training_arguments(*arguments: str) -> list[str]:
-    flags = ["--dataset", "shapes"]
+    flags = ["--dataset", "folder", "--data_dir", "images"]
     for name, value in FLAGS.items():
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         flags += [f"--{name.lower()}", text]
@@ -90,9 +99,9 @@ def training_arguments(*arguments: str) -> list[str]:
 
 def train_alone(max_steps: int, resume: str = "", run_name: str = "") -> None:
     flags = FLAGS | {"MAX_STEPS": max_steps, "RUN_NAME": run_name}
-    config = resolve("shapes", detect_tier(), flags=flags)
+    config = resolve("folder", detect_tier(), flags=flags)
     path = Path("checkpoints") / resume / "last.pt" if resume else None
-    data = load_dataset("shapes", 8, Path("data"), use_labels=config.CLASS_CONDITIONAL)
+    data = load_dataset("folder", 8, Path("images"))
     train(DDPMModel.from_config(config, data.class_counts), data, config, path)
 
 
@@ -103,13 +112,15 @@ def difference_of_runs(a: str, b: str) -> float:
 # --- training
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("ranks")
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A working folder with images to train on."""
+    monkeypatch.chdir(tmp_path)
+    save_images(tmp_path)
+    return tmp_path
 
 
-def test_two_ranks_make_the_updates_of_one_and_resume_from_each_other(folder, monkeypatch):
-    monkeypatch.chdir(folder)
+def test_two_ranks_make_the_updates_of_one_and_resume_from_each_other(folder):
     train_alone(9, run_name="one")
     train_alone(3, run_name="two")
     flags = training_arguments("--resume", "two", "--max_steps", "6")
@@ -131,8 +142,7 @@ def test_two_ranks_make_the_updates_of_one_and_resume_from_each_other(folder, mo
     assert [row["step"] for row in rows if "loss" in row] == [3, 6, 9]
 
 
-def test_two_ranks_tune_a_labeled_model_as_one_does(folder, monkeypatch):
-    monkeypatch.chdir(folder)
+def test_two_ranks_tune_a_labeled_model_as_one_does(folder):
     flags = training_arguments("--class_conditional", "--guide_fraction", "0.5")
     run_script_ok(folder, "train.py", *flags, "--max_steps", "12", "--run_name", "guided")
     tuning = ["--checkpoint", "guided", "--max_steps", "4", "--keep", "0", "--run_name"]
@@ -174,8 +184,7 @@ def kill_one_rank(launcher: subprocess.Popen, run_name: str) -> None:
     assert errors.count("Traceback (most") == 1  # the launcher's
 
 
-def test_killed_rank_ends_the_run_which_resumes_on_one_rank(folder, monkeypatch):
-    monkeypatch.chdir(folder)
+def test_killed_rank_ends_the_run_which_resumes_on_one_rank(folder):
     train_alone(30, run_name="whole")
     flags = ["--run_name", "killed", "--max_steps", "30", "--save_every_minutes", "0"]
     kill_one_rank(torchrun(folder, "train.py", *training_arguments(*flags)), "killed")
@@ -228,11 +237,11 @@ def test_ranks_that_wait_forever_end_when_another_is_gone(how, tmp_path):
             os.kill(pid, 0)
 
 
-def test_ranks_that_get_sigterm_save_and_exit_with_its_code(tmp_path):
-    flags = [*TINY_FLAGS, "--run_name", "stopped", "--max_steps", "100000"]
-    ranks = start_two_ranks(tmp_path, "train.py", *flags)
+def test_ranks_that_get_sigterm_save_and_exit_with_its_code(folder):
+    flags = training_arguments("--run_name", "stopped", "--max_steps", "100000")
+    ranks = start_two_ranks(folder, "train.py", *flags)
     try:
-        metrics = tmp_path / "samples" / "stopped" / "metrics.jsonl"
+        metrics = folder / "samples" / "stopped" / "metrics.jsonl"
         while not metrics.exists() or not metrics.read_text():
             assert all(process.returncode is None for process in ranks)
             time.sleep(0.05)
@@ -243,7 +252,7 @@ def test_ranks_that_get_sigterm_save_and_exit_with_its_code(tmp_path):
         for process in ranks:
             process.kill()
     assert [process.returncode for process in ranks] == [128 + signal.SIGTERM] * 2
-    step = checkpoints.load(tmp_path / "checkpoints" / "stopped" / "last.pt")["progress"]["step"]
+    step = checkpoints.load(folder / "checkpoints" / "stopped" / "last.pt")["progress"]["step"]
     assert step % LOG_EVERY == 0
     assert f"interrupted at step {step}: resume with --resume stopped" in outputs[0]
     assert "interrupted" not in outputs[1]

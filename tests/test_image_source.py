@@ -46,31 +46,14 @@ def save_deep(path: Path, values: list[int], dtype: type) -> None:
 # Folders.
 
 
-def test_folder_is_sorted_without_hidden_and_other_files(load):
-    for value, name in enumerate(["B.PNG", "a.png", "c/deep/x.bmp"]):
-        save_gray(load.data / name, value)
-    save_gray(load.data / ".hidden.png", 99)
-    save_gray(load.data / ".thumbnails" / "x.png", 99)
-    (load.data / "notes.txt").write_text("not an image")
-    assert load()[:, 0, 0, 0].tolist() == [0, 1, 2]
-
-
-@pytest.mark.filterwarnings("ignore::engine.errors.FallbackWarning")
-def test_folder_follows_links_and_leaves_out_dangling_ones(load):
-    for i in range(25):
-        save_gray(load.data.parent / "elsewhere" / f"{i:02d}.png", i)
-    (load.data / "link").symlink_to(load.data.parent / "elsewhere")
-    (load.data / "dangling.png").symlink_to(load.data / "nowhere.png")
-    assert load()[:, 0, 0, 0].tolist() == list(range(25))
-
-
 def test_folder_leaves_out_a_few_unreadable_files_with_a_warning(load):
     for i in range(30):
         save_gray(load.data / f"{i:02d}.png", i)
     (load.data / "10.png").write_bytes(b"no image")
     expected = [i for i in range(30) if i != 10]
     with pytest.warns(FallbackWarning, match="1 of 30 images in .*cannot be read") as warned:
-        assert load()[:, 0, 0, 0].tolist() == expected
+        images = load()
+    assert images.shape == (29, 1, 4, 4) and images[:, 0, 0, 0].tolist() == expected
     lines = str(warned[0].message).splitlines()
     assert len(lines) == 2 and "10.png: " in lines[1] and "cannot identify image" in lines[1]
     assert load()[:, 0, 0, 0].tolist() == expected  # from the cache
@@ -198,14 +181,6 @@ def test_color_of_16_bits_may_have_alpha(load, monkeypatch):
     for name in ("a.png", "b.png"):
         save_color_of_16_bits(load.data / name, 50_000, color_type=6)
     assert load()[:, 3, 0, 0].tolist() == [195, 195]
-
-
-def test_broken_files_are_no_reason_to_choose(load):
-    for i in range(30):
-        save_gray(load.data / f"{i:02d}.png", i)
-    (load.data / "10.png").write_bytes(b"no image")
-    with pytest.warns(FallbackWarning):
-        assert load().shape == (29, 1, 4, 4)
 
 
 def test_frames_are_one_image_or_one_each(load, capsys):

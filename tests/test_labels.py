@@ -67,15 +67,6 @@ def test_sample_draws_classes_by_seed_whatever_the_batch():
     torch.testing.assert_close(dogs, model.sample(2, seed=0, labels=[1, 1]))
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_class_names_are_stored_with_the_model(tmp_path, suffix):
-    model = conditional()
-    model.save_model(tmp_path / f"model{suffix}")
-    loaded = DDPMModel.from_file(tmp_path / f"model{suffix}")
-    assert loaded.class_names == ("cat", "dog") and loaded.class_counts == {"cat": 3, "dog": 1}
-    assert torch.equal(loaded.sample(2, seed=0), model.sample(2, seed=0))
-
-
 @pytest.mark.parametrize("classes", [{"../x": 1}, {"": 1}, {"a\\b": 1}, {"..": 1}, {"a": "1"}])
 def test_class_names_from_a_file_cannot_leave_a_folder(classes):
     with pytest.raises(UserError, match="must have names that a folder can have"):

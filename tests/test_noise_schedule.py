@@ -55,14 +55,9 @@ def test_shift_log_snr_derives_what_upstream_derives(objective, gamma, monkeypat
             torch.testing.assert_close(ours, values, rtol=2e-3, atol=2e-6, msg=name)
 
 
-def test_shifted_model_is_loaded_by_us_and_by_upstream(tmp_path):
+def test_shifted_model_is_loaded_by_upstream():
     torch.manual_seed(0)
     model = DDPMModel(64, 8, (1, 2), schedule_base_size=32)
-    for name in ("model.pt", "model.safetensors"):
-        model.save_model(tmp_path / name)
-        loaded = DDPMModel.from_file(tmp_path / name)
-        assert loaded.architecture == model.architecture
-        assert torch.equal(loaded.sample(1, steps=2, seed=3), model.sample(1, steps=2, seed=3))
     upstream = GaussianDiffusion(Unet(8, dim_mults=(1, 2)), image_size=64, beta_schedule="cosine")
     upstream.load_state_dict(model.diffusion.state_dict())
     x = torch.rand(2, 3, 64, 64)

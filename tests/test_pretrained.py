@@ -19,10 +19,10 @@ def pretrained() -> DDPMModel:
 
 
 def test_pretrained_model_is_the_default_of_inference(tmp_path):
-    output = run_script_ok(tmp_path, "inference.py", "--num_samples", "2", "--steps", "2")
+    output = run_script_ok(tmp_path, "inference.py", "--num_samples", "1", "--steps", "2")
     assert f"no checkpoint in checkpoints/ yet; using the pretrained {FILE.name}" in output
-    files = list(tmp_path.glob("inference_results/samples-*/*/00000?.png"))
-    assert len(files) == 20 and len({file.parent.name for file in files}) == 10
+    files = list(tmp_path.glob("inference_results/samples-*/*/000000.png"))
+    assert len(files) == 10 and len({file.parent.name for file in files}) == 10
 
 
 def test_pretrained_file_has_small_fp16_weights_and_an_fp32_schedule():
@@ -35,9 +35,9 @@ def test_pretrained_file_has_small_fp16_weights_and_an_fp32_schedule():
 
 
 def test_pretrained_model_denoises_its_samples(pretrained):
-    images = pretrained.sample(4, steps=10, seed=0)
+    images = pretrained.sample(1, steps=10, seed=0)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    t = torch.full((4,), 300)
+    t = torch.tensor([300])
     with torch.no_grad():
         error = pretrained.mse_per_image(images, t, noise).mean().item()
         untrained = DDPMModel(dim=8).mse_per_image(images, t, noise).mean().item()
@@ -48,9 +48,9 @@ def test_tuned_model_samples_in_two_steps_what_its_teacher_does_in_19_nfe(pretra
     size = (checkpoints.PRETRAINED_DIR / "cifar10-tuned.safetensors").stat().st_size
     assert size < 16e6
     tuned = DDPMModel.from_pretrained("cifar10-tuned")
-    labels = [1, 2, 7, 8]
-    wanted = pretrained.sample(4, seed=0, labels=labels)
-    images = tuned.sample(4, seed=0, labels=labels)
+    labels = [1, 8]
+    wanted = pretrained.sample(2, seed=0, labels=labels)
+    images = tuned.sample(2, seed=0, labels=labels)
     distance = (images - wanted).square().mean().sqrt().item()
     to_others = (images - wanted.roll(1, 0)).square().mean().sqrt().item()
     assert distance < to_others / 3
@@ -63,7 +63,7 @@ def test_from_pretrained_rejects_unknown_names():
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_pretrained_model_makes_no_noise_in_few_steps(pretrained, sampler):
-    for steps in (1, 2, 3, 5, 8):
-        images = pretrained.sample(2, seed=26, sampler=sampler, steps=steps)
+    for steps in (1, 3, 8):
+        images = pretrained.sample(1, seed=26, sampler=sampler, steps=steps)
         roughness = (images[..., 1:] - images[..., :-1]).abs().mean().item()
         assert roughness < 0.2, steps  # of noise 0.4, of images of 40 steps 0.08

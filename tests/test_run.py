@@ -2,8 +2,6 @@
 
 import math
 import os
-import subprocess
-import sys
 import time
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +22,7 @@ from engine.run_names import new_run_name
 from engine.trackers import Tracker
 from engine.train_step import TrainStep
 from engine.trainer import should_snapshot_guide
+from tests.forked_script import ForkedScript
 from tests.helpers import CPU, CPU_TIER, ROOT, FakeTime, random_images
 
 ALONE = SimpleNamespace(num_processes=1, process_index=0, device=CPU)
@@ -121,15 +120,20 @@ def test_run_belongs_to_one_process(hold_lock):
     make_run("mine").close()
 
 
-HOLDER = """
+HOLDER = f"""
+import sys
 import time
+from pathlib import Path
+
 from torch.utils.data import DataLoader
+
+sys.path.insert(0, {str(ROOT)!r})
 from tests.test_run import make_run
 
 run = make_run("mine")
 batches = iter(DataLoader(range(10**9), num_workers=1, multiprocessing_context="fork"))
 next(batches)
-print("training", flush=True)
+Path("training").touch()
 time.sleep(1000)
 """
 
@@ -137,17 +141,16 @@ time.sleep(1000)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_run_is_not_locked_by_a_data_worker_of_a_killed_process(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER], env=environment, stdout=subprocess.PIPE, text=True
-    )
-    assert "training" in holder.stdout.readline()
+    Path("holder.py").write_text(HOLDER)
+    holder = ForkedScript(tmp_path, tmp_path / "holder.py")
+    while not Path("training").exists():
+        assert holder.returncode is None, holder.communicate()
+        time.sleep(0.02)
     with pytest.raises(UserError, match="being trained by another process"):
         make_run("mine")
     holder.kill()
-    holder.wait()
     # Before version 4 of filelock, the lock is free once the worker has noticed, after 5 seconds.
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 240
     while True:
         try:
             make_run("mine").close()

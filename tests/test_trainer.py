@@ -204,10 +204,10 @@ def test_train_keeps_every_tenth_epoch_if_asked_to(run_here, tmp_path):
     assert best["progress"]["best"] == lowest
 
 
-def test_train_snapshots_the_guide_from_the_ema_of_that_step(folder):
+def test_train_snapshots_the_guide_from_the_ema_of_that_step(run_here, folder):
     flags = [*TINY_FLAGS, "--run_name"]
-    run_script_ok(folder, "train.py", *flags, "whole", "--max_steps", "8")
-    run_script_ok(folder, "train.py", *flags, "part", "--max_steps", "4", "--guide_fraction", "0")
+    run_here(folder, "train.py", *flags, "whole", "--max_steps", "8")
+    run_here(folder, "train.py", *flags, "part", "--max_steps", "4", "--guide_fraction", "0")
     whole, part = (
         torch.load(folder / f"checkpoints/{name}/final.pt", weights_only=True)["ema"]
         for name in ("whole", "part")
