@@ -15,6 +15,7 @@ from unittest.mock import Mock
 from engine.cli import run_script
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -37,6 +38,7 @@ from tests.helpers import (
     max_checkpoint_difference,
     random_images,
     run_script_ok,
+    write_changed_training,
 )
 from train import parse_command_line
 
@@ -164,19 +166,14 @@ def error_lines(errors: str) -> list[str]:
 
 
 def kill_one_rank(launcher: subprocess.Popen, run_name: str) -> None:
-    """Kills rank 1 once something is saved; all must end within a minute and say so in one line."""
+    """Kills rank 1 once something is saved; all must end and say so in one line."""
     while not Path(f"checkpoints/{run_name}/last.pt").exists():
         assert launcher.poll() is None
         time.sleep(0.01)
-    children = subprocess.run(
-        ["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=True
-    )
-    workers = [int(pid) for pid in children.stdout.split()]
-    (victim,) = [
-        pid for pid in workers if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()
-    ]
-    os.kill(victim, signal.SIGKILL)
-    _, errors = launcher.communicate(timeout=60)
+    workers = psutil.Process(launcher.pid).children()
+    (victim,) = [worker for worker in workers if worker.environ().get("RANK") == "1"]
+    victim.kill()
+    _, errors = launcher.communicate(timeout=240)
     assert launcher.returncode == 1
     (line,) = error_lines(errors)
     assert "another rank may have died: " in line or "is stuck" in line
@@ -184,10 +181,17 @@ def kill_one_rank(launcher: subprocess.Popen, run_name: str) -> None:
     assert errors.count("Traceback (most") == 1  # the launcher's
 
 
+def block_rank_1_after_20_calls(loss, calls):
+    while calls > 20 and os.environ["RANK"] == "1":
+        time.sleep(1)
+    return loss
+
+
 def test_killed_rank_ends_the_run_which_resumes_on_one_rank(folder):
     train_alone(30, run_name="whole")
     flags = ["--run_name", "killed", "--max_steps", "30", "--save_every_minutes", "0"]
-    kill_one_rank(torchrun(folder, "train.py", *training_arguments(*flags)), "killed")
+    script = write_changed_training(folder, block_rank_1_after_20_calls)
+    kill_one_rank(torchrun(folder, script.name, *training_arguments(*flags)), "killed")
     assert torch.load("checkpoints/killed/last.pt", weights_only=True)["progress"]["step"] < 30
     train_alone(30, resume="killed")
     assert difference_of_runs("killed", "whole") < 1e-5
@@ -210,7 +214,7 @@ def main():
     with session(hint) as dist, progress.StopSignal(dist, hint):
         torch.distributed.barrier()
         print(f"rank {dist.process_index} is {os.getpid()}", flush=True)
-        if dist.process_index == 2 and sys.argv[1] == "failing":
+        if dist.process_index == 1 and sys.argv[1] == "failing":
             raise UserError("a disk is full")
         time.sleep(1000)  # as in a collective operation that never returns
 
@@ -218,16 +222,16 @@ run_script(main)
 """
 
 
-@pytest.mark.parametrize("how", ["killed", "failing"])
-def test_ranks_that_wait_forever_end_when_another_is_gone(how, tmp_path):
+@pytest.mark.parametrize(("how", "count"), [("killed", 3), ("failing", 2)])
+def test_ranks_that_wait_forever_end_when_another_is_gone(how, count, tmp_path):
     (tmp_path / "waiting.py").write_text(WAITING)
-    launcher = torchrun(tmp_path, "waiting.py", how, count=3)
-    lines = [launcher.stdout.readline() for _ in range(3)]
+    launcher = torchrun(tmp_path, "waiting.py", how, count=count)
+    lines = [launcher.stdout.readline() for _ in range(count)]
     pids = {int(rank): int(pid) for rank, pid in re.findall(r"rank (\d) is (\d+)", "".join(lines))}
-    assert set(pids) == {0, 1, 2}
+    assert set(pids) == {*range(count)}
     if how == "killed":
         os.kill(pids[0], signal.SIGKILL)
-    _, errors = launcher.communicate(timeout=60)
+    _, errors = launcher.communicate(timeout=240)
     assert launcher.returncode == 1 and errors.count("Traceback (most") == 1
     (line,) = error_lines(errors)
     expected = r"error: rank [12] is stuck; resume like this"
@@ -235,6 +239,58 @@ def test_ranks_that_wait_forever_end_when_another_is_gone(how, tmp_path):
     for pid in pids.values():
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+PREPARING = """
+import os
+import signal
+import time
+from pathlib import Path
+
+from engine import distributed
+from engine.cli import run_script
+
+rank = distributed.launched_rank()
+
+def prepare():
+    is_prepared = Path("prepared").exists()
+    time.sleep(0.5 if rank == 0 else 0)
+    Path("prepared").touch()
+    return is_prepared
+
+def main():
+    choice = distributed.from_rank0("choice", lambda: f"choice-{rank}")
+    is_prepared = distributed.rank0_first("prepare", prepare)
+    before = signal.getsignal(signal.SIGTERM)
+    with distributed.session(lambda: "resume like this"):
+        pass
+    is_restored = signal.getsignal(signal.SIGTERM) == before
+    with distributed.session(lambda: "resume like this"):
+        print(f"{rank} {choice} {is_prepared} {is_restored}\\n", end="", flush=True)
+        distributed.broadcast_object("")
+        if rank == 1:
+            time.sleep(0.5)  # until the others have left the collective operation
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(1000)  # outside of collective operations, only SIGTERM ends the others
+
+run_script(main)
+"""
+
+
+def test_ranks_share_choices_wait_for_rank_0_and_end_with_one_line(tmp_path):
+    (tmp_path / "preparing.py").write_text(PREPARING)
+    launcher = torchrun(tmp_path, "preparing.py")
+    output, errors = launcher.communicate(timeout=240)
+    # Rank, choice, whether rank 0 was prepared, and whether the signal handler was restored.
+    assert sorted(filter(None, output.splitlines())) == [
+        "0 choice-0 False True", "1 choice-0 True True",
+    ]  # fmt: skip
+    assert launcher.returncode == 1
+    (line,) = error_lines(errors)
+    assert line == (
+        "error: stopped by SIGTERM: another rank died, or the launcher was stopped; "
+        "resume like this"
+    )
 
 
 def test_ranks_that_get_sigterm_save_and_exit_with_its_code(folder):
@@ -247,7 +303,7 @@ def test_ranks_that_get_sigterm_save_and_exit_with_its_code(folder):
             time.sleep(0.05)
         for process in ranks:
             process.send_signal(signal.SIGTERM)
-        outputs = [process.communicate(timeout=60)[0] for process in ranks]
+        outputs = [process.communicate()[0] for process in ranks]
     finally:
         for process in ranks:
             process.kill()

@@ -5,7 +5,6 @@ import importlib
 import itertools
 import json
 import os
-import random
 import re
 import runpy
 import shutil
@@ -47,6 +46,7 @@ from tests.helpers import (
     max_weight_difference,
     random_images,
     run_script_ok,
+    write_changed_training,
 )
 
 API_FLAGS = {
@@ -115,7 +115,7 @@ def run_here(monkeypatch, capsys):
 
 @pytest.fixture
 def script_error(run_here):
-    """script_error(folder, script, *arguments) is run_script_error in this process, and faster."""
+    """script_error(folder, script, *arguments) runs a script that must fail; returns its error."""
 
     def call(folder: Path, script: str, *arguments: str) -> str:
         errors = run_here(folder, script, *arguments, code=2).splitlines()
@@ -340,21 +340,26 @@ def test_train_takes_the_channels_of_a_folder(run_here, tmp_path):
 # --- resuming
 
 
-def test_train_killed_at_a_random_step_resumes_to_the_same_weights(trained, folder):
+def block_after_17_calls(loss, calls):
+    while calls > 17:
+        time.sleep(1)
+    return loss
+
+
+def test_train_killed_in_a_step_resumes_to_the_same_weights(trained, folder):
     flags = [*TINY_FLAGS, "--run_name", "killed", "--max_steps", "40", "--save_every_minutes", "0"]
-    process = ForkedScript(folder, "train_optimized.py", *flags)
-    last, wanted = folder / "checkpoints" / "killed" / "last.pt", random.randint(1, 25)
-    while not last.exists() or torch.load(last, weights_only=True)["progress"]["step"] < wanted:
+    script = write_changed_training(folder, block_after_17_calls, "train_optimized.py")
+    process = ForkedScript(folder, script, *flags)
+    last = folder / "checkpoints" / "killed" / "last.pt"
+    while not last.exists() or torch.load(last, weights_only=True)["progress"]["step"] < 17:
         assert process.returncode is None
         time.sleep(0.01)
     process.kill()
-    step = torch.load(last, weights_only=True)["progress"]["step"]
-    assert 0 < step < 40
     flags = ["--resume", "killed", "--save_every_minutes", "2"]
     run_script_ok(folder, "train_optimized.py", *flags)
     final = folder / "checkpoints" / "killed" / "final.pt"
     whole = trained / "checkpoints" / "whole" / "final.pt"
-    assert max_checkpoint_difference(final, whole) == 0, f"killed at step {step}"
+    assert max_checkpoint_difference(final, whole) == 0
     assert logged_steps(folder, "killed") == [10, 20, 30, 40]
 
 
@@ -478,9 +483,14 @@ def test_train_resumes_a_copy_of_a_run_as_a_separate_run(run_here, script_error,
     assert "of run whole, which exists in checkpoints/, too: copy it to" in line
 
 
+def stop_at_call_12(loss, calls):
+    if calls == 12:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return loss
+
+
 def test_train_stopped_at_its_last_step_is_finished(run_here, trained, folder):
-    change = "1 + 0 * (calls == 12 and os.kill(os.getpid(), 15) or 0)"
-    code, output, _ = run_changed(folder, change, "--max_steps", "12")
+    code, output, _ = run_changed(folder, stop_at_call_12, "--max_steps", "12")
     assert code == 0 and "done: 192 images" in output
     shutil.copytree(trained, folder, dirs_exist_ok=True)
     final = folder / "checkpoints" / "whole" / "final.pt"
@@ -493,7 +503,7 @@ def test_train_stopped_at_its_last_step_is_finished(run_here, trained, folder):
 def test_train_resumes_with_the_remaining_minutes(trained_by_api, tmp_path, monkeypatch):
     shutil.copytree(trained_by_api, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    clock = SimpleNamespace(now=1000.0, monotonic=lambda: clock.now)
+    clock = FakeTime()
     for module in (run, progress):
         monkeypatch.setattr(module, "time", clock)
     last = Path("checkpoints/whole/last.pt")
@@ -721,33 +731,22 @@ def test_init_weights_ignores_settings_that_are_no_weights(change):
 # --- what stops a run
 
 
-def run_changed(folder: Path, change: str, *flags: str) -> tuple[int, str, str]:
-    """Runs train.py with the loss times `change`, an expression of `calls`, the losses so far.
-
-    Returns the exit code, stdout and stderr.
-    """
-    text = (ROOT / "train.py").read_text()
-    call = "            train(model, data,"
-    assert text.count(call) == 1
-    text = text.replace(
-        call,
-        "            import os\n"
-        "            original, calls = model.forward, 0\n"
-        "            def forward(*args):\n"
-        "                nonlocal calls\n"
-        "                calls += 1\n"
-        f"                return original(*args) * ({change})\n"
-        f"            model.forward = forward\n{call}",
-    )
-    (folder / "changed.py").write_text(text)
-    process = ForkedScript(folder, folder / "changed.py", *TINY_FLAGS, *flags)
+def run_changed(
+    folder: Path, change: Callable[[torch.Tensor, int], torch.Tensor], *flags: str
+) -> tuple[int, str, str]:
+    """Runs train.py with change(loss, n) as its n-th loss; returns exit code, stdout and stderr."""
+    process = ForkedScript(folder, write_changed_training(folder, change), *TINY_FLAGS, *flags)
     output, errors = process.communicate()
     return process.returncode, output, errors
 
 
+def nan_after_5_calls(loss, calls):
+    return loss if calls <= 5 else loss * float("nan")
+
+
 def test_train_stops_at_a_loss_that_stays_nan_and_keeps_finite_weights(folder):
     flags = ["--run_name", "bad", "--max_steps", "100", "--save_every_minutes", "0"]
-    code, _, errors = run_changed(folder, "1 if calls <= 5 else float('nan')", *flags)
+    code, _, errors = run_changed(folder, nan_after_5_calls, *flags)
     assert code == 1 and "Traceback" not in errors
     line = "20 updates in a row were not finite; stopped at step 30: resume with --resume bad with"
     assert line in errors
@@ -809,11 +808,18 @@ def test_scripts_answer_bad_input_with_one_line(trained, script_error):
 # --- disks
 
 
+def limit_file_size_at_first_call(loss, calls):
+    """From the first step on: importing torch may write files."""
+    import resource
+
+    if calls == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))
+    return loss
+
+
 def test_train_on_a_full_disk_ends_with_an_error_and_leaves_no_partial_file(folder):
-    # RLIMIT_FSIZE, from the first step on: importing torch may write files.
-    limit = "__import__('resource').setrlimit(1, (400, 400))"
-    change = f"1 + 0 * (calls == 1 and {limit} or 0)"
-    code, _, errors = run_changed(folder, change, "--run_name", "full", "--max_steps", "40")
+    flags = ["--run_name", "full", "--max_steps", "40"]
+    code, _, errors = run_changed(folder, limit_file_size_at_first_call, *flags)
     line = "warning: writing samples/full failed (File too large); continuing without it"
     assert errors.count(line) == errors.count("warning: writing samples") == 1
     assert "warning: writing checkpoints/full/best.pt failed" in errors
