@@ -56,7 +56,7 @@ Command = list[str]  # the script and its arguments
 def run(command: Command, environment: dict[str, str] | None = None) -> tuple[int | str, str]:
     """Runs a script in this process; returns its exit code, or the exception, and stderr."""
     errors = io.StringIO()
-    before = dict(os.environ)
+    before, argv = dict(os.environ), sys.argv
     os.environ.update(environment or {})
     sys.argv = command
     module = importlib.import_module(command[0].removesuffix(".py"))
@@ -71,6 +71,7 @@ def run(command: Command, environment: dict[str, str] | None = None) -> tuple[in
     finally:
         os.environ.clear()
         os.environ.update(before)
+        sys.argv = argv
     return code, errors.getvalue()
 
 

@@ -43,6 +43,13 @@ def save_model(path: str, seed: int = 0, **architecture) -> Path:
     return Path(path)
 
 
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """Restored after a test: app.import_gradio sets these."""
+    for name in ("GRADIO_ANALYTICS_ENABLED", "HF_HUB_DISABLE_TELEMETRY"):
+        monkeypatch.setenv(name, "")
+
+
 @pytest.fixture
 def served(tmp_path, monkeypatch) -> ServedModel:
     """A model in a new working folder."""

@@ -89,10 +89,8 @@ def forked(monkeypatch):
     ],
 )
 def test_run_reports_why_a_job_has_no_result(forked, measure, ranks, limit, reason):
-    start = time.monotonic()
     row = run_job(BenchmarkJob({"what": "a"}, measure, ranks=ranks, limit=limit))
     assert row == {"what": "a", "failed": reason}
-    assert time.monotonic() - start < 120
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a GPU for each rank")

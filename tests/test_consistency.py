@@ -1,6 +1,7 @@
 """Consistency tuning: its loss, what it converges to, and models that were tuned."""
 
 import math
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -274,7 +275,7 @@ def configure(**changes):
 
 
 @pytest.fixture(scope="module")
-def tuned(tmp_path_factory) -> Path:
+def finished(tmp_path_factory) -> Path:
     """A folder with a finished run `tuned` of 6 steps."""
     folder = tmp_path_factory.mktemp("tuned")
     with pytest.MonkeyPatch.context() as patch:
@@ -282,6 +283,14 @@ def tuned(tmp_path_factory) -> Path:
         config = configure(RUN_NAME="tuned")
         train(guided_model(config), random_images(80, 8), config)
     return folder
+
+
+@pytest.fixture
+def tuned(finished, tmp_path, monkeypatch) -> Path:
+    """A working folder with that run."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def guided_model(config) -> ConsistencyModel:
@@ -302,8 +311,6 @@ def holds_teacher_once(path: Path) -> bool:
 
 
 def test_tuning_resumes_bit_for_bit(tuned, monkeypatch):
-    monkeypatch.chdir(tuned)
-
     class Interrupted(ConsistencyModel):
         def set_fraction(self, fraction: float) -> None:
             super().set_fraction(fraction)
@@ -376,7 +383,6 @@ def test_script_knows_the_images_of_the_pretrained_model_alone(tmp_path, monkeyp
 
 @pytest.mark.parametrize("source", ["--checkpoint", "--resume"])
 def test_dry_run_and_memory_search_measure_the_step_with_its_teacher(source, tuned, monkeypatch):
-    monkeypatch.chdir(tuned)
     guided_source().save_model("guided.safetensors")
     reference = {"--checkpoint": "guided.safetensors", "--resume": "tuned"}[source]
     flags = ["--dataset", "shapes", "--max_steps", "9", "--warmup_steps", "2", "--batch_size", "16"]
@@ -446,7 +452,6 @@ def test_grids_have_one_step_above_two(tuned):
 
 
 def test_tuned_model_is_known_from_its_file(tuned, monkeypatch, capsys):
-    monkeypatch.chdir(tuned)
     flags = ["--seeds", "0-1", "--batch_size", "2"]
     for steps in ([], ["--steps", "1"]):
         monkeypatch.setattr("sys.argv", ["inference.py", *flags, *steps])
@@ -461,8 +466,6 @@ def test_tuned_model_is_known_from_its_file(tuned, monkeypatch, capsys):
 
 
 def test_images_of_noise_levels_and_spacings_are_reproduced_from_their_pngs(tuned, monkeypatch):
-    monkeypatch.chdir(tuned)
-
     def infer(*flags: str) -> tuple[Path, np.ndarray]:
         monkeypatch.setattr("sys.argv", ["inference.py", "--output_dir", flags[0], *flags[1:]])
         inference.main()
@@ -496,7 +499,6 @@ def test_images_of_noise_levels_and_spacings_are_reproduced_from_their_pngs(tune
     ],
 )
 def test_wrong_noise_levels_are_reported_before_sampling(tuned, monkeypatch, flags, message):
-    monkeypatch.chdir(tuned)
     monkeypatch.setattr("sys.argv", ["inference.py", "--output_dir", "none", *flags])
     with pytest.raises(UserError, match=message):
         inference.main()

@@ -274,14 +274,20 @@ def test_killed_build_starts_again_and_ends_the_same(tmp_path):
         assert (cache / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
 
 
-def test_second_process_waits_for_the_first(load, capsys):
-    blocks = []
-    is_building = threading.Event()
+def test_second_load_waits_for_the_first(load, monkeypatch):
+    blocks, printed = [], []
+    is_building, is_waiting = threading.Event(), threading.Event()
 
     def on_read(block):
         blocks.append(block)
         is_building.set()
-        time.sleep(0.05)
+        assert is_waiting.wait(60)
+
+    def print_notice(text, file):
+        printed.append(text)
+        is_waiting.set()
+
+    monkeypatch.setattr(image_cache, "print", print_notice, raising=False)
 
     source = gray_source(250, on_read=on_read)
     with ThreadPoolExecutor(2) as pool:  # locks are between open files, so threads will do
@@ -290,7 +296,7 @@ def test_second_process_waits_for_the_first(load, capsys):
         second = pool.submit(load, source)
     assert values(first.result()) == values(second.result()) == list(range(250))
     assert len(blocks) == 4 and len(load.files()) == 1
-    assert capsys.readouterr().err.count("waiting for it") == 1
+    assert printed == ["another process is building this image cache; waiting for it"]
 
 
 @pytest.mark.parametrize("error", [NotImplementedError("no flock"), OSError(95, "not supported")])

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 from types import SimpleNamespace
 
@@ -15,7 +13,8 @@ from config import resolve
 from engine import progress as progress_module
 from engine.distributed import RankLostError
 from engine.progress import LOG_EVERY, Progress, StopSignal
-from tests.helpers import CPU, CPU_TIER, ROOT, FakeTime
+from tests.forked_script import ForkedScript
+from tests.helpers import CPU, CPU_TIER, FakeTime
 
 ALONE = SimpleNamespace(num_processes=1, process_index=0, device=CPU)
 PAIR = SimpleNamespace(num_processes=2, process_index=1, device=CPU)
@@ -138,18 +137,24 @@ def test_stop_signal_restores_handlers_and_starts_no_thread_on_a_single_rank():
 
 
 STUCK = """
-import os, signal, time
+import os
+import signal
+import time
 from types import SimpleNamespace
 from engine import distributed, progress
 
-progress.GRACE_PERIOD = 0.5
+progress.GRACE_PERIOD = 1.0
 distributed.all_reduce = lambda *_, **__: None
 dist = SimpleNamespace(num_processes=2, process_index=1, device="cpu")
-for first, steps, seconds in ((1, 10, 0), (0, 1, 2), (1, 3, 1000)):  # the second: saves for long
+for first, steps, seconds in (
+    (1, 10, 0),  # asks long after the signal, but never where ranks answer
+    (0, 1, 1.5),  # is told yes, and saves for long
+    (1, 3, 1000),  # is stuck
+):
     with progress.StopSignal(dist, lambda: "resume with --resume mine") as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         for step in range(steps):
-            time.sleep(0.2)
+            time.sleep(0.15)
             stop.requested(10 * step + first)
         time.sleep(seconds)
     print("left", flush=True)
@@ -157,13 +162,11 @@ for first, steps, seconds in ((1, 10, 0), (0, 1, 2), (1, 3, 1000)):  # the secon
 
 
 def test_stop_signal_ends_a_rank_that_is_stuck_but_not_a_slow_one(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    stuck = subprocess.run(
-        [sys.executable, "-c", STUCK], cwd=tmp_path, env=environment, capture_output=True,
-        text=True, timeout=100,
-    )  # fmt: skip
-    assert (stuck.returncode, stuck.stdout) == (1, "left\nleft\n")
-    assert stuck.stderr.strip() == "error: rank 1 is stuck; resume with --resume mine"
+    (tmp_path / "stuck.py").write_text(STUCK)
+    stuck = ForkedScript(tmp_path, tmp_path / "stuck.py")
+    output, errors = stuck.communicate()
+    assert (stuck.returncode, output) == (1, "left\nleft\n")
+    assert errors.strip() == "error: rank 1 is stuck; resume with --resume mine"
 
 
 def test_stop_signal_waits_for_the_error_message_of_a_lost_rank():

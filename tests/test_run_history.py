@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 
 import pytest
 from PIL import Image
@@ -10,9 +9,11 @@ from PIL import Image
 from engine import run_history
 from engine.run_names import SAMPLES_DIR
 
+NOW = 1_000_000_000
+
 
 def write_run(name: str, fractions: list[float | None], final: bool = False) -> None:
-    """Writes what a run logs every 10 steps and 60 seconds."""
+    """Writes what a run logs every 10 steps and 60 seconds, the last at NOW."""
     folder = SAMPLES_DIR / name
     folder.mkdir(parents=True)
     rows = [
@@ -27,6 +28,8 @@ def write_run(name: str, fractions: list[float | None], final: bool = False) -> 
         grid.save(folder / f"step_{row['step']:07d}.png")
     if final:
         grid.save(folder / "final.png")
+    for path in folder.iterdir():
+        os.utime(path, (NOW, NOW))
 
 
 def test_summarize_run_predicts_the_time_left(tmp_path, monkeypatch):
@@ -34,12 +37,12 @@ def test_summarize_run_predicts_the_time_left(tmp_path, monkeypatch):
     write_run("cifar10/a", [0.1, 0.2, 0.3])
     assert run_history.find_runs() == ["cifar10/a"]
     version = run_history.run_version("cifar10/a")
-    figures = run_history.summarize_run(version, time.time())
+    figures = run_history.summarize_run(version, NOW)
     assert figures["state"] == "training"
     assert figures["time left"] == "7.0 minutes"  # 3 minutes were 30 %
     assert figures["speed"] == "20 images/s"
     assert (figures["loss"], figures["validation loss"]) == ("0.3333", "0.6667")
-    later = run_history.summarize_run(version, time.time() + 600)
+    later = run_history.summarize_run(version, NOW + 600)
     assert later["state"] == "silent for 10.0 minutes"
     assert [caption for _, caption in run_history.run_grids("cifar10/a")] == [
         "step 10", "step 20", "step 30",
@@ -49,7 +52,7 @@ def test_summarize_run_predicts_the_time_left(tmp_path, monkeypatch):
 def test_summarize_run_has_the_speed_of_the_last_ten_rows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_run("a", [0.01] * 30)
-    figures = run_history.summarize_run(run_history.run_version("a"), time.time())
+    figures = run_history.summarize_run(run_history.run_version("a"), NOW)
     assert figures["speed"] == "255 images/s"  # the mean of 210 to 300
 
 
@@ -59,7 +62,7 @@ def test_summarize_run_has_the_speed_of_the_last_ten_rows(tmp_path, monkeypatch)
 def test_summarize_run_knows_a_finished_run(tmp_path, monkeypatch, fractions, state):
     monkeypatch.chdir(tmp_path)
     write_run("a", fractions, final=True)
-    assert run_history.summarize_run(run_history.run_version("a"), time.time())["state"] == state
+    assert run_history.summarize_run(run_history.run_version("a"), NOW)["state"] == state
 
 
 def test_run_grids_are_limited_and_end_with_the_newest(tmp_path, monkeypatch):

@@ -33,7 +33,15 @@ from engine.progress import Progress
 from engine.run import VERSION
 from engine.shapes import SHAPE_KINDS
 from engine.train_step import TrainStep
-from engine.trainer import abort_if_diverged, estimate, format_duration, restore, set_up, train
+from engine.trainer import (
+    abort_if_diverged,
+    estimate,
+    format_duration,
+    restore,
+    set_up,
+    train,
+    warn_if_short,
+)
 from tests.forked_script import ForkedScript
 from tests.helpers import (
     CPU,
@@ -77,6 +85,12 @@ def trained(tmp_path_factory) -> Path:
     flags = ["--run_name", "whole", "--max_steps", "40"]
     run_script_ok(folder, "train_optimized.py", *TINY_FLAGS, *flags)
     return folder
+
+
+@pytest.fixture
+def trained_copy(trained, tmp_path) -> Path:
+    """A folder with that run, which a test may change."""
+    return shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
 
 
 @pytest.fixture
@@ -239,43 +253,46 @@ def test_train_in_minutes_ends_with_the_schedule(tmp_path, monkeypatch):
     assert rows[-1]["seconds"] == 60 and rows[-1]["step"] == 40
 
 
-def test_dry_run_prints_an_estimate_and_leaves_nothing(run_here, trained):
+def test_dry_run_prints_an_estimate_and_leaves_nothing(run_here, trained_copy):
     flags = [*TINY_FLAGS, "--epochs", "2", "--dry_run", "--run_name", "dry"]
-    output = run_here(trained, "train_optimized.py", *flags)
+    output = run_here(trained_copy, "train_optimized.py", *flags)
     assert re.search(r"^DIM +8 +flag$", output, re.MULTILINE)
     assert re.search(r"^USE_AMP +(True +script|False +tier CPU)$", output, re.MULTILINE)
     assert "0.1 M parameters" in output and "memory" in output
     size = float(re.search(r"^disk .* MB at most \(3 x (.*) MB\)$", output, re.MULTILINE)[1])
-    written = (trained / "checkpoints/whole/last.pt").stat().st_size / 1e6
+    written = (trained_copy / "checkpoints/whole/last.pt").stat().st_size / 1e6
     assert size == pytest.approx(written, rel=0.15)
     assert "2,496 steps, 2.0 epochs" in output
-    assert not (trained / "checkpoints/dry").exists() and not (trained / "samples/dry").exists()
+    assert (
+        not (trained_copy / "checkpoints/dry").exists()
+        and not (trained_copy / "samples/dry").exists()
+    )
 
 
 def test_run_of_little_but_warm_up_warns_at_its_start_and_in_an_estimate(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-    def start(**changes):
-        config = configure(WARMUP_STEPS=5, **changes)
+    config = configure(WARMUP_STEPS=5, EPOCHS=2)
+    line = "^only 8 steps, with a warm-up of 5; continuing without a guide: set --minutes"
+    with pytest.warns(FallbackWarning, match=line):
+        train(DDPMModel.from_config(config), random_images(80, 8), config)
+    with pytest.warns(FallbackWarning, match=line):
+        estimate(DDPMModel.from_config(config), 80, config, 0.0)
+    config = configure(WARMUP_STEPS=5, MINUTES=1e-9)
+    with pytest.warns(FallbackWarning, match="with a warm-up of 5; continuing"):
+        estimate(DDPMModel.from_config(config), 80, config, 0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the number of steps is not known at the start
         train(DDPMModel.from_config(config), random_images(80, 8), config)
 
-    def expect(**changes):
-        config = configure(WARMUP_STEPS=5, **changes)
-        estimate(DDPMModel.from_config(config), 80, config, 0.0)
 
-    for call in (start, expect):
-        line = "^only 8 steps, with a warm-up of 5; continuing without a guide: set --minutes"
-        with pytest.warns(FallbackWarning, match=line):
-            call(EPOCHS=2)
+def test_warn_if_short_is_silent_for_long_runs_and_for_a_set_number_of_steps():
+    without_guide = configure(WARMUP_STEPS=5, EPOCHS=2, GUIDE_FRACTION=0.0)
     with pytest.warns(FallbackWarning, match="^only 8 steps, with a warm-up of 5: set --minutes"):
-        expect(EPOCHS=2, GUIDE_FRACTION=0.0)
-    with pytest.warns(FallbackWarning, match="with a warm-up of 5; continuing"):
-        expect(MINUTES=1e-9)
+        warn_if_short(without_guide, 8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        start(EPOCHS=3)  # 12 steps
-        start(MINUTES=0.001)  # its number of steps is not known at the start
-        expect(MAX_STEPS=8)
+        warn_if_short(configure(WARMUP_STEPS=5, EPOCHS=3), 12)
+        warn_if_short(configure(WARMUP_STEPS=5, MAX_STEPS=8), 8)
 
 
 def test_estimate_divides_a_step_among_the_ranks(monkeypatch):
@@ -450,8 +467,9 @@ def test_restore_compares_the_upgraded_architecture():
         restore_stub(state | {"version": 1}, {}, upgrade)
 
 
-def test_train_resumes_from_any_file_of_a_run_and_with_another_batch(run_here, trained, tmp_path):
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+def test_train_resumes_from_any_file_of_a_run_and_with_another_batch(
+    run_here, trained_copy, tmp_path
+):
     flags = ["--resume", "checkpoints/ddpm_final.pt", "--batch_size", "8", "--max_steps", "50"]
     run_here(tmp_path, "train.py", *flags)
     state = torch.load(tmp_path / "checkpoints/whole/final.pt", weights_only=True)
@@ -462,8 +480,9 @@ def test_train_resumes_from_any_file_of_a_run_and_with_another_batch(run_here, t
     assert names == {"whole", "ddpm_final.pt"}
 
 
-def test_train_resumes_a_copy_of_a_run_as_a_separate_run(run_here, script_error, trained, tmp_path):
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+def test_train_resumes_a_copy_of_a_run_as_a_separate_run(
+    run_here, script_error, trained_copy, tmp_path
+):
     folder = tmp_path / "checkpoints"
     shutil.copytree(folder / "whole", folder / "copy")
     (folder / "copy" / ".last.pt.4711.tmp").write_text("of a process killed while saving")
@@ -772,37 +791,20 @@ def test_abort_if_diverged_counts_updates_skipped_in_a_row():
         abort_if_diverged(step, 61, "mine")
 
 
-def test_scripts_answer_bad_input_with_one_line(trained, script_error):
-    (trained / "empty").mkdir()
-    (trained / "few").mkdir()
-    Image.new("RGB", (9, 9)).save(trained / "few" / "one.png")
-    (trained / "half").mkdir()
-    for i in range(4):
-        Image.new("RGB", (9, 9)).save(trained / "half" / f"{i}.png")
-        (trained / "half" / f"{i}.jpg").write_text("not an image")
-    (trained / "cut.pt").write_bytes((trained / "checkpoints/whole/final.pt").read_bytes()[:-2000])
-    folder, resume = ["train.py", "--dataset", "folder", "--data_dir"], ["train.py", "--resume"]
-    resume.append("whole")
-    named = ["train.py", *TINY_FLAGS, "--run_name"]
-    cases = {
-        "no images in empty": [*folder, "empty"],
-        "too many of the 8 images in": [*folder, "half", *TINY_FLAGS[2:]],
-        "nowhere is not a folder": ["train_optimized.py", *folder[1:], "nowhere"],
-        "fewer than one batch of 16": [*folder, "few", *TINY_FLAGS[2:]],
-        "did you mean --batch_size": ["train.py", "--batchsize", "3"],
-        "../whole, but must name a folder below checkpoints/": [*named, "../whole"],
-        "there is a run whole already": [*named, "whole"],
-        "is of a finished run": resume,
-        "was trained on": [*resume, "--image_size", "16", "--max_steps", "99"],
-        "with objective pred_v, which cannot become pred_noise": [
-            *resume, "--objective", "pred_noise",
-        ],
-        "with dim 8, which cannot become 16": [*resume, "--dim", "16", "--max_steps", "99"],
-        "cut.pt is damaged": ["inference.py", "--checkpoint", "cut.pt"],
-        "steps is 4000, but": ["inference.py", "--steps", "4000"],
-    }  # fmt: skip
-    for expected, command in cases.items():
-        assert expected in script_error(trained, *command)
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "is of a finished run"),
+        (["--image_size", "16", "--max_steps", "99"], "was trained on"),
+        (
+            ["--objective", "pred_noise"],
+            "with objective pred_v, which cannot become pred_noise",
+        ),
+        (["--dim", "16", "--max_steps", "99"], "with dim 8, which cannot become 16"),
+    ],
+)
+def test_resume_refuses_what_a_run_cannot_become(trained_copy, script_error, flags, message):
+    assert message in script_error(trained_copy, "train.py", "--resume", "whole", *flags)
 
 
 # --- disks
@@ -840,22 +842,22 @@ def test_train_reports_before_the_first_step_that_it_cannot_write(script_error, 
 # --- the trained model
 
 
-def test_inference_uses_the_newest_checkpoint(run_here, script_error, trained):
-    output = run_here(trained, "inference.py", "--num_samples", "5", "--batch_size", "2")
-    results = trained / "inference_results"
+def test_inference_uses_the_newest_checkpoint(run_here, script_error, trained_copy):
+    output = run_here(trained_copy, "inference.py", "--num_samples", "5", "--batch_size", "2")
+    results = trained_copy / "inference_results"
     folder = results / "samples-ddpm_final-unipc-4-seeds-0-4"
-    assert "ddpm_final.pt" in output and str(folder.relative_to(trained)) in output
+    assert "ddpm_final.pt" in output and str(folder.relative_to(trained_copy)) in output
     names = {"grid.png", "contact_sheet.png", "summary.json", *SHAPE_KINDS}
     assert {path.name for path in folder.iterdir()} == names
     assert {path.name for path in (folder / "star").iterdir()} == {f"{i:06d}.png" for i in range(5)}
     best = ["--checkpoint", "checkpoints/whole/best.pt"]
-    run_here(trained, "inference.py", "--seeds", "3", *best)
+    run_here(trained_copy, "inference.py", "--seeds", "3", *best)
     ends = ["--image1", "data:3", "--image2", "5", "--num_steps", "2"]
-    run_here(trained, "inference.py", "--mode", "interpolate", *ends)
+    run_here(trained_copy, "inference.py", "--mode", "interpolate", *ends)
     summary = results / "interpolate-ddpm_final-unipc-4-seeds-0-15" / "summary.json"
     assert json.loads(summary.read_text())["image1"] == "data:3"
     vary = ["--mode", "vary", "--image", "data:20480"]
-    assert "data:20480" in script_error(trained, "inference.py", *vary)
+    assert "data:20480" in script_error(trained_copy, "inference.py", *vary)
     alone = Image.open(results / "samples-whole-best-unipc-4-seeds-3" / "star/000003.png")
     assert alone.size == (8, 8)
     grouped = Image.open(folder / "star/000003.png")
