@@ -365,7 +365,7 @@ def import_gradio() -> None:
 def start(settings: AppSettings) -> tuple[Any, str]:
     """Starts the server; returns gradio's Blocks and the address."""
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses more than twice that
-    find = partial(checkpoints.newest, notify=False)
+    find = partial(checkpoints.newest_checkpoint, notify=False)
     if settings.checkpoint is not None:
         find = partial(Path, checkpoints.resolve_checkpoint(settings.checkpoint))
     blocks = Page(page.ModelKeeper(find, load_shared_model)).build()

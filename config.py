@@ -33,7 +33,7 @@ class DDPMConfig(Settings):
     # fmt: off
     # Data.
     DATASET = Setting("auto", "what to train on", choices=DATASETS)
-    DATA_DIR = Setting("data", "dataset directory; with --dataset folder, the image folder")
+    DATA_DIR = Setting("data", "folder of data sets; with --dataset folder, the images")
     IMAGE_SIZE = Setting(32, "side of the square images, px", min=4, max=1024, alias="TARGET_SIZE")
     CHANNELS = Setting(
         0, "channels of an image: gray, RGB or RGBA; 0: what the images have", choices=(0, 1, 3, 4))
@@ -369,7 +369,7 @@ def size_advice(config: DDPMConfig) -> str:
     around = size // factor * factor, -(-size // factor) * factor
     sizes = " or ".join(str(each) for each in around if 4 <= each <= 1024)
     levels = next(n for n in range(len(mults), 0, -1) if size % 2 ** (n - 1) == 0)
-    return f"use --image_size {sizes}, or --dim_mults {','.join(map(str, mults[:levels]))}"
+    return f"Use --image_size {sizes}, or --dim_mults {','.join(map(str, mults[:levels]))}"
 
 
 def validate(config: DDPMConfig) -> None:
@@ -379,7 +379,7 @@ def validate(config: DDPMConfig) -> None:
     drops_label = config.CLASS_CONDITIONAL and config.GUIDANCE_MODE != "autoguidance"
     for is_bad, name, requirement in (
         (config.IMAGE_SIZE % factor, "IMAGE_SIZE",
-         f"the {levels} levels of DIM_MULTS need a multiple of {factor}: {size_advice(config)}"),
+         f"the {levels} levels of DIM_MULTS need a multiple of {factor}. {size_advice(config)}"),
         (config.DIM % 2, "DIM", "must be even"),  # sine and cosine of the timestep embedding
         (config.BETA_SCHEDULE == "linear" and config.TIMESTEPS < 20, "TIMESTEPS",
          "the linear BETA_SCHEDULE needs at least 20"),
@@ -397,4 +397,4 @@ def validate(config: DDPMConfig) -> None:
         if numbers not in (1, levels):
             raise UserError(f"{name} has {numbers} numbers, but must have 1 or {levels}")
     if not any(getattr(config, name) for name in RUN_LENGTH_SETTINGS):
-        raise UserError("EPOCHS, MAX_STEPS and MINUTES are all 0: set one of them")
+        raise UserError("EPOCHS, MAX_STEPS and MINUTES are all 0. Set one of them")

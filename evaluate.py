@@ -51,7 +51,7 @@ class EvaluationSettings(SamplingSettings):
         None, "data set to compare with", choices=DATASETS[1:], type_=str, auto="the training data"
     )
     data_dir = Setting(
-        None, "dataset directory; with --dataset folder, the image folder", type_=str,
+        None, "folder of data sets; with --dataset folder, the images", type_=str,
         auto="the run's; with --dataset, data",
     )  # fmt: skip
     image_size = Setting(
@@ -77,7 +77,7 @@ def load_feature_networks(weights: str | None, device: torch.device) -> list[nn.
                 raise
             warn_fallback(network.title, error)
     if not networks:
-        raise UserError("no feature network is available: pip install -r requirements-eval.txt")
+        raise UserError("no feature network. Run `pip install -r requirements-eval.txt`")
     return networks
 
 
@@ -110,7 +110,7 @@ def sample_images(
     progress = model.training_info["progress"]
     return plots.to_bytes(images).transpose(0, 3, 1, 2), {
         "name": checkpoints.display_name(path), "checkpoint": str(path),
-        "sha256": jobs.sha256(path), **chosen, "guidance": weight,
+        "sha256": checkpoints.sha256(path), **chosen, "guidance": weight,
         "guidance_mode": settings.guidance_mode or model.guidance_mode, "nfe": nfe,
         "seeds": f"{settings.seed}-{settings.seed + settings.num_samples - 1}",
         "use_amp": settings.use_amp, "seconds_sampling": round(time.perf_counter() - start, 2),
@@ -138,7 +138,7 @@ def load_real_images(
     # The data set that was asked for, else the one that the run trained on.
     dataset = settings.dataset or config.get("DATASET")
     if not dataset:
-        raise UserError(f"{path} has no training data: set --dataset and --data_dir")
+        raise UserError(f"{path} has no training data. Set --dataset and --data_dir")
     data_dir = settings.data_dir or ("data" if settings.dataset else config.get("DATA_DIR"))
     if settings.data_dir and not settings.dataset:
         check_stored(dataset, Path(data_dir))
@@ -298,8 +298,8 @@ def main() -> None:
     options = parser.parse_args()
     settings = EvaluationSettings(**EvaluationSettings.given(options))
     if settings.images and options.checkpoint:
-        raise UserError("--images and --checkpoint exclude each other: choose one")
-    with distributed.session(lambda: "start the same command again") as dist:
+        raise UserError("--images and --checkpoint exclude each other. Choose one")
+    with distributed.session(lambda: "Start the same command again") as dist:
         # What rank 0 finds, on all ranks.
         found = map(checkpoints.resolve_checkpoint, options.checkpoint or [None])
         paths = [Path(settings.images)] if settings.images else [*found]

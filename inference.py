@@ -140,7 +140,7 @@ def settings_from_command_line(
     settings["seeds"] = jobs.parse_seeds(settings["seeds"] or f"0-{count - 1}")
     path = checkpoints.resolve_checkpoint(settings["checkpoint"])
     settings["checkpoint"] = str(path)
-    settings["sha256"] = jobs.sha256(path) if path.is_file() else ""
+    settings["sha256"] = checkpoints.sha256(path) if path.is_file() else ""
     if settings["compare_with"] is not None:
         if settings["mode"] != "compare":
             raise UserError("--compare_with is for --mode compare. Drop it, or choose that mode")
@@ -156,7 +156,7 @@ def load_for_sampling(settings: dict[str, Any], device: torch.device) -> DDPMMod
     size = settings["image_size"]
     model = DDPMModel.from_file(path, size or None).to(device)
     if size not in (0, model.image_size):
-        raise UserError(f"{path} is for images of {model.image_size} px: drop --image_size {size}")
+        raise UserError(f"{path} is for images of {model.image_size} px. Drop --image_size {size}")
     settings |= choose_sampling(model, settings)
     if not settings["batch_size"]:
         settings["batch_size"] = jobs.auto_batch_size(model, settings["use_amp"])
@@ -177,7 +177,7 @@ def folder_name(settings: Mapping[str, Any]) -> str:
 def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None = None) -> None:
     """Runs an inference script. The ranks share mode batch; rank 0 alone runs the others."""
     settings, output_dir, has_given_seeds = settings_from_command_line(description, defaults or {})
-    with distributed.session(lambda: "start the same command again") as dist:
+    with distributed.session(lambda: "Start the same command again") as dist:
         # Model and sampler, validated before any image is made; rank 0 says which is the newest.
         settings = distributed.broadcast_object(settings)
         path = settings["checkpoint"]

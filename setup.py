@@ -138,8 +138,8 @@ def main() -> int:
     parser.add_argument("--torch_index", metavar="URL", help="index of torch and torchvision")
     args, unknown = parser.parse_known_args()
     if unknown:  # perhaps a packaging tool's command, such as `bdist_wheel`
-        advice = "see `python setup.py --help`, or `pip install -r requirements.txt`"
-        parser.exit(2, f"error: unknown argument {unknown[0]}: {advice}\n")
+        advice = "See `python setup.py --help`, or `pip install -r requirements.txt`"
+        parser.exit(2, f"error: unknown argument {unknown[0]}. {advice}\n")
 
     # Where pip may not install into this Python, run this script again in .venv.
     marker = Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")

@@ -73,7 +73,7 @@ def main(
         config.override({"CHANNELS": data.images.shape[1]}, "data")
 
     # Model, and training or an estimate of it.
-    with distributed.session(lambda: "start it again") as dist:
+    with distributed.session(lambda: "Start it again") as dist:
         model = model_class.from_config(config, data.class_counts)
         if init_model:
             init_weights(model, init_model, request.init_from)
@@ -155,7 +155,7 @@ def parse_command_line(
     flags = DDPMConfig.given(options)
     for name, is_given in (("run_name", "RUN_NAME" in flags), (init_flag, options.init_from)):
         if options.resume is not None and is_given:
-            raise UserError(f"--{name} is for a new run and --resume continues one: choose one")
+            raise UserError(f"--{name} is for a new run and --resume continues one. Choose one")
     subclass = load_subclass(options.config) if options.config else None
     resume = None
     init_from = None
@@ -199,11 +199,11 @@ def configure(
     earlier_run = checkpoint.state["config"] if checkpoint else None
     if checkpoint and checkpoint.state["architecture"].get("consistency", False) != is_tuning:
         script = "that, or tune it with --checkpoint" if is_tuning else "train_consistency.py"
-        raise UserError(f"{checkpoint.path} is of another script: resume it with {script}")
+        raise UserError(f"{checkpoint.path} is of another script. Resume it with {script}")
     if init_model and is_tuning:
         if init_model.is_consistency_tuned:
-            advice = "name the model to tune with --checkpoint, or continue with --resume"
-            raise UserError(f"{request.init_from} is tuned already: {advice}")
+            advice = "Name the model to tune with --checkpoint, or continue with --resume"
+            raise UserError(f"{request.init_from} is tuned already. {advice}")
         earlier_run = init_model.training_info["config"] or None
 
     # The GPU, and with it the data set.
@@ -235,7 +235,7 @@ def choose_dataset(
 ) -> str:
     """Returns the data set to train on, on all ranks what rank 0 finds.
 
-    earlier_run: settings to continue with. Raises UserError for a directory without a data set.
+    earlier_run: settings to continue with. Raises UserError for a folder without a data set.
     """
     dataset = request.setting("DATASET", earlier_run)
     if dataset == "auto" and request.tuning is not None and request.init_from:
@@ -273,7 +273,7 @@ def network_settings(architecture: Mapping[str, Any], image_size: int) -> dict[s
 def init_weights(model: DDPMModel, init_model: DDPMModel, path: Path) -> None:
     """Copies the network of another model; raises UserError if it is another kind."""
     architectures = init_model.architecture, model.architecture
-    advice = "drop the flag that says so"
+    advice = "Drop the flag that says so"
     checkpoints.check_architecture(path, *architectures, MUTABLE_ON_INIT, advice)
     with checkpoints.refuse_damaged(path, "has another network than --init_from can start from"):
         model.start_from(init_model)

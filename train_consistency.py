@@ -50,7 +50,7 @@ class ConsistencyModel(DDPMModel):
         super()._build(**architecture)
         self.teacher = Teacher()
         if self.diffusion.objective != "pred_v" or self.unet.self_condition:
-            raise UserError("consistency tuning needs a model of objective pred_v: use another")
+            raise UserError("consistency tuning needs a model of objective pred_v. Use another")
         if self.sampling_timesteps > MAX_CONSISTENCY_STEPS:
             most = f"a tuned model's must be at most {MAX_CONSISTENCY_STEPS}"
             raise UserError(f"sampling_timesteps is {self.sampling_timesteps}, but {most}")

@@ -111,9 +111,9 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def _check_file(path: Path) -> None:
     if path.is_dir():
-        raise UserError(f"{path} is a folder: name a checkpoint in it, e.g. {path / 'final.pt'}")
+        raise UserError(f"{path} is a folder. Name a checkpoint in it, e.g. {path / 'final.pt'}")
     if not path.is_file():
-        raise UserError(f"no checkpoint {path}: train one with `python train_optimized.py`")
+        raise UserError(f"no checkpoint {path}. Train one with `python train_optimized.py`")
 
 
 def check_architecture(
@@ -124,7 +124,7 @@ def check_architecture(
     for key, value in expected.items():
         if saved.get(key, value) != value and key not in mutable:
             change = f"{key} {saved[key]}, which cannot become {value}"
-            raise UserError(f"{path} was trained with {change}: {advice}")
+            raise UserError(f"{path} was trained with {change}. {advice}")
 
 
 def check_weights(named_weights: Iterable[tuple[str, Tensor]], path: Path) -> None:
@@ -132,7 +132,12 @@ def check_weights(named_weights: Iterable[tuple[str, Tensor]], path: Path) -> No
     for name, weight in named_weights:
         if not weight.abs().max() <= MAX_WEIGHT:  # NaN, too
             reason = f"holds weights that are not finite or above {MAX_WEIGHT:g} ({name})"
-            raise UserError(f"{path} {reason}: use another checkpoint")
+            raise UserError(f"{path} {reason}. Use another checkpoint")
+
+
+def sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -147,7 +152,7 @@ def refuse_damaged(path: Path, problem: str = "is damaged") -> Iterator[None]:
         raise
     except Exception as error:
         reason = short_reason(error, 150)
-        raise UserError(f"{path} {problem} ({reason}): use another checkpoint") from error
+        raise UserError(f"{path} {problem} ({reason}). Use another checkpoint") from error
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -177,8 +182,8 @@ def load_training(path: Path) -> TrainingCheckpoint:
     state = load(path)
     missing = [k for k, type_ in TRAINING_KEYS.items() if not isinstance(state.get(k), type_)]
     if missing:
-        advice = "start a new run from its weights with --init_from"
-        raise UserError(f"{path} has no valid {', '.join(missing)} to resume with: {advice}")
+        advice = "Start a new run from its weights with --init_from"
+        raise UserError(f"{path} has no valid {', '.join(missing)} to resume with. {advice}")
     progress = state["progress"]
     best = progress.pop("best", None)
     is_valid = all(type(v) in (int, float) and 0 <= v < inf for v in progress.values())
@@ -213,7 +218,7 @@ def load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not expected:
         print0(f"note: {path} was written before files had checksums: it cannot be checked")
     elif hashlib.sha256(content).hexdigest() != expected:
-        raise UserError(f"{path} is damaged (checksum mismatch): use another checkpoint")
+        raise UserError(f"{path} is damaged (checksum mismatch). Use another checkpoint")
     return architecture, state
 
 
@@ -249,13 +254,13 @@ def resolve_checkpoint(reference: str | None, flag: str = "--checkpoint") -> Pat
     newest_checkpoint().
     """
     if reference is None:
-        return newest()
+        return newest_checkpoint()
     if not reference:
-        raise UserError(f"{flag} is empty: name a run or a checkpoint, or drop the value")
+        raise UserError(f"{flag} is empty. Name a run or a checkpoint, or drop the value")
     if reference == "newest":
         found = _run_files()
         if not found:
-            raise UserError(f"no run in {CHECKPOINT_DIR}/: train without {flag} first")
+            raise UserError(f"no run in {CHECKPOINT_DIR}/. Train without {flag} first")
         reference = str(max(found, key=lambda path: path.stat().st_mtime).parent)
     if Path(reference).is_file():
         return Path(reference)
@@ -274,7 +279,7 @@ def _run_files() -> list[Path]:
     return [file for file in CHECKPOINT_DIR.rglob("[!.]*.pt") if file.parent != CHECKPOINT_DIR]
 
 
-def newest(notify: bool = True) -> Path:
+def newest_checkpoint(notify: bool = True) -> Path:
     """Returns the newest checkpoint of any run, or the pretrained weights.
 
     notify: whether to print that there is no checkpoint yet.
@@ -316,9 +321,9 @@ def run_name_of(checkpoint: TrainingCheckpoint) -> str:
     if not is_run_name(name):
         raise UserError(f"{checkpoint.path} is of a run {name!r}, which is no name of a run")
     if folder != runs and run_exists(name):
-        advice = f"copy it to {CHECKPOINT_DIR}/NEW/last.pt and --resume NEW"
+        advice = f"Copy it to {CHECKPOINT_DIR}/NEW/last.pt and --resume NEW"
         exists = f"is of run {name}, which exists in {CHECKPOINT_DIR}/, too"
-        raise UserError(f"{checkpoint.path} {exists}: {advice}")
+        raise UserError(f"{checkpoint.path} {exists}. {advice}")
     return name
 
 
@@ -343,9 +348,9 @@ def import_lucidrains_checkpoint(
     if not isinstance(source, dict) or f"{prefix}model.init_conv.weight" not in source:
         raise UserError(f"{path} is neither of this project nor of lucidrains' Trainer")
     if image_size is None:
-        advice = "--image_size, or from_file(path, image_size=...), says it"
+        advice = "Say it with --image_size, or from_file(path, image_size=...)"
         reason = "is of lucidrains' Trainer and does not store its image size"
-        raise UserError(f"{path} {reason}: {advice}")
+        raise UserError(f"{path} {reason}. {advice}")
     state = {name.removeprefix(prefix): v for name, v in source.items() if name.startswith(prefix)}
     unet = {name.removeprefix("model."): v for name, v in state.items()}
 

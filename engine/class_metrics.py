@@ -61,15 +61,16 @@ class ClassMetrics:
         self.class_names = class_names
         self.features = reference.features
         self.labels = labels
-        train, held_out = (part[labels[part] >= 0] for part in train_val_split(len(labels)))
+        train, validation = (part[labels[part] >= 0] for part in train_val_split(len(labels)))
         self.classify = fit_classifier(self.features[train], labels[train], len(class_names))
-        self.is_held_out_right = self.classify(self.features[held_out]) == labels[held_out]
-        self.held_out_labels = labels[held_out]
+        self.validation_labels = labels[validation]
+        predictions = self.classify(self.features[validation])
+        self.is_validation_correct = predictions == self.validation_labels
 
     @property
     def real_accuracy(self) -> float | None:
-        """How often the classifier is right on held-out real images; None without any."""
-        return rounded_mean(self.is_held_out_right)
+        """The classifier's accuracy on real images of the validation split; None without any."""
+        return rounded_mean(self.is_validation_correct)
 
     def score(
         self, features: np.ndarray, labels: np.ndarray
@@ -78,24 +79,24 @@ class ClassMetrics:
 
         features: (N, D). labels: the class of each sample, -1 for none.
         """
-        is_right = self.classify(features) == labels
+        is_correct = self.classify(features) == labels
         rows: list[ClassRow] = []
         for label, name in enumerate(self.class_names):
             samples = labels == label
             real = self.labels == label
-            held_out = self.held_out_labels == label
+            validation = self.validation_labels == label
             row: ClassRow = {
                 "class": name, "samples": int(samples.sum()),
-                "accuracy": rounded_mean(is_right[samples]),
-                "real accuracy": rounded_mean(self.is_held_out_right[held_out]),
+                "accuracy": rounded_mean(is_correct[samples]),
+                "real accuracy": rounded_mean(self.is_validation_correct[validation]),
             }  # fmt: skip
             if len(self.class_names) <= MAX_DISTANCES and min(samples.sum(), real.sum()) > 1:
                 pair = map(feature_statistics, (features[samples], self.features[real]))
                 row["distance"] = round(frechet_distance(*pair), 3)
             rows.append(row)
-        return rounded_mean(is_right[labels >= 0]), rows
+        return rounded_mean(is_correct[labels >= 0]), rows
 
 
-def rounded_mean(is_right: np.ndarray) -> float | None:
-    """Returns the fraction that is right; None of no values."""
-    return round(float(is_right.mean()), 4) if len(is_right) else None
+def rounded_mean(is_correct: np.ndarray) -> float | None:
+    """Returns the fraction that is correct; None of no values."""
+    return round(float(is_correct.mean()), 4) if len(is_correct) else None

@@ -9,10 +9,10 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from engine import distributed, exit_if_importing
 from engine.errors import UserError
@@ -24,9 +24,9 @@ PATH_ERRNOS = (
     errno.ENAMETOOLONG,
 )  # fmt: skip
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-PATH_ADVICE = "choose a folder that can be written to, or a file that can be read"
+PATH_ADVICE = "Choose a folder that can be written to, or a file that can be read"
 ERRNO_ADVICE = dict.fromkeys(PATH_ERRNOS, PATH_ADVICE)
-ERRNO_ADVICE |= dict.fromkeys(DISK_FULL_ERRNOS, "free some space")
+ERRNO_ADVICE |= dict.fromkeys(DISK_FULL_ERRNOS, "Free some space")
 LOST_READER_EXIT_CODE = 141  # of a process that SIGPIPE ends
 
 
@@ -38,7 +38,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, formatter_class=formatter)
         self._negative_number_matcher = re.compile(r"-[\d.]")  # a value may be -1000,400
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].split("=")[0]
@@ -71,7 +73,10 @@ def import_from_file(reference: str, flag: str, example: str) -> tuple[ModuleTyp
     return module, name
 
 
-def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+def show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int,
+    file: TextIO | None = None, line: str | None = None,
+) -> None:  # fmt: skip
     """Prints our own warnings as one line on stderr, all others as Python does."""
     if category.__module__ == UserError.__module__:
         print(f"warning: {message}", file=sys.stderr, flush=True)
@@ -123,12 +128,12 @@ def _run(main: Callable[[], None]) -> str | int | None:
         return fail(str(error), error.exit_code)
     except Exception as error:
         if is_out_of_memory(error):
-            return fail("out of memory: ask for fewer or smaller images at a time", 1)
+            return fail("out of memory. Ask for fewer or smaller images at a time", 1)
         advice = ERRNO_ADVICE.get(getattr(error, "errno", None))
         if not advice:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        return fail(f"{error.strerror}{where}: {advice}", 2)
+        return fail(f"{error.strerror}{where}. {advice}", 2)
     except KeyboardInterrupt:
         return 130
     distributed.shut_down()

@@ -35,7 +35,7 @@ CONNECT_SECONDS = 20
 
 @dataclass(frozen=True)
 class Archive:
-    """A published archive, downloaded or put at `path` in the data directory by hand."""
+    """A published archive, downloaded or put at `path` in the data folder by hand."""
 
     path: str
     md5: str
@@ -94,7 +94,7 @@ def choose_default_dataset(data_dir: Path, has_gpu: bool, download: bool = True)
 
 
 def check_stored(dataset: str, data_dir: Path) -> None:
-    """Raises UserError if a script's default data set is not in a data directory."""
+    """Raises UserError if a script's default data set is not in a data folder."""
     if archive := ARCHIVES.get(dataset):
         local = data_dir / archive.path
         if not local.exists() and not all((local.parent / n).exists() for n in archive.contents):
@@ -312,7 +312,7 @@ def ensure_downloaded(archive: Archive, data_dir: Path, use_labels: bool = False
         return
     advice = f"Get {local.name} from {archive.url} and save it as {local}"
     if "drive.google.com" in archive.url and not local.is_file() and find_spec("gdown") is None:
-        raise UserError(f"this download needs gdown: pip install gdown. Without it: {advice}")
+        raise UserError(f"this download needs gdown. Run `pip install gdown`. Without it: {advice}")
     if local.is_file() and not utils.check_integrity(local, archive.md5):
         raise UserError(f"{local} is damaged or incomplete (MD5 is not {archive.md5}). {advice}")
     try:

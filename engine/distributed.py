@@ -98,7 +98,7 @@ def session(resume_hint: Callable[[], str]) -> Iterator[PartialState]:
         # The launcher's SIGTERM must not end this rank before its message.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if isinstance(error, RankLostError):
-            raise UserError(f"{error}; {resume_hint()}", error.exit_code) from error
+            raise UserError(f"{error}. {resume_hint()}", error.exit_code) from error
         raise
     signal.signal(signal.SIGTERM, previous)
 

@@ -66,7 +66,7 @@ def format_classes(results: list[Evaluation], distance: str, real_accuracy: floa
             cells = "".join(f"{'-' if value is None else f'{value:.4g}':>15}" for value in values)
             lines.append(f"{row['class']:{width}}{cells}")
     if real_accuracy is not None:
-        lines.append(f"class accuracy of held-out real images: {real_accuracy:.4g}")
+        lines.append(f"class accuracy of real validation images: {real_accuracy:.4g}")
     return "\n".join(lines)
 
 

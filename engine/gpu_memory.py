@@ -16,7 +16,7 @@ _memory_cap: float | None = None  # bytes
 # In errors that have no exception type: of torch's CPU allocators, of CUDA's libraries, and of CUDA
 # as torch and Triton report it.
 OOM_TEXTS = ("DefaultCPUAllocator", "std::bad_alloc", "_STATUS_ALLOC_FAILED", "out of memory")
-SAMPLING_ADVICE = "stop other programs that use it, or sample on the CPU (CUDA_VISIBLE_DEVICES=-1)"
+SAMPLING_ADVICE = "Stop other programs that use it, or sample on the CPU (CUDA_VISIBLE_DEVICES=-1)"
 
 
 def cap_memory(gib: float) -> None:
@@ -98,7 +98,7 @@ class OomBatcher:
         Call it outside the exception handler, where what the failed call held is free again.
         """
         if failed == 1:
-            raise UserError(f"out of memory: not even one image fits; {self.advice}", 1)
+            raise UserError(f"out of memory: not even one image fits. {self.advice}", 1)
         self.size = (failed + 1) // 2
         gc.collect()  # the failed call may have left reference cycles
         torch.cuda.empty_cache()

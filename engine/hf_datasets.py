@@ -33,7 +33,7 @@ def hf_source(dataset: str, options: ReadOptions, use_labels: bool) -> Source:
     Raises UserError if it cannot be read, or if a column is not clear.
     """
     # The table, its columns and its classes.
-    name, image_column, label_column = parse(dataset)
+    name, image_column, label_column = parse_reference(dataset)
     location, fingerprint, count, table = open_table(name)
     image_column = find_image_column(table.features, image_column, name)
     class_names: Sequence[str] | None = None
@@ -67,7 +67,7 @@ def hf_source(dataset: str, options: ReadOptions, use_labels: bool) -> Source:
             try:
                 with open_image(value) as image:
                     if is_deep(image) and not value_range:
-                        raise ValueError("has more than 8 bits: set --value_range LOW,HIGH")
+                        raise ValueError("has more than 8 bits. Set --value_range LOW,HIGH")
                     results.append(read_pixels(image, size, channels, value_range, all_frames))
             except Exception as error:  # Pillow raises nearly anything on a broken file
                 results.append(f"image {index}: {error!r}")
@@ -85,7 +85,7 @@ def hf_source(dataset: str, options: ReadOptions, use_labels: bool) -> Source:
     )  # fmt: skip
 
 
-def parse(dataset: str) -> tuple[str, str, str]:
+def parse_reference(dataset: str) -> tuple[str, str, str]:
     """Returns name and image and label column of `hf:...`, empty if not named."""
     reference = dataset.removeprefix(PREFIX)
     parts = [reference] if Path(reference).exists() else reference.split(",")
@@ -97,7 +97,7 @@ def parse(dataset: str) -> tuple[str, str, str]:
 def open_table(name: str) -> tuple[str, str, int, Any]:
     """Opens a data set: location, fingerprint, number of rows (0: unknown), stream."""
     if not importlib.util.find_spec("datasets"):
-        raise UserError(f"--dataset hf:{name} needs a package: pip install datasets")
+        raise UserError(f"--dataset hf:{name} needs a package. Run `pip install datasets`")
     import datasets
 
     # The split `train`, or the only one, of a format that executes no code.

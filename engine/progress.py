@@ -128,8 +128,8 @@ class StopSignal:
             threading.Thread(target=self._watch, daemon=True).start()
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is distributed.RankLostError:
+    def __exit__(self, error_type: type | None, *_: object) -> None:
+        if error_type is distributed.RankLostError:
             return  # a SIGTERM of the launcher must not come before the error message
         for number, handler in self.previous.items():
             signal.signal(number, handler)
@@ -151,7 +151,7 @@ class StopSignal:
             self.was_asked.clear()
             if not self.was_asked.wait(GRACE_PERIOD) and self.is_watched:
                 if distributed.is_first_failure():
-                    line = f"\nerror: rank {self.dist.process_index} is stuck; {self.hint()}"
+                    line = f"\nerror: rank {self.dist.process_index} is stuck. {self.hint()}"
                     print(line, file=sys.stderr, flush=True)  # below the progress bar
                 os._exit(1)
 

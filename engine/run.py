@@ -192,7 +192,7 @@ class Run:
         """Saves a run that stops here."""
         self.bar.close()
         self.save("last.pt")
-        print(f"interrupted at step {self.progress.step}: {resume_hint(self.name)}")
+        print(f"interrupted at step {self.progress.step}. {resume_hint(self.name)}")
 
     def on_finish(self) -> None:
         """Saves and publishes the final checkpoint, samples from it and prints the paths."""

@@ -29,9 +29,8 @@ def new_run_name(config: Any) -> str:
     # A run that ended before it saved anything may start again.
     can_resume = checkpoints.run_exists(name)
     if can_resume or (SAMPLES_DIR / name / "final.png").exists():
-        resume = f"resume it (--resume {name}) or " if can_resume else ""
-        advice = f"{resume}choose another --run_name"
-        raise UserError(f"there is a run {name} already: {advice}")
+        resume = f"Resume it (--resume {name}), or choose" if can_resume else "Choose"
+        raise UserError(f"there is a run {name} already. {resume} another --run_name")
     return name
 
 
@@ -69,5 +68,5 @@ def is_complete(name: str, step: int) -> bool:
 def resume_hint(name: str) -> str:
     """Returns what to do after a run has ended too early."""
     if checkpoints.run_exists(name):
-        return f"resume with --resume {name}"
-    return f"run {name} has saved nothing yet, start it again"
+        return f"Resume with --resume {name}"
+    return f"Start it again (run {name} has saved nothing yet)"

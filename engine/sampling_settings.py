@@ -1,4 +1,4 @@
-"""Settings of how images are sampled, which inference.py and evaluate.py share."""
+"""Settings of how images are sampled, shared by the scripts that sample."""
 
 import argparse
 import re

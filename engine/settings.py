@@ -189,7 +189,10 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, setting: Setting, defa
     if old_name := setting.old_name.lower():
 
         class WarningAction(base):
-            def __call__(self, parser, namespace, values, flag=None):
+            def __call__(
+                self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                flag: str | None = None,
+            ) -> None:  # fmt: skip
                 new = flag.replace(old_name, name.lower())
                 warnings.warn(f"{flag} is now {new}", RenamedWarning, stacklevel=2)
                 super().__call__(parser, namespace, values, flag)

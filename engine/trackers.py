@@ -28,7 +28,7 @@ VIEWERS = {
 def check_installed(name: str) -> None:
     """Raises UserError if a tracker's package is missing."""
     if name != "none" and not importlib.util.find_spec(name):
-        raise UserError(f"--log_with {name} needs a package: pip install {name}")
+        raise UserError(f"--log_with {name} needs a package. Run `pip install {name}`")
 
 
 class Tracker:

@@ -93,7 +93,7 @@ class TrainStep:
         self.device = next(model.parameters()).device
         flags = ("use_amp", "gradient_checkpointing")
         unused = [flag for flag in flags if not getattr(config, flag.upper())]
-        advice = ", or use --".join(["lower --dim or --image_size", *unused])
+        advice = ", or use --".join(["Lower --dim or --image_size", *unused])
         self.batcher = OomBatcher(config.BATCH_SIZE, advice)
         # In the memory that training leaves.
         self.eval_batcher = OomBatcher(config.BATCH_SIZE, advice)
@@ -202,11 +202,11 @@ class TrainStep:
         except (RuntimeError, MemoryError) as error:  # the parameters may be half updated
             if not is_out_of_memory(error):
                 raise
-            raise UserError("out of memory in the update: lower --dim", exit_code=1) from None
+            raise UserError("out of memory in the update. Lower --dim", exit_code=1) from None
 
     def accumulate_gradient(self, batch: Batch, step: int) -> Tensor:
         """Writes this rank's part of the gradient to `grad`; returns its part of the loss."""
-        # Randomness of the global batch, of which this rank takes its rows.
+        # Randomness of the effective batch, of which this rank takes its rows.
         local_batch = len(batch.images)
         shape = torch.Size([local_batch * self.world_size, *batch.images.shape[1:]])
         randomness = step_randomness(self.config.SEED, step, shape, self.device)
@@ -309,8 +309,8 @@ class TrainStep:
         if self.world_size > 1:
             effective = local_batch * self.world_size
             flags = f"--batch_size {count // 2} --gradient_accumulation {2 * effective // count}"
-            advice = f"use {flags}, or lower --dim" if count % 2 == 0 else "lower --dim"
-            raise UserError(f"out of memory: {advice}", exit_code=1)
+            advice = f"Use {flags}, or lower --dim" if count % 2 == 0 else "Lower --dim"
+            raise UserError(f"out of memory. {advice}", exit_code=1)
         self.model.zero_grad()
         if self.graphs:
             self.graphs.clear()
@@ -373,7 +373,7 @@ class TrainStep:
                 if name == "adam" and value.ndim:  # not the number of updates
                     saved_value = nn.functional.pad(saved_value, (0, added))
                 if value.shape != saved_value.shape:
-                    raise UserError("the run has another optimizer: resume with its --optimizer")
+                    raise UserError("the run has another optimizer. Resume with its --optimizer")
                 value.copy_(saved_value)
 
         # Weights, loss scale, counters, random state.

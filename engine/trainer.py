@@ -137,8 +137,8 @@ def start_or_resume(
     if progress.is_finished and run_names.is_complete(name, progress.step):
         # Temporary files of a process that was killed while it plotted.
         checkpoints.remove_leftovers(run_names.SAMPLES_DIR / name)
-        advice = "raise --epochs, --max_steps or --minutes to continue it"
-        raise UserError(f"{checkpoint.path} is of a finished run: {advice}")
+        advice = "Raise --epochs, --max_steps or --minutes to continue it"
+        raise UserError(f"{checkpoint.path} is of a finished run. {advice}")
     count = len(loader.train_indices)
     distributed.print0(f"run {name}: {count} images, {describe_step(train_step)}")
     if progress.config.EPOCHS and dist.is_main_process:
@@ -154,8 +154,8 @@ def warn_if_short(config: Any, steps: float) -> None:
     if steps <= LATE_GUIDE_WARMUPS * config.WARMUP_STEPS and not config.MAX_STEPS:
         found = f"only {steps:,.0f} steps, with a warm-up of {config.WARMUP_STEPS:,}"
         without = "; continuing without a guide" if config.GUIDE_FRACTION else ""
-        advice = "set --minutes, or more --epochs"
-        warnings.warn(f"{found}{without}: {advice}", FallbackWarning, stacklevel=3)
+        advice = "Set --minutes, or more --epochs"
+        warnings.warn(f"{found}{without}. {advice}", FallbackWarning, stacklevel=3)
 
 
 def restore(
@@ -170,19 +170,19 @@ def restore(
     path = checkpoint.path
     state = checkpoint.state
     if state["version"] != VERSION:
-        raise UserError(f"{path} was written by another version of this project: start another run")
+        raise UserError(f"{path} was written by another version of this project. Start another run")
     old_data = state["data"]
     if "fingerprint" not in old_data:
         distributed.print0(f"note: {path} does not say which images it was trained on")
         old_data = old_data | {"fingerprint": data_info["fingerprint"]}
     if old_data != data_info:
-        advice = f"to train on other data from its weights, start a new run with --init_from {path}"
-        raise UserError(f"{path} was trained on {old_data}, but the data is {data_info}: {advice}")
+        advice = f"To train on other data from its weights, start a new run with --init_from {path}"
+        raise UserError(f"{path} was trained on {old_data}, but the data is {data_info}. {advice}")
     saved = state["architecture"]
     if hasattr(train_step.model, "upgrade_architecture"):
         saved = train_step.model.upgrade_architecture(saved)
     expected = train_step.model.architecture
-    checkpoints.check_architecture(path, saved, expected, MUTABLE_ON_RESUME, "start another run")
+    checkpoints.check_architecture(path, saved, expected, MUTABLE_ON_RESUME, "Start another run")
     counts = (architecture.get("class_counts", {}) for architecture in (saved, expected))
     check_classes_on_resume(path, *counts)
 
@@ -206,7 +206,7 @@ def abort_if_diverged(train_step: TrainStep, step: int, name: str) -> None:
         reason = f"{MAX_NONFINITE_STEPS} updates in a row were not finite; stopped at step {step}"
         advice = f"{run_names.resume_hint(name)} with a lower --learning_rate"
         advice += " or --no-use_amp" if train_step.config.USE_AMP else ""
-        raise UserError(f"{reason}: {advice}", exit_code=1)
+        raise UserError(f"{reason}. {advice}", exit_code=1)
 
 
 def should_snapshot_guide(train_step: TrainStep, progress: Progress) -> bool:

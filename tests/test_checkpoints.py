@@ -71,16 +71,16 @@ def test_resolve_checkpoint_takes_the_run_saved_last(two_runs):
 
 
 def test_newest_is_the_file_written_last_under_its_shortest_path(two_runs):
-    assert checkpoints.newest() == Path("checkpoints/a/best.pt")
+    assert checkpoints.newest_checkpoint() == Path("checkpoints/a/best.pt")
     final = Path("checkpoints/a/final.pt")
     checkpoints.save(final, {"x": torch.zeros(1)})
     checkpoints.link_or_copy(final, Path("checkpoints/ddpm_final.pt"))
-    assert checkpoints.newest() == Path("checkpoints/ddpm_final.pt")
+    assert checkpoints.newest_checkpoint() == Path("checkpoints/ddpm_final.pt")
 
 
 def test_newest_falls_back_to_the_pretrained_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert checkpoints.newest() == checkpoints.PRETRAINED_DIR / "cifar10.safetensors"
+    assert checkpoints.newest_checkpoint() == checkpoints.PRETRAINED_DIR / "cifar10.safetensors"
     assert "using the pretrained" in capsys.readouterr().out
 
 
@@ -170,7 +170,7 @@ def test_load_model_refuses_absurd_weights(small_model, value):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimizer": [1]}, "has no valid optimizer to resume with: start a new run from"),
+        ({"optimizer": [1]}, "has no valid optimizer to resume with. Start a new run from"),
         ({"config": {3: 4}}, "has a configuration without names"),
         ({"progress": {"step": torch.ones(2)}}, "has a progress of"),
         ({"progress": {"step": float("nan")}}, "has a progress of"),
@@ -204,7 +204,7 @@ def test_resolve_checkpoint_takes_the_file_of_a_run_with_most_steps(tmp_path, mo
         checkpoints.save(Path("checkpoints/a", name), {"progress": {"step": step}})
     for name, file in (("a", "step_0000007.pt"), ("checkpoints/a/best.pt", "best.pt")):
         assert checkpoints.resolve_checkpoint(name) == Path("checkpoints/a", file)
-    assert checkpoints.resolve_checkpoint(None) == checkpoints.newest()
+    assert checkpoints.resolve_checkpoint(None) == checkpoints.newest_checkpoint()
     Path("checkpoints/a/step_0000007.pt").unlink()
     assert checkpoints.resolve_checkpoint("a").name == "last.pt"
 

@@ -49,7 +49,7 @@ def test_run_script_does_not_hide_other_broken_pipes():
 def test_run_script_answers_a_file_that_cannot_be_read_with_what_to_choose(capsys, tmp_path):
     assert exit_code_of((tmp_path / "none.txt").read_text) == 2
     line = capsys.readouterr().err
-    assert "none.txt): choose a folder that can be written to, or a file that can be read" in line
+    assert "none.txt). Choose a folder that can be written to, or a file that can be read" in line
 
 
 def test_parser_tells_arguments_from_flags():

@@ -324,7 +324,7 @@ def test_help_shows_every_flag_with_its_default(capsys):
          "SCHEDULE_BASE_SIZE is 257, but must be at most 16 times"),
         (["--class_conditional", "--label_dropout", "0", "--guidance_mode", "both"],
          "LABEL_DROPOUT is 0.0, but GUIDANCE_MODE both needs a network that knows"),
-        (["--minutes", "0"], "set one of them"),
+        (["--minutes", "0"], "Set one of them"),
         (["--config", "nowhere.py:Mine"], "nowhere.py, which does not exist"),
         (["--config", "Mine"], "must look like my_config.py:MyConfig"),
         (["--config", "mine.py:Yours"],
@@ -360,7 +360,7 @@ def test_size_that_the_levels_cannot_halve_gets_advice_that_works(size, mults, a
     flags = ["--dataset", "folder", "--image_size", str(size), "--dim_mults"]
     with pytest.raises(UserError) as caught:
         configure(*flags, mults)
-    assert str(caught.value).endswith(f": use --image_size {advice}")
+    assert str(caught.value).endswith(f". Use --image_size {advice}")
     configure(*flags, advice.split()[-1])
     configure(*flags, mults, "--image_size", advice.split(",")[0].split()[-1])
 

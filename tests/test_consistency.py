@@ -355,11 +355,11 @@ def test_script_tunes_with_the_settings_of_the_run(tmp_path, monkeypatch):
         "", {}, ["--resume", "mine", "--dataset", "auto"], TUNING
     )
     checkpoint = checkpoints.load_training(request.resume)
-    with pytest.raises(UserError, match="resume it with that, or tune it with --checkpoint"):
+    with pytest.raises(UserError, match="Resume it with that, or tune it with --checkpoint"):
         train_script.configure(request, checkpoint)
     checkpoint.state["architecture"]["consistency"] = True
     assert train_script.configure(request, checkpoint).DATASET
-    with pytest.raises(UserError, match=r"last\.pt .* resume it with train_consistency\.py"):
+    with pytest.raises(UserError, match=r"last\.pt .* Resume it with train_consistency\.py"):
         train_script.configure(replace(request, tuning=None), checkpoint)
 
 
@@ -424,7 +424,7 @@ def test_estimated_size_of_a_checkpoint_has_the_teacher_once(tuned):
 def test_tuned_model_is_not_guided_again_and_its_file_holds_the_teacher_once(tuned):
     path = tuned / "checkpoints/tuned/final.pt"
     assert holds_teacher_once(path)
-    with pytest.raises(UserError, match="is tuned already: name the model to tune"):
+    with pytest.raises(UserError, match=r"is tuned already\. Name the model to tune"):
         configure_script("--checkpoint", str(path))
     model = DDPMModel.from_file(path)
     assert model.guide is None and not any("teacher" in key for key in model.state_dict())

@@ -317,7 +317,7 @@ def test_download_requests_the_archive_with_a_timeout(load, monkeypatch, dataset
 def test_celeba_without_gdown_says_what_to_install_before_anything_else(load, monkeypatch):
     monkeypatch.setattr(datasets, "find_spec", lambda name: None)
     monkeypatch.setattr(datasets.utils, "download_url", lambda *_: pytest.fail("tried"))
-    with pytest.raises(UserError, match=r"needs gdown: pip install gdown.*save it as .*\.zip$"):
+    with pytest.raises(UserError, match=r"needs gdown\. Run `pip install g.*save it as .*\.zip$"):
         load("celeba")
 
 

@@ -177,7 +177,7 @@ def kill_one_rank(launcher: subprocess.Popen, run_name: str) -> None:
     assert launcher.returncode == 1
     (line,) = error_lines(errors)
     assert "another rank may have died: " in line or "is stuck" in line
-    assert line.endswith(f"; resume with --resume {run_name}")
+    assert line.endswith(f". Resume with --resume {run_name}")
     assert errors.count("Traceback (most") == 1  # the launcher's
 
 
@@ -208,7 +208,7 @@ from engine.errors import UserError
 progress.GRACE_PERIOD = 1.0
 
 def hint():
-    return "resume like this"
+    return "Resume like this"
 
 def main():
     with session(hint) as dist, progress.StopSignal(dist, hint):
@@ -234,7 +234,7 @@ def test_ranks_that_wait_forever_end_when_another_is_gone(how, count, tmp_path):
     _, errors = launcher.communicate(timeout=240)
     assert launcher.returncode == 1 and errors.count("Traceback (most") == 1
     (line,) = error_lines(errors)
-    expected = r"error: rank [12] is stuck; resume like this"
+    expected = r"error: rank [12] is stuck\. Resume like this"
     assert re.fullmatch(expected if how == "killed" else "error: a disk is full", line)
     for pid in pids.values():
         with pytest.raises(ProcessLookupError):
@@ -262,10 +262,10 @@ def main():
     choice = distributed.from_rank0("choice", lambda: f"choice-{rank}")
     is_prepared = distributed.rank0_first("prepare", prepare)
     before = signal.getsignal(signal.SIGTERM)
-    with distributed.session(lambda: "resume like this"):
+    with distributed.session(lambda: "Resume like this"):
         pass
     is_restored = signal.getsignal(signal.SIGTERM) == before
-    with distributed.session(lambda: "resume like this"):
+    with distributed.session(lambda: "Resume like this"):
         print(f"{rank} {choice} {is_prepared} {is_restored}\\n", end="", flush=True)
         distributed.broadcast_object("")
         if rank == 1:
@@ -288,8 +288,8 @@ def test_ranks_share_choices_wait_for_rank_0_and_end_with_one_line(tmp_path):
     assert launcher.returncode == 1
     (line,) = error_lines(errors)
     assert line == (
-        "error: stopped by SIGTERM: another rank died, or the launcher was stopped; "
-        "resume like this"
+        "error: stopped by SIGTERM: another rank died, or the launcher was stopped. "
+        "Resume like this"
     )
 
 
@@ -310,7 +310,7 @@ def test_ranks_that_get_sigterm_save_and_exit_with_its_code(folder):
     assert [process.returncode for process in ranks] == [128 + signal.SIGTERM] * 2
     step = checkpoints.load(folder / "checkpoints" / "stopped" / "last.pt")["progress"]["step"]
     assert step % LOG_EVERY == 0
-    assert f"interrupted at step {step}: resume with --resume stopped" in outputs[0]
+    assert f"interrupted at step {step}. Resume with --resume stopped" in outputs[0]
     assert "interrupted" not in outputs[1]
 
 

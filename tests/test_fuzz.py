@@ -1,4 +1,4 @@
-"""A few inputs of each kind of tests/fuzz.py; docs/troubleshooting.md has how many were tried."""
+"""A few inputs of each kind of tests/fuzz.py."""
 
 from tests import fuzz
 from tests.helpers import needs_no_gpu

@@ -106,8 +106,8 @@ def raise_cuda_error(part: slice) -> None:
     ],
 )
 def test_oom_batcher_gives_up_at_one_image(work):
-    with pytest.warns(FallbackWarning), pytest.raises(UserError, match="fits; sell one"):
-        list(OomBatcher(2, "sell one").map(2, work))
+    with pytest.warns(FallbackWarning), pytest.raises(UserError, match=r"fits\. Sell one"):
+        list(OomBatcher(2, "Sell one").map(2, work))
 
 
 @pytest.mark.parametrize("text", [

@@ -149,7 +149,7 @@ def test_modes_work_with_built_in_and_custom_samplers(folder, infer, monkeypatch
         summary = json.loads((results / "summary.json").read_text())
         assert summary["mode"] == mode and summary["sampler"] == sampler
         assert summary["seeds"] == [0, 1, 2]
-        assert summary["sha256"] == inference_jobs.sha256(folder / "checkpoints/ddpm_final.pt")
+        assert summary["sha256"] == checkpoints.sha256(folder / "checkpoints/ddpm_final.pt")
         assert summary["seconds"] > 0 and torch.__version__.startswith(summary["versions"]["torch"])
         for path in results.rglob("*.png"):
             assert pixels(path).std() > 1, path
@@ -245,7 +245,7 @@ def test_image_size_is_that_of_the_librarys_checkpoint(guided, infer, capsys):
     assert infer(*flags, "--checkpoint", "library.pt") == 2
     assert infer(*flags, "--image_size", "12") == 2
     error = capsys.readouterr().err
-    assert "not store its image size" in error and "of 8 px: drop --image_size 12" in error
+    assert "not store its image size" in error and "of 8 px. Drop --image_size 12" in error
     assert infer(*flags, "--checkpoint", "library.pt", "--image_size", "12") == 0
     assert Image.open(only("*/000000.png")).size == (12, 12)
 
@@ -729,8 +729,8 @@ def test_high_res_figures_are_larger(folder, monkeypatch, capsys):
         (["--seeds", "a-3"], "seeds is 'a-3', but must look like"),
         (["--seeds", "9" * 23], "at most 18 digits"),
         (["--seeds", "0-99999999999"], "at most 10,000,000 images"),
-        (["--output_dir", "a.png"], "choose a folder that can be written to"),
-        (["--output_dir", "/proc/there"], "choose a folder that can be written to"),
+        (["--output_dir", "a.png"], "Choose a folder that can be written to"),
+        (["--output_dir", "/proc/there"], "Choose a folder that can be written to"),
         (["--mode", "vary", "--image", "text.pt"], "text.pt cannot be read as an image"),
         (["--mode", "vary", "--image", "cut.png"], "cut.png cannot be read as an image"),
         (["--mode", "vary", "--image", "nowhere.png"], "nowhere.png cannot be read as an image"),

@@ -132,7 +132,7 @@ def test_labels_may_not_change_on_resume():
         check_classes_on_resume(path, same, CLASSES)
     for saved, other, message in (
         (CLASSES, {}, "was trained with classes. Resume with --class_conditional"),
-        (CLASSES, CLASSES | {"cow": 1}, r"with \(cow: none, now 1\): .*--init_from last.pt"),
+        (CLASSES, CLASSES | {"cow": 1}, r"with \(cow: none, now 1\)\. .*--init_from last.pt"),
         (CLASSES, {"dog": 2, "cat": 2}, r"with \(cat: 3, now 2; dog: 1, now 2\)"),
         (CLASSES, {"dog": 1, "cat": 3}, r"with \(the classes in another order\)"),
         (many, many | {"7": 2}, r"with \(7: 1, now 2\)"),

@@ -191,7 +191,7 @@ def test_import_optional_names_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "package_a.py").write_text("import package_b.c")
     (tmp_path / "package_d.py").write_text("raise ImportError('libc.so.9 not found')")
-    with pytest.raises(UserError, match=r"^package-b is not installed: pip install -r"):
+    with pytest.raises(UserError, match=r"^package-b is not installed. Run `pip install -r"):
         metrics.import_optional("package_a")
     with pytest.raises(UserError, match=r"^package_d fails \(libc.so.9 not found\)"):
         metrics.import_optional("package_d")

@@ -58,7 +58,7 @@ def test_probe_says_if_nothing_fits():
             raise torch.OutOfMemoryError
 
     config = tiny_config()
-    advice = "not even one image fits; lower --dim or --image_size, or use --use_amp, or use --grad"
+    advice = "not even one image fits. Lower --dim or --image_size, or use --use_amp, or use --grad"
     with pytest.raises(UserError, match=advice):
         probe_micro_batch(Starving.from_config(config), config, 1.0)
 

@@ -151,7 +151,7 @@ for first, steps, seconds in (
     (0, 1, 1.5),  # is told yes, and saves for long
     (1, 3, 1000),  # is stuck
 ):
-    with progress.StopSignal(dist, lambda: "resume with --resume mine") as stop:
+    with progress.StopSignal(dist, lambda: "Resume with --resume mine") as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         for step in range(steps):
             time.sleep(0.15)
@@ -166,7 +166,7 @@ def test_stop_signal_ends_a_rank_that_is_stuck_but_not_a_slow_one(tmp_path):
     stuck = ForkedScript(tmp_path, tmp_path / "stuck.py")
     output, errors = stuck.communicate()
     assert (stuck.returncode, output) == (1, "left\nleft\n")
-    assert errors.strip() == "error: rank 1 is stuck; resume with --resume mine"
+    assert errors.strip() == "error: rank 1 is stuck. Resume with --resume mine"
 
 
 def test_stop_signal_waits_for_the_error_message_of_a_lost_rank():

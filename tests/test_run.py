@@ -101,13 +101,13 @@ def test_new_run_name_may_be_that_of_a_run_that_saved_nothing(tmp_path, monkeypa
     named = SimpleNamespace(RUN_NAME="mine")
     assert new_run_name(named) == "mine"
     Path("checkpoints/mine/last.pt").touch()
-    with pytest.raises(UserError, match="there is a run mine already: resume it"):
+    with pytest.raises(UserError, match=r"there is a run mine already\. Resume it"):
         new_run_name(named)
 
     # Of another, nothing but samples is left.
     Path("samples/old").mkdir(parents=True)
     Path("samples/old/final.png").touch()
-    with pytest.raises(UserError, match="there is a run old already: choose another"):
+    with pytest.raises(UserError, match=r"there is a run old already\. Choose another"):
         new_run_name(SimpleNamespace(RUN_NAME="old"))
 
 

@@ -371,7 +371,7 @@ def test_step_out_of_memory_on_several_ranks_is_an_error():
     step = make_step()
     step.world_size = 2
     step.model.max_images = 10
-    advice = "use --batch_size 16 --gradient_accumulation 4, or lower --dim"
+    advice = "Use --batch_size 16 --gradient_accumulation 4, or lower --dim"
     with pytest.raises(UserError, match=advice) as caught:
         step(make_batch(), 0, 1e-3)
     assert caught.value.exit_code == 1 and step.micro_batch == 32

@@ -272,7 +272,7 @@ def test_dry_run_prints_an_estimate_and_leaves_nothing(run_here, trained_copy):
 def test_run_of_little_but_warm_up_warns_at_its_start_and_in_an_estimate(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = configure(WARMUP_STEPS=5, EPOCHS=2)
-    line = "^only 8 steps, with a warm-up of 5; continuing without a guide: set --minutes"
+    line = "^only 8 steps, with a warm-up of 5; continuing without a guide. Set --minutes"
     with pytest.warns(FallbackWarning, match=line):
         train(DDPMModel.from_config(config), random_images(80, 8), config)
     with pytest.warns(FallbackWarning, match=line):
@@ -287,7 +287,7 @@ def test_run_of_little_but_warm_up_warns_at_its_start_and_in_an_estimate(tmp_pat
 
 def test_warn_if_short_is_silent_for_long_runs_and_for_a_set_number_of_steps():
     without_guide = configure(WARMUP_STEPS=5, EPOCHS=2, GUIDE_FRACTION=0.0)
-    with pytest.warns(FallbackWarning, match="^only 8 steps, with a warm-up of 5: set --minutes"):
+    with pytest.warns(FallbackWarning, match="^only 8 steps, with a warm-up of 5. Set --minutes"):
         warn_if_short(without_guide, 8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -391,7 +391,7 @@ def test_train_saves_on_a_signal(number, folder):
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    line = r"interrupted at step (\d+): resume with --resume stopped"
+    line = r"interrupted at step (\d+)\. Resume with --resume stopped"
     step = int(re.search(line, output).group(1))
     state = torch.load(folder / "checkpoints/stopped/last.pt", weights_only=True)
     assert state["progress"]["step"] == step >= 10
@@ -499,7 +499,7 @@ def test_train_resumes_a_copy_of_a_run_as_a_separate_run(
     assert files == {"last.pt", "best.pt", "final.pt"}
     shutil.copy(folder / "whole" / "last.pt", tmp_path / "elsewhere.pt")
     line = script_error(tmp_path, "train.py", "--resume", "elsewhere.pt", "--max_steps", "42")
-    assert "of run whole, which exists in checkpoints/, too: copy it to" in line
+    assert "of run whole, which exists in checkpoints/, too. Copy it to" in line
 
 
 def stop_at_call_12(loss, calls):
@@ -599,7 +599,7 @@ def test_train_removes_leftovers_of_a_finished_run(resumable):
 
 
 def test_train_publishes_what_a_killed_process_did_not(resumable, capsys):
-    with pytest.raises(UserError, match="is of a finished run: raise --epochs"):
+    with pytest.raises(UserError, match=r"is of a finished run\. Raise --epochs"):
         resumable()
     final, grid = Path("checkpoints/ddpm_final.pt"), Path("samples/whole/final.png")
     for file in (final, grid):
@@ -619,7 +619,7 @@ def test_resolve_checkpoint_finds_what_a_run_saved_before_its_first_last(resumab
     folder = Path("checkpoints/whole")
     for file in ("last.pt", "final.pt"):
         (folder / file).unlink()
-    assert run_names.resume_hint("whole") == "resume with --resume whole"
+    assert run_names.resume_hint("whole") == "Resume with --resume whole"
     assert checkpoints.resolve_checkpoint(reference) == folder / "best.pt"
     (folder / "last.pt").write_text("damaged")
     assert checkpoints.resolve_checkpoint(reference) == folder / "best.pt"
@@ -649,7 +649,7 @@ def test_train_rebuilds_damaged_metrics(resumable):
 def test_train_refuses_damaged_parts(resumable, change):
     last = Path("checkpoints/whole/last.pt")
     checkpoints.save(last, checkpoints.load(last) | change)
-    with pytest.raises(UserError, match=r"last\.pt does not fit this model, or is .*: use another"):
+    with pytest.raises(UserError, match=r"last\.pt does not fit this model, or is .*. Use another"):
         resumable(MAX_STEPS=5)
 
 
@@ -767,7 +767,7 @@ def test_train_stops_at_a_loss_that_stays_nan_and_keeps_finite_weights(folder):
     flags = ["--run_name", "bad", "--max_steps", "100", "--save_every_minutes", "0"]
     code, _, errors = run_changed(folder, nan_after_5_calls, *flags)
     assert code == 1 and "Traceback" not in errors
-    line = "20 updates in a row were not finite; stopped at step 30: resume with --resume bad with"
+    line = "20 updates in a row were not finite; stopped at step 30. Resume with --resume bad with"
     assert line in errors
     weights = checkpoint_weights(folder / "checkpoints/bad/last.pt")
     assert all(torch.isfinite(value).all() for value in weights.values())
@@ -787,7 +787,7 @@ def test_abort_if_diverged_counts_updates_skipped_in_a_row():
         abort_if_diverged(step, 20, "mine")
     assert step.skipped_updates.item() == 57
     update(float("inf"))
-    with pytest.raises(UserError, match=r"step 61: .* saved nothing .* --learning_rate$"):
+    with pytest.raises(UserError, match=r"step 61\. .* saved nothing .* --learning_rate$"):
         abort_if_diverged(step, 61, "mine")
 
 
@@ -826,7 +826,7 @@ def test_train_on_a_full_disk_ends_with_an_error_and_leaves_no_partial_file(fold
     assert errors.count(line) == errors.count("warning: writing samples") == 1
     assert "warning: writing checkpoints/full/best.pt failed" in errors
     assert code == 2 and "Traceback" not in errors
-    assert "error: File too large (checkpoints/full/final.pt): free some space" in errors
+    assert "error: File too large (checkpoints/full/final.pt). Free some space" in errors
     rows = plots.read_metrics(folder / "samples/full/metrics.jsonl")
     assert rows[0]["step"] == 10 and len(rows) < 4
     assert {path.name for path in (folder / "checkpoints").rglob("*.*")} == {".lock"}
