@@ -313,7 +313,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
             weight = 1.0
         return ModelDenoiser(
             self.diffusion, self.alpha_bar, network, clip, weaker, weight, self.guidance_interval,
-            labels, weaker_labels, consistency=self.is_consistency_tuned,
+            labels, weaker_labels, is_consistency_tuned=self.is_consistency_tuned,
         )  # fmt: skip
 
     def save_model(self, path: str | Path, half: bool = False) -> None:

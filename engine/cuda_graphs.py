@@ -94,10 +94,10 @@ class CapturedFunction:
 
 
 class GraphCache:
-    """Runs networks without gradients, each through a CUDA graph for its shapes and precision.
+    """Runs networks without gradients, through CUDA graphs.
 
-    The weights may change in place; if they get other storage (`.to`, `assign=True`), call `clear`.
-    A copy starts without graphs.
+    Each network has a graph for its shapes and precision. The weights may change in place; if they
+    get other storage (`.to`, `assign=True`), call `clear`. A copy starts without graphs.
     """
 
     def __init__(self):

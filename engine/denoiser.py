@@ -66,14 +66,14 @@ class ModelDenoiser:
     interval: tuple[float, float] = (0.0, math.inf)
     labels: Tensor | None = None
     weaker_labels: Tensor | None = None
-    consistency: bool = False
+    is_consistency_tuned: bool = False
     previous: Tensor | None = None
 
     def __post_init__(self) -> None:
         usable = range(len(self.alpha_bar))
         if self.process.objective == "pred_noise":  # does not determine x_0 where alpha_bar is 0
             usable = [t for t in usable if self.alpha_bar[t] > 0]
-        if self.consistency:  # tuned up to SIGMA_MAX
+        if self.is_consistency_tuned:  # tuned up to SIGMA_MAX
             usable = [t for t in usable if t == 0 or sigma_of(self.alpha_bar[t]) <= SIGMA_MAX]
         self.last_usable_t = max(usable)
 

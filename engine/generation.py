@@ -249,7 +249,7 @@ class GenerationMixin:
         # The timesteps, by noise levels or by spacing.
         if levels:
             sigmas = [shift_sigma(level, self.log_snr_shift) for level in levels]
-            return sampler, samplers.timesteps_at(self.alpha_bar, sigmas)
+            return sampler, samplers.timesteps_from_sigmas(self.alpha_bar, sigmas)
         return sampler, samplers.choose_timesteps(sampler, self.alpha_bar, steps, spacing)
 
     def complete_plan(

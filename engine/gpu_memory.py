@@ -20,7 +20,7 @@ SAMPLING_ADVICE = "Stop other programs that use it, or sample on the CPU (CUDA_V
 
 
 def cap_memory(gib: float) -> None:
-    """Limits this process's GPU memory, as if the card were smaller; in GiB.
+    """Limits this process's GPU memory, as if the GPU were smaller; in GiB.
 
     What CUDA itself takes, some 0.5 GiB, comes on top. Without a GPU it warns.
     """

@@ -1,4 +1,4 @@
-"""Search for the largest micro-batch that fits into GPU memory, remembered for each card."""
+"""Search for the largest micro-batch that fits into GPU memory."""
 
 import copy
 import gc
@@ -33,7 +33,7 @@ def find_micro_batch(
     """Returns a micro-batch that fits: the effective batch, halved as often as needed.
 
     model: on the CPU; copies of it are trained. images: those to train on, which take memory, too,
-    if they are held on the GPU. The result is stored in `cache_file` by card, memory, model and
+    if they are held on the GPU. The result is stored in `cache_file` by GPU, memory, model and
     configuration. UserError if not even one image fits, or if other processes hold all memory.
     """
     # What the result depends on.
@@ -42,11 +42,11 @@ def find_micro_batch(
     if available <= 0:
         advice = "Stop other programs that use it, or choose another GPU (CUDA_VISIBLE_DEVICES)"
         raise UserError(f"less than 0.5 GiB of GPU memory is left to train in. {advice}", 1)
-    card = f"{torch.cuda.get_device_name()}, {available:g} GiB, torch {torch.__version__}"
+    gpu = f"{torch.cuda.get_device_name()}, {available:g} GiB, torch {torch.__version__}"
     settings = " ".join(f"{name}={getattr(config, name)}" for name in CACHE_KEY_SETTINGS)
     count = sum(p.numel() for p in model.parameters())  # with a teacher's
     kind = f"{type(model).__name__}={count} guide={config.GUIDE_FRACTION > 0}"
-    key = f"{card}: batch={effective} {settings} {kind}"
+    key = f"{gpu}: batch={effective} {settings} {kind}"
 
     # Search unless it is cached.
     known = read_results(cache_file)
@@ -78,7 +78,7 @@ def read_results(cache_file: Path) -> dict[str, dict[str, Any]]:
 
 
 def available_gib(images: np.ndarray) -> float:
-    """Returns the GPU memory that a run may use next to its images, rounded down to 0.5 GiB."""
+    """Returns the GPU memory that is left next to the images, rounded down to 0.5 GiB."""
     image_bytes = images.nbytes if fits_on_gpu(images) else 0
     return int((usable_memory() - image_bytes) / 2**29) / 2
 
@@ -108,10 +108,10 @@ def probe_micro_batch(model: TrainableModel, config: Any, limit_gib: float) -> t
 
 
 def rehearse(model: TrainableModel, config: Any, effective: int) -> tuple[int, bool]:
-    """Trains, validates and samples with a copy of the model on random images, as a run does.
+    """Trains, validates and samples as a run does, with a copy of the model.
 
-    Returns the micro-batch, halved as often as the training step needs, and whether validation and
-    sampling fit next to it.
+    The images are random. Returns the micro-batch, halved as often as the training step needs, and
+    whether validation and sampling fit next to it.
     """
     # Two updates, of which the second is captured.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

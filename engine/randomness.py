@@ -20,7 +20,7 @@ class StepRandomness(NamedTuple):
 def step_randomness(
     seed: int, step: int, shape: torch.Size, device: torch.device
 ) -> StepRandomness:
-    """Returns the random inputs of a step on an effective batch of a shape (B, C, H, W).
+    """Returns the random inputs of a step, for an effective batch (B, C, H, W).
 
     A function of (seed, step), so accumulation, ranks and resuming change nothing (dropout uses
     the global generators). timestep_u is stratified: one value in each of B equal parts of [0, 1],

@@ -291,7 +291,7 @@ def check_noise_levels(levels: Sequence[float], sampler: Callable, steps: int | 
         raise UserError(f"noise_levels is {shown}, but must {needed}")
 
 
-def timesteps_at(alpha_bar: Sequence[float], sigmas: Sequence[float]) -> list[int]:
+def timesteps_from_sigmas(alpha_bar: Sequence[float], sigmas: Sequence[float]) -> list[int]:
     """Returns the last timestep, those nearest to the further sigmas, and -1.
 
     sigmas: decreasing; the first stands for noise alone. UserError if two have one timestep.

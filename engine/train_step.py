@@ -246,9 +246,9 @@ class TrainStep:
         x = images.float() / 255
         if self.config.HORIZONTAL_FLIP:
             x = torch.where(mirror[:, None, None, None], x.flip(-1), x)
-        share = len(x) / (local_batch * self.world_size)
+        batch_fraction = len(x) / (local_batch * self.world_size)
         with self.autocast():
-            loss = self.loss_function(x, t, noise, *labels) * share
+            loss = self.loss_function(x, t, noise, *labels) * batch_fraction
         scaled_loss = loss * self.loss_scale
         params = self.param_views
         # Unused parameters get zeros, or the gradient of an earlier step would stay.

@@ -1,7 +1,8 @@
-"""A faster version of upstream's Unet (denoising-diffusion-pytorch) with the same results.
+"""A faster version of upstream's Unet with the same results.
 
-Activations stay channels-last, so that no convolution transposes them; 1x1 convolutions are matrix
-products. On a GPU, all that follows a convolution is one Triton kernel, and so is attention.
+Upstream is denoising-diffusion-pytorch. Activations stay channels-last, so that no convolution
+transposes them; 1x1 convolutions are matrix products. On a GPU, all that follows a convolution is
+one Triton kernel, and so is attention.
 """
 
 import math
@@ -111,7 +112,7 @@ class FastUnet(Unet):
         return conv(x, self.final_conv, weights)
 
     def _layers_and_blocks(self) -> tuple[list[nn.Module], list[nn.Module]]:
-        """The layers whose weights are cast, and the residual blocks, as they are at this call.
+        """The layers whose weights are cast, and the residual blocks, as they are now.
 
         Not upsample's layers: it combines their weights in fp32 before they are cast.
         """
@@ -341,11 +342,12 @@ def norm_act(
     x: Tensor, bias: Tensor | None, gain: Tensor, modulation: Tensor | None = None,
     residual: Tensor | None = None, residual_bias: Tensor | None = None, activate: bool = False,
 ) -> Tensor:  # fmt: skip
-    """silu(rms_norm(x + bias) * gain * (1 + scale) + shift) + residual + residual_bias, in fp32.
+    """RMSNorm with bias, modulation, SiLU and residual, in fp32.
 
-    Without the terms that are None; SiLU only if `activate`. rms_norm: arXiv:1910.07467, over
-    channels. x, residual: (B, C, H, W). bias, residual_bias: (C,). gain: (1, C, 1, 1). modulation:
-    scale and shift, (B, 2C); not together with residual_bias. Returns the precision of x.
+    silu(rms_norm(x + bias) * gain * (1 + scale) + shift) + residual + residual_bias, without the
+    terms that are None; SiLU only if `activate`. rms_norm: arXiv:1910.07467, over channels. x,
+    residual: (B, C, H, W). bias, residual_bias: (C,). gain: (1, C, 1, 1). modulation: scale and
+    shift, (B, 2C); not together with residual_bias. Returns the precision of x.
     """
     if use_triton(x):
         inputs = x, bias, gain, modulation, residual, residual_bias

@@ -31,7 +31,7 @@ from engine.samplers import (
     alpha_bar_at,
     choose_timesteps,
     consistency,
-    timesteps_at,
+    timesteps_from_sigmas,
 )
 from engine.train_step import TrainStep
 from engine.trainer import train
@@ -240,7 +240,7 @@ def test_noise_levels_decide_the_timesteps(base_size):
 
     def at(levels: tuple[float, ...]) -> list[int]:
         # At a quarter of the size a quarter of the noise hides as much of an image.
-        return timesteps_at(alpha_bar, [level * 8 / base_size for level in levels])
+        return timesteps_from_sigmas(alpha_bar, [level * 8 / base_size for level in levels])
 
     # The measured ones by default, spaced ones for other counts and where a spacing is named.
     for steps in range(1, 9):

@@ -29,7 +29,7 @@ from engine.samplers import (
     choose_timesteps,
     consistency,
     num_intervals,
-    timesteps_at,
+    timesteps_from_sigmas,
     uniform,
 )
 
@@ -237,13 +237,13 @@ def test_heun_leaves_out_the_lowest_sigma_only_where_it_is_far_below_the_one_bef
     assert choose_timesteps(SAMPLERS["unipc"], alpha_bar, 3, "karras") == [999, 802, 0, -1]
 
 
-def test_timesteps_at_noise_levels_are_those_of_the_nearest_sigma():
+def test_timesteps_from_sigmas_are_those_of_the_nearest():
     sigmas = [0.1, 0.5, 1.0, 2.0, 40.0, 200.0]
     alpha_bar = [1 / (1 + sigma**2) for sigma in sigmas]
-    assert timesteps_at(alpha_bar, (80,)) == [5, -1]  # noise alone, where sigma is above
-    assert timesteps_at([*alpha_bar[:-1], 0.0], (80, 2, 0.4)) == [5, 3, 1, -1]
+    assert timesteps_from_sigmas(alpha_bar, (80,)) == [5, -1]  # noise alone, where sigma is above
+    assert timesteps_from_sigmas([*alpha_bar[:-1], 0.0], (80, 2, 0.4)) == [5, 3, 1, -1]
     with pytest.raises(UserError, match="two of the noise_levels have timestep 2"):
-        timesteps_at(alpha_bar, (80, 1.1, 0.9))
+        timesteps_from_sigmas(alpha_bar, (80, 1.1, 0.9))
     for levels in ((0.5, 0.8), (80, 0.8, 0.8), (80, 0), (80, -1), (80, math.nan), (79, 0.8)):
         with pytest.raises(UserError, match="must decrease from 80"):
             check_noise_levels(levels, consistency, None)
@@ -254,7 +254,8 @@ def test_measured_noise_levels_have_timesteps_of_their_own(schedule):
     for steps, levels in CONSISTENCY_LEVELS.items():
         assert len(levels) == steps <= MAX_CONSISTENCY_STEPS and levels[0] == SIGMA_MAX
         for timesteps in (40, 1000):
-            assert len(timesteps_at(alpha_bar_of(schedule, timesteps), levels)) == steps + 1
+            alpha_bar = alpha_bar_of(schedule, timesteps)
+            assert len(timesteps_from_sigmas(alpha_bar, levels)) == steps + 1
 
 
 def test_ddim_encode_finds_the_noise_at_order_1():
