@@ -363,7 +363,9 @@ def test_tar_archive_yields_no_links(tmp_path, kind):
 # The default data set.
 
 
-def test_choose_default_dataset(load, cifar10, no_network, monkeypatch, capsys):
+def test_choose_default_dataset_takes_cifar10_only_with_a_gpu_and_the_files(
+    load, cifar10, no_network, monkeypatch, capsys
+):
     def choose(has_gpu: bool, folder: Path = load.data) -> tuple[str, list[str]]:
         chosen = choose_default_dataset(folder, has_gpu)
         return chosen, capsys.readouterr().out.splitlines()

@@ -15,13 +15,13 @@ from torch.distributed.run import get_args_parser
 
 import train
 import train_optimized
-from config import CPU_PRESETS, resolve
+from config import CPU_PRESETS, Tier, resolve, tier_for_memory
 from ddpm_model import DDPMModel
 from engine import checkpoints
 from engine.datasets import ARCHIVES
 from engine.inference_jobs import load_sampler
 from engine.optimizer import Adam
-from tests.helpers import LARGE_TIER, ROOT
+from tests.helpers import CPU_TIER, LARGE_TIER, ROOT
 
 README = ROOT / "README.md"
 README_ZH = ROOT / "README.zh-CN.md"
@@ -100,7 +100,7 @@ def block_with(mark: str) -> str:
     "block",
     [pytest.param(b, id=page.name) for page, b in PYTHON_BLOCKS if "def main" not in b],
 )
-def test_block_runs(block, folder, monkeypatch):
+def test_python_block_runs_as_printed(block, folder, monkeypatch):
     names = execute(block, monkeypatch)
     shapes = SHAPES | ({"images": (64, 3, 8, 8)} if "enlarged" in names else {})  # the banner
     for name in shapes.keys() & names.keys():
@@ -243,6 +243,72 @@ def test_old_names_in_the_configuration_page_are_aliases(flags):
     assert len(rows) >= 8
     for old, new in rows:
         assert any(old in options and new in options for options in flags.values()), (old, new)
+
+
+# Presets.
+
+
+def table(page: str, heading: str) -> dict[str, list[str]]:
+    """The rows of the table of docs/ with a heading, by the first cell; without backquotes."""
+    text = text_of(ROOT / "docs" / page).replace("`", "")
+    rows = re.search(rf"^\| {heading} \|.*\n\|[ |-]*\n((?:\|.*\n)+)", text, re.M)[1]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows.splitlines()]
+    return {first: others for first, *others in cells}
+
+
+def test_presets_are_those_of_the_configuration_page():
+    def preset(dataset: str, tier: Tier = LARGE_TIER, **flags) -> list[str]:
+        config = resolve(dataset, tier, flags=flags)
+        effective = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
+        mults = ",".join(map(str, config.DIM_MULTS))
+        return [str(config.IMAGE_SIZE), str(config.DIM), mults, str(effective)]
+
+    rows = table("configuration.md", "preset")
+    assert rows.pop("below 64 px, cifar10") == preset("cifar10")
+    assert rows.pop("at 64 px and above, celeba") == preset("celeba")
+    assert rows.pop("at 96 px and above, stl10") == preset("stl10")
+    assert rows.pop("at 128 px and above") == ["", *preset("folder", IMAGE_SIZE=128)[1:]]
+    # Without a GPU, shapes have what is in parentheses.
+    both = zip(preset("shapes"), preset("shapes", CPU_TIER), strict=True)
+    shown = [f"{on_gpu} ({on_cpu})" for on_gpu, on_cpu in both]
+    assert [cell.replace(" without a GPU", "") for cell in rows.pop("shapes")] == shown
+    assert set(rows) == {"folder"}
+
+
+def test_tiers_are_those_of_the_configuration_page():
+    rows = table("configuration.md", "GPU memory").values()
+    found = [tier_for_memory(gib) for gib in (3, 6, 12, 24)] + [CPU_TIER]
+    assert [[tier.name, str(tier.dim)] for tier in found] == [*rows]
+
+
+def test_high_resolution_settings_are_those_of_their_page():
+    rows = {name: cells[0] for name, cells in table("high_resolution.md", "setting").items()}
+    for size in (64, 96, 128):
+        config = resolve("folder", LARGE_TIER, flags={"IMAGE_SIZE": size})
+        for name in ("schedule_base_size", "full_attention_max_size", "dropout"):
+            assert float(rows[f"--{name}"]) == getattr(config, name.upper())
+        guide = f"{config.GUIDE_FRACTION}, {config.GUIDANCE:g}"
+        assert rows["--guide_fraction, --guidance"] == guide
+        flags = {"IMAGE_SIZE": size, "CLASS_CONDITIONAL": True}
+        labeled = resolve("folder", LARGE_TIER, flags=flags)
+        guidance = f"{labeled.GUIDANCE_MODE}, {labeled.GUIDANCE:g}"
+        assert rows["--guidance_mode, --guidance, with classes"] == guidance
+        rate, large_rate = map(float, re.findall(r"\de-\d", rows["--learning_rate"]))
+        assert config.LEARNING_RATE == (rate if size == 64 else large_rate)
+
+
+def test_lengths_of_runs_are_documented_and_shapes_are_not_mirrored():
+    text = text_of(ROOT / "docs" / "training.md")
+    epochs = {name: int(n) for n, name in re.findall(r"(\d+) (?:epochs )?on `(\w+)`", text)}
+    assert set(epochs) == {"cifar10", "shapes"}
+    for name, number in epochs.items():
+        assert resolve(name, LARGE_TIER).EPOCHS == number
+    minutes = re.search(r"([\d.]+) minutes without a GPU", text)[1]
+    assert resolve("shapes", CPU_TIER).MINUTES == float(minutes)
+    others = int(re.search(r"(\d+) on anything\s+else", text)[1])
+    assert {resolve(name, LARGE_TIER).EPOCHS for name in ("celeba", "stl10", "folder")} == {others}
+    is_mirrored = {n: resolve(n, LARGE_TIER).HORIZONTAL_FLIP for n in ("cifar10", "shapes")}
+    assert is_mirrored == {"cifar10": True, "shapes": False}
 
 
 # Pages.

@@ -156,9 +156,10 @@ def test_sampling_by_graph_generates_the_same_images():
     torch.manual_seed(0)
     model = DDPMModel(image_size=32, dim=32).to(CUDA).eval()
     images = {}
-    for model.cuda_graph in (False, True):
+    for use_graph in (False, True):
+        model.cuda_graph = use_graph
         with torch.autocast("cuda", torch.bfloat16):
-            images[model.cuda_graph] = [model.sample(count, steps=6, seed=0) for count in (4, 3, 4)]
+            images[use_graph] = [model.sample(count, steps=6, seed=0) for count in (4, 3, 4)]
     assert len(model.graph_cache.graphs) == 2
     for a, b in zip(images[False], images[True], strict=True):
         assert (a - b).abs().max() < 2e-2
@@ -189,10 +190,11 @@ def test_graph_captured_under_autocast_replays_in_a_later_block():
     model.diffusion.model = PlainNetwork(*layers)
     model.to(CUDA)
     images = {}
-    for model.cuda_graph in (False, True):
+    for use_graph in (False, True):
+        model.cuda_graph = use_graph
         for _ in range(2):
             with torch.autocast("cuda", torch.bfloat16):
-                images[model.cuda_graph] = model.sample(4, steps=6, seed=0)
+                images[use_graph] = model.sample(4, steps=6, seed=0)
             # Takes the place of the weights that were cast, which are free now.
             with torch.cuda.stream(capture_stream(model.device)):
                 [torch.full((128,), torch.nan, device=CUDA) for _ in range(10_000)]
@@ -228,7 +230,8 @@ def test_model_on_another_gpu_than_the_current_one_samples_the_same_images():
     images = []
     for device in ("cuda:0", "cuda:1"):
         model.to(device)
-        for model.cuda_graph in (False, True):
+        for use_graph in (False, True):
+            model.cuda_graph = use_graph
             images.append(model.sample(4, steps=6, seed=0).cpu())
         assert model.graph_cache.graphs
     assert torch.cuda.current_device() == 0
@@ -252,7 +255,8 @@ def test_class_conditional_model_trains_and_samples_by_graph_as_without():
     model = steps[1].model.eval()
     options = dict(steps=4, seed=0, labels=[0, 1, 2, -1], guidance=2.0)
     images = []
-    for model.cuda_graph in (False, True):
+    for use_graph in (False, True):
+        model.cuda_graph = use_graph
         images.append(model.sample(4, guidance_mode="cfg", **options))
     assert (images[0] - images[1]).abs().max() < 2e-2
     others = model.sample(4, guidance_mode="cfg", **(options | {"labels": 3}))

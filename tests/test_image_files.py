@@ -36,7 +36,7 @@ def test_walk_has_images_alone_without_hidden_ones(folder):
 
 @pytest.mark.parametrize("link", ["data/0", "data/z", "data/b/0"])
 @pytest.mark.parametrize("target", ["data", "data/b", "."])
-def test_walk_finds_each_file_once_whatever_links_there_are(folder, link, target):
+def test_walk_finds_each_file_once_with_any_links(folder, link, target):
     Path(link).symlink_to(Path(target).resolve())
     Path(f"{link}2").symlink_to(Path(target).resolve())
     assert walk(folder) == ["a.png", "b/c.png"]

@@ -215,7 +215,7 @@ def test_labels_follow_the_frames(load):
     assert data.labels.tolist() == [0, 0, 1]
 
 
-def test_crop_of_more_than_a_tenth_is_said(load, capsys):
+def test_crop_of_more_than_a_tenth_is_printed(load, capsys):
     save_gray(load.data / "a.png", 0, (20, 19))
     load()
     assert "crop" not in capsys.readouterr().out

@@ -278,7 +278,8 @@ def test_gif_of_many_steps_has_few_frames(folder, infer, monkeypatch):
     monkeypatch.setattr(inference_modes, "MAX_FRAMES", 6)
     gifs: list[list] = []
     monkeypatch.setattr(inference_modes.plots, "save_gif", lambda frames, _: gifs.append(frames))
-    for steps, frames in ((4, 5), (5, 6), (6, 4), (11, 6), (12, 5)):  # and x_T: one state more
+    # Of x_T and a state for each step: all, every second or every third.
+    for steps, frames in ((4, 5), (5, 6), (6, 4), (11, 6), (12, 5)):
         assert infer("--mode", "progressive", "--seeds", "0", "--steps", str(steps)) == 0
         assert len(gifs.pop()) == frames
 
@@ -837,7 +838,7 @@ def test_samples_of_the_classes_asked_for(conditional, infer):
     assert (summary["classes"], summary["guidance_mode"]) == ("cow,1", "cfg")
 
 
-def test_batch_draws_classes_in_proportion_by_seed(conditional, infer):
+def test_batch_samples_classes_in_proportion_by_seed(conditional, infer):
     flags = ("--mode", "batch", "--num_samples", "40")
     labels = labels_in_proportion(range(40), conditional.class_counts.values())
     counts = np.bincount(labels).tolist()
@@ -930,7 +931,7 @@ def test_wrong_classes_are_reported_in_one_line(conditional, infer, capsys, argu
     assert not Path("inference_results").exists()
 
 
-def test_seeds_are_parsed():
+def test_parse_seeds_takes_numbers_and_ranges_without_repeats():
     assert inference_jobs.parse_seeds("7") == [7]
     assert inference_jobs.parse_seeds("1,5, 10-12") == [1, 5, 10, 11, 12]
     for text in ("", "3-", "-3", "1.5", "1,,2", "²"):

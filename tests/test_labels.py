@@ -54,7 +54,7 @@ def test_parse_classes_refuses_a_reversed_range(text, forward):
         parse_classes(text, ["cat", "dog", "t-shirt"])
 
 
-def test_sample_draws_classes_by_seed_whatever_the_batch():
+def test_sample_takes_classes_by_seed_in_any_batch():
     model = conditional()
     labels = labels_in_proportion(range(8), [*CLASSES.values()])
     assert set(labels) == {0, 1}

@@ -188,13 +188,13 @@ def test_search_leaves_room_for_the_images_and_some_headroom(search):
     ],
     ids=lambda changes: "-".join(changes),
 )  # fmt: skip
-def test_search_runs_again_for_whatever_takes_memory(changes, search):
+def test_search_runs_again_for_any_setting_that_takes_memory(changes, search):
     assert len(search()[1]) == 1 and len(search()[1]) == 0
     assert len(search(**changes)[1]) == 1 and len(search(**changes)[1]) == 0
     assert len(search()[1]) == 0
 
 
-def test_search_is_remembered_for_whatever_takes_no_memory(search):
+def test_search_is_remembered_for_settings_that_take_no_memory(search):
     assert len(search()[1]) == 1
     assert len(search(SEED=5, LEARNING_RATE=0.25, RUN_NAME="other", MAX_STEPS=9)[1]) == 0
     assert len(search(GUIDE_FRACTION=0.75)[1]) == 0  # a guide takes memory whenever it is saved

@@ -130,7 +130,7 @@ def test_deep_images_are_scaled_from_their_range(tmp_path):
         read(path, 2, 1, (0.0, 1.0))
 
 
-def test_parse_range():
+def test_parse_range_refuses_what_does_not_increase():
     assert pixels.parse_range("") is None
     assert pixels.parse_range("-1000, 400.5") == (-1000, 400.5)
     for text in ("12", "a,b", "1,2,3", "5,5", "9,1", "0,inf", "nan,1"):

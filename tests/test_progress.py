@@ -66,7 +66,7 @@ def test_progress_in_steps_ignores_the_clock(clock):
     assert found == (0.99, 100, False)
 
 
-def test_progress_in_epochs_counts_passes_whatever_the_batch_was_before():
+def test_progress_in_epochs_counts_passes_with_any_earlier_batch():
     config = SimpleNamespace(EPOCHS=4, MAX_STEPS=0, MINUTES=0)
     # Two epochs of 8 steps, then the batch doubled.
     progress = Progress(config, 10, ALONE, step=20, epoch=2, epoch_step=5)

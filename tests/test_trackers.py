@@ -123,8 +123,11 @@ def test_mlflow_run_has_configuration_metrics_and_grids(folder):
 def test_missing_tracker_is_one_line_before_anything_is_decoded(folder, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr("sys.argv", ["train.py", *TINY_FLAGS, "--log_with", "wandb"])
-    with pytest.raises(UserError, match=r"--log_with wandb needs a package\. Run `pip ins"):
+    with pytest.raises(
+        UserError, match=r"--log_with wandb needs a package\. Run `pip ins"
+    ) as error:
         train.main()
+    assert "\n" not in str(error.value)
     assert not Path("data").exists()
 
 
@@ -148,8 +151,10 @@ def test_tracker_that_fails_costs_rows_and_not_the_run(folder):
 
 def test_tracker_that_cannot_start_is_one_line(folder, monkeypatch):
     monkeypatch.setattr(trackers.tracking, "TensorBoardTracker", lambda *_, **__: FullDisk())
-    with pytest.raises(UserError, match=r"--log_with tensorboard cannot start \(.*No space.*\)"):
+    line = r"--log_with tensorboard cannot start \(.*No space.*\)"
+    with pytest.raises(UserError, match=line) as error:
         Tracker("tensorboard", "mine", folder, CONFIG)
+    assert "\n" not in str(error.value)
 
 
 def test_no_tracker_writes_nothing(folder):
