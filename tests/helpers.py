@@ -1,15 +1,30 @@
 """What several test files use: running the scripts, comparing checkpoints, small settings."""
 
 import inspect
+import io
+import math
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from config import Tier
+from engine.dataloader import Batch
+from engine.datasets import ARCHIVES
 from tests.forked_script import ForkedScript
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +39,13 @@ TINY_FLAGS = [
     "--sampling_timesteps", "4", "--grid_images", "4", "--num_sample_grids", "2",
     "--dropout", "0.1", "--warmup_steps", "2", "--guide_fraction", "0.5", "--keep", "0",
 ]  # fmt: skip
+
+# Flags of a model that several ranks train: no dropout, whose masks differ by rank.
+RANK_FLAGS = {
+    "IMAGE_SIZE": 8, "DIM": 8, "DIM_MULTS": (1, 2), "ATTENTION_HEADS": (1,), "ATTENTION_DIM": (16,),
+    "BATCH_SIZE": 32, "WARMUP_STEPS": 5, "LR_SCHEDULE": "constant", "KEEP": 0,
+    "SAMPLING_TIMESTEPS": 4, "GRID_IMAGES": 4, "NUM_SAMPLE_GRIDS": 2,
+}  # fmt: skip
 
 # The settings that a TrainStep reads.
 STEP_SETTINGS = {
@@ -133,3 +155,155 @@ class FakeTime:
 
     def monotonic(self) -> float:
         return self.now
+
+
+# --- archives
+
+
+def change_archive(monkeypatch, dataset: str, **changes) -> None:
+    """Replaces fields of a data set's archive."""
+    changed = replace(ARCHIVES[dataset], **changes)
+    monkeypatch.setitem(ARCHIVES, dataset, changed)
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> None:
+    """Writes a .tar.gz of files by name."""
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+
+
+def write_zip(path: Path, files: dict[str, bytes]) -> None:
+    """Writes a .zip of files by name."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+
+
+# --- stand-ins
+
+
+class MeanColors(torch.nn.Module):
+    """A feature network whose features are the mean colors."""
+
+    title = "FD-Colors"
+
+    def __init__(self, name: str = "colors"):
+        super().__init__()
+        self.name = name
+        self.batch_sizes = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.batch_sizes.append(len(images))
+        return images.float().mean(dim=(2, 3))
+
+
+class Mixture:
+    """The exact denoiser of pixels that are N(-0.3, 0.3^2) or N(0.4, 0.2^2)."""
+
+    means = torch.tensor([[-0.3], [0.4]]).double()
+    variances = torch.tensor([[0.09], [0.04]]).double()
+
+    def __init__(self, alpha_bar: list[float]):
+        self.alpha_bar = alpha_bar
+        self.nfe = 0
+
+    def __call__(self, x: Tensor, t: int) -> Tensor:
+        self.nfe += 1
+        a = self.alpha_bar[t]
+        variance = a * self.variances + 1 - a
+        offset = x.flatten() - math.sqrt(a) * self.means
+        weight = torch.softmax(-(offset**2) / variance / 2 - variance.log() / 2, dim=0)
+        x_0 = weight * (self.means + math.sqrt(a) * self.variances / variance * offset)
+        return x_0.sum(0).view_as(x)
+
+    def cdf(self, x: Tensor, a: float) -> Tensor:
+        """The probability that a pixel of x_t is below x, where alpha_bar is a."""
+        offset = x.flatten() - math.sqrt(a) * self.means
+        std = (a * self.variances + 1 - a).sqrt()
+        return torch.special.ndtr(offset / std).mean(0).view_as(x)
+
+    def flow(self, x: Tensor) -> Tensor:
+        """The image of x_T by the probability flow, which keeps a pixel's quantile."""
+        low = torch.full_like(x, -3)
+        high = torch.full_like(x, 3)
+        for _ in range(60):
+            middle = (low + high) / 2
+            is_low = self.cdf(middle, 1.0) < self.cdf(x, self.alpha_bar[-1])
+            low = torch.where(is_low, middle, low)
+            high = torch.where(is_low, high, middle)
+        return middle
+
+
+class RecordedStep:
+    """Stands in for TrainStep: records how it is made and called."""
+
+    made: ClassVar[list["RecordedStep"]] = []
+
+    def __init__(self, model, config, rank, world_size):
+        RecordedStep.made.append(self)
+        self.config = config
+        self.ranks = (rank, world_size)
+        self.calls: list[tuple[Batch, int, float]] = []
+
+    def __call__(self, batch, number, lr):
+        self.calls.append((batch, number, lr))
+        return torch.tensor(number / 7), None
+
+    def validate(self, batch):
+        return batch.images.flatten().tolist()
+
+
+# --- ranks
+
+
+def torchrun(folder: Path, script: str, *arguments: str, count: int = 2) -> subprocess.Popen:
+    """Starts `count` ranks of a script in the folder, or else of the repository."""
+    path = folder / script if (folder / script).exists() else ROOT / script
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    python_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return subprocess.Popen(
+        [*launcher, f"--nproc_per_node={count}", str(path), *arguments], cwd=folder, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def save_images(folder: Path) -> None:
+    """Writes 200 images of two classes to folder/images."""
+    for i, pixels in enumerate(random_images(200, 8).transpose(0, 2, 3, 1)):
+        path = folder / "images" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+
+
+def training_arguments(*arguments: str) -> list[str]:
+    """A command line that trains on what save_images wrote."""
+    flags = ["--dataset", "folder", "--data_dir", "images"]
+    for name, value in RANK_FLAGS.items():
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        flags += [f"--{name.lower()}", text]
+    return [*flags, *arguments]
+
+
+def error_lines(errors: str) -> list[str]:
+    """The lines `error: ...` that a script printed."""
+    return re.findall(r"^error: .*", errors, re.MULTILINE)
+
+
+def kill_one_rank(launcher: subprocess.Popen, run_name: str) -> None:
+    """Kills rank 1 once something is saved; all must end and say so in one line."""
+    while not Path(f"checkpoints/{run_name}/last.pt").exists():
+        assert launcher.poll() is None
+        time.sleep(0.01)
+    workers = psutil.Process(launcher.pid).children()
+    (victim,) = [worker for worker in workers if worker.environ().get("RANK") == "1"]
+    victim.kill()
+    _, errors = launcher.communicate(timeout=240)
+    assert launcher.returncode == 1
+    (line,) = error_lines(errors)
+    assert "another rank may have died: " in line or "is stuck" in line
+    assert line.endswith(f". Resume with --resume {run_name}")
+    assert errors.count("Traceback (most") == 1  # the launcher's

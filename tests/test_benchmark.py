@@ -8,7 +8,7 @@ import runpy
 import sys
 import warnings
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,13 +21,14 @@ import benchmark
 from config import Config, resolve, tier_for_memory
 from ddpm_model import DDPMModel
 from engine import benchmarking, dataloader
-from engine.dataloader import Batch, ImageDataset
+from engine.dataloader import ImageDataset
 from engine.errors import FallbackWarning, RenamedWarning, UserError
 from tests.helpers import (
     CPU,
     CPU_TIER,
     LARGE_TIER,
     ROOT,
+    RecordedStep,
     max_weight_difference,
     random_images,
 )
@@ -357,25 +358,6 @@ def mfu(monkeypatch) -> list[tuple]:
     speeds = []
     monkeypatch.setattr(benchmark, "compute_mfu", lambda config, speed, _: speeds.append(speed))
     return speeds
-
-
-class RecordedStep:
-    """Stands in for TrainStep: records how it is made and called."""
-
-    made: ClassVar[list["RecordedStep"]] = []
-
-    def __init__(self, model, config, rank, world_size):
-        RecordedStep.made.append(self)
-        self.config = config
-        self.ranks = (rank, world_size)
-        self.calls: list[tuple[Batch, int, float]] = []
-
-    def __call__(self, batch, number, lr):
-        self.calls.append((batch, number, lr))
-        return torch.tensor(number / 7), None
-
-    def validate(self, batch):
-        return batch.images.flatten().tolist()
 
 
 @pytest.fixture

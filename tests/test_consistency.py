@@ -35,8 +35,7 @@ from engine.samplers import (
 )
 from engine.train_step import TrainStep
 from engine.trainer import train
-from tests.helpers import CPU_TIER, max_checkpoint_difference, random_images
-from tests.test_samplers import Mixture
+from tests.helpers import CPU_TIER, Mixture, max_checkpoint_difference, random_images
 from train_consistency import TUNING, ConsistencyModel
 
 SMALL = {"image_size": 8, "dim": 8, "dim_mults": (1, 2), "timesteps": 40, "sampling_timesteps": 2}

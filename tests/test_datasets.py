@@ -5,8 +5,6 @@ import io
 import socket
 import sys
 import tarfile
-import zipfile
-from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
 
@@ -25,7 +23,7 @@ from engine.datasets import choose_default_dataset, images_from_loader, load_dat
 from engine.errors import FallbackWarning, RenamedWarning, UserError
 from engine.image_source import ReadOptions
 from engine.shapes import draw_shapes, kind_of
-from tests.helpers import CPU_TIER, TINY_FLAGS, random_images
+from tests.helpers import CPU_TIER, TINY_FLAGS, change_archive, random_images, write_tar, write_zip
 
 STL10_NAMES = ("stl10_binary/train_X.bin", "stl10_binary/unlabeled_X.bin")
 
@@ -56,12 +54,6 @@ def no_network(monkeypatch):
     monkeypatch.setattr(datasets, "find_spec", lambda name: name)
 
 
-def change_archive(monkeypatch, dataset: str, **changes) -> None:
-    """Replaces fields of a data set's archive."""
-    changed = replace(datasets.ARCHIVES[dataset], **changes)
-    monkeypatch.setitem(datasets.ARCHIVES, dataset, changed)
-
-
 def save_gray(path: Path, value: int, size: tuple[int, int] = (4, 4)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("L", size, value).save(path)
@@ -71,20 +63,6 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-
-
-def write_tar(path: Path, files: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w:gz") as archive:
-        for name, content in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
-
-
-def write_zip(path: Path, files: dict[str, bytes]) -> None:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
 
 
 def cifar10_files(images: np.ndarray) -> dict[str, bytes]:

@@ -13,8 +13,7 @@ import train
 from ddpm_model import DDPMModel
 from engine import class_metrics, devices, distributed, inference_modes, metrics
 from engine.errors import UserError
-from tests.helpers import CPU, TINY_FLAGS
-from tests.test_metrics import MeanColors
+from tests.helpers import CPU, TINY_FLAGS, MeanColors
 
 
 @pytest.fixture

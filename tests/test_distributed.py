@@ -5,8 +5,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +13,8 @@ from unittest.mock import Mock
 from engine.cli import run_script
 
 import numpy as np
-import psutil
 import pytest
 import torch
-from PIL import Image
 
 from config import detect_tier, resolve
 from ddpm_model import DDPMModel
@@ -32,37 +28,23 @@ from engine.train_step import TrainStep
 from engine.trainer import train
 from tests.forked_script import ForkedScript
 from tests.helpers import (
-    ROOT,
+    RANK_FLAGS,
     STEP_SETTINGS,
     checkpoint_weights,
+    error_lines,
+    kill_one_rank,
     max_checkpoint_difference,
-    random_images,
     run_script_ok,
+    save_images,
+    torchrun,
+    training_arguments,
     write_changed_training,
 )
 from train import parse_command_line
 
-# No dropout, whose masks differ by rank.
-FLAGS = {
-    "IMAGE_SIZE": 8, "DIM": 8, "DIM_MULTS": (1, 2), "ATTENTION_HEADS": (1,), "ATTENTION_DIM": (16,),
-    "BATCH_SIZE": 32, "WARMUP_STEPS": 5, "LR_SCHEDULE": "constant", "KEEP": 0,
-    "SAMPLING_TIMESTEPS": 4, "GRID_IMAGES": 4, "NUM_SAMPLE_GRIDS": 2,
-}  # fmt: skip
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="on GPUs the ranks do not talk through gloo"
 )
-
-
-def torchrun(folder: Path, script: str, *arguments: str, count: int = 2) -> subprocess.Popen:
-    """Starts `count` ranks of a script in the folder, or else of the repository."""
-    path = folder / script if (folder / script).exists() else ROOT / script
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    python_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return subprocess.Popen(
-        [*launcher, f"--nproc_per_node={count}", str(path), *arguments], cwd=folder, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
 
 
 def start_two_ranks(folder: Path, script: str | Path, *arguments: str) -> list[ForkedScript]:
@@ -83,24 +65,8 @@ def finish(ranks: list[ForkedScript]) -> str:
     return "".join(output for output, _ in outputs)
 
 
-def save_images(folder: Path) -> None:
-    """Writes 200 images of two classes to folder/images."""
-    for i, pixels in enumerate(random_images(200, 8).transpose(0, 2, 3, 1)):
-        path = folder / "images" / "ab"[i % 2] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
-
-
-def training_arguments(*arguments: str) -> list[str]:
-    flags = ["--dataset", "folder", "--data_dir", "images"]
-    for name, value in FLAGS.items():
-        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        flags += [f"--{name.lower()}", text]
-    return [*flags, *arguments]
-
-
 def train_alone(max_steps: int, resume: str = "", run_name: str = "") -> None:
-    flags = FLAGS | {"MAX_STEPS": max_steps, "RUN_NAME": run_name}
+    flags = RANK_FLAGS | {"MAX_STEPS": max_steps, "RUN_NAME": run_name}
     config = resolve("folder", detect_tier(), flags=flags)
     path = Path("checkpoints") / resume / "last.pt" if resume else None
     data = load_dataset("folder", 8, Path("images"))
@@ -159,26 +125,6 @@ def test_two_ranks_tune_a_labeled_model_as_one_does(folder):
         for name in ("guided", "tuned_by_two")
     )
     assert (after - before).abs().max() > 1e-4
-
-
-def error_lines(errors: str) -> list[str]:
-    return re.findall(r"^error: .*", errors, re.MULTILINE)
-
-
-def kill_one_rank(launcher: subprocess.Popen, run_name: str) -> None:
-    """Kills rank 1 once something is saved; all must end and say so in one line."""
-    while not Path(f"checkpoints/{run_name}/last.pt").exists():
-        assert launcher.poll() is None
-        time.sleep(0.01)
-    workers = psutil.Process(launcher.pid).children()
-    (victim,) = [worker for worker in workers if worker.environ().get("RANK") == "1"]
-    victim.kill()
-    _, errors = launcher.communicate(timeout=240)
-    assert launcher.returncode == 1
-    (line,) = error_lines(errors)
-    assert "another rank may have died: " in line or "is stuck" in line
-    assert line.endswith(f". Resume with --resume {run_name}")
-    assert errors.count("Traceback (most") == 1  # the launcher's
 
 
 def block_rank_1_after_20_calls(loss, calls):

@@ -21,8 +21,7 @@ from engine.datasets import load_dataset
 from engine.errors import FallbackWarning, UserError
 from engine.image_source import ReadOptions
 from engine.shapes import draw_shapes
-from tests.helpers import CPU
-from tests.test_metrics import MeanColors
+from tests.helpers import CPU, MeanColors
 
 pytest.importorskip("efficientnet_lite_pytorch", reason="needs requirements-eval.txt")
 

@@ -11,8 +11,7 @@ from engine.evaluation_report import (
     result_name,
 )
 from engine.shapes import draw_shapes
-from tests.helpers import CPU
-from tests.test_metrics import MeanColors
+from tests.helpers import CPU, MeanColors
 
 
 def test_plot_nearest_neighbors_finds_mirrored_copies_in_pixels_and_features():

@@ -23,8 +23,15 @@ from engine.errors import FallbackWarning
 from engine.shapes import draw_shapes
 from engine.train_step import TrainStep
 from engine.trainer import train
-from tests.helpers import CPU, STEP_SETTINGS, relative_error
-from tests.test_distributed import kill_one_rank, torchrun, training_arguments
+from tests.helpers import (
+    CPU,
+    STEP_SETTINGS,
+    kill_one_rank,
+    relative_error,
+    save_images,
+    torchrun,
+    training_arguments,
+)
 from tests.test_unet import ARCHITECTURES, pair, results
 
 pytestmark = [
@@ -384,6 +391,7 @@ def test_rank_killed_on_a_gpu_ends_the_run_which_resumes_on_one_and_on_two(tmp_p
     monkeypatch.chdir(tmp_path)
     flags = ["--dim", "32", "--use_amp", "--cuda_graph"]
     new = ["--run_name", "killed", "--max_steps", "100000", "--save_every_minutes", "0"]
+    save_images(tmp_path)
     kill_one_rank(train_on_two_gpus(tmp_path, *flags, *new), "killed")
     last = tmp_path / "checkpoints/killed/last.pt"
     step = torch.load(last, weights_only=True)["progress"]["step"]

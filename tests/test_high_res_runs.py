@@ -15,11 +15,12 @@ import inference_high_res
 import train
 import train_stl10_optimized
 import train_true_high_res
+from engine.datasets import ARCHIVES
 from engine.errors import UserError
-from tests.helpers import random_images
-from tests.test_datasets import STL10_NAMES, change_archive, write_tar, write_zip
+from tests.helpers import change_archive, random_images, write_tar, write_zip
 
-TINY_FLAGS = [
+STL10_NAMES = tuple(ARCHIVES["stl10"].contents)
+FOUR_LEVELS = [
     "--dim", "8", "--dim_mults", "1,1,1,1", "--attention_heads", "1", "--attention_dim", "8",
     "--batch_size", "4", "--grid_images", "2", "--sampling_timesteps", "2", "--max_steps", "2",
 ]  # fmt: skip
@@ -32,7 +33,7 @@ def run_training(tmp_path, monkeypatch):
 
     def run_training(script, *arguments: str) -> dict:
         name = f"run-{len(list(Path('.').glob('checkpoints/*')))}"
-        flags = [*TINY_FLAGS, *arguments, "--run_name", name]
+        flags = [*FOUR_LEVELS, *arguments, "--run_name", name]
         monkeypatch.setattr(sys, "argv", [script.__file__, *flags])
         train.main(script.__doc__, script.DEFAULTS)
         return torch.load("checkpoints/ddpm_final.pt", weights_only=True)

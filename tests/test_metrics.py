@@ -16,7 +16,7 @@ from engine.dataloader import Batch
 from engine.datasets import load_dataset
 from engine.errors import FallbackWarning, UserError
 from engine.shapes import draw_shapes
-from tests.helpers import CPU
+from tests.helpers import CPU, MeanColors
 
 pytest.importorskip("efficientnet_lite_pytorch", reason="needs requirements-eval.txt")
 pytest.importorskip("torch_fidelity", reason="needs requirements-eval.txt")
@@ -31,21 +31,6 @@ def random_features(count: int = 400, width: int = 20, seed: int = 0, scale: flo
 
 def gaussian(mean: np.ndarray, covariance: np.ndarray) -> metrics.Statistics:
     return metrics.Statistics(np.empty((1000, len(mean))), mean, covariance)
-
-
-class MeanColors(torch.nn.Module):
-    """A feature network whose features are the mean colors."""
-
-    title = "FD-Colors"
-
-    def __init__(self, name: str = "colors"):
-        super().__init__()
-        self.name = name
-        self.batch_sizes = []
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        self.batch_sizes.append(len(images))
-        return images.float().mean(dim=(2, 3))
 
 
 # Fréchet distance.

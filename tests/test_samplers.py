@@ -32,6 +32,7 @@ from engine.samplers import (
     timesteps_from_sigmas,
     uniform,
 )
+from tests.helpers import Mixture
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning:diffusers"
@@ -71,43 +72,6 @@ class Gaussian:
         a = self.alpha_bar[t]
         gain = math.sqrt(a) * self.std**2 / (a * self.std**2 + 1 - a)
         return self.mean + gain * (x - math.sqrt(a) * self.mean)
-
-
-class Mixture:
-    """The exact denoiser of pixels that are N(-0.3, 0.3^2) or N(0.4, 0.2^2)."""
-
-    means = torch.tensor([[-0.3], [0.4]]).double()
-    variances = torch.tensor([[0.09], [0.04]]).double()
-
-    def __init__(self, alpha_bar: list[float]):
-        self.alpha_bar = alpha_bar
-        self.nfe = 0
-
-    def __call__(self, x: Tensor, t: int) -> Tensor:
-        self.nfe += 1
-        a = self.alpha_bar[t]
-        variance = a * self.variances + 1 - a
-        offset = x.flatten() - math.sqrt(a) * self.means
-        weight = torch.softmax(-(offset**2) / variance / 2 - variance.log() / 2, dim=0)
-        x_0 = weight * (self.means + math.sqrt(a) * self.variances / variance * offset)
-        return x_0.sum(0).view_as(x)
-
-    def cdf(self, x: Tensor, a: float) -> Tensor:
-        """The probability that a pixel of x_t is below x, where alpha_bar is a."""
-        offset = x.flatten() - math.sqrt(a) * self.means
-        std = (a * self.variances + 1 - a).sqrt()
-        return torch.special.ndtr(offset / std).mean(0).view_as(x)
-
-    def flow(self, x: Tensor) -> Tensor:
-        """The image of x_T by the probability flow, which keeps a pixel's quantile."""
-        low = torch.full_like(x, -3)
-        high = torch.full_like(x, 3)
-        for _ in range(60):
-            middle = (low + high) / 2
-            is_low = self.cdf(middle, 1.0) < self.cdf(x, self.alpha_bar[-1])
-            low = torch.where(is_low, middle, low)
-            high = torch.where(is_low, high, middle)
-        return middle
 
 
 # Powers of 2 divide the timesteps; sigma stops at 6, where steps in sigma are still short.

@@ -12,8 +12,7 @@ from engine import benchmarking
 from engine.benchmarking import BenchmarkJob
 from engine.errors import UserError
 from scaling import ScalingSettings
-from tests.helpers import CPU
-from tests.test_benchmark import RecordedStep
+from tests.helpers import CPU, RecordedStep
 
 
 def settings(**values) -> ScalingSettings:
