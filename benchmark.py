@@ -1,4 +1,4 @@
-"""Measures training and sampling on this machine, next to lucidrains' denoising-diffusion-pytorch.
+"""Measures speed and memory, next to lucidrains' denoising-diffusion-pytorch.
 
     python benchmark.py                         everything; about ten minutes on a GPU
     python benchmark.py --quick --only training
@@ -69,7 +69,7 @@ class BenchmarkSettings(Settings):
 
 
 def upstream_diffusion(config: Config) -> GaussianDiffusion:
-    """Returns upstream's diffusion process around its network, which is as large as ours."""
+    """Returns upstream's diffusion process, with a network as large as ours."""
     network = Unet(
         config.DIM, dim_mults=config.DIM_MULTS, dropout=config.DROPOUT,
         full_attn=tuple(full_attention_levels(config)),
@@ -174,7 +174,7 @@ def measure_upstream_sampling(config: Config, device: torch.device) -> Row:
 
 
 def measure_memory(config: Config, device: torch.device, cap: float) -> Row:
-    """Times a preset's step with the network and micro-batch that training takes under a cap."""
+    """Times a preset's step with what training takes under a memory cap."""
     flags = {name: getattr(config, name) for name in NETWORK if config.set_by[name] == "flag"}
     tier = tier_for_memory(cap)
     cap_memory(cap)

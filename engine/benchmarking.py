@@ -1,4 +1,4 @@
-"""Benchmarks: rows measured in worker processes, and the results files and tables made of them.
+"""Benchmarks: rows measured in worker processes, results files and tables.
 
 A results file is {network: {section: result}}, where a result is {"device", "torch", "date",
 "command", ..., "rows": [{...}, ...]}; earlier ones are a single result.
@@ -49,7 +49,7 @@ Row = dict[str, Any]  # of a table of results
 
 
 class BenchmarkJob(NamedTuple):
-    """A row of a table, and the call `measure(device=...)` that completes it, on each rank."""
+    """A row of a table, and the call that completes it on each rank, measure(device=)."""
 
     row: Row
     measure: Callable[..., Row]
@@ -123,7 +123,7 @@ def time_steps(
 def run_section(
     name: str, network: str, section: str, about: Row, jobs: Sequence[BenchmarkJob], ratio: str
 ) -> list[Row]:  # fmt: skip
-    """Runs jobs and returns their rows, each printed and written as soon as it is measured.
+    """Runs jobs and returns their rows, each printed and written when measured.
 
     The section replaces the earlier one of the same network in results/<name>-<device>.json.
     ratio: the key of a row's speed, by rank, over that of its baseline, which is measured before.
