@@ -263,6 +263,7 @@ def test_ranks_that_get_sigterm_save_and_exit_with_its_code(folder):
 # --- a step, and inference
 
 SHARED = f"""
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -278,6 +279,8 @@ from engine.train_step import TrainStep
 
 # As in a new clone.
 checkpoints.CHECKPOINT_DIR, checkpoints.PRETRAINED_DIR = Path("empty"), Path("checkpoints")
+inference.main()
+sys.argv = ["inference.py", "--num_samples", "2", "--output_dir", "alone"]
 inference.main()
 with session(str) as dist:
     rank, world_size = dist.process_index, dist.num_processes
@@ -306,8 +309,10 @@ def shared(tmp_path_factory) -> Path:
     torch.save(torch.randint(256, (32, 3, 16, 16), dtype=torch.uint8), folder / "images.pt")
     (folder / "shared.py").write_text(SHARED)
     output = finish(start_two_ranks(folder, folder / "shared.py", *BATCH, "two"))
-    assert output.count("no checkpoint in empty/ yet") == 1
+    assert output.count("no checkpoint in empty/ yet") == 2  # once by each script
     assert output.count("batch: 600 images: images.npz") == 1
+    assert output.count("note: rank 0 works alone") == 1
+    assert output.count("samples: 2 images") == len(list(folder.glob("alone/*/grid.png"))) == 1
     return folder
 
 
@@ -337,6 +342,38 @@ def test_half_a_batch_on_each_of_two_ranks_is_a_step_on_all_of_it(shared):
         two = torch.load(shared / f"rank{rank}.pt", weights_only=True)
         torch.testing.assert_close((two["loss"], two["norm"]), (loss, norm))
         torch.testing.assert_close(two["weights"], list(step.model.parameters()), rtol=0, atol=1e-6)
+
+
+EVALUATING = """
+from engine.cli import run_script
+
+import evaluate
+from tests.helpers import MeanColors
+
+evaluate.load_feature_networks = lambda *_: [MeanColors()]
+run_script(evaluate.main)
+"""
+
+
+def test_two_ranks_score_a_labeled_model_as_one_does(folder):
+    (folder / "evaluating.py").write_text(EVALUATING)
+    torch.manual_seed(0)
+    size = {"image_size": 8, "dim": 8, "dim_mults": (1, 2), "timesteps": 20}
+    model = DDPMModel(**size, class_counts={"a": 100, "b": 100})
+    model.unet.class_embedding.weight.data.normal_()
+    model.save_model("model.pt")
+    flags = ["--checkpoint", "model.pt", "--dataset", "folder", "--data_dir", "images"]
+    flags += ["--num_samples", "21", "--steps", "2", "--output_dir"]
+    script = folder / "evaluating.py"
+    assert finish(start_two_ranks(folder, script, *flags, "two")).count("FD-Colors") >= 1
+    run_script_ok(folder, script, *flags, "one")
+    one, two = (
+        json.loads(next(Path(name).glob("*.json")).read_text())["evaluations"][0]
+        for name in ("one", "two")
+    )
+    assert two["scores"] == pytest.approx(one["scores"], rel=1e-3)
+    assert [row["class"] for row in two["classes"]] == ["a", "b"]
+    assert two["classes"] == one["classes"]
 
 
 def test_all_ranks_take_the_checkpoint_that_rank_0_finds(tmp_path, monkeypatch):
