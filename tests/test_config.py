@@ -1,6 +1,7 @@
 """Configuration: which layer wins, which tier is chosen, and that every flag arrives."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from ddpm_model import DDPMModel
 from engine import checkpoints
 from engine.datasets import ARCHIVES
 from engine.errors import FallbackWarning, RenamedWarning, UserError
+from engine.settings import Setting
 from tests.helpers import CPU_TIER, LARGE_TIER
 
 SETTINGS = DDPMConfig.settings()
@@ -243,17 +245,21 @@ def test_last_run_length_counts():
 # --- Command line.
 
 
+def another_value(setting: Setting) -> Any:
+    """A value of a setting that is allowed and not its default."""
+    if setting.choices:
+        return setting.choices[-2]
+    if setting.value_type is int:
+        return 2 * (setting.default or 1)
+    if setting.value_type is float:
+        return (setting.default or 1.0) / 2
+    return {bool: not setting.default, str: "13", tuple: (1, 2, 3, 5)}[setting.value_type]
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting_is_a_flag(name):
     setting = SETTINGS[name]
-    if setting.choices:
-        value = setting.choices[-2]
-    elif setting.value_type in (int, float):
-        value = setting.value_type(
-            (setting.default or 1) * 2 / (4 if setting.value_type is float else 1)
-        )
-    else:
-        value = {bool: not setting.default, str: "13", tuple: (1, 2, 3, 5)}[setting.value_type]
+    value = another_value(setting)
     text = ",".join(map(str, value)) if setting.value_type is tuple else str(value)
     arguments = [f"--{name.lower()}", text]
     if setting.value_type is bool:

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -91,31 +92,36 @@ def test_loss_is_that_of_a_plain_second_implementation(fraction, mode):
     labels = torch.tensor([0, 1, -1, 0, 1, 0])
     loss = model(images, t, noise, labels)
 
-    # One image after the other, in sigma, with numbers.
-    alpha_bar = model.diffusion.alphas_cumprod.double().tolist()
+    # One image after the other, in sigma, with numbers; timestep -1 is the clean image.
+    alpha_bar = [*model.diffusion.alphas_cumprod.double().tolist(), 1.0]
     sigmas = [math.sqrt((1 - a) / a) for a in alpha_bar]
-    total = 0.0
-    for i, step in enumerate(t.tolist()):
+
+    def lower_timestep(step: int) -> int:
         sigma = sigmas[step]
-        shrink = 2 ** (3 + 5 * fraction)
-        lower = sigma - sigma * (1 + 8 / (1 + math.exp(sigma))) / shrink
-        s = max((k for k in range(step) if sigmas[k] <= lower), default=-1)
-        clean, added = 2 * images[i] - 1, noise[i]
-        x_0 = []
-        for k in (step, s):
-            if k == s and mode != "none":  # what the guided model predicts, by its samplers' code
-                a = alpha_bar[step]
-                x = math.sqrt(a) * clean + math.sqrt(1 - a) * added
-                clean = source.denoiser(labels=labels[i : i + 1])(x[None], step)[0]
-                added = (x - math.sqrt(a) * clean) / math.sqrt(1 - a)
-            a = alpha_bar[k] if k >= 0 else 1.0
-            x = math.sqrt(a) * clean + math.sqrt(1 - a) * added
-            v = model.unet(x[None], torch.tensor([max(k, 0)]), None, labels[i : i + 1])[0]
-            x_0.append(math.sqrt(a) * x - math.sqrt(1 - a) * v)
-        mse = ((x_0[0] - x_0[1]) ** 2).mean().item()
-        distance = math.sqrt(mse + 0.00054**2) - 0.00054
-        total += distance / (sigma - (sigmas[s] if s >= 0 else 0.0)) / len(t)
-    assert loss.item() == pytest.approx(total, rel=1e-3)
+        lower = sigma - sigma * (1 + 8 / (1 + math.exp(sigma))) / 2 ** (3 + 5 * fraction)
+        return max((k for k in range(step) if sigmas[k] <= lower), default=-1)
+
+    def predict_x_0(clean: Tensor, added: Tensor, step: int, label: Tensor) -> Tensor:
+        a = alpha_bar[step]
+        x = math.sqrt(a) * clean + math.sqrt(1 - a) * added
+        v = model.unet(x[None], torch.tensor([max(step, 0)]), None, label)[0]
+        return math.sqrt(a) * x - math.sqrt(1 - a) * v
+
+    def by_teacher(clean: Tensor, added: Tensor, step: int, label: Tensor) -> tuple[Tensor, Tensor]:
+        """The image and the noise that the guided model predicts, by its samplers' code."""
+        a = alpha_bar[step]
+        x = math.sqrt(a) * clean + math.sqrt(1 - a) * added
+        predicted = source.denoiser(labels=label)(x[None], step)[0]
+        return predicted, (x - math.sqrt(a) * predicted) / math.sqrt(1 - a)
+
+    losses = []
+    for clean, added, step, label in zip(2 * images - 1, noise, t.tolist(), labels, strict=True):
+        s, label = lower_timestep(step), label[None]
+        target = (clean, added) if mode == "none" else by_teacher(clean, added, step, label)
+        difference = predict_x_0(clean, added, step, label) - predict_x_0(*target, s, label)
+        distance = math.sqrt(difference.square().mean().item() + 0.00054**2) - 0.00054
+        losses.append(distance / (sigmas[step] - sigmas[s]))
+    assert loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-3)
 
 
 def test_loss_has_no_gradient_through_the_target_and_one_in_mixed_precision():
@@ -380,37 +386,68 @@ def test_script_knows_the_images_of_the_pretrained_model_alone(tmp_path, monkeyp
     assert not config.CLASS_CONDITIONAL
 
 
-@pytest.mark.parametrize("source", ["--checkpoint", "--resume"])
-def test_dry_run_and_memory_search_measure_the_step_with_its_teacher(source, tuned, monkeypatch):
-    guided_source().save_model("guided.safetensors")
-    reference = {"--checkpoint": "guided.safetensors", "--resume": "tuned"}[source]
-    flags = ["--dataset", "shapes", "--max_steps", "9", "--warmup_steps", "2", "--batch_size", "16"]
-    flags += ["--grid_images", "4", "--keep", "0", "--auto_micro_batch", "--dry_run"]
-    monkeypatch.setattr("sys.argv", ["", source, reference, *flags])
-    steps = {"search": 0, "dry run": 0}
-    task = "dry run"
-    predict = ConsistencyModel.predict_by_teacher
+@pytest.fixture
+def on_gpu(monkeypatch) -> SimpleNamespace:
+    """What train.py takes for a process on a GPU."""
+    dist = SimpleNamespace(device=torch.device("cuda"), num_processes=1, is_main_process=True)
+    monkeypatch.setattr(train_script.distributed, "session", lambda *_: nullcontext(dist))
+    return dist
 
-    def count_steps(*arguments) -> Tensor:
-        steps[task] += 1
-        return predict(*arguments)
+
+@pytest.fixture
+def predictions(monkeypatch) -> list[int]:
+    """The number of images in each prediction by a teacher."""
+    counts, predict = [], ConsistencyModel.predict_by_teacher
+
+    def record(model: ConsistencyModel, labels: Tensor | None, x: Tensor, t: Tensor) -> Tensor:
+        counts.append(len(x))
+        return predict(model, labels, x, t)
+
+    monkeypatch.setattr(ConsistencyModel, "predict_by_teacher", record)
+    return counts
+
+
+@pytest.fixture(params=["--checkpoint", "--resume"])
+def dry_run(request, tuned, monkeypatch) -> Callable[..., None]:
+    """A dry run of train_consistency.py with more flags: of a new run, or of a resumed one."""
+    guided_source().save_model("guided.safetensors")
+    reference = {"--checkpoint": "guided.safetensors", "--resume": "tuned"}[request.param]
+    flags = ["--dataset", "shapes", "--max_steps", "9", "--warmup_steps", "2", "--batch_size", "16"]
+    flags += ["--grid_images", "4", "--keep", "0", "--dry_run"]
+
+    def run(*more: str) -> None:
+        monkeypatch.setattr("sys.argv", ["", request.param, reference, *flags, *more])
+        train_consistency.main()
+
+    return run
+
+
+def test_dry_run_measures_the_step_with_its_teacher(dry_run, predictions):
+    dry_run()
+    assert len(predictions) >= 2
+
+
+def test_memory_search_measures_the_step_with_its_teacher(
+    dry_run, on_gpu, predictions, monkeypatch
+):
+    searched = []
 
     def search(model, config, images) -> int:
-        nonlocal task
-        task = "search"
+        predictions.clear()
         micro, _ = probe_micro_batch(model, config, 1.0)
-        task = "dry run"
+        searched.extend(predictions)
         return micro
 
-    on_gpu = SimpleNamespace(device=torch.device("cuda"), num_processes=1, is_main_process=True)
-    monkeypatch.setattr(train_script.distributed, "session", lambda *_: nullcontext(on_gpu))
-    monkeypatch.setattr(ConsistencyModel, "predict_by_teacher", count_steps)
     monkeypatch.setattr(train_script, "find_micro_batch", search)
-    train_consistency.main()
-    assert min(steps.values()) >= 2, steps
+    dry_run("--auto_micro_batch")
+    assert len(searched) >= 2
+
+
+@pytest.mark.parametrize("dry_run", ["--checkpoint"], indirect=True)
+def test_memory_search_is_left_out_on_several_ranks(dry_run, on_gpu):
     on_gpu.num_processes = 2
     with pytest.warns(FallbackWarning, match="^auto_micro_batch is for a single GPU; continuing"):
-        train_consistency.main()
+        dry_run("--auto_micro_batch")
 
 
 def test_estimated_size_of_a_checkpoint_has_the_teacher_once(tuned):
