@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+from engine.cli import run_script
+
 import numpy as np
 import psutil
 import pytest
@@ -68,6 +70,13 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 needs_no_gpu = pytest.mark.skipif(
     torch.cuda.is_available(), reason="runs on machines without a GPU"
 )
+
+
+def exit_code(main: Callable[[], None]) -> int:
+    """Runs a script's main in this process, as the script does; returns its exit code."""
+    with pytest.raises(SystemExit) as stopped:
+        run_script(main)
+    return stopped.value.code
 
 
 def run_script_ok(folder: Path, script: str, *arguments: str) -> str:

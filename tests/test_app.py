@@ -11,8 +11,6 @@ import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
-from engine.cli import run_script
-
 import numpy as np
 import pytest
 import torch
@@ -24,6 +22,7 @@ from engine import page, page_html, plots
 from engine.errors import UserError
 from engine.page import ModelKeeper, PageImage, Plan, Request, ServedModel, Session, Turns
 from inference import InferenceSettings
+from tests.helpers import exit_code
 
 SMALL = {
     "image_size": 8, "dim": 8, "dim_mults": (1,), "attn_heads": 1, "attn_dim_head": 16,
@@ -320,8 +319,7 @@ def test_png_of_a_sample_restores_its_settings(served):
 def test_trajectory_ends_in_the_png_of_inference(served, monkeypatch):
     settings = ["--sampler", "ddim", "--spacing", "uniform", "--eta", "1", "--seeds", "3"]
     monkeypatch.setattr("sys.argv", ["inference.py", *settings, "--guidance_mode", "autoguidance"])
-    with pytest.raises(SystemExit):
-        run_script(inference.main)
+    assert exit_code(inference.main) == 0
     (path,) = Path("inference_results").rglob("000003.png")
     session = Session()
     notices = []
@@ -368,9 +366,7 @@ def test_png_of_a_derived_image_restores_its_source(served, mode, monkeypatch):
 
     # inference.py makes the same image from it.
     monkeypatch.setattr("sys.argv", ["inference.py", "--from_png", str(path)])
-    with pytest.raises(SystemExit) as exit_:
-        run_script(inference.main)
-    assert exit_.value.code == 0
+    assert exit_code(inference.main) == 0
     (made,) = Path("inference_results").glob("*/*/000003.png")
     assert Image.open(made).tobytes() == Image.open(path).tobytes()
 
@@ -544,9 +540,7 @@ def test_start_passes_on_the_address_and_limits_uploads(served, monkeypatch):
 def test_missing_gradio_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["app.py"])
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(SystemExit) as exit_:
-        run_script(app.main)
-    assert exit_.value.code == 2
+    assert exit_code(app.main) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "pip install -r requirements-app.txt" in line
 

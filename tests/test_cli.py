@@ -8,19 +8,14 @@ from engine.cli import LOST_READER_EXIT_CODE, Parser, import_from_file, run_scri
 import pytest
 
 from engine.errors import UserError
-
-
-def exit_code_of(main) -> int:
-    with pytest.raises(SystemExit) as exit_:
-        run_script(main)
-    return exit_.value.code
+from tests.helpers import exit_code
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_run_script_escapes_what_stdout_cannot_encode(monkeypatch, encoding):
     written = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding))
-    assert exit_code_of(lambda: print("run 模型-\udcff: done")) == 0
+    assert exit_code(lambda: print("run 模型-\udcff: done")) == 0
     assert written.getvalue() == rb"run \u6a21\u578b-\udcff: done" + os.linesep.encode()
 
 
@@ -33,7 +28,7 @@ def test_run_script_ends_silently_when_the_reader_of_stdout_is_gone(
     with open(write_end, "wb", buffering) as file:
         stdout = io.TextIOWrapper(file, write_through=True)
         monkeypatch.setattr("sys.stdout", stdout)
-        assert exit_code_of(lambda: print("a line", flush=flush)) == LOST_READER_EXIT_CODE
+        assert exit_code(lambda: print("a line", flush=flush)) == LOST_READER_EXIT_CODE
         monkeypatch.undo()
     assert capsys.readouterr().err == ""
 
@@ -47,7 +42,7 @@ def test_run_script_does_not_hide_other_broken_pipes():
 
 
 def test_run_script_answers_a_file_that_cannot_be_read_with_what_to_choose(capsys, tmp_path):
-    assert exit_code_of((tmp_path / "none.txt").read_text) == 2
+    assert exit_code((tmp_path / "none.txt").read_text) == 2
     line = capsys.readouterr().err
     assert "none.txt). Choose a folder that can be written to, or a file that can be read" in line
 

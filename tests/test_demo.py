@@ -3,8 +3,6 @@
 import sys
 from types import SimpleNamespace
 
-from engine.cli import run_script
-
 import pytest
 import torch
 
@@ -12,7 +10,7 @@ import demo
 from ddpm_model import DDPMModel
 from engine.errors import UserError
 from engine.shapes import draw_shapes
-from tests.helpers import CPU
+from tests.helpers import CPU, exit_code
 
 STATE = SimpleNamespace(device=CPU)
 
@@ -22,9 +20,7 @@ def test_main_reports_failed_checks_and_runs_the_others(tmp_path, monkeypatch, c
     monkeypatch.setattr(sys, "argv", ["demo.py"])
     checks = {"broken": lambda _: 1 / 0, "mathematics": demo.check_mathematics}
     monkeypatch.setattr(demo, "CHECKS", checks)
-    with pytest.raises(SystemExit) as stopped:
-        run_script(demo.main)
-    assert stopped.value.code == 1
+    assert exit_code(demo.main) == 1
     printed = capsys.readouterr()
     assert "1/2  broken         failed" in printed.out
     assert "2/2  mathematics    passed" in printed.out

@@ -5,8 +5,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from engine.cli import run_script
-
 import numpy as np
 import pytest
 import torch
@@ -21,7 +19,7 @@ from engine.datasets import load_dataset
 from engine.errors import FallbackWarning, UserError
 from engine.image_source import ReadOptions
 from engine.shapes import draw_shapes
-from tests.helpers import CPU, MeanColors
+from tests.helpers import CPU, MeanColors, exit_code
 
 pytest.importorskip("efficientnet_lite_pytorch", reason="needs requirements-eval.txt")
 
@@ -54,9 +52,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 def run_evaluate(monkeypatch, *arguments: str) -> int:
     """Runs evaluate.py in this process and returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        run_script(evaluate.main)
-    return stopped.value.code
+    return exit_code(evaluate.main)
 
 
 def no_network(url: str) -> Path:

@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-from engine.cli import run_script
-
 import numpy as np
 import pytest
 import torch
@@ -28,7 +26,7 @@ from engine.image_source import ReadOptions
 from engine.inference_jobs import InferenceJob
 from engine.labels import labels_in_proportion
 from engine.samplers import SAMPLERS
-from tests.helpers import ROOT
+from tests.helpers import ROOT, exit_code
 
 NARROW = {"dim": 8, "attn_heads": 1, "attn_dim_head": 16}
 SMALL = NARROW | {"image_size": 8, "dim_mults": (1,), "timesteps": 40, "sampling_timesteps": 5}
@@ -70,9 +68,7 @@ def infer(monkeypatch):
 
     def infer(*arguments: str) -> int:
         monkeypatch.setattr("sys.argv", ["inference.py", *arguments])
-        with pytest.raises(SystemExit) as exit_:
-            run_script(inference.main)
-        return exit_.value.code
+        return exit_code(inference.main)
 
     return infer
 
