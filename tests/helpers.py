@@ -10,7 +10,7 @@ import sys
 import tarfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -127,6 +127,16 @@ def write_changed_training(
     return path
 
 
+def hold_lock(name: str) -> int:
+    """Locks a run's folder as another process would; returns the handle."""
+    fcntl = pytest.importorskip("fcntl")
+    folder = Path("checkpoints", name)
+    folder.mkdir(parents=True)
+    handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    return handle
+
+
 def checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
     """All weights of a checkpoint, raw and EMA."""
     state = torch.load(path, weights_only=True)
@@ -149,6 +159,26 @@ def max_weight_difference(a: torch.nn.Module, b: torch.nn.Module) -> float:
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     """The norm of the difference over the norm of b."""
     return ((a - b).double().norm() / b.double().norm()).item()
+
+
+def channels_last(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Random values in channels-last memory."""
+    return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def compare_gradients(
+    kernel: Callable, formula: Callable, inputs: Sequence[torch.Tensor | None],
+    dy: torch.Tensor, limit: float = 1e-5,
+) -> None:  # fmt: skip
+    """Asserts that both have the same output and gradients."""
+    found = []
+    for function in (kernel, formula):
+        leaves = [x if x is None else x.detach().clone().requires_grad_() for x in inputs]
+        y = function(*leaves)
+        y.backward(dy)
+        found.append([y.detach(), *(leaf.grad for leaf in leaves if leaf is not None)])
+    for a, b in zip(*found, strict=True):
+        assert relative_error(a, b) < limit
 
 
 def random_images(count: int, size: int, channels: int = 3, seed: int = 0) -> np.ndarray:

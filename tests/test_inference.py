@@ -1,6 +1,5 @@
 """inference.py: every mode, images reproduced from their PNG, resumed batches, bad input."""
 
-import io
 import json
 import os
 import runpy
@@ -20,7 +19,7 @@ from torchvision.utils import make_grid
 
 import inference
 from ddpm_model import DDPMModel
-from engine import checkpoints, inference_jobs, inference_modes, input_images, plots
+from engine import checkpoints, inference_jobs, inference_modes, plots
 from engine.errors import FallbackWarning, UserError
 from engine.image_source import ReadOptions
 from engine.inference_jobs import InferenceJob
@@ -519,13 +518,6 @@ def previous_version(settings: dict) -> dict:
     return settings | inputs | {"guidance": 0.0, "channels_last": False}
 
 
-def test_noise_levels_of_earlier_versions_need_no_spacing():
-    stored = {"seeds": [3], "spacing": "karras"}
-    for levels, spacing in (("80,3", None), (None, "karras")):
-        complete = inference_jobs.complete_settings(stored | {"noise_levels": levels})
-        assert complete["spacing"] == spacing
-
-
 def test_png_of_the_previous_version_is_reproduced(guided, infer):
     assert infer("--seeds", "3", "--steps", "3") == 0
     path = only("samples-*/000003.png")
@@ -902,12 +894,6 @@ def test_ranks_sample_their_images_with_their_labels(conditional, monkeypatch):
         assert not images[1 - rank :: 2].any()
 
 
-def test_class_without_training_images_may_be_asked_for():
-    model = DDPMModel(**SMALL, class_counts={"cat": 3, "dog": 0})
-    job = InferenceJob(model, {"batch_size": 1, "classes": "dog"}, Path(), "ddim")
-    assert job.labels_of(range(4)) == [1] * 4
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -925,52 +911,3 @@ def test_wrong_classes_are_reported_in_one_line(conditional, infer, capsys, argu
     error = capsys.readouterr().err
     assert error.count("error: ") == 1 and message in error
     assert not Path("inference_results").exists()
-
-
-def test_parse_seeds_takes_numbers_and_ranges_without_repeats():
-    assert inference_jobs.parse_seeds("7") == [7]
-    assert inference_jobs.parse_seeds("1,5, 10-12") == [1, 5, 10, 11, 12]
-    for text in ("", "3-", "-3", "1.5", "1,,2", "²"):
-        with pytest.raises(UserError, match="must look like"):
-            inference_jobs.parse_seeds(text)
-    with pytest.raises(UserError, match="'3-5,4', but names a seed twice"):
-        inference_jobs.parse_seeds("3-5,4")
-
-
-def test_input_image_is_converted_with_a_notice_of_what_changed(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for mode, size, change in (
-        ("LA", (30, 20), "cropped and resized"),
-        ("RGB", (32, 32), "resized"),
-        ("RGB", (16, 18), "cropped"),
-        ("L", (16, 16), "converted"),
-        ("RGB", (16, 16), None),
-    ):
-        Image.new(mode, size).save("a.png")
-        input_images.read_image(Path("a.png"), 16, 3)
-        notice = f"a.png: {size[0]}x{size[1]} {mode}, {change} to 16x16 RGB\n"
-        assert capsys.readouterr().out == (notice if change else "")
-
-
-def test_mask_is_read_by_its_brightest_channel_on_black():
-    for mode, color, is_masked in (
-        ("L", 128, True), ("L", 127, False), ("1", 1, True), ("I;16", 65535, True),
-        ("RGB", (255, 0, 0), True), ("RGB", (0, 255, 0), True), ("RGB", (0, 0, 255), True),
-        ("RGB", (90, 90, 90), False), ("RGBA", (255, 255, 255, 255), True),
-        ("RGBA", (255, 255, 255, 0), False), ("LA", (255, 100), False),
-    ):  # fmt: skip
-        file = io.BytesIO()
-        mask = Image.new(mode, (8, 8))
-        mask.paste(color, (0, 0, 4, 8))
-        mask.save(file, "png")
-        read = input_images.read_mask(file, io.BytesIO(file.getvalue()), 8)
-        assert read[:, :3].eq(is_masked).all() and not read[:, 5:].any(), (mode, color)
-
-
-def test_input_image_is_rotated_by_its_exif_data(folder):
-    image, exif = Image.new("RGB", (20, 20), "black"), Image.Exif()
-    image.paste("white", (0, 0, 20, 10))
-    exif[0x0112] = 6  # rotate by 90 degrees clockwise to show it
-    image.save("photo.png", exif=exif)
-    image = input_images.read_image(Path("photo.png"), 20, 3)
-    assert image[:, :, 15].min() == 1 and image[:, :, 5].max() == 0

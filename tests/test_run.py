@@ -1,9 +1,8 @@
-"""A run: what it is called, who may train it, what is due when, and what it writes."""
+"""A run: who may train it, what is due when, and what it writes."""
 
 import math
 import os
 import time
-from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,17 +12,15 @@ from PIL import Image
 
 from config import Config, resolve
 from ddpm_model import DDPMModel
-from engine import plots, progress, run, run_names
+from engine import plots, progress, run
 from engine.dataloader import Batch, BatchLoader, ImageDataset
 from engine.errors import FallbackWarning, UserError
 from engine.progress import Progress
 from engine.run import MetricsLog, Run
-from engine.run_names import new_run_name
 from engine.trackers import Tracker
 from engine.train_step import TrainStep
-from engine.trainer import should_snapshot_guide
 from tests.forked_script import ForkedScript
-from tests.helpers import CPU, CPU_TIER, ROOT, FakeTime, random_images
+from tests.helpers import CPU, CPU_TIER, ROOT, FakeTime, hold_lock, random_images
 
 ALONE = SimpleNamespace(num_processes=1, process_index=0, device=CPU)
 FLAGS = {
@@ -53,23 +50,7 @@ def clock(monkeypatch) -> FakeTime:
     return fake
 
 
-# --- names and locks
-
-
-@pytest.fixture
-def hold_lock(tmp_path, monkeypatch):
-    """Locks a run's folder as another process would; returns a function that does."""
-    fcntl = pytest.importorskip("fcntl")
-    monkeypatch.chdir(tmp_path)
-
-    def hold(name: str) -> int:
-        folder = Path("checkpoints", name)
-        folder.mkdir(parents=True)
-        handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        return handle
-
-    return hold
+# --- locks
 
 
 def make_run(name: str, **progress) -> Run:
@@ -78,40 +59,8 @@ def make_run(name: str, **progress) -> Run:
     return Run(name, {}, step, loader, Progress(step.config, len(loader), ALONE, **progress))
 
 
-def test_new_run_name_is_unused_even_if_two_runs_start_in_the_same_second(hold_lock, monkeypatch):
-    monkeypatch.setattr(run_names, "datetime", SimpleNamespace(now=lambda: datetime(2026, 1, 1)))
-    unnamed = SimpleNamespace(RUN_NAME="", DATASET="shapes", IMAGE_SIZE=8)
-    assert new_run_name(unnamed) == "shapes-8px-20260101-000000"
-    assert new_run_name(unnamed) == "shapes-8px-20260101-000000-2"
-    handle = hold_lock("shapes-8px-20260101-000000-3")
-    assert new_run_name(unnamed) == "shapes-8px-20260101-000000-4"
-    os.close(handle)
-
-
-@pytest.mark.parametrize("name", ["../mine", "/mine", "a/../../b", "."])
-def test_new_run_name_must_be_a_folder_below_the_checkpoints(name, tmp_path, monkeypatch):
+def test_run_belongs_to_one_process(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="must name a folder below checkpoints/"):
-        new_run_name(SimpleNamespace(RUN_NAME=name))
-
-
-def test_new_run_name_may_be_that_of_a_run_that_saved_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("checkpoints/mine").mkdir(parents=True)
-    named = SimpleNamespace(RUN_NAME="mine")
-    assert new_run_name(named) == "mine"
-    Path("checkpoints/mine/last.pt").touch()
-    with pytest.raises(UserError, match=r"there is a run mine already\. Resume it"):
-        new_run_name(named)
-
-    # Of another, nothing but samples is left.
-    Path("samples/old").mkdir(parents=True)
-    Path("samples/old/final.png").touch()
-    with pytest.raises(UserError, match=r"there is a run old already\. Choose another"):
-        new_run_name(SimpleNamespace(RUN_NAME="old"))
-
-
-def test_run_belongs_to_one_process(hold_lock):
     handle = hold_lock("mine")
     with pytest.raises(UserError, match="run mine is being trained by another process"):
         make_run("mine")
@@ -345,22 +294,6 @@ def test_sample_grid_spreads_readable_rows_over_the_classes(
     assert pairs == [(label, seed) for label in shown for seed in range(columns)]
     headings = [f"seed {seed}" for seed in range(columns)]
     assert tables == [([f"class {label}" for label in shown], headings)]
-
-
-def test_should_snapshot_guide_waits_for_its_fraction_and_the_warm_up():
-    def is_due(step: int, fraction: float, guide_fraction: float = 0.125, guide=None) -> bool:
-        config = SimpleNamespace(GUIDE_FRACTION=guide_fraction, WARMUP_STEPS=10)
-        made = SimpleNamespace(config=config, ema=SimpleNamespace(guide=guide))
-        return should_snapshot_guide(made, SimpleNamespace(step=step, fraction=fraction))
-
-    assert is_due(50, 0.125)
-    assert not is_due(49, 0.49)
-    assert is_due(20, 0.5)
-    assert not is_due(19, 0.99)
-    assert is_due(20, 0.99) and not is_due(20, 1.0)
-    assert not is_due(50, 0.125, guide="exists")
-    assert not is_due(1000, 0.124)
-    assert not is_due(1000, 0.99, guide_fraction=0)
 
 
 # --- metrics

@@ -39,6 +39,7 @@ from engine.trainer import (
     format_duration,
     restore,
     set_up,
+    should_snapshot_guide,
     train,
     warn_if_short,
 )
@@ -232,6 +233,22 @@ def test_train_snapshots_the_guide_from_the_ema_of_that_step(run_here, folder):
     for name, value in guide.items():
         assert torch.equal(value, ema[f"diffusion.model.{name}"])
         assert value.ndim == 0 or not torch.equal(value, whole[f"diffusion.model.{name}"])
+
+
+def test_should_snapshot_guide_waits_for_its_fraction_and_the_warm_up():
+    def is_due(step: int, fraction: float, guide_fraction: float = 0.125, guide=None) -> bool:
+        config = SimpleNamespace(GUIDE_FRACTION=guide_fraction, WARMUP_STEPS=10)
+        made = SimpleNamespace(config=config, ema=SimpleNamespace(guide=guide))
+        return should_snapshot_guide(made, SimpleNamespace(step=step, fraction=fraction))
+
+    assert is_due(50, 0.125)
+    assert not is_due(49, 0.49)
+    assert is_due(20, 0.5)
+    assert not is_due(19, 0.99)
+    assert is_due(20, 0.99) and not is_due(20, 1.0)
+    assert not is_due(50, 0.125, guide="exists")
+    assert not is_due(1000, 0.124)
+    assert not is_due(1000, 0.99, guide_fraction=0)
 
 
 def test_train_in_minutes_ends_with_the_schedule(tmp_path, monkeypatch):

@@ -1,34 +1,15 @@
 """The Triton kernels against the formulas in engine.unet, interpreted on the CPU."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from engine import triton_support, unet
-from tests.helpers import needs_no_gpu, relative_error
+from tests.helpers import channels_last, compare_gradients, needs_no_gpu
 
 pytest.importorskip("triton", reason="PyTorch brings Triton on Linux only")
 pytestmark = needs_no_gpu  # tests/test_gpu.py runs them compiled
-
-
-def channels_last(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
-
-
-def compare(
-    kernel: Callable, formula: Callable, inputs: Sequence[torch.Tensor | None],
-    dy: torch.Tensor, limit: float = 1e-5,
-) -> None:  # fmt: skip
-    """Asserts that both have the same output and gradients."""
-    found = []
-    for function in (kernel, formula):
-        leaves = [x if x is None else x.detach().clone().requires_grad_() for x in inputs]
-        y = function(*leaves)
-        y.backward(dy)
-        found.append([y.detach(), *(leaf.grad for leaf in leaves if leaf is not None)])
-    for a, b in zip(*found, strict=True):
-        assert relative_error(a, b) < limit
 
 
 def add_bias(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -75,7 +56,7 @@ def test_norm_kernel_matches_formula(batch, channels, size, kind, dtype, limit):
 
     kernel = with_slice(unet.triton_kernels.NormFunction.apply)
     inputs = [x, bias, gain, wide, residual, residual_bias]
-    compare(kernel, with_slice(unet.norm_act), inputs, dy, limit)
+    compare_gradients(kernel, with_slice(unet.norm_act), inputs, dy, limit)
 
 
 @pytest.mark.parametrize("kind", ["modulated", "residual"])
@@ -90,7 +71,7 @@ def test_norm_kernel_loops_over_rows_with_a_partial_last_tile(kind, monkeypatch)
     modulation = torch.randn(3, 48) if kind == "modulated" else None
     residual = x.flip(0) if kind == "residual" else None
     residual_bias = torch.randn(24) if kind == "residual" else None
-    compare(
+    compare_gradients(
         lambda *inputs: unet.triton_kernels.NormFunction.apply(*inputs, True),
         lambda *inputs: unet.norm_act(*inputs, True),
         [x, torch.randn(24), torch.randn(1, 24, 1, 1), modulation, residual, residual_bias],
@@ -129,7 +110,7 @@ def test_norm_reduce_kernel_loops_over_images_with_a_partial_last_tile(images, p
 def test_add_bias_kernel_matches_formula():
     torch.manual_seed(0)
     dy = channels_last(3, 48, 7, 5)[:, 24:]
-    compare(add_bias, unet.add_bias, [channels_last(3, 24, 7, 5), torch.randn(24)], dy)
+    compare_gradients(add_bias, unet.add_bias, [channels_last(3, 24, 7, 5), torch.randn(24)], dy)
 
 
 def test_add_bias_kernel_loops_over_rows_with_a_partial_last_tile(monkeypatch):
@@ -137,15 +118,15 @@ def test_add_bias_kernel_loops_over_rows_with_a_partial_last_tile(monkeypatch):
     monkeypatch.setattr(unet.triton_kernels, "TARGET_PROGRAMS", 3)
     monkeypatch.setattr(unet.triton_kernels, "TILE_ELEMENTS", 128)
     x, dy = (channels_last(3, 24, 7, 5) for _ in range(2))
-    compare(add_bias, unet.add_bias, [x, torch.randn(24)], dy)
+    compare_gradients(add_bias, unet.add_bias, [x, torch.randn(24)], dy)
 
 
 def test_kernels_take_images_of_one_pixel():
     """The strides of such images do not tell whether they are channels-last."""
     torch.manual_seed(0)
     x, dy = (torch.randn(3, 24, 1, 1) for _ in range(2))
-    compare(add_bias, unet.add_bias, [x, torch.randn(24)], dy)
-    compare(
+    compare_gradients(add_bias, unet.add_bias, [x, torch.randn(24)], dy)
+    compare_gradients(
         lambda x, gain: unet.triton_kernels.NormFunction.apply(
             x, None, gain, None, None, None, True
         ),
@@ -160,7 +141,7 @@ def test_kernels_take_gradients_of_images_one_pixel_wide():
     torch.manual_seed(0)
     x = channels_last(2, 24, 3, 1)
     dy = torch.randn(144).as_strided(x.shape, (72, 1, 24, 7))
-    compare(add_bias, unet.add_bias, [x, torch.randn(24)], dy)
+    compare_gradients(add_bias, unet.add_bias, [x, torch.randn(24)], dy)
 
 
 # Many images, and many pixels of 136 channels, for which a tile has the fewest.
@@ -215,83 +196,3 @@ def test_second_derivatives_of_kernels_raise(name):
     (dx,) = torch.autograd.grad(function().square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
-
-
-# Shapes: a partial last tile, unequal halves, images of one pixel.
-@pytest.mark.parametrize("a_channels, b_channels, size", [(64, 64, 9), (24, 40, 5), (48, 16, 1)])
-def test_concat_kernels_match_formula(a_channels, b_channels, size, monkeypatch):
-    torch.manual_seed(0)
-    monkeypatch.setattr(unet.triton_concat, "COPIED_ELEMENTS", 512)
-    a = channels_last(3, 2 * a_channels, size, size)[:, a_channels:]
-    b = channels_last(3, b_channels, size, size)
-    weight = channels_last(3, a_channels + b_channels, size, size)
-
-    def weighted_sum(y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        return y * weight + z.square()
-
-    compare(
-        lambda a, b: weighted_sum(*unet.triton_concat.ConcatFunction.apply(a, b)),
-        lambda a, b: weighted_sum(*unet.concat(a, b)),
-        [a, b],
-        torch.randn_like(weight),
-    )
-
-
-@pytest.mark.parametrize("shape", [(1, 8, 4, 2), (2, 8, 4, 4)])
-def test_concat_rejects_images_of_another_size_or_number(shape):
-    with pytest.raises(ValueError, match=r"cannot concatenate \(1, 8, 4, 4\) and"):
-        unet.triton_concat.ConcatFunction.apply(channels_last(1, 8, 4, 4), channels_last(*shape))
-
-
-def test_attention_kernels_need_a_slot():
-    assert unet.triton_attention.supports_attention(32, 1)
-    assert not unet.triton_attention.supports_attention(32, 0)
-    assert not unet.triton_attention.supports_attention(32, 17)
-
-
-@pytest.mark.parametrize("batch, tokens, heads, dim, slots, dtype, limit", [
-    (2, 64, 2, 32, 4, torch.float32, 1e-5),
-    (1, 300, 2, 32, 2, torch.float32, 1e-5),
-    (2, 36, 3, 16, 4, torch.float32, 1e-5),
-    (2, 256, 4, 32, 4, torch.float16, 1e-2),  # the interpreter's bf16 products are wrong
-])  # fmt: skip
-def test_linear_attention_kernel_matches_formula(batch, tokens, heads, dim, slots, dtype, limit):
-    torch.manual_seed(0)
-    qkv = 2 * torch.randn(batch, tokens, 3 * heads * dim).to(dtype)
-    mem_kv = torch.randn(2, heads, dim, slots)
-    assert unet.triton_attention.supports_attention(dim, slots)
-    dy = torch.randn(batch, tokens, heads * dim).to(dtype)
-    kernel = unet.triton_attention.LinearAttentionFunction.apply
-    compare(kernel, unet.linear_attention, [qkv, mem_kv], dy, limit)
-
-
-# Tokens: one partial block, full blocks, several blocks of which the last is partial.
-@pytest.mark.parametrize("batch, tokens, heads, dim, slots, dtype, limit", [
-    (3, 16, 4, 32, 4, torch.float32, 1e-5),
-    (2, 9, 3, 16, 16, torch.float32, 1e-5),
-    (1, 128, 2, 32, 2, torch.float32, 1e-5),
-    (2, 70, 2, 64, 4, torch.float32, 1e-5),
-    (2, 256, 2, 32, 4, torch.float16, 1e-2),  # the interpreter's bf16 products are wrong
-    (1, 150, 2, 32, 4, torch.float16, 1e-2),
-])  # fmt: skip
-def test_full_attention_kernels_match_formula(batch, tokens, heads, dim, slots, dtype, limit):
-    torch.manual_seed(0)
-    qkv = 2 * torch.randn(batch, tokens, 3 * heads * dim).to(dtype)
-    qkv[:, :, : heads * dim] *= 4  # scores of 100 and more, whose maximum grows along the keys
-    mem_kv = torch.randn(2, heads, slots, dim)
-    assert unet.triton_attention.supports_attention(dim, slots)
-    dy = torch.randn(batch, tokens, heads * dim).to(dtype)
-    kernel = unet.triton_attention.FullAttentionFunction.apply
-    compare(kernel, unet.full_attention, [qkv, mem_kv], dy, limit)
-
-
-@pytest.mark.filterwarnings("ignore:(overflow|invalid):RuntimeWarning")  # of padding
-def test_full_attention_ignores_padding_where_all_scores_are_low():
-    """Padding has score 0, and exp(0 - log-sum-exp) is infinite there."""
-    torch.manual_seed(0)
-    qkv, mem_kv = torch.randn(2, 20, 96), torch.randn(2, 1, 4, 32)
-    qkv[:, :, :32] -= 8
-    qkv[:, :, 32:64] += 8
-    mem_kv[0] += 8
-    kernel = unet.triton_attention.FullAttentionFunction.apply
-    compare(kernel, unet.full_attention, [qkv, mem_kv], torch.randn(2, 20, 32), 1e-4)
