@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 from engine.cli import run_script
@@ -33,6 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 CPU_TIER = Tier("CPU", 32, 0.0)
 LARGE_TIER = Tier("Large", 256, 80.0)
+
+ALONE = SimpleNamespace(num_processes=1, process_index=0, device=CPU)  # a single rank
 
 # Flags of a model that trains in seconds, with dropout and a guide.
 TINY_FLAGS = [
@@ -185,6 +188,19 @@ def random_images(count: int, size: int, channels: int = 3, seed: int = 0) -> np
     """Random uint8 images (count, channels, size, size)."""
     shape = (count, channels, size, size)
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def save_gray(path: Path, value: int, size: tuple[int, int] = (4, 4)) -> None:
+    """Writes an image file of one gray value."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", size, value).save(path)
+
+
+def png(image: np.ndarray) -> bytes:
+    """A PNG file of an image (H, W) or (H, W, C)."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
 
 
 class FakeTime:

@@ -23,7 +23,15 @@ from engine.datasets import choose_default_dataset, images_from_loader, load_dat
 from engine.errors import FallbackWarning, RenamedWarning, UserError
 from engine.image_source import ReadOptions
 from engine.shapes import draw_shapes, kind_of
-from tests.helpers import CPU_TIER, TINY_FLAGS, change_archive, random_images, write_tar, write_zip
+from tests.helpers import (
+    CPU_TIER,
+    TINY_FLAGS,
+    change_archive,
+    random_images,
+    save_gray,
+    write_tar,
+    write_zip,
+)
 
 STL10_NAMES = ("stl10_binary/train_X.bin", "stl10_binary/unlabeled_X.bin")
 
@@ -52,11 +60,6 @@ def no_network(monkeypatch):
 
     monkeypatch.setattr(datasets.utils, "download_url", refuse)
     monkeypatch.setattr(datasets, "find_spec", lambda name: name)
-
-
-def save_gray(path: Path, value: int, size: tuple[int, int] = (4, 4)) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", size, value).save(path)
 
 
 def write_files(folder: Path, files: dict[str, bytes]) -> None:

@@ -16,20 +16,14 @@ from engine.dataloader import ImageDataset
 from engine.datasets import load_dataset
 from engine.errors import FallbackWarning, UserError
 from engine.image_source import ReadOptions
-from tests.helpers import TINY_FLAGS, random_images
+from tests.helpers import TINY_FLAGS, png, random_images
 
 COUNT = 70  # more than one block
 IMAGES = random_images(COUNT, 8)
 ANIMALS = ("cat", "dog", "emu")
 
 
-def png(image: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image.transpose(1, 2, 0)).save(file, "PNG")
-    return file.getvalue()
-
-
-PNGS = [png(image) for image in IMAGES]
+PNGS = [png(image.transpose(1, 2, 0)) for image in IMAGES]
 
 
 def test_missing_package_is_one_line(tmp_path, monkeypatch):

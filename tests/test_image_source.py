@@ -16,7 +16,7 @@ from engine import image_source
 from engine.datasets import load_dataset
 from engine.errors import FallbackWarning, UserError
 from engine.image_source import ReadOptions
-from tests.helpers import random_images
+from tests.helpers import png, random_images, save_gray
 
 
 @pytest.fixture
@@ -32,11 +32,6 @@ def load(tmp_path):
     load.data = tmp_path / "data"
     load.cache = tmp_path / "cache"
     return load
-
-
-def save_gray(path: Path, value: int, size: tuple[int, int] = (4, 4)) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", size, value).save(path)
 
 
 def save_deep(path: Path, values: list[int], dtype: type) -> None:
@@ -225,12 +220,6 @@ def test_crop_of_more_than_a_tenth_is_printed(load, capsys):
 
 
 # Archives.
-
-
-def png(image: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG")
-    return file.getvalue()
 
 
 def gray_png(value: int) -> bytes:

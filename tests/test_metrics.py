@@ -16,7 +16,7 @@ from engine.dataloader import Batch
 from engine.datasets import load_dataset
 from engine.errors import FallbackWarning, UserError
 from engine.shapes import draw_shapes
-from tests.helpers import CPU, MeanColors
+from tests.helpers import CPU, MeanColors, save_gray
 
 pytest.importorskip("efficientnet_lite_pytorch", reason="needs requirements-eval.txt")
 pytest.importorskip("torch_fidelity", reason="needs requirements-eval.txt")
@@ -188,11 +188,6 @@ def test_inception_without_its_file_says_so():
 
 
 # References.
-
-
-def save_gray(path: Path, value: int) -> None:
-    path.parent.mkdir(exist_ok=True)
-    Image.new("L", (4, 4), value).save(path)
 
 
 @pytest.fixture

@@ -14,9 +14,8 @@ from engine import progress as progress_module
 from engine.distributed import RankLostError
 from engine.progress import LOG_EVERY, Progress, StopSignal
 from tests.forked_script import ForkedScript
-from tests.helpers import CPU, CPU_TIER, FakeTime
+from tests.helpers import ALONE, CPU, CPU_TIER, FakeTime
 
-ALONE = SimpleNamespace(num_processes=1, process_index=0, device=CPU)
 PAIR = SimpleNamespace(num_processes=2, process_index=1, device=CPU)
 
 

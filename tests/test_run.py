@@ -20,9 +20,8 @@ from engine.run import MetricsLog, Run
 from engine.trackers import Tracker
 from engine.train_step import TrainStep
 from tests.forked_script import ForkedScript
-from tests.helpers import CPU, CPU_TIER, ROOT, FakeTime, hold_lock, random_images
+from tests.helpers import ALONE, CPU, CPU_TIER, ROOT, FakeTime, hold_lock, random_images
 
-ALONE = SimpleNamespace(num_processes=1, process_index=0, device=CPU)
 FLAGS = {
     "IMAGE_SIZE": 8, "DIM": 8, "DIM_MULTS": (1, 2), "TIMESTEPS": 40, "SAMPLING_TIMESTEPS": 4,
     "BATCH_SIZE": 16, "WARMUP_STEPS": 1, "CHECKPOINT_EVERY": 0, "NUM_SAMPLE_GRIDS": 0,
