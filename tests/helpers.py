@@ -22,12 +22,14 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from denoising_diffusion_pytorch import Unet
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from config import Tier
 from engine.dataloader import Batch
 from engine.datasets import ARCHIVES
+from engine.unet import FastUnet
 from tests.forked_script import ForkedScript
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -210,6 +212,43 @@ class FakeTime:
 
     def monotonic(self) -> float:
         return self.now
+
+
+# --- networks
+
+UNET_ARCHITECTURES = [
+    dict(dim=32, dim_mults=(1, 2, 4)),
+    dict(
+        dim=24, dim_mults=(1, 2), attn_heads=(1, 4), attn_dim_head=(16, 32), full_attn=(True, False)
+    ),
+    dict(dim=16, dim_mults=(1, 2, 2), self_condition=True, learned_sinusoidal_cond=True),
+]
+
+
+def unet_pair(device: str = "cpu", **architecture) -> tuple[Unet, FastUnet]:
+    """Upstream's Unet and a FastUnet with the same random weights."""
+    torch.manual_seed(0)
+    reference = Unet(**architecture)
+    fast = FastUnet(**architecture)
+    for parameter in reference.parameters():  # gains and biases other than 1 and 0
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    fast.load_state_dict(reference.state_dict())
+    return reference.to(device), fast.to(device, memory_format=torch.channels_last)
+
+
+def outputs_and_gradients(
+    network: nn.Module, autocast: bool = False, size: int = 16
+) -> list[torch.Tensor]:
+    """Output, gradient of the input, and the gradients of all weights in one vector."""
+    generator = torch.Generator().manual_seed(1)
+    device = next(network.parameters()).device
+    x, dy = (torch.randn(3, 3, size, size, generator=generator).to(device) for _ in range(2))
+    x.requires_grad_()
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        y = network(x, torch.tensor([0, 400, 999], device=device))
+    (y.float() * dy).sum().backward()
+    parameters = sorted(dict(network.named_parameters()).items())
+    return [y.detach().float(), x.grad, torch.cat([p.grad.flatten() for _, p in parameters])]
 
 
 # --- archives

@@ -26,13 +26,15 @@ from engine.trainer import train
 from tests.helpers import (
     CPU,
     STEP_SETTINGS,
+    UNET_ARCHITECTURES,
     kill_one_rank,
+    outputs_and_gradients,
     relative_error,
     save_images,
     torchrun,
     training_arguments,
+    unet_pair,
 )
-from tests.test_unet import ARCHITECTURES, pair, results
 
 pytestmark = [
     pytest.mark.gpu,
@@ -113,15 +115,15 @@ def test_kernels_match_upstream(monkeypatch):
     assert unet.triton_kernels
     for flags in (torch.backends.cudnn, torch.backends.cuda.matmul):
         monkeypatch.setattr(flags, "allow_tf32", False)
-    for architecture in (dict(dim=64), ARCHITECTURES[1]):
-        upstream, fast = pair("cuda", **architecture)
-        for a, b in zip(results(fast), results(upstream), strict=True):
+    for architecture in (dict(dim=64), UNET_ARCHITECTURES[1]):
+        upstream, fast = unet_pair("cuda", **architecture)
+        for a, b in zip(outputs_and_gradients(fast), outputs_and_gradients(upstream), strict=True):
             assert relative_error(a, b) < 2e-5
-    upstream, fast = pair("cuda", dim=64)
-    exact = results(upstream)
+    upstream, fast = unet_pair("cuda", dim=64)
+    exact = outputs_and_gradients(upstream)
     for network in (upstream, fast):
         network.zero_grad()
-    ours, theirs = (results(network, autocast=True) for network in (fast, upstream))
+    ours, theirs = (outputs_and_gradients(network, autocast=True) for network in (fast, upstream))
     for a, b, c in zip(ours, theirs, exact, strict=True):
         assert relative_error(a, c) < 1.5 * relative_error(b, c)
 

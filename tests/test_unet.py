@@ -3,52 +3,26 @@
 import denoising_diffusion_pytorch.denoising_diffusion_pytorch as upstream
 import pytest
 import torch
-from denoising_diffusion_pytorch import Unet
 from torch import nn
 
 from engine import unet
 from engine.errors import UserError
 from engine.unet import FastUnet
-from tests.helpers import ROOT, needs_no_gpu, relative_error
-
-ARCHITECTURES = [
-    dict(dim=32, dim_mults=(1, 2, 4)),
-    dict(
-        dim=24, dim_mults=(1, 2), attn_heads=(1, 4), attn_dim_head=(16, 32), full_attn=(True, False)
-    ),
-    dict(dim=16, dim_mults=(1, 2, 2), self_condition=True, learned_sinusoidal_cond=True),
-]
-
-
-def pair(device: str = "cpu", **architecture) -> tuple[Unet, FastUnet]:
-    """Upstream's Unet and a FastUnet with the same random weights."""
-    torch.manual_seed(0)
-    reference = Unet(**architecture)
-    fast = FastUnet(**architecture)
-    for parameter in reference.parameters():  # gains and biases other than 1 and 0
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    fast.load_state_dict(reference.state_dict())
-    return reference.to(device), fast.to(device, memory_format=torch.channels_last)
+from tests.helpers import (
+    ROOT,
+    UNET_ARCHITECTURES,
+    needs_no_gpu,
+    outputs_and_gradients,
+    relative_error,
+    unet_pair,
+)
 
 
-def results(network: nn.Module, autocast: bool = False, size: int = 16) -> list[torch.Tensor]:
-    """Output, gradient of the input, and the gradients of all weights in one vector."""
-    generator = torch.Generator().manual_seed(1)
-    device = next(network.parameters()).device
-    x, dy = (torch.randn(3, 3, size, size, generator=generator).to(device) for _ in range(2))
-    x.requires_grad_()
-    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-        y = network(x, torch.tensor([0, 400, 999], device=device))
-    (y.float() * dy).sum().backward()
-    parameters = sorted(dict(network.named_parameters()).items())
-    return [y.detach().float(), x.grad, torch.cat([p.grad.flatten() for _, p in parameters])]
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", UNET_ARCHITECTURES)
 def test_fast_unet_matches_upstream(architecture):
-    reference, fast = pair(**architecture)
+    reference, fast = unet_pair(**architecture)
     assert list(reference.state_dict()) == list(fast.state_dict())
-    for a, b in zip(results(fast), results(reference), strict=True):
+    for a, b in zip(outputs_and_gradients(fast), outputs_and_gradients(reference), strict=True):
         assert relative_error(a, b) < 1e-5
 
 
@@ -85,26 +59,26 @@ def test_fast_unet_in_bf16_takes_labels():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_fast_unet_computes_with_the_weights_and_modules_of_now(autocast):
-    _, expected = pair(**ARCHITECTURES[0])
+    _, expected = unet_pair(**UNET_ARCHITECTURES[0])
     state = expected.state_dict()
     x, t = torch.randn(3, 3, 16, 16), torch.tensor([0, 400, 999])
 
     def assigned():
-        network = FastUnet(**ARCHITECTURES[0])
+        network = FastUnet(**UNET_ARCHITECTURES[0])
         network.load_state_dict(state, assign=True)
         return network
 
     def from_meta():
         with torch.device("meta"):
-            network = FastUnet(**ARCHITECTURES[0])
+            network = FastUnet(**UNET_ARCHITECTURES[0])
         network = network.to_empty(device="cpu")
         network.upsample_matrix.copy_(expected.upsample_matrix)
         network.load_state_dict(state)
         return network
 
     def with_replaced_modules():
-        network = FastUnet(**ARCHITECTURES[0])
-        network.mid_block1 = FastUnet(**ARCHITECTURES[0]).mid_block1
+        network = FastUnet(**UNET_ARCHITECTURES[0])
+        network.mid_block1 = FastUnet(**UNET_ARCHITECTURES[0]).mid_block1
         network.final_conv = nn.Conv2d(32, 3, 1)
         network.load_state_dict(state)
         return network
@@ -113,15 +87,15 @@ def test_fast_unet_computes_with_the_weights_and_modules_of_now(autocast):
         output = expected(x, t)
         for make in (assigned, from_meta, with_replaced_modules):
             torch.testing.assert_close(make()(x, t), output)
-        network = FastUnet(**ARCHITECTURES[0])
+        network = FastUnet(**UNET_ARCHITECTURES[0])
         torch.testing.assert_close(torch.func.functional_call(network, state, (x, t)), output)
 
 
 def test_class_embedding_begins_at_zero_and_is_the_only_new_key():
     torch.manual_seed(0)
-    plain = FastUnet(**ARCHITECTURES[0])
+    plain = FastUnet(**UNET_ARCHITECTURES[0])
     torch.manual_seed(0)
-    conditional = FastUnet(**ARCHITECTURES[0], num_classes=3)
+    conditional = FastUnet(**UNET_ARCHITECTURES[0], num_classes=3)
     new = conditional.state_dict().keys() - plain.state_dict().keys()
     assert new == {"class_embedding.weight"}
     x, t = torch.randn(3, 3, 16, 16), torch.tensor([0, 400, 999])
@@ -139,23 +113,23 @@ def test_class_embedding_begins_at_zero_and_is_the_only_new_key():
 
 
 def test_fast_unet_in_mixed_precision_is_as_exact_as_upstream():
-    reference, fast = pair(**ARCHITECTURES[0])
-    exact = results(reference)
+    reference, fast = unet_pair(**UNET_ARCHITECTURES[0])
+    exact = outputs_and_gradients(reference)
     for network in (reference, fast):
         network.zero_grad()
-    expected = results(reference, autocast=True)
-    found = results(fast, autocast=True)
+    expected = outputs_and_gradients(reference, autocast=True)
+    found = outputs_and_gradients(fast, autocast=True)
     for a, b, c in zip(found, expected, exact, strict=True):
         assert relative_error(a, c) < 1.5 * relative_error(b, c) < 0.05
 
 
 def test_fast_unet_compiled_in_mixed_precision_has_all_gradients():
-    _, fast = pair(**ARCHITECTURES[1])
-    plain = results(fast, autocast=True)
+    _, fast = unet_pair(**UNET_ARCHITECTURES[1])
+    plain = outputs_and_gradients(fast, autocast=True)
     fast.zero_grad()
     # This backend runs what Dynamo traces and needs no C++ compiler.
     compiled = torch.compile(fast, backend="eager", dynamic=False)
-    for a, b in zip(results(compiled, autocast=True), plain, strict=True):
+    for a, b in zip(outputs_and_gradients(compiled, autocast=True), plain, strict=True):
         assert relative_error(a, b) < 1e-3
 
 
@@ -178,7 +152,7 @@ def test_checkpointing_changes_no_gradient(dropout, autocast):
     found = []
     for network in checkpointed_pair(dropout=dropout):
         torch.manual_seed(5)  # for dropout
-        found.append(results(network, autocast))
+        found.append(outputs_and_gradients(network, autocast))
     for plain, checkpointed in zip(*found, strict=True):
         limit = 1e-2 if autocast and dropout else 1e-6
         assert relative_error(checkpointed, plain) < limit
@@ -190,7 +164,7 @@ def test_checkpointing_with_kernels_changes_no_gradient(monkeypatch):
     found = []
     for network in checkpointed_pair(dropout=0.3, dim_mults=(1,), attn_heads=1, attn_dim_head=16):
         torch.manual_seed(5)
-        found.append(results(network, size=4))
+        found.append(outputs_and_gradients(network, size=4))
     for plain, checkpointed in zip(*found, strict=True):
         assert relative_error(checkpointed, plain) < 1e-6
 
