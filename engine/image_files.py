@@ -25,6 +25,7 @@ from engine.errors import FallbackWarning, UserError
 OUTPUT_DIRS = (
     "checkpoints", "samples", "inference_results", "demo_results", "results", "data/cache",
 )  # fmt: skip
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz")
 ARCHIVE_ERRORS = (tarfile.TarError, zipfile.BadZipFile, zlib.error, LZMAError)
 
 
@@ -46,6 +47,8 @@ def find_images(location: Path) -> ImageFiles:
             files = files_of_zip(location)
         elif location.is_file() and tarfile.is_tarfile(location):
             files = files_of_tar(location)
+        elif location.is_file() and location.suffix.lower() in ARCHIVE_SUFFIXES:
+            raise UserError(f"{location} is damaged, or no archive. Copy or download it again")
         else:
             expected = "a folder, .zip, .tar, .npz or .npy of images"
             raise UserError(f"{location} is not a folder or file of images. Name {expected}")

@@ -277,7 +277,7 @@ def test_load_model_reads_checkpoints_of_upstreams_trainer(tmp_path, unet, proce
     trainer.train()
     trainer.save(1)
     path = tmp_path / "model-1.pt"
-    with pytest.raises(UserError, match="does not store its image size. Say it with --image_size"):
+    with pytest.raises(UserError, match=r"its image size\. Say it with --image_size"):
         DDPMModel.from_file(path)
     model = DDPMModel(image_size=16).load_model(path)
     assert model.architecture == DDPMModel.from_file(path, image_size=16).architecture

@@ -271,7 +271,7 @@ def test_damaged_archive_is_an_error(load, tmp_path, name):
     content = (tmp_path / name).read_bytes()
     cut = len(content) // 2 + 1000  # within an image
     # The directory of a .zip is at its end.
-    message = r"cannot be read|a\.zip is not a folder or file of images"
+    message = r"cannot be read|a\.zip is damaged, or no archive"
     for damaged in (content[:cut], content[:cut] + bytes(99) + content[cut + 99 :]):
         (tmp_path / name).write_bytes(damaged)
         with pytest.raises(UserError, match=message):
