@@ -205,7 +205,7 @@ def batched(seeds: Sequence[int], size: int) -> list[list[int]]:
 
 
 def num_intervals(sampler: Callable[..., SamplerOutput], steps: int) -> int:
-    """Returns the intervals that take `steps` evaluations; heun takes 2 in all but the last."""
+    """Returns the intervals of `steps` network evaluations; heun takes 2 in all but the last."""
     return (steps + 1) // 2 if sampler is heun else steps
 
 

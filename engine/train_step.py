@@ -76,6 +76,23 @@ def ema_decay(limit: float, step: int) -> float:
     return min(limit, (1 + step) / (10 + step))
 
 
+def memory_advice(config: Any) -> str:
+    """Returns how to train in less memory: smaller networks or images, and flags not yet used."""
+    flags = ("use_amp", "gradient_checkpointing")
+    unused = [flag for flag in flags if not getattr(config, flag.upper())]
+    return ", or use --".join(["Lower --dim or --image_size", *unused])
+
+
+def saved_buffers(model: nn.Module) -> list[Tensor]:
+    """Returns the buffers that are saved, such as BatchNorm's running means.
+
+    They are copied to the EMA, not averaged. Others, such as the fraction of a consistency loss,
+    differ between the model and its EMA.
+    """
+    saved = model.state_dict().keys()
+    return [buffer for name, buffer in model.named_buffers() if name in saved]
+
+
 class TrainStep:
     """Updates a model and its EMA copy from one batch.
 
@@ -91,9 +108,7 @@ class TrainStep:
         self.rank = rank
         self.world_size = world_size
         self.device = next(model.parameters()).device
-        flags = ("use_amp", "gradient_checkpointing")
-        unused = [flag for flag in flags if not getattr(config, flag.upper())]
-        advice = ", or use --".join(["Lower --dim or --image_size", *unused])
+        advice = memory_advice(config)
         self.batcher = OomBatcher(config.BATCH_SIZE, advice)
         # In the memory that training leaves.
         self.eval_batcher = OomBatcher(config.BATCH_SIZE, advice)
@@ -112,12 +127,8 @@ class TrainStep:
         self.param_names = [name for name, _ in named]
         self.param_views = [p for _, p in named]
         self.grad_views = views(self.grad, self.param_views)
-        # Those that are saved, such as BatchNorm's running means, have no EMA but are copied.
-        saved = model.state_dict().keys()
-        self.buffers, self.ema_buffers = (
-            [buffer for name, buffer in network.named_buffers() if name in saved]
-            for network in (model, self.ema)
-        )
+        self.buffers = saved_buffers(model)
+        self.ema_buffers = saved_buffers(self.ema)
 
         # Optimizers: flatten() puts the matrices first, which Muon updates; Adam updates the rest.
         matrices = [p for name, p in named if use_muon(name, p)]
