@@ -59,9 +59,10 @@ class DDPMConfig(Settings):
         old_name="FULL_ATTENTION_SIZE")
     DROPOUT = Setting(0.0, "dropout in the residual blocks", min=0, max=0.9)
     TIMESTEPS = Setting(1000, "timesteps of the diffusion process", min=2, max=100_000)
-    SAMPLING_TIMESTEPS = Setting(14, "network evaluations per sample, not counting "
-        "guidance's", min=1, max=100_000)
-    GUIDANCE = Setting(2.0, "weight of guidance (arXiv:2406.02507); 1 disables it", min=1, max=10)
+    SAMPLING_TIMESTEPS = Setting(
+        16, "network evaluations per sample, without guidance's", min=1, max=100_000)
+    GUIDANCE = Setting(2.5, "weight of guidance (arXiv:2406.02507); 1 disables it", min=1, max=10)
+    GUIDANCE_MAX_SIGMA = Setting(2.0, "highest noise level to guide (arXiv:2404.07724)", min=0.2)
     GUIDANCE_MODE = Setting(
         "autoguidance", "what samples of a class are moved away from: the guide, the network "
         "without a label (classifier-free guidance), or the guide without a label",
@@ -144,7 +145,7 @@ DATASET_PRESETS: dict[str, dict[str, Any]] = {
 # side. Steps are slow and few, so an eighth of a run would be too early for the guide.
 HIGH_RES_SETTINGS: dict[str, Any] = {
     "SCHEDULE_BASE_SIZE": 32, "FULL_ATTENTION_MAX_SIZE": 24, "DROPOUT": 0.1, "GUIDANCE": 3.0,
-    "GUIDE_FRACTION": 0.5,
+    "GUIDANCE_MAX_SIGMA": 5.0, "GUIDE_FRACTION": 0.5, "SAMPLING_TIMESTEPS": 14,
 }  # fmt: skip
 HIGH_RES_GUIDANCE = {"GUIDANCE_MODE": "both", "GUIDANCE": 2.5}  # with class labels
 # By the smallest image size that each is for, px.
@@ -158,11 +159,10 @@ SIZE_PRESETS[128] = SIZE_PRESETS[96] | {"DIM_MULTS": (1, 1, 2, 2, 2)}
 CPU_PRESETS: dict[str, dict[str, Any]] = {
     "shapes": {
         "CLASS_CONDITIONAL": True, "IMAGE_SIZE": 16, "DIM": 32, "DIM_MULTS": (1, 2, 2),
-        "ATTENTION_HEADS": (1, 1, 4),
-        "ATTENTION_DIM": (8, 16, 32), "FULL_ATTENTION_MAX_SIZE": 0, "BATCH_SIZE": 32,
-        "LEARNING_RATE": 5e-3, "LOSS_WEIGHTING": "min_snr", "WARMUP_STEPS": 100, "EMA_DECAY": 0.998,
-        "GUIDE_FRACTION": 0.25, "GUIDANCE": 1.5, "MINUTES": 4.75, "NUM_SAMPLE_GRIDS": 5,
-        "GRID_IMAGES": 36,
+        "ATTENTION_HEADS": (1, 1, 4), "ATTENTION_DIM": (8, 16, 32), "FULL_ATTENTION_MAX_SIZE": 0,
+        "BATCH_SIZE": 32, "LEARNING_RATE": 5e-3, "LOSS_WEIGHTING": "min_snr", "WARMUP_STEPS": 100,
+        "EMA_DECAY": 0.998, "GUIDE_FRACTION": 0.25, "GUIDANCE": 1.5, "GUIDANCE_MAX_SIGMA": 5.0,
+        "SAMPLING_TIMESTEPS": 14, "MINUTES": 4.75, "NUM_SAMPLE_GRIDS": 5, "GRID_IMAGES": 36,
     },
 }  # fmt: skip
 GPU_SWITCHES = ("USE_AMP", "COMPILE_MODEL", "CUDA_GRAPH", "AUTO_MICRO_BATCH")  # off on a CPU
@@ -250,7 +250,8 @@ def resolve(
     explicit = {name: value for _, values in explicit_layers for name, value in values.items()}
     if checkpoint:
         # What earlier versions did without naming it.
-        saved = {"CHANNELS": 3, "WEIGHT_DECAY": 0.0} | DDPMConfig.current_names(checkpoint)
+        former = {"CHANNELS": 3, "WEIGHT_DECAY": 0.0, "GUIDANCE_MAX_SIGMA": 5.0}
+        saved = former | DDPMConfig.current_names(checkpoint)
         if isinstance(saved.get("GUIDANCE"), float):  # which they allowed to be less than 1
             saved["GUIDANCE"] = max(1.0, saved["GUIDANCE"])
         base_layers = [("checkpoint", saved)]

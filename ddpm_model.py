@@ -28,7 +28,7 @@ from engine.labels import check_class_counts
 from engine.noise_schedule import EDM_P_MEAN, edm_weighting, shift_log_snr, shift_sigma
 from engine.unet import FastUnet
 
-GUIDANCE_INTERVAL = (0.2, 5.0)  # lowest and highest sigma to guide, where nothing is shifted
+GUIDANCE_MIN_SIGMA = 0.2  # lowest noise level to guide, where nothing is shifted
 RENAMED = {
     "keep_guide": "snapshot_guide", "timesteps_at": "timesteps_from_uniform",
     "plan": "sampling_plan", "evaluations": "count_nfe", "given": "prepare_image",
@@ -64,7 +64,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         attn_heads: int | Sequence[int] = DDPMConfig.ATTENTION_HEADS,
         attn_dim_head: int | Sequence[int] = DDPMConfig.ATTENTION_DIM,
         class_counts: Mapping[str, int] | None = None,
-        guidance_mode: str = DDPMConfig.GUIDANCE_MODE, consistency: bool = False,
+        guidance_mode: str = DDPMConfig.GUIDANCE_MODE,
+        guidance_max_sigma: float = DDPMConfig.GUIDANCE_MAX_SIGMA, consistency: bool = False,
         **unet_kwargs: Any,
     ):  # fmt: skip
         super().__init__()
@@ -94,7 +95,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
             "full_attn": list(full_attn), "attn_heads": per_level(attn_heads, dim_mults),
             "attn_dim_head": per_level(attn_dim_head, dim_mults),
             "class_counts": dict(class_counts or {}), "guidance_mode": guidance_mode,
-            "consistency": consistency, **unet_kwargs,
+            "guidance_max_sigma": guidance_max_sigma, "consistency": consistency, **unet_kwargs,
         }  # fmt: skip
         self.training_info: dict[str, dict[str, Any]] = {"config": {}, "progress": {}}
         self.graph_cache = GraphCache()
@@ -104,7 +105,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         self, image_size: int, channels: int, timesteps: int, sampling_timesteps: int,
         objective: str, beta_schedule: str, loss_weighting: str, min_snr_gamma: float,
         schedule_base_size: int, guidance: float, class_counts: Mapping[str, int],
-        guidance_mode: str, consistency: bool, **unet_kwargs: Any,
+        guidance_mode: str, guidance_max_sigma: float, consistency: bool, **unet_kwargs: Any,
     ) -> None:  # fmt: skip
         """Creates network and process of an architecture, with new weights and no guide.
 
@@ -135,7 +136,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         self.log_snr_shift = shift
         if shift:
             shift_log_snr(self.diffusion, shift, min_snr_gamma)
-        self.guidance_interval = tuple(shift_sigma(sigma, shift) for sigma in GUIDANCE_INTERVAL)
+        interval = (GUIDANCE_MIN_SIGMA, guidance_max_sigma)
+        self.guidance_interval = tuple(shift_sigma(sigma, shift) for sigma in interval)
 
         # The distribution of the timesteps in training: uniform, or EDM's.
         timestep_cdf = torch.arange(1, timesteps + 1).double() / timesteps
@@ -159,7 +161,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
             guidance=config.GUIDANCE, dropout=config.DROPOUT,
             full_attn=full_attention_levels(config), attn_heads=config.ATTENTION_HEADS,
             attn_dim_head=config.ATTENTION_DIM, class_counts=class_counts,
-            guidance_mode=config.GUIDANCE_MODE,
+            guidance_mode=config.GUIDANCE_MODE, guidance_max_sigma=config.GUIDANCE_MAX_SIGMA,
         )  # fmt: skip
         model.unet.checkpointing = config.GRADIENT_CHECKPOINTING
         return model
@@ -170,7 +172,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         levels = len(architecture["dim_mults"])
         former_defaults = {
             "loss_weighting": "min_snr", "guidance": 1.0, "class_counts": {},
-            "guidance_mode": "autoguidance", "consistency": False, "dropout": 0.0,
+            "guidance_mode": "autoguidance", "guidance_max_sigma": 5.0, "consistency": False,
+            "dropout": 0.0,
             "schedule_base_size": 0, "full_attn": [False] * (levels - 1) + [True],
             "attn_heads": [4] * levels, "attn_dim_head": [32] * levels,
         }  # fmt: skip

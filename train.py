@@ -33,7 +33,7 @@ from engine.trainer import estimate, train
 # What may differ between a model and the one that it starts from: all that is no weight.
 MUTABLE_ON_INIT = {
     "image_size", "sampling_timesteps", "loss_weighting", "min_snr_gamma", "schedule_base_size",
-    "guidance", "guidance_mode", "dropout", "class_counts", "consistency",
+    "guidance", "guidance_mode", "guidance_max_sigma", "dropout", "class_counts", "consistency",
 }  # fmt: skip
 DEFAULTS_NOTE = (
     "Defaults shown are those before presets and the GPU's tier; --dry_run shows what a run gets."
@@ -222,6 +222,7 @@ def configure(
             required |= {
                 "GUIDANCE": max(1.0, init_model.guidance),
                 "GUIDANCE_MODE": init_model.guidance_mode,
+                "GUIDANCE_MAX_SIGMA": init_model.architecture["guidance_max_sigma"],
                 "SCHEDULE_BASE_SIZE": init_model.architecture["schedule_base_size"],
                 "CLASS_CONDITIONAL": bool(init_model.class_names), **request.tuning,
             }  # fmt: skip

@@ -29,7 +29,10 @@ MAX_NONFINITE_STEPS = 20  # in a row
 GUIDE_WARMUPS = 5  # in the first half of a run
 LATE_GUIDE_WARMUPS = 2  # in the second
 # Of the architecture; check_classes_on_resume says which classes may change.
-MUTABLE_ON_RESUME = {"sampling_timesteps", "guidance", "guidance_mode", "dropout", "class_counts"}
+MUTABLE_ON_RESUME = {
+    "sampling_timesteps", "guidance", "guidance_mode", "guidance_max_sigma", "dropout",
+    "class_counts",
+}  # fmt: skip
 
 
 def train(

@@ -115,8 +115,8 @@ def test_classes_are_on_where_they_measured_better():
 @pytest.mark.parametrize(
     ("dataset", "flags", "mode", "weight"),
     [
-        ("folder", {}, "autoguidance", 2.0),
-        ("folder", {"CLASS_CONDITIONAL": True}, "autoguidance", 2.0),
+        ("folder", {}, "autoguidance", 2.5),
+        ("folder", {"CLASS_CONDITIONAL": True}, "autoguidance", 2.5),
         ("celeba", {}, "autoguidance", 3.0),
         ("stl10", {"CLASS_CONDITIONAL": True}, "both", 2.5),
         ("cifar10", {"IMAGE_SIZE": 64}, "both", 2.5),
@@ -127,6 +127,16 @@ def test_classes_are_on_where_they_measured_better():
 def test_preset_guides_large_images_with_classes_by_both(dataset, flags, mode, weight):
     config = resolve(dataset, LARGE_TIER, flags=flags)
     assert (config.GUIDANCE_MODE, config.GUIDANCE) == (mode, weight)
+
+
+def test_presets_guide_at_the_noise_levels_they_were_measured_with():
+    def guided(dataset: str, tier: Tier, **flags) -> tuple[float, float, int]:
+        config = resolve(dataset, tier, flags=flags)
+        return config.GUIDANCE, config.GUIDANCE_MAX_SIGMA, config.SAMPLING_TIMESTEPS
+
+    assert guided("cifar10", LARGE_TIER) == guided("folder", CPU_TIER) == (2.5, 2, 16)
+    assert guided("folder", LARGE_TIER, IMAGE_SIZE=64) == (3, 5, 14)
+    assert guided("shapes", CPU_TIER) == (1.5, 5, 14)
 
 
 def test_high_res_script_takes_the_larger_of_its_size_and_the_data_sets():
@@ -412,10 +422,10 @@ def test_resume_keeps_every_setting_of_the_run(script, tier, saved_run, monkeypa
     assert (config.LR_SCHEDULE, config.set_by["LR_SCHEDULE"]) == ("cosine", "checkpoint")
 
 
-def test_resume_of_an_earlier_version_is_rgb_without_weight_decay(saved_run):
-    del saved_run["CHANNELS"], saved_run["WEIGHT_DECAY"]
+def test_resume_of_an_earlier_version_has_the_defaults_of_its_time(saved_run):
+    del saved_run["CHANNELS"], saved_run["WEIGHT_DECAY"], saved_run["GUIDANCE_MAX_SIGMA"]
     resumed = resolve("folder", CPU_TIER, checkpoint=saved_run)
-    assert (resumed.CHANNELS, resumed.WEIGHT_DECAY) == (3, 0)
+    assert (resumed.CHANNELS, resumed.WEIGHT_DECAY, resumed.GUIDANCE_MAX_SIGMA) == (3, 0, 5)
     assert resolve("folder", CPU_TIER, checkpoint=saved_run | {"CHANNELS": 1}).CHANNELS == 1
 
 

@@ -97,16 +97,17 @@ def test_guidance_applies_in_its_interval_only():
 
 @pytest.mark.parametrize(("size", "base_size", "factor"), [(64, 32, 2), (16, 64, 0.25), (8, 0, 1)])
 def test_guidance_interval_shifts_with_the_schedule(size, base_size, factor):
-    model = guided(image_size=size, schedule_base_size=base_size, timesteps=200)
-    assert model.guidance_interval == pytest.approx((0.2 * factor, 5 * factor))
+    size_and_schedule = {"image_size": size, "schedule_base_size": base_size, "timesteps": 200}
+    model = guided(**size_and_schedule, guidance_max_sigma=3.0)
+    assert model.guidance_interval == pytest.approx((0.2 * factor, 3 * factor))
     denoiser = model.denoiser()
-    unshifted = guided(timesteps=200).denoiser()
+    unshifted = guided(timesteps=200, guidance_max_sigma=3.0).denoiser()
     inside = [t for t in range(200) if denoiser.is_guided(t)]
     assert inside == [t for t in range(200) if unshifted.is_guided(t)]
     lowest = sigma_of(denoiser.alpha_bar[inside[0]])
     highest = sigma_of(denoiser.alpha_bar[inside[-1]])
     assert 0.2 * factor <= lowest < 0.22 * factor
-    assert 4.5 * factor < highest <= 5 * factor
+    assert 2.7 * factor < highest <= 3 * factor
 
 
 @pytest.mark.parametrize(

@@ -289,6 +289,8 @@ def test_high_resolution_settings_are_those_of_their_page():
             assert float(rows[f"--{name}"]) == getattr(config, name.upper())
         guide = f"{config.GUIDE_FRACTION}, {config.GUIDANCE:g}"
         assert rows["--guide_fraction, --guidance"] == guide
+        interval = f"{config.GUIDANCE_MAX_SIGMA:g}, {config.SAMPLING_TIMESTEPS}"
+        assert rows["--guidance_max_sigma, --sampling_timesteps"] == interval
         flags = {"IMAGE_SIZE": size, "CLASS_CONDITIONAL": True}
         labeled = resolve("folder", LARGE_TIER, flags=flags)
         guidance = f"{labeled.GUIDANCE_MODE}, {labeled.GUIDANCE:g}"

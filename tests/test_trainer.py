@@ -466,7 +466,10 @@ def test_ranks_draw_other_numbers_from_the_start_and_after_each_resume(monkeypat
     assert len(set(seeds)) == 4
 
 
-@pytest.mark.parametrize("name", ["sampling_timesteps", "guidance", "guidance_mode", "dropout"])
+@pytest.mark.parametrize(
+    "name",
+    ["sampling_timesteps", "guidance", "guidance_mode", "guidance_max_sigma", "dropout"],
+)
 def test_restore_lets_settings_change_that_are_no_weights(name):
     restore_stub(make_state() | {"architecture": {name: 1}}, {name: 2})
 
@@ -754,6 +757,7 @@ def test_init_from_starts_a_new_run_from_ema_weights(trained_by_api, tmp_path, m
         {"image_size": 16}, {"sampling_timesteps": 3}, {"loss_weighting": "min_snr"},
         {"min_snr_gamma": 2.0}, {"schedule_base_size": 16}, {"guidance": 1.5}, {"dropout": 0.2},
         {"guidance_mode": "cfg"}, {"class_counts": {"a": 1, "b": 1}}, {"consistency": True},
+        {"guidance_max_sigma": 3.0},
     ],
 )  # fmt: skip
 def test_init_weights_ignores_settings_that_are_no_weights(change):
