@@ -178,7 +178,9 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
             "attn_heads": [4] * levels, "attn_dim_head": [32] * levels,
         }  # fmt: skip
         former_names = {"schedule_size": "schedule_base_size", "classes": "class_counts"}
-        return former_defaults | {former_names.get(k, k): v for k, v in architecture.items()}
+        found = {former_names.get(k, k): v for k, v in architecture.items()}
+        upgraded = former_defaults | found
+        return upgraded | {"guidance": max(1.0, upgraded["guidance"])}  # less was allowed once
 
     def __getattr__(self, name: str) -> Any:
         """Finds attributes by their former names, with a warning."""

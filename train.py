@@ -220,7 +220,7 @@ def configure(
         required = network_settings(init_model.architecture, image_size)
         if is_tuning:
             required |= {
-                "GUIDANCE": max(1.0, init_model.guidance),
+                "GUIDANCE": init_model.guidance,
                 "GUIDANCE_MODE": init_model.guidance_mode,
                 "GUIDANCE_MAX_SIGMA": init_model.architecture["guidance_max_sigma"],
                 "SCHEDULE_BASE_SIZE": init_model.architecture["schedule_base_size"],

@@ -276,7 +276,7 @@ def control_updates(model: nn.Module) -> dict[str, dict[str, Any]]:
         "classes": {"choices": names, "value": [], "visible": bool(names)},
         "sampler": {"choices": list(model.supported_samplers), "value": model.default_sampler},
         "steps": {"value": min(model.sampling_timesteps, max_steps), "maximum": max_steps},
-        "guidance": {"value": max(1, model.guidance), "visible": has_weaker and not is_tuned},
+        "guidance": {"value": model.guidance, "visible": has_weaker and not is_tuned},
     }
 
 

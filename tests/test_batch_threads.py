@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from ddpm_model import DDPMModel
 from engine.batch_threads import BatchThreads
@@ -61,3 +62,14 @@ def test_step_of_a_random_model_is_the_same_bit_for_bit(random, two_cores):
     step, reference = trained(**random), trained(has_threads=False, **random)
     assert step.threads.pool is None
     assert max_weight_difference(step.model, reference.model) == 0
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d(3), nn.InstanceNorm2d(3, track_running_stats=True)]
+)
+def test_step_keeps_batches_whole_for_running_statistics(norm, two_cores):
+    model = DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), timesteps=50)
+    config = SimpleNamespace(**STEP_SETTINGS)
+    assert TrainStep(model, config).threads
+    model.norm = norm
+    assert TrainStep(model, config).threads is None

@@ -250,8 +250,10 @@ def test_load_model_reads_architectures_of_earlier_versions(tmp_path):
     assert torch.equal(loaded.sample(1, seed=0), model.sample(1, seed=0))
 
     del old["schedule_size"]
+    old["guidance"] = 0.0  # which meant 1
     checkpoints.save(path, {"architecture": old, "model": model.state_dict()})
-    assert DDPMModel.from_file(path).architecture["schedule_base_size"] == 0
+    loaded = DDPMModel.from_file(path)
+    assert (loaded.architecture["schedule_base_size"], loaded.guidance) == (0, 1)
 
 
 @pytest.mark.parametrize(
