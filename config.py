@@ -107,8 +107,7 @@ class DDPMConfig(Settings):
     CUDA_GRAPH = Setting(False, "launch the kernels of a step as CUDA graphs")
     GRADIENT_CHECKPOINTING = Setting(
         False, "recompute activations in the backward pass to save memory")
-    AUTO_MICRO_BATCH = Setting(False, "search for the largest micro-batch (one GPU)",
-        old_name="FIT_MEMORY")
+    AUTO_MICRO_BATCH = Setting(False, "find the largest micro-batch (1 GPU)", old_name="FIT_MEMORY")
     MAX_MEMORY_GIB = Setting(
         0.0, "GPU memory that this process may allocate, GiB; 0: all of it", min=0,
         old_name="MEMORY_GIB")
