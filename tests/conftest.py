@@ -1,4 +1,4 @@
-"""Settings that must be made before torch and Triton are imported, and a shared fixture."""
+"""Settings that must be made before torch and Triton are imported, and shared fixtures."""
 
 import os
 from collections.abc import Iterator
@@ -17,6 +17,25 @@ def pytest_collectstart() -> None:
     # Without a GPU, Triton interprets the kernels.
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def load(tmp_path):
+    """The images of load_dataset on tmp_path/data, which a test fills."""
+    from engine.datasets import load_dataset
+
+    (tmp_path / "data").mkdir()
+
+    def load(dataset="folder", size=4, folder="data", **options):
+        data = load_dataset(
+            dataset, size, tmp_path / folder, load.cache, workers=3, progress=False, **options
+        )
+        assert data.labels is None and data.class_names == ()
+        return data.images
+
+    load.data = tmp_path / "data"
+    load.cache = tmp_path / "cache"
+    return load
 
 
 @pytest.fixture
