@@ -22,6 +22,25 @@ def pytest_collectstart() -> None:
 
 
 @pytest.fixture
+def load(tmp_path):
+    """The images of load_dataset on tmp_path/data, which a test fills."""
+    from engine.datasets import load_dataset
+
+    (tmp_path / "data").mkdir()
+
+    def load(dataset="folder", size=4, folder="data", **options):
+        data = load_dataset(
+            dataset, size, tmp_path / folder, load.cache, workers=3, progress=False, **options
+        )
+        assert data.labels is None and data.class_names == ()
+        return data.images
+
+    load.data = tmp_path / "data"
+    load.cache = tmp_path / "cache"
+    return load
+
+
+@pytest.fixture
 def two_cores() -> Iterator[None]:
     """As on two cores; tests have one each."""
     import torch

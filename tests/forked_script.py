@@ -7,6 +7,7 @@ in a tenth of a second instead of five. Imports nothing of the project: the scri
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -63,6 +64,24 @@ class ForkedScript:
         if is_late:
             raise TimeoutError(output + errors)
         return output, errors
+
+
+def start_two_ranks(folder: Path, script: str | Path, *arguments: str) -> list[ForkedScript]:
+    """Starts a script on two ranks, as a launcher does, but faster."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    return [
+        ForkedScript(folder, script, *arguments, RANK=rank, LOCAL_RANK=rank, **common)
+        for rank in ("0", "1")
+    ]
+
+
+def finish(ranks: list[ForkedScript]) -> str:
+    """Returns what ranks that must succeed print."""
+    outputs = [rank.communicate() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    return "".join(output for output, _ in outputs)
 
 
 def read_all(reader: Connection) -> str:

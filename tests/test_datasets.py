@@ -1,6 +1,5 @@
 """engine/datasets.py: pixels and order of every source, downloads, errors."""
 
-import importlib
 import io
 import socket
 import sys
@@ -17,10 +16,10 @@ from torchvision.datasets.utils import _get_google_drive_file_id, calculate_md5
 
 import train
 from config import resolve
-from engine import datasets, image_source, labels
+from engine import datasets
 from engine.dataloader import ImageDataset
 from engine.datasets import choose_default_dataset, images_from_loader, load_dataset
-from engine.errors import FallbackWarning, RenamedWarning, UserError
+from engine.errors import FallbackWarning, UserError
 from engine.image_source import ReadOptions
 from engine.shapes import draw_shapes, kind_of
 from tests.helpers import (
@@ -34,23 +33,6 @@ from tests.helpers import (
 )
 
 STL10_NAMES = ("stl10_binary/train_X.bin", "stl10_binary/unlabeled_X.bin")
-
-
-@pytest.fixture
-def load(tmp_path):
-    """The images of load_dataset on tmp_path/data, which a test fills."""
-    (tmp_path / "data").mkdir()
-
-    def load(dataset="folder", size=4, folder="data", **options) -> np.ndarray:
-        data = load_dataset(
-            dataset, size, tmp_path / folder, load.cache, workers=3, progress=False, **options
-        )
-        assert data.labels is None and data.class_names == ()
-        return data.images
-
-    load.data = tmp_path / "data"
-    load.cache = tmp_path / "cache"
-    return load
 
 
 @pytest.fixture
@@ -216,41 +198,6 @@ def test_shapes_are_labeled_by_kind(load, monkeypatch):
     data = load_labeled(load, "shapes", 8)
     assert data.class_names == ("circle", "square", "triangle", "star")
     np.testing.assert_array_equal(data.labels, kind_of(np.arange(100)))
-
-
-def test_folder_labels_are_the_first_folders_in_order(load):
-    values = {"dog/a.png": 3, "cat/x/b.png": 1, "cat/a.png": 0, "dog/.hidden.png": 9}
-    for name, value in values.items():
-        save_gray(load.data / name, value)
-    data = load_labeled(load, "folder", 4)
-    assert data.class_names == ("cat", "dog") and data.class_counts == {"cat": 2, "dog": 1}
-    assert dict(zip(data.images[:, 0, 0, 0].tolist(), data.labels.tolist(), strict=True)) == {
-        0: 0, 1: 0, 3: 1,
-    }  # fmt: skip
-    assert load_labeled(load, "folder", 4).class_names == ("cat", "dog")  # from the cache
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        (
-            ["a/0.png", "b/0.png", "0.png"],
-            r"has images outside its class folders \(1, e.g. 0.png\)",
-        ),
-        (["a/0.png", "a/1.png"], "has 1 class, but --class_conditional needs 2 to 10,000 classes"),
-        (["0.png", "1.png"], "has no labels, but --class_conditional needs"),
-        ([f"{i}/0.png" for i in range(4)], "has 4 classes, but --class_conditional needs 2 to 3 "),
-    ],
-)
-def test_folder_without_usable_classes_is_rejected_only_if_labels_are_asked_for(
-    load, monkeypatch, files, message
-):
-    monkeypatch.setattr(labels, "MAX_CLASSES", 10_000 if len(files) < 4 else 3)
-    for name in files:
-        save_gray(load.data / name, 1)
-    assert len(load()) == len(files)
-    with pytest.raises(UserError, match=message):
-        load_labeled(load, "folder", 4)
 
 
 # Downloads and archives.
@@ -469,18 +416,6 @@ def test_channels_are_for_folders(load, monkeypatch):
         train.main()
 
 
-def test_sizes_are_checked_all_over_the_folder(load, monkeypatch):
-    monkeypatch.setattr(image_source, "MAX_SIZES_CHECKED", 4)
-    for i in range(8):
-        save_gray(load.data / f"{i}.png", i, (4, 4) if i < 4 else (8, 8))
-    assert len(load(size=8, upsampling=False)) == 8  # half of them are large enough
-    save_gray(load.data / "5.png", 0)  # not checked
-    assert len(load(size=8, upsampling=False)) == 8
-    save_gray(load.data / "4.png", 0)
-    with pytest.raises(UserError, match="3 of 4 checked"):
-        load(size=8, upsampling=False)
-
-
 # Data loaders.
 
 
@@ -515,13 +450,3 @@ def test_images_from_loader_accepts_tensors_arrays_and_tuples():
 def test_images_from_loader_rejects_other_batches(batches, message):
     with pytest.raises(UserError, match=message):
         images_from_loader(batches)
-
-
-def test_sources_is_the_old_import_path(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "SHAPES_COUNT", 10)
-    monkeypatch.delitem(sys.modules, "engine.sources", raising=False)
-    with pytest.warns(RenamedWarning, match="images_from_loader"):
-        sources = importlib.import_module("engine.sources")
-    assert sources.collect is images_from_loader
-    images = sources.load_images("shapes", 8, tmp_path, tmp_path / "cache", progress=False)
-    np.testing.assert_array_equal(images, draw_shapes(np.arange(10), 8))

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,11 +23,10 @@ from engine.errors import UserError
 from engine.progress import LOG_EVERY
 from engine.train_step import TrainStep
 from engine.trainer import train
-from tests.forked_script import ForkedScript
+from tests.forked_script import finish, start_two_ranks
 from tests.helpers import (
     RANK_FLAGS,
     STEP_SETTINGS,
-    checkpoint_weights,
     error_lines,
     exit_code,
     kill_one_rank,
@@ -39,29 +37,10 @@ from tests.helpers import (
     training_arguments,
     write_changed_training,
 )
-from train import parse_command_line
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="on GPUs the ranks do not talk through gloo"
 )
-
-
-def start_two_ranks(folder: Path, script: str | Path, *arguments: str) -> list[ForkedScript]:
-    """Starts a script on two ranks, as a launcher does, but faster."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    return [
-        ForkedScript(folder, script, *arguments, RANK=rank, LOCAL_RANK=rank, **common)
-        for rank in ("0", "1")
-    ]
-
-
-def finish(ranks: list[ForkedScript]) -> str:
-    """Returns what ranks that must succeed print."""
-    outputs = [rank.communicate() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    return "".join(output for output, _ in outputs)
 
 
 def train_alone(max_steps: int, resume: str = "", run_name: str = "") -> None:
@@ -107,23 +86,6 @@ def test_two_ranks_make_the_updates_of_one_and_resume_from_each_other(folder):
     assert two | {"seconds": 0, "best": 0} == one | {"seconds": 0, "best": 0}
     rows = [json.loads(line) for line in Path("samples/two/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [3, 6, 9]
-
-
-def test_two_ranks_tune_a_labeled_model_as_one_does(folder):
-    flags = training_arguments("--class_conditional", "--guide_fraction", "0.5")
-    run_script_ok(folder, "train.py", *flags, "--max_steps", "12", "--run_name", "guided")
-    tuning = ["--checkpoint", "guided", "--max_steps", "4", "--keep", "0", "--run_name"]
-    assert "guided model" in run_script_ok(folder, "train_consistency.py", *tuning, "tuned_by_one")
-    output = finish(start_two_ranks(folder, "train_consistency.py", *tuning, "tuned_by_two"))
-    assert "2 x CPU" in output and output.count("consistency tuning") == 1
-    assert difference_of_runs("tuned_by_one", "tuned_by_two") < 1e-6
-    before, after = (
-        checkpoint_weights(Path("checkpoints", name, "final.pt"))[
-            "diffusion.model.init_conv.weight"
-        ]
-        for name in ("guided", "tuned_by_two")
-    )
-    assert (after - before).abs().max() > 1e-4
 
 
 def block_rank_1_after_20_calls(loss, calls):
@@ -373,19 +335,6 @@ def test_two_ranks_score_a_labeled_model_as_one_does(folder):
     assert two["scores"] == pytest.approx(one["scores"], rel=1e-3)
     assert [row["class"] for row in two["classes"]] == ["a", "b"]
     assert two["classes"] == one["classes"]
-
-
-def test_all_ranks_take_the_checkpoint_that_rank_0_finds(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    store = torch.distributed.HashStore()
-    monkeypatch.setattr("engine.distributed._launcher_store", lambda: store)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        checkpoints.save(Path("checkpoints", rank, "last.pt"), {})
-        resumed = parse_command_line("", {}, ["--resume"]).resume
-        tuned = parse_command_line("", {}, [], {}).init_from
-        assert resumed == tuned == Path("checkpoints/0/last.pt")
 
 
 def test_failed_collective_is_a_lost_rank_unless_memory_ran_out(monkeypatch):

@@ -1,6 +1,7 @@
 """Image generation: seeds, sampling plans, interpolation, variation, inpainting."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,13 @@ from torch import Tensor, nn
 
 from ddpm_model import DDPMModel
 from engine.errors import UserError
-from engine.samplers import SAMPLERS
+from engine.samplers import (
+    CONSISTENCY_LEVELS,
+    SAMPLERS,
+    choose_timesteps,
+    consistency,
+    timesteps_from_sigmas,
+)
 
 SMALL = {"image_size": 8, "dim": 8, "dim_mults": (1, 2), "timesteps": 40, "sampling_timesteps": 10}
 RIGHT_HALF = (torch.arange(8) >= 4).expand(8, 8)
@@ -95,6 +102,42 @@ def test_sample_takes_sampler_steps_and_spacing(sampler):
     uniform = model.sample(1, spacing="uniform", **options)
     karras = model.sample(1, spacing="karras", **options)
     assert len(calls) == 18 and not torch.equal(uniform, karras)
+
+
+def tuned_model(**changes) -> DDPMModel:
+    return small(consistency=True, sampling_timesteps=2, **changes)
+
+
+@pytest.mark.parametrize("base_size", [8, 32])
+def test_noise_levels_decide_the_timesteps(base_size):
+    model = tuned_model(timesteps=1000, schedule_base_size=base_size)
+    alpha_bar = model.alpha_bar
+
+    def at(levels: tuple[float, ...]) -> list[int]:
+        # At a quarter of the size a quarter of the noise hides as much of an image.
+        return timesteps_from_sigmas(alpha_bar, [level * 8 / base_size for level in levels])
+
+    # The measured ones by default, spaced ones for other counts and where a spacing is named.
+    for steps in range(1, 9):
+        spaced = choose_timesteps(consistency, alpha_bar, steps, "karras")
+        measured = CONSISTENCY_LEVELS.get(steps)
+        assert model.sampling_plan(steps=steps)[1] == (at(measured) if measured else spaced)
+        for spacing in ("karras", "logsnr"):
+            spaced = choose_timesteps(consistency, alpha_bar, steps, spacing)
+            assert model.sampling_plan(steps=steps, spacing=spacing)[1] == spaced
+
+    # Any others.
+    timesteps = at((80, 2, 0.2))
+    plan = model.sampling_plan(noise_levels=(80, 2, 0.2))
+    assert plan == (consistency, timesteps) and model.count_nfe(*plan) == 3
+    x, randn = model.noise([5, 6])
+    *_, (_, expected, _) = model.trajectory(x, timesteps, consistency, randn)
+    images = model.sample(2, seed=5, noise_levels=(80, 2, 0.2))
+    torch.testing.assert_close(images, ((expected + 1) / 2).clamp(0, 1))
+    image, mask = images[0], torch.ones(8, 8)
+    for edit in (partial(model.vary, image, 0.9), partial(model.inpaint, image, mask)):
+        levels = ((80, 2, 0.2), (80, 1, 0.2))
+        assert not torch.equal(*(edit(batch_size=1, seed=0, noise_levels=one) for one in levels))
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,18 @@ def test_crop_of_more_than_a_tenth_is_printed(load, capsys):
     assert "cropping to squares cuts off 32 % of the images' area" in capsys.readouterr().out
 
 
+def test_sizes_are_checked_all_over_the_folder(load, monkeypatch):
+    monkeypatch.setattr(image_source, "MAX_SIZES_CHECKED", 4)
+    for i in range(8):
+        save_gray(load.data / f"{i}.png", i, (4, 4) if i < 4 else (8, 8))
+    assert len(load(size=8, upsampling=False)) == 8  # half of them are large enough
+    save_gray(load.data / "5.png", 0)  # not checked
+    assert len(load(size=8, upsampling=False)) == 8
+    save_gray(load.data / "4.png", 0)
+    with pytest.raises(UserError, match="3 of 4 checked"):
+        load(size=8, upsampling=False)
+
+
 # Archives.
 
 

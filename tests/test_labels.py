@@ -7,8 +7,12 @@ import pytest
 import torch
 
 from ddpm_model import DDPMModel
+from engine import labels
+from engine.dataloader import ImageDataset
+from engine.datasets import load_dataset
 from engine.errors import UserError
 from engine.labels import check_classes_on_resume, labels_in_proportion, parse_classes
+from tests.helpers import save_gray
 
 CLASSES = {"cat": 3, "dog": 1}
 
@@ -52,6 +56,45 @@ def test_parse_classes_reads_names_numbers_and_ranges(text, names, expected):
 def test_parse_classes_refuses_a_reversed_range(text, forward):
     with pytest.raises(UserError, match=f"reversed range {text}. Write {forward}"):
         parse_classes(text, ["cat", "dog", "t-shirt"])
+
+
+def load_labeled(load, dataset: str, size: int) -> ImageDataset:
+    return load_dataset(dataset, size, load.data, load.cache, progress=False, use_labels=True)
+
+
+def test_folder_labels_are_the_first_folders_in_order(load):
+    values = {"dog/a.png": 3, "cat/x/b.png": 1, "cat/a.png": 0, "dog/.hidden.png": 9}
+    for name, value in values.items():
+        save_gray(load.data / name, value)
+    data = load_labeled(load, "folder", 4)
+    assert data.class_names == ("cat", "dog") and data.class_counts == {"cat": 2, "dog": 1}
+    assert dict(zip(data.images[:, 0, 0, 0].tolist(), data.labels.tolist(), strict=True)) == {
+        0: 0, 1: 0, 3: 1,
+    }  # fmt: skip
+    assert load_labeled(load, "folder", 4).class_names == ("cat", "dog")  # from the cache
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            ["a/0.png", "b/0.png", "0.png"],
+            r"has images outside its class folders \(1, e.g. 0.png\)",
+        ),
+        (["a/0.png", "a/1.png"], "has 1 class, but --class_conditional needs 2 to 10,000 classes"),
+        (["0.png", "1.png"], "has no labels, but --class_conditional needs"),
+        ([f"{i}/0.png" for i in range(4)], "has 4 classes, but --class_conditional needs 2 to 3 "),
+    ],
+)
+def test_folder_without_usable_classes_is_rejected_only_if_labels_are_asked_for(
+    load, monkeypatch, files, message
+):
+    monkeypatch.setattr(labels, "MAX_CLASSES", 10_000 if len(files) < 4 else 3)
+    for name in files:
+        save_gray(load.data / name, 1)
+    assert len(load()) == len(files)
+    with pytest.raises(UserError, match=message):
+        load_labeled(load, "folder", 4)
 
 
 def test_sample_takes_classes_by_seed_in_any_batch():

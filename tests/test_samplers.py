@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -25,6 +26,7 @@ from engine.samplers import (
     MAX_CONSISTENCY_STEPS,
     SAMPLERS,
     SPACINGS,
+    alpha_bar_at,
     check_noise_levels,
     choose_timesteps,
     consistency,
@@ -220,6 +222,35 @@ def test_measured_noise_levels_have_timesteps_of_their_own(schedule):
         for timesteps in (40, 1000):
             alpha_bar = alpha_bar_of(schedule, timesteps)
             assert len(timesteps_from_sigmas(alpha_bar, levels)) == steps + 1
+
+
+def make_process(timesteps: int = 1000) -> GaussianDiffusion:
+    unet = Unet(8, dim_mults=(1,))
+    return GaussianDiffusion(unet, image_size=8, timesteps=timesteps, objective="pred_v")
+
+
+def test_sampler_goes_back_to_lower_noise_levels():
+    class Exact:
+        """Knows where each point of a flow ends: at 0.5."""
+
+        def __init__(self):
+            self.alpha_bar = make_process().alphas_cumprod.tolist()
+            self.seen: list[tuple[int, Tensor]] = []
+
+        def __call__(self, x: Tensor, t: int) -> Tensor:
+            self.seen.append((t, x))
+            return torch.full_like(x, 0.5)
+
+    denoiser = Exact()
+    timesteps = choose_timesteps(consistency, denoiser.alpha_bar, 3, "logsnr")
+    torch.manual_seed(0)
+    outputs = list(consistency(denoiser, torch.randn(1, 1, 64, 64), timesteps, torch.randn_like))
+    assert len(outputs) == 3 and torch.equal(outputs[-1][0], torch.full((1, 1, 64, 64), 0.5))
+    assert [t for t, _ in denoiser.seen] == timesteps[:-1] and timesteps[-2] > 0
+    for t, x in denoiser.seen[1:]:
+        a = alpha_bar_at(denoiser, t)
+        assert x.mean().item() == pytest.approx(0.5 * math.sqrt(a), abs=0.05)
+        assert x.std().item() == pytest.approx(math.sqrt(1 - a), rel=0.05)
 
 
 def test_ddim_encode_finds_the_noise_at_order_1():
