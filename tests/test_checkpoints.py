@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from ddpm_model import DDPMModel
-from engine import checkpoints
+from engine import checkpoints, run_names
 from engine.errors import UserError
 from tests.helpers import max_weight_difference
 
@@ -186,6 +186,14 @@ def test_load_training_refuses_parts_of_other_types(tmp_path, changes, message):
         checkpoints.load_training(tmp_path / "last.pt")
 
 
+@pytest.mark.parametrize("change", [{"optimizer": {}}, {"rng": {"torch": 3}}, {"model": {"a": 1}}])
+def test_train_refuses_damaged_parts(resumable, change):
+    last = Path("checkpoints/whole/last.pt")
+    checkpoints.save(last, checkpoints.load(last) | change)
+    with pytest.raises(UserError, match=r"last\.pt does not fit this model, or is .*. Use another"):
+        resumable(MAX_STEPS=5)
+
+
 @pytest.mark.parametrize(
     ("stored", "best"), [(None, None), (-2.5, -2.5), (float("nan"), None), (float("inf"), None)]
 )
@@ -214,6 +222,17 @@ def test_resolve_checkpoint_takes_the_file_of_a_run_with_most_steps(tmp_path, mo
     assert checkpoints.resolve_checkpoint(None) == checkpoints.newest_checkpoint()
     Path("checkpoints/a/step_0000007.pt").unlink()
     assert checkpoints.resolve_checkpoint("a").name == "last.pt"
+
+
+@pytest.mark.parametrize("reference", ["newest", "whole", "checkpoints/whole"])
+def test_resolve_checkpoint_finds_what_a_run_saved_before_its_first_last(resumable, reference):
+    folder = Path("checkpoints/whole")
+    for file in ("last.pt", "final.pt"):
+        (folder / file).unlink()
+    assert run_names.resume_hint("whole") == "Resume with --resume whole"
+    assert checkpoints.resolve_checkpoint(reference) == folder / "best.pt"
+    (folder / "last.pt").write_text("damaged")
+    assert checkpoints.resolve_checkpoint(reference) == folder / "best.pt"
 
 
 def test_run_name_of_a_file_must_be_a_folder_below_the_checkpoints(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from engine.errors import UserError
 from engine.progress import LOG_EVERY
 from engine.train_step import TrainStep
 from engine.trainer import train
-from tests.forked_script import ForkedScript
+from tests.forked_script import ForkedScript, write_changed_training
 from tests.helpers import (
     RANK_FLAGS,
     STEP_SETTINGS,
@@ -37,7 +37,6 @@ from tests.helpers import (
     save_images,
     torchrun,
     training_arguments,
-    write_changed_training,
 )
 from train import parse_command_line
 

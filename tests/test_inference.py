@@ -25,6 +25,7 @@ from engine.image_source import ReadOptions
 from engine.inference_jobs import InferenceJob
 from engine.labels import labels_in_proportion
 from engine.samplers import SAMPLERS
+from engine.shapes import SHAPE_KINDS
 from tests.helpers import ROOT, exit_code
 
 NARROW = {"dim": 8, "attn_heads": 1, "attn_dim_head": 16}
@@ -911,3 +912,28 @@ def test_wrong_classes_are_reported_in_one_line(conditional, infer, capsys, argu
     error = capsys.readouterr().err
     assert error.count("error: ") == 1 and message in error
     assert not Path("inference_results").exists()
+
+
+# --- after training
+
+
+def test_inference_uses_the_newest_checkpoint(run_here, script_error, trained_copy):
+    output = run_here(trained_copy, "inference.py", "--num_samples", "5", "--batch_size", "2")
+    results = trained_copy / "inference_results"
+    folder = results / "samples-ddpm_final-unipc-4-seeds-0-4"
+    assert "ddpm_final.pt" in output and str(folder.relative_to(trained_copy)) in output
+    names = {"grid.png", "contact_sheet.png", "summary.json", *SHAPE_KINDS}
+    assert {path.name for path in folder.iterdir()} == names
+    assert {path.name for path in (folder / "star").iterdir()} == {f"{i:06d}.png" for i in range(5)}
+    best = ["--checkpoint", "checkpoints/whole/best.pt"]
+    run_here(trained_copy, "inference.py", "--seeds", "3", *best)
+    ends = ["--image1", "data:3", "--image2", "5", "--num_steps", "2"]
+    run_here(trained_copy, "inference.py", "--mode", "interpolate", *ends)
+    summary = results / "interpolate-ddpm_final-unipc-4-seeds-0-15" / "summary.json"
+    assert json.loads(summary.read_text())["image1"] == "data:3"
+    vary = ["--mode", "vary", "--image", "data:20480"]
+    assert "data:20480" in script_error(trained_copy, "inference.py", *vary)
+    alone = Image.open(results / "samples-whole-best-unipc-4-seeds-3" / "star/000003.png")
+    assert alone.size == (8, 8)
+    grouped = Image.open(folder / "star/000003.png")
+    assert np.abs(np.asarray(alone, int) - np.asarray(grouped, int)).max() <= 1
