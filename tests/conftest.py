@@ -1,6 +1,9 @@
 """Settings that must be made before torch and Triton are imported, and shared fixtures."""
 
 import os
+import runpy
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -136,3 +139,123 @@ def served(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = save_model("checkpoints/ddpm_final.pt")
     return ModelKeeper(lambda: path, app.load_shared_model).refresh()
+
+
+# Of training scripts and runs.
+
+
+@pytest.fixture
+def on_a_cpu(monkeypatch) -> None:
+    """Training scripts configure a run as without a GPU."""
+    from tests.helpers import CPU_TIER
+
+    monkeypatch.setattr("train.detect_tier", lambda: CPU_TIER)
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """run_here(folder, script, *arguments) is run_script_ok in this process, and faster."""
+
+    def call(folder: Path, script: str, *arguments: str, code: int = 0) -> str:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(Path(__file__).parent.parent / script), run_name="__main__")
+        printed = capsys.readouterr()
+        assert stopped.value.code == code, printed
+        return printed.err if code else printed.out
+
+    return call
+
+
+@pytest.fixture
+def script_error(run_here):
+    """script_error(folder, script, *arguments) runs a script that must fail; returns its error."""
+
+    def call(folder: Path, script: str, *arguments: str) -> str:
+        errors = run_here(folder, script, *arguments, code=2).splitlines()
+        lines = [line for line in errors if line.startswith("error: ")]
+        assert len(lines) == 1 and errors[-1] == lines[0]
+        return lines[0]
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """A folder with a finished run `whole` of 40 steps."""
+    from tests.helpers import TINY_FLAGS, run_script_ok
+
+    folder = tmp_path_factory.mktemp("trained")
+    flags = ["--run_name", "whole", "--max_steps", "40"]
+    run_script_ok(folder, "train_optimized.py", *TINY_FLAGS, *flags)
+    return folder
+
+
+@pytest.fixture
+def trained_copy(trained, tmp_path) -> Path:
+    """A folder with that run, which a test may change."""
+    return shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def run_folder(trained, tmp_path) -> Path:
+    """A folder with the image cache of `trained`, which takes a second to build."""
+    shutil.copytree(trained / "data", tmp_path / "data")
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def trained_by_api(tmp_path_factory) -> Path:
+    """A folder with a finished run `whole` of 4 steps, which are an epoch."""
+    from config import resolve
+    from ddpm_model import DDPMModel
+    from engine.trainer import train
+    from tests.helpers import API_FLAGS, CPU_TIER, random_images
+
+    folder = tmp_path_factory.mktemp("trained_by_api")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        flags = API_FLAGS | {"MAX_STEPS": 4, "RUN_NAME": "whole"}
+        config = resolve("folder", CPU_TIER, flags=flags)
+        train(DDPMModel.from_config(config), random_images(80, 8), config)
+    return folder
+
+
+@pytest.fixture
+def resumable(trained_by_api, tmp_path, monkeypatch) -> Callable[..., Path]:
+    """A working folder with the run `whole`; resumable(file, ...) resumes it by the API."""
+    from config import resolve
+    from ddpm_model import DDPMModel
+    from engine.trainer import train
+    from tests.helpers import API_FLAGS, CPU_TIER, random_images
+
+    shutil.copytree(trained_by_api, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+
+    def resume(file: str = "last.pt", seed: int = 0, **changes) -> Path:
+        flags = API_FLAGS | {"MAX_STEPS": 4} | changes
+        config = resolve("folder", CPU_TIER, flags=flags)
+        images = random_images(80, 8, seed=seed)
+        return train(DDPMModel.from_config(config), images, config, f"checkpoints/whole/{file}")
+
+    return resume
+
+
+@pytest.fixture
+def saved_run(tmp_path, monkeypatch) -> dict:
+    """The configuration of a run `mine` of train_optimized.py that has saved a checkpoint."""
+    import train_optimized
+    from config import resolve
+    from engine import checkpoints
+    from tests.helpers import CPU_TIER
+
+    monkeypatch.chdir(tmp_path)
+    flags = {
+        "LEARNING_RATE": 0.0125, "DIM": 16, "DIM_MULTS": (1, 2), "IMAGE_SIZE": 8, "MAX_STEPS": 77,
+        "BATCH_SIZE": 6, "GRADIENT_ACCUMULATION": 4, "SEED": 3, "RUN_NAME": "mine",
+    }  # fmt: skip
+    config = resolve("shapes", CPU_TIER, train_optimized.DEFAULTS, flags=flags).as_dict()
+    empty = {key: type_() for key, type_ in checkpoints.TRAINING_KEYS.items()}
+    checkpoints.save(Path("checkpoints/mine/last.pt"), empty | {"run": "mine", "config": config})
+    return config

@@ -2,17 +2,22 @@
 
 Each is a process of its own, with its arguments, folder, environment and exit code, but it starts
 in a tenth of a second instead of five. Imports nothing of the project: the script does.
+write_changed_training makes a script like one of the repository, but with other losses.
 """
 
+import inspect
 import multiprocessing
 import os
 import runpy
 import socket
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
+ROOT = Path(__file__).resolve().parent.parent
 FORKSERVER = multiprocessing.get_context("forkserver")
 # Not this module: torch-fidelity installs a package `tests`, too.
 FORKSERVER.set_forkserver_preload([
@@ -105,3 +110,43 @@ def run(
     sys.argv = command
     sys.path.insert(0, str(Path(command[0]).parent))
     runpy.run_path(command[0], run_name="__main__")
+
+
+CHANGED_TRAINING = """
+import functools
+import os
+import runpy
+import signal
+import time
+
+from engine import cli  # first: sets what torch reads
+
+from ddpm_model import DDPMModel
+
+forward = DDPMModel.forward
+calls = 0
+
+
+@functools.wraps(forward)
+def changed_forward(*args, **kwargs):
+    global calls
+    calls += 1
+    return {function}(forward(*args, **kwargs), calls)
+
+
+DDPMModel.forward = changed_forward
+"""
+
+
+def write_changed_training(
+    folder: Path, change: Callable[[Any, int], Any], script: str = "train.py"
+) -> Path:
+    """Writes a script like one of the repository, but its n-th loss is change(loss, n).
+
+    change: a function of a module, which may use os, signal and time.
+    """
+    path = folder / "changed_training.py"
+    start = CHANGED_TRAINING.format(function=change.__name__)
+    end = f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')"
+    path.write_text(f"{start}\n\n{inspect.getsource(change)}\n\n{end}\n")
+    return path

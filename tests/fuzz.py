@@ -88,7 +88,7 @@ def prepare() -> None:
         Image.fromarray(noise).save(f"real/{i:02}.png")
 
 
-# --- inputs: each writes below `fuzz/` and returns the command that reads it
+# Inputs: each writes below `fuzz/` and returns the command that reads it.
 
 
 def damage(content: bytes, rng: random.Random) -> bytes:
@@ -232,7 +232,7 @@ def launcher_variables(rng: random.Random) -> dict[str, str]:
     return {name: rng.choice(["0", "2", "-1", "abc", ""]) for name in names}
 
 
-# --- the run
+# The run.
 
 
 def checksums() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """What several test files use: running the scripts, comparing checkpoints, small settings."""
 
-import inspect
 import io
+import json
 import math
 import os
 import re
@@ -26,7 +26,9 @@ from denoising_diffusion_pytorch import Unet
 from PIL import Image
 from torch import Tensor, nn
 
-from config import Tier
+import train
+from config import Config, Tier
+from engine import checkpoints
 from engine.dataloader import Batch
 from engine.datasets import ARCHIVES
 from engine.unet import FastUnet
@@ -47,6 +49,14 @@ TINY_FLAGS = [
     "--dropout", "0.1", "--warmup_steps", "2", "--guide_fraction", "0.5", "--keep", "0",
 ]  # fmt: skip
 
+# Settings of a model that learns in four steps, for tests that call engine.trainer.train.
+API_FLAGS = {
+    "IMAGE_SIZE": 8, "DIM": 8, "DIM_MULTS": (1, 2), "ATTENTION_HEADS": (1,), "ATTENTION_DIM": (16,),
+    "TIMESTEPS": 40, "SAMPLING_TIMESTEPS": 4, "BATCH_SIZE": 16, "WARMUP_STEPS": 1,
+    "LEARNING_RATE": 0.03, "GUIDE_FRACTION": 0.5, "LR_SCHEDULE": "cosine", "CHECKPOINT_EVERY": 0,
+    "NUM_SAMPLE_GRIDS": 0, "GRID_IMAGES": 4,
+}  # fmt: skip
+
 # Flags of a model that several ranks train: no dropout, whose masks differ by rank.
 RANK_FLAGS = {
     "IMAGE_SIZE": 8, "DIM": 8, "DIM_MULTS": (1, 2), "ATTENTION_HEADS": (1,), "ATTENTION_DIM": (16,),
@@ -56,20 +66,11 @@ RANK_FLAGS = {
 
 # The settings that a TrainStep reads.
 STEP_SETTINGS = {
-    "BATCH_SIZE": 32,
-    "GRADIENT_ACCUMULATION": 1,
-    "OPTIMIZER": "adam",
-    "WEIGHT_DECAY": 0.1,
-    "GRAD_CLIP": 1.0,
-    "EMA_DECAY": 0.9,
-    "HORIZONTAL_FLIP": True,
-    "LABEL_DROPOUT": 0.0,
-    "USE_AMP": False,
-    "GRADIENT_CHECKPOINTING": False,
-    "COMPILE_MODEL": False,
-    "CUDA_GRAPH": False,
+    "BATCH_SIZE": 32, "GRADIENT_ACCUMULATION": 1, "OPTIMIZER": "adam", "WEIGHT_DECAY": 0.1,
+    "GRAD_CLIP": 1.0, "EMA_DECAY": 0.9, "HORIZONTAL_FLIP": True, "LABEL_DROPOUT": 0.0,
+    "USE_AMP": False, "GRADIENT_CHECKPOINTING": False, "COMPILE_MODEL": False, "CUDA_GRAPH": False,
     "SEED": 0,
-}
+}  # fmt: skip
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 needs_no_gpu = pytest.mark.skipif(
@@ -92,44 +93,11 @@ def run_script_ok(folder: Path, script: str, *arguments: str) -> str:
     return output
 
 
-CHANGED_TRAINING = """
-import functools
-import os
-import runpy
-import signal
-import time
-
-from engine import cli  # first: sets what torch reads
-
-from ddpm_model import DDPMModel
-
-forward = DDPMModel.forward
-calls = 0
-
-
-@functools.wraps(forward)
-def changed_forward(*args, **kwargs):
-    global calls
-    calls += 1
-    return {function}(forward(*args, **kwargs), calls)
-
-
-DDPMModel.forward = changed_forward
-"""
-
-
-def write_changed_training(
-    folder: Path, change: Callable[[Tensor, int], Tensor], script: str = "train.py"
-) -> Path:
-    """Writes a script like one of the repository, but its n-th loss is change(loss, n).
-
-    change: a function of a module, which may use os, signal and time.
-    """
-    path = folder / "changed_training.py"
-    start = CHANGED_TRAINING.format(function=change.__name__)
-    end = f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')"
-    path.write_text(f"{start}\n\n{inspect.getsource(change)}\n\n{end}\n")
-    return path
+def configure(*argv: str, script: dict | None = None) -> Config:
+    """The configuration that a training script gets with this command line."""
+    request = train.parse_command_line("", script or {}, argv)
+    checkpoint = checkpoints.load_training(request.resume) if request.resume else None
+    return train.configure(request, checkpoint)
 
 
 def hold_lock(name: str) -> int:
@@ -140,6 +108,17 @@ def hold_lock(name: str) -> int:
     handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
     fcntl.flock(handle, fcntl.LOCK_EX)
     return handle
+
+
+def read_rows(folder: Path, name: str) -> list[dict]:
+    """The metrics of a run in a folder."""
+    lines = (folder / "samples" / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def logged_steps(folder: Path, name: str, key: str = "loss") -> list[int]:
+    """The steps of a run that have a metric."""
+    return [row["step"] for row in read_rows(folder, name) if key in row]
 
 
 def checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -186,6 +165,12 @@ def compare_gradients(
         assert relative_error(a, b) < limit
 
 
+def make_batch(count: int = 32) -> Batch:
+    """Random images of 8 px to train on."""
+    generator = torch.Generator().manual_seed(1)
+    return Batch(torch.randint(256, (count, 3, 8, 8), dtype=torch.uint8, generator=generator))
+
+
 def random_images(count: int, size: int, channels: int = 3, seed: int = 0) -> np.ndarray:
     """Random uint8 images (count, channels, size, size)."""
     shape = (count, channels, size, size)
@@ -214,7 +199,7 @@ class FakeTime:
         return self.now
 
 
-# --- networks
+# Networks.
 
 UNET_ARCHITECTURES = [
     dict(dim=32, dim_mults=(1, 2, 4)),
@@ -251,7 +236,7 @@ def outputs_and_gradients(
     return [y.detach().float(), x.grad, torch.cat([p.grad.flatten() for _, p in parameters])]
 
 
-# --- archives
+# Archives.
 
 
 def change_archive(monkeypatch, dataset: str, **changes) -> None:
@@ -276,7 +261,7 @@ def write_zip(path: Path, files: dict[str, bytes]) -> None:
             archive.writestr(name, content)
 
 
-# --- stand-ins
+# Stand-ins.
 
 
 class MeanColors(torch.nn.Module):
@@ -350,7 +335,7 @@ class RecordedStep:
         return batch.images.flatten().tolist()
 
 
-# --- ranks
+# Ranks.
 
 
 def torchrun(folder: Path, script: str, *arguments: str, count: int = 2) -> subprocess.Popen:

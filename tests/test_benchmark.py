@@ -48,7 +48,7 @@ def max_gpu_fraction(monkeypatch):
     monkeypatch.setattr(dataloader, "MAX_GPU_FRACTION", dataloader.MAX_GPU_FRACTION)
 
 
-# --- the whole run
+# The whole run.
 
 
 def run_here(job: benchmarking.BenchmarkJob) -> dict:
@@ -236,7 +236,7 @@ def test_docs_are_written_and_the_old_flag_warns(run_main, tmp_path):
         run_main("--docs")
 
 
-# --- networks
+# Networks.
 
 
 def test_results_are_named_after_their_network(run_main):
@@ -264,7 +264,7 @@ def test_upstream_network_has_our_parameters():
         assert sorted(upstream) == sorted(ours)
 
 
-# --- jobs
+# Jobs.
 
 
 @pytest.mark.parametrize("is_gpu", [False, True])
@@ -335,7 +335,7 @@ def test_data_jobs_compare_gpu_and_workers():
     assert [job.measure.args[0].BATCH_SIZE for job in jobs] == [8, 8]
 
 
-# --- measurements
+# Measurements.
 
 
 @pytest.fixture
@@ -608,7 +608,7 @@ def test_memory_finds_the_network_and_micro_batch_under_each_cap(monkeypatch):
     assert rows[0]["dim"] < rows[2]["dim"]
 
 
-# --- speedup
+# Speedup.
 
 
 def speed(what: str, batch: int, rate: float | None, **more) -> benchmarking.BenchmarkJob:

@@ -20,7 +20,7 @@ from engine.errors import FallbackWarning, UserError
 from tests.forked_script import FORKSERVER
 from tests.helpers import CPU, ROOT
 
-# --- workers
+# Workers.
 
 
 def succeed(device: torch.device) -> dict:
@@ -99,7 +99,7 @@ def test_run_returns_what_rank_0_measured_with_the_others(forked):
     assert row == {"what": "a", "sum": [3, 2], "rank": 0}
 
 
-# --- timing
+# Timing.
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_time_steps_uses_the_threads_of_the_process(two_cores):
     assert set(threads) == {2}
 
 
-# --- formats
+# Formats.
 
 
 def test_rows_carry_each_figure_with_its_heading(run_rows, capsys):
@@ -168,7 +168,7 @@ def test_failures_show_in_tables():
     assert text.splitlines()[-1] == "| a | 8 | ValueError: a / b |"
 
 
-# --- files
+# Files.
 
 
 PATH = Path("results/benchmark-NVIDIA-H100-80GB-HBM3.json")
@@ -247,7 +247,7 @@ def test_read_report_names_a_single_result_after_its_section_and_keys_as_today(t
     assert benchmarking.read_report(path) == {"": {"scaling": RESULT | {"rows": rows}}}
 
 
-# --- docs
+# Docs.
 
 
 def test_docs_are_what_the_command_writes(monkeypatch):

@@ -11,9 +11,10 @@ import safetensors.torch
 import torch
 
 from ddpm_model import DDPMModel
-from engine import checkpoints
+from engine import checkpoints, run_names
 from engine.errors import UserError
 from tests.helpers import max_weight_difference
+from train import parse_command_line
 
 
 def test_write_atomically_syncs_the_complete_file_before_renaming(tmp_path, monkeypatch):
@@ -186,6 +187,14 @@ def test_load_training_refuses_parts_of_other_types(tmp_path, changes, message):
         checkpoints.load_training(tmp_path / "last.pt")
 
 
+@pytest.mark.parametrize("change", [{"optimizer": {}}, {"rng": {"torch": 3}}, {"model": {"a": 1}}])
+def test_train_refuses_damaged_parts(resumable, change):
+    last = Path("checkpoints/whole/last.pt")
+    checkpoints.save(last, checkpoints.load(last) | change)
+    with pytest.raises(UserError, match=r"last\.pt does not fit this model, or is .*. Use another"):
+        resumable(MAX_STEPS=5)
+
+
 @pytest.mark.parametrize(
     ("stored", "best"), [(None, None), (-2.5, -2.5), (float("nan"), None), (float("inf"), None)]
 )
@@ -216,6 +225,17 @@ def test_resolve_checkpoint_takes_the_file_of_a_run_with_most_steps(tmp_path, mo
     assert checkpoints.resolve_checkpoint("a").name == "last.pt"
 
 
+@pytest.mark.parametrize("reference", ["newest", "whole", "checkpoints/whole"])
+def test_resolve_checkpoint_finds_what_a_run_saved_before_its_first_last(resumable, reference):
+    folder = Path("checkpoints/whole")
+    for file in ("last.pt", "final.pt"):
+        (folder / file).unlink()
+    assert run_names.resume_hint("whole") == "Resume with --resume whole"
+    assert checkpoints.resolve_checkpoint(reference) == folder / "best.pt"
+    (folder / "last.pt").write_text("damaged")
+    assert checkpoints.resolve_checkpoint(reference) == folder / "best.pt"
+
+
 def test_run_name_of_a_file_must_be_a_folder_below_the_checkpoints(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("../mine", "/mine", ""):
@@ -224,3 +244,16 @@ def test_run_name_of_a_file_must_be_a_folder_below_the_checkpoints(tmp_path, mon
         )
         with pytest.raises(UserError, match="which is no name of a run"):
             checkpoints.run_name_of(checkpoint)
+
+
+def test_all_ranks_take_the_checkpoint_that_rank_0_finds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr("engine.distributed._launcher_store", lambda: store)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        checkpoints.save(Path("checkpoints", rank, "last.pt"), {})
+        resumed = parse_command_line("", {}, ["--resume"]).resume
+        tuned = parse_command_line("", {}, [], {}).init_from
+        assert resumed == tuned == Path("checkpoints/0/last.pt")

@@ -1,24 +1,17 @@
-"""Configuration: which layer wins, which tier is chosen, and that every flag arrives."""
-
-from pathlib import Path
-from typing import Any
+"""config.py: which layer wins, which tier is chosen, and what a resumed run keeps."""
 
 import pytest
 import torch
 
-import train
 import train_optimized
 import train_stl10_optimized
 import train_true_high_res
-from config import Config, DDPMConfig, Tier, resolve, tier_for_memory
+from config import DDPMConfig, Tier, resolve, tier_for_memory
 from ddpm_model import DDPMModel
-from engine import checkpoints
-from engine.datasets import ARCHIVES
 from engine.errors import FallbackWarning, RenamedWarning, UserError
-from engine.settings import Setting
-from tests.helpers import CPU_TIER, LARGE_TIER
+from tests.helpers import CPU_TIER, LARGE_TIER, configure
 
-SETTINGS = DDPMConfig.settings()
+pytestmark = pytest.mark.usefixtures("on_a_cpu")
 SWITCHES = ("USE_AMP", "COMPILE_MODEL", "CUDA_GRAPH", "AUTO_MICRO_BATCH")
 
 
@@ -39,19 +32,7 @@ class MyWidth(DDPMConfig):
     DIM = 48
 
 
-@pytest.fixture(autouse=True)
-def on_a_cpu(monkeypatch):
-    monkeypatch.setattr(train, "detect_tier", lambda: CPU_TIER)
-
-
-def configure(*argv: str, script: dict | None = None) -> Config:
-    """The configuration that a training script gets with this command line."""
-    request = train.parse_command_line("", script or {}, argv)
-    checkpoint = checkpoints.load_training(request.resume) if request.resume else None
-    return train.configure(request, checkpoint)
-
-
-# --- Tiers and presets.
+# Tiers and presets..
 
 
 @pytest.mark.parametrize(
@@ -166,7 +147,7 @@ def test_cpu_turns_every_switch_off_unless_explicit(script):
     assert all(getattr(config, name) for name in SWITCHES)
 
 
-# --- Layers.
+# Layers..
 
 
 def test_later_layers_win_and_are_named():
@@ -252,43 +233,7 @@ def test_last_run_length_counts():
         resolve("shapes", CPU_TIER, flags={"MAX_STEPS": 30, "MINUTES": 1.0})
 
 
-# --- Command line.
-
-
-def another_value(setting: Setting) -> Any:
-    """A value of a setting that is allowed and not its default."""
-    if setting.choices:
-        return setting.choices[-2]
-    if setting.value_type is int:
-        return 2 * (setting.default or 1)
-    if setting.value_type is float:
-        return (setting.default or 1.0) / 2
-    return {bool: not setting.default, str: "13", tuple: (1, 2, 3, 5)}[setting.value_type]
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_every_setting_is_a_flag(name):
-    setting = SETTINGS[name]
-    value = another_value(setting)
-    text = ",".join(map(str, value)) if setting.value_type is tuple else str(value)
-    arguments = [f"--{name.lower()}", text]
-    if setting.value_type is bool:
-        arguments = [f"--{'' if value else 'no-'}{name.lower()}"]
-    dataset = [] if name == "DATASET" else ["--dataset", "folder"]
-    config = configure(*dataset, *arguments)
-    assert getattr(config, name) == value
-    assert config.set_by[name] == "flag"
-
-
-@pytest.mark.parametrize(
-    ("old_flag", "value", "name", "expected"),
-    [("--guide_at", "0.25", "GUIDE_FRACTION", 0.25), ("--memory_gib", "6", "MAX_MEMORY_GIB", 6.0),
-     ("--no-fit_memory", "", "AUTO_MICRO_BATCH", False), ("--num_samples", "9", "GRID_IMAGES", 9)],
-)  # fmt: skip
-def test_old_flags_warn_and_work(old_flag, value, name, expected):
-    with pytest.warns(RenamedWarning, match=f"{old_flag} is now --.*{name.lower()}"):
-        config = configure("--dataset", "folder", old_flag, *filter(None, [value]))
-    assert (getattr(config, name), config.set_by[name]) == (expected, "flag")
+# Old names, and sizes that do not fit..
 
 
 def test_old_names_warn_in_a_subclass_and_load_from_a_checkpoint():
@@ -300,71 +245,6 @@ def test_old_names_warn_in_a_subclass_and_load_from_a_checkpoint():
     stored = resolve("folder", LARGE_TIER).as_dict()
     stored["SAVE_MINUTES"] = stored.pop("SAVE_EVERY_MINUTES") + 1
     assert resolve("folder", LARGE_TIER, checkpoint=stored).SAVE_EVERY_MINUTES == 3.0
-
-
-def test_target_size_is_the_image_size():
-    flags = ["--dataset", "folder", "--target_size", "128", "--max_memory_gib", "6"]
-    with pytest.warns(FallbackWarning, match="no GPU to cap at 6 GiB; continuing without"):
-        config = configure(*flags, script=train_true_high_res.DEFAULTS)
-    assert (config.IMAGE_SIZE, config.MAX_MEMORY_GIB) == (128, 6.0)
-
-
-def test_help_shows_every_flag_with_its_default(capsys):
-    with pytest.raises(SystemExit):
-        train.parse_command_line("", {"LEARNING_RATE": 0.125}, ["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    for name in SETTINGS:
-        assert f"--{name.lower()}" in shown
-    assert "(default: 0.125)" in shown and "(default: 1,2,2,2)" in shown
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--batchsize", "3"], "unknown flag --batchsize; did you mean --batch_size"),
-        (["--dim", "wide"], "--dim: invalid int value: 'wide'"),
-        (["--dim", "4"], "DIM is 4, but must be at least 8"),
-        (["--dropout", "1.5"], "DROPOUT is 1.5, but must be at most 0.9"),
-        (["--learning_rate", "nan"], "LEARNING_RATE is nan, but must be at least"),
-        (["--dim_mults", "1,-2"], "DIM_MULTS is"),
-        (["--objective", "pred_vv"],
-         "OBJECTIVE is 'pred_vv'; choose from pred_v, pred_noise, pred_x0; did you mean pred_v?"),
-        (["--dataset", "cifar"], "did you mean cifar10"),
-        (["--image_size", "30"], "need a multiple of"),
-        (["--timesteps", "10"], "SAMPLING_TIMESTEPS is 14, but must be at most TIMESTEPS, 10"),
-        (["--timesteps", "19", "--sampling_timesteps", "5", "--beta_schedule", "linear"],
-         "needs at least 20"),
-        (["--dim", "9"], "DIM is 9, but must be even"),
-        (["--dim_mults", "1,x"], "--dim_mults: expected integers like 1,2,4,8, got '1,x'"),
-        (["--image_size", "16", "--schedule_base_size", "257"],
-         "SCHEDULE_BASE_SIZE is 257, but must be at most 16 times"),
-        (["--class_conditional", "--label_dropout", "0", "--guidance_mode", "both"],
-         "LABEL_DROPOUT is 0.0, but GUIDANCE_MODE both needs a network that knows"),
-        (["--minutes", "0"], "Set one of them"),
-        (["--config", "nowhere.py:Mine"], "nowhere.py, which does not exist"),
-        (["--config", "Mine"], "must look like my_config.py:MyConfig"),
-        (["--config", "mine.py:Yours"],
-         "has no subclass of DDPMConfig named Yours; did you mean Ours"),
-        (["--config", "typo.py:Typo"],
-         "LEARNING_RAT, which does not exist; did you mean LEARNING_RATE"),
-        (["--config", "typo.py:Type"], "DIM is '64', but must be an integer"),
-        (["--config", "syntax.py:Mine"], "cannot be loaded: SyntaxError"),
-        (["--resume", "no-such-run"], "--resume no-such-run: no such checkpoint"),
-        (["--resume", ""], "--resume is empty"),
-        (["--resume", "a", "--run_name", "b"], "--run_name is for a new run"),
-    ],
-)  # fmt: skip
-def test_bad_command_line_gets_one_line(arguments, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    imports = "from config import DDPMConfig\n"
-    (tmp_path / "mine.py").write_text(f"{imports}class Ours(DDPMConfig):\n    DIM = 16\n")
-    typo = "class Typo(DDPMConfig):\n    LEARNING_RAT = 1\n"
-    (tmp_path / "typo.py").write_text(f"{imports}{typo}class Type(DDPMConfig):\n    DIM = '64'\n")
-    (tmp_path / "syntax.py").write_text("class Mine(\n")
-    dataset = [] if "--dataset" in arguments else ["--dataset", "shapes"]
-    with pytest.raises(UserError) as caught:
-        configure(*dataset, *arguments)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -381,45 +261,7 @@ def test_size_that_the_levels_cannot_halve_gets_advice_that_works(size, mults, a
     configure(*flags, mults, "--image_size", advice.split(",")[0].split()[-1])
 
 
-def test_value_range_may_be_negative():
-    config = configure("--dataset", "folder", "--value_range", "-1000,400")
-    assert config.VALUE_RANGE == "-1000,400"
-
-
-def test_subclass_from_a_file_is_overridden_by_a_flag(tmp_path):
-    file = tmp_path / "mine.py"
-    base = "class Base(DDPMConfig):\n    DIM = 16\n"
-    file.write_text(f"from config import DDPMConfig\n{base}class Ours(Base):\n    EPOCHS = 3\n")
-    config = configure("--dataset", "shapes", "--config", f"{file}:Ours", "--epochs", "4")
-    assert (config.DIM, config.set_by["DIM"]) == (16, "Ours")
-    assert (config.EPOCHS, config.MINUTES) == (4, 0)
-
-
-# --- Resuming.
-
-RUN = {
-    "LEARNING_RATE": 0.0125, "DIM": 16, "DIM_MULTS": (1, 2), "IMAGE_SIZE": 8, "MAX_STEPS": 77,
-    "BATCH_SIZE": 6, "GRADIENT_ACCUMULATION": 4, "SEED": 3, "RUN_NAME": "mine",
-}  # fmt: skip
-
-
-@pytest.fixture
-def saved_run(tmp_path, monkeypatch) -> dict:
-    """The configuration of a run `mine` of train_optimized.py that has saved a checkpoint."""
-    monkeypatch.chdir(tmp_path)
-    config = resolve("shapes", CPU_TIER, train_optimized.DEFAULTS, flags=RUN).as_dict()
-    empty = {key: type_() for key, type_ in checkpoints.TRAINING_KEYS.items()}
-    checkpoints.save(Path("checkpoints/mine/last.pt"), empty | {"run": "mine", "config": config})
-    return config
-
-
-@pytest.mark.parametrize("tier", [CPU_TIER, Tier("Tiny", 8, 0.01)])
-@pytest.mark.parametrize("script", [train, train_stl10_optimized])
-def test_resume_keeps_every_setting_of_the_run(script, tier, saved_run, monkeypatch):
-    monkeypatch.setattr(train, "detect_tier", lambda: tier)
-    config = configure("--resume", "mine", script=script.DEFAULTS)
-    assert config.as_dict() == saved_run
-    assert (config.LR_SCHEDULE, config.set_by["LR_SCHEDULE"]) == ("cosine", "checkpoint")
+# Resuming..
 
 
 def test_resume_of_an_earlier_version_has_the_defaults_of_its_time(saved_run):
@@ -433,45 +275,3 @@ def test_resume_of_an_earlier_version_has_a_guidance_of_at_least_1(saved_run):
     assert resolve("shapes", CPU_TIER, checkpoint=saved_run | {"GUIDANCE": 0.0}).GUIDANCE == 1
     with pytest.raises(UserError, match="GUIDANCE is 0"):
         resolve("shapes", CPU_TIER, flags={"GUIDANCE": 0})
-
-
-def test_resume_is_overridden_by_explicit_settings_only(saved_run, tmp_path):
-    code = "from config import DDPMConfig\nclass Own(DDPMConfig):\n    EMA_DECAY = 0.5\n"
-    (tmp_path / "own.py").write_text(code)
-    flags = ["--learning_rate", "0.5", "--minutes", "3", "--config", "own.py:Own"]
-    config = configure("--resume", "mine", *flags, script=train.DEFAULTS)
-    changed = {"LEARNING_RATE": 0.5, "MINUTES": 3.0, "MAX_STEPS": 0, "EMA_DECAY": 0.5}
-    assert config.as_dict() == saved_run | changed
-
-
-def test_dry_run_downloads_no_default_data_set(monkeypatch):
-    asked = []
-    monkeypatch.setattr(train, "choose_default_dataset", lambda *a: asked.append(a) or "cifar10")
-    for tier, has_gpu in ((CPU_TIER, False), (LARGE_TIER, True)):
-        monkeypatch.setattr(train, "detect_tier", lambda tier=tier: tier)
-        for flags in ([], ["--dry_run"]):
-            configure(*flags)
-            assert asked.pop() == (Path("data"), has_gpu, not flags)
-
-
-def test_data_dir_without_a_data_set_must_hold_the_default_one(saved_run, tmp_path):
-    data = ["--data_dir", str(tmp_path)]
-    for script, default, result in (
-        (train.DEFAULTS, "cifar10", "shapes"),
-        (train_stl10_optimized.DEFAULTS, "stl10", "stl10"),
-    ):
-        advice = (
-            f"has no {default}. Add --dataset folder for your own images, or --dataset {default}"
-        )
-        with pytest.raises(UserError, match=advice):
-            configure(*data, script=script)
-        (tmp_path / ARCHIVES[default].path).touch()
-        assert configure(*data, script=script).DATASET == result
-    assert configure(*data, "--dataset", "folder").DATASET == "folder"
-    assert configure(*data, script={"DATASET": "folder"}).DATASET == "folder"
-
-    # A run names its data set.
-    last = Path("checkpoints/mine/last.pt")
-    state = checkpoints.load(last)
-    checkpoints.save(last, state | {"config": saved_run | {"DATASET": "cifar10"}})
-    assert configure("--data_dir", "elsewhere", "--resume", "mine").DATASET == "cifar10"

@@ -1,4 +1,4 @@
-"""CUDA graphs without a GPU: what is captured, on which device, and what is kept."""
+"""CUDA graphs without a GPU: what is captured and kept, and a training step that replays them."""
 
 import contextlib
 from functools import partial
@@ -9,9 +9,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ddpm_model import DDPMModel
 from engine import cuda_graphs
 from engine.cuda_graphs import MAX_GRAPHS, CapturedFunction, GraphCache, GraphCaptureError
-from engine.errors import UserError
+from engine.errors import FallbackWarning, UserError
+from engine.train_step import TrainStep
+from tests.helpers import STEP_SETTINGS, make_batch, max_weight_difference
 
 
 @pytest.fixture
@@ -180,3 +183,91 @@ def test_cache_holds_few_graphs(fake_cuda):
 def test_cache_rejects_labels_for_an_unconditional_network(fake_cuda):
     with pytest.raises(UserError, match="unconditional"):
         GraphCache()(Network(), torch.ones(1, 1), torch.zeros(1), torch.zeros(1))
+
+
+# A training step.
+
+
+def make_step(**changes) -> TrainStep:
+    torch.manual_seed(0)
+    small = {"image_size": 8, "dim": 8, "dim_mults": (1, 2), "timesteps": 50}
+    model = DDPMModel(**small, loss_weighting="min_snr")
+    return TrainStep(model, SimpleNamespace(**(STEP_SETTINGS | changes)))
+
+
+class ReplayedFunction:
+    """Behaves like CapturedFunction without CUDA: always the same inputs and output tensors."""
+
+    def __init__(self, fn, pool):
+        self.fn = fn
+        self.inputs = self.output = None
+
+    def __call__(self, *inputs):
+        if self.inputs is None:
+            self.inputs = [x.clone() for x in inputs]
+        for static, value in zip(self.inputs, inputs, strict=True):
+            static.copy_(value)
+        output = self.fn(*self.inputs)
+        self.output = output.clone() if self.output is None else self.output.copy_(output)
+        return self.output
+
+
+@pytest.mark.parametrize("micro_batch", [32, 8, 12])
+def test_step_with_replayed_micro_batches_makes_the_same_update(micro_batch, monkeypatch):
+    monkeypatch.setattr("engine.train_step.CapturedFunction", ReplayedFunction)
+    plain, replayed = make_step(BATCH_SIZE=micro_batch), make_step(BATCH_SIZE=micro_batch)
+    replayed.graphs = {}
+    for number in range(3):
+        losses = [step(make_batch(), number, 1e-3)[0].item() for step in (plain, replayed)]
+        assert losses[0] == losses[1]
+    assert max_weight_difference(plain.model, replayed.model) == 0
+    sizes = {micro_batch, 32 % micro_batch or micro_batch}
+    assert set(replayed.graphs) == {"update", *((size, 32) for size in sizes)}
+
+
+def test_step_with_replayed_micro_batches_takes_batches_of_several_sizes(monkeypatch):
+    monkeypatch.setattr("engine.train_step.CapturedFunction", ReplayedFunction)
+    plain, replayed = make_step(), make_step()
+    replayed.graphs = {}
+    for number, count in enumerate((32, 64, 32)):  # one part, which overwrites the gradient, or two
+        losses = [step(make_batch(count), number, 1e-3)[0].item() for step in (plain, replayed)]
+        assert losses[0] == losses[1]
+    assert max_weight_difference(plain.model, replayed.model) == 0
+
+
+@pytest.mark.parametrize("key", [8, "update"])
+def test_step_continues_without_a_graph_that_cannot_be_captured(key, monkeypatch):
+    class FailingFunction(ReplayedFunction):
+        def __init__(self, fn, pool):
+            super().__init__(fn, pool)
+            self.is_failing = isinstance(fn, partial) == (key != "update")
+
+        def __call__(self, *inputs):
+            if self.inputs and self.is_failing:
+                p = next(step.model.parameters())
+                p.grad = torch.ones_like(p)  # left by the failed capture
+                raise GraphCaptureError("operation not permitted when stream is capturing")
+            return super().__call__(*inputs)
+
+    monkeypatch.setattr("engine.train_step.CapturedFunction", FailingFunction)
+    step, reference = make_step(BATCH_SIZE=8), make_step(BATCH_SIZE=8)
+    step.graphs = {}
+    with pytest.warns(FallbackWarning, match="CUDA graph capture failed .operation not") as caught:
+        for number in range(3):
+            for made in (step, reference):
+                made(make_batch(), number, 1e-3)
+    assert len(caught) == 1 and step.graphs is None
+    assert max_weight_difference(step.model, reference.model) == 0
+
+
+def test_step_does_not_catch_errors_of_the_model(monkeypatch):
+    def forward(images, t, noise):
+        raise RuntimeError("shapes do not match")
+
+    step = make_step()
+    step.graphs = {}
+    monkeypatch.setattr("engine.train_step.CapturedFunction", ReplayedFunction)
+    monkeypatch.setattr(step.model, "forward", forward)
+    with pytest.raises(RuntimeError, match=r"^shapes do not match$"):
+        step(make_batch(), 0, 1e-3)
+    assert step.graphs is not None

@@ -23,7 +23,7 @@ from engine.errors import UserError
 from engine.progress import LOG_EVERY
 from engine.train_step import TrainStep
 from engine.trainer import train
-from tests.forked_script import finish, start_two_ranks
+from tests.forked_script import finish, start_two_ranks, write_changed_training
 from tests.helpers import (
     RANK_FLAGS,
     STEP_SETTINGS,
@@ -35,7 +35,6 @@ from tests.helpers import (
     save_images,
     torchrun,
     training_arguments,
-    write_changed_training,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -55,7 +54,7 @@ def difference_of_runs(a: str, b: str) -> float:
     return max_checkpoint_difference(*(Path("checkpoints", name, "final.pt") for name in (a, b)))
 
 
-# --- training
+# Training.
 
 
 @pytest.fixture
@@ -221,7 +220,7 @@ def test_ranks_that_get_sigterm_save_and_exit_with_its_code(folder):
     assert "interrupted" not in outputs[1]
 
 
-# --- a step, and inference
+# A step, and inference.
 
 SHARED = f"""
 import sys

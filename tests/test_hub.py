@@ -35,7 +35,7 @@ def model() -> DDPMModel:
     return model.eval()
 
 
-# --- folders
+# Folders.
 
 
 def test_save_pretrained_writes_what_from_pretrained_loads(model, tmp_path):
@@ -92,7 +92,7 @@ def test_from_pretrained_says_what_is_wrong_with_a_folder(model, tmp_path):
             DDPMModel.from_pretrained(tmp_path)
 
 
-# --- the Hub
+# The Hub.
 
 
 class Hub(BaseHTTPRequestHandler):

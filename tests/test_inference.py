@@ -14,6 +14,7 @@ from PIL import Image
 import inference
 from ddpm_model import DDPMModel
 from engine import plots
+from engine.shapes import SHAPE_KINDS
 from tests.helpers import ROOT
 from tests.small_models import NARROW, SMALL, only
 
@@ -54,7 +55,7 @@ def test_samples_are_few_of_each_class_unless_a_number_is_named(
         assert len(grids[-1]) == sum(counts.values())  # all that was sampled
 
 
-# --- batch_generate
+# Batch_generate.
 
 
 def test_batch_generate_takes_labels(conditional):
@@ -75,7 +76,7 @@ def test_ranks_sample_their_images_with_their_labels(conditional, monkeypatch):
         assert not images[1 - rank :: 2].any()
 
 
-# --- inference_high_res.py
+# Inference_high_res.py.
 
 
 def test_high_res_figures_are_larger(folder, monkeypatch, capsys):
@@ -93,7 +94,7 @@ def test_high_res_figures_are_larger(folder, monkeypatch, capsys):
     assert Image.open(only("interpolate-*") / "interpolation.png").width < 8 * 200
 
 
-# --- input
+# Input.
 
 
 @pytest.mark.parametrize(
@@ -177,3 +178,28 @@ def test_wrong_classes_are_reported_in_one_line(conditional, infer, capsys, argu
     error = capsys.readouterr().err
     assert error.count("error: ") == 1 and message in error
     assert not Path("inference_results").exists()
+
+
+# After training.
+
+
+def test_inference_uses_the_newest_checkpoint(run_here, script_error, trained_copy):
+    output = run_here(trained_copy, "inference.py", "--num_samples", "5", "--batch_size", "2")
+    results = trained_copy / "inference_results"
+    folder = results / "samples-ddpm_final-unipc-4-seeds-0-4"
+    assert "ddpm_final.pt" in output and str(folder.relative_to(trained_copy)) in output
+    names = {"grid.png", "contact_sheet.png", "summary.json", *SHAPE_KINDS}
+    assert {path.name for path in folder.iterdir()} == names
+    assert {path.name for path in (folder / "star").iterdir()} == {f"{i:06d}.png" for i in range(5)}
+    best = ["--checkpoint", "checkpoints/whole/best.pt"]
+    run_here(trained_copy, "inference.py", "--seeds", "3", *best)
+    ends = ["--image1", "data:3", "--image2", "5", "--num_steps", "2"]
+    run_here(trained_copy, "inference.py", "--mode", "interpolate", *ends)
+    summary = results / "interpolate-ddpm_final-unipc-4-seeds-0-15" / "summary.json"
+    assert json.loads(summary.read_text())["image1"] == "data:3"
+    vary = ["--mode", "vary", "--image", "data:20480"]
+    assert "data:20480" in script_error(trained_copy, "inference.py", *vary)
+    alone = Image.open(results / "samples-whole-best-unipc-4-seeds-3" / "star/000003.png")
+    assert alone.size == (8, 8)
+    grouped = Image.open(folder / "star/000003.png")
+    assert np.abs(np.asarray(alone, int) - np.asarray(grouped, int)).max() <= 1

@@ -19,7 +19,7 @@ from engine.image_source import ReadOptions
 from engine.inference_jobs import InferenceJob
 from tests.small_models import CUSTOM_SAMPLER, load_model, only, pixels, small_model
 
-# --- seeds and classes
+# Seeds and classes.
 
 
 def test_parse_seeds_takes_numbers_and_ranges_without_repeats():
@@ -38,7 +38,7 @@ def test_class_without_training_images_may_be_asked_for():
     assert job.labels_of(range(4)) == [1] * 4
 
 
-# --- input images, batches and files
+# Input images, batches and files.
 
 
 def test_input_images_default_to_the_first_and_the_last_seed(guided, infer, grids):
@@ -125,7 +125,7 @@ def test_full_disk_leaves_no_partial_file(folder, infer, monkeypatch, capsys):
     assert not [path for path in Path("inference_results").rglob("*") if path.is_file()]
 
 
-# --- stored settings
+# Stored settings.
 
 
 def test_image_is_reproduced_from_its_png(folder, infer):
@@ -238,7 +238,7 @@ def test_noise_levels_of_earlier_versions_need_no_spacing():
         assert complete["spacing"] == spacing
 
 
-# --- folders of other settings
+# Folders of other settings.
 
 
 def test_results_of_other_settings_are_kept(folder, infer, capsys):

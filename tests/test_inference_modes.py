@@ -28,7 +28,7 @@ from tests.small_models import (
 HALF = SMALL["image_size"] // 2
 
 
-# --- all modes
+# All modes.
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "mine.py:plain"])
@@ -85,7 +85,7 @@ def test_modes_of_gray_and_rgba_models_keep_their_channels(
     assert np.abs(again - np.asarray(Image.open(path))).max() <= 1
 
 
-# --- figures
+# Figures.
 
 
 def test_progressive_shows_the_trajectory_of_the_first_seeds(
@@ -214,7 +214,7 @@ def test_each_seed_has_an_image_and_the_figure_some(guided, infer, grids, monkey
         assert np.abs(pixels(only(f"*/{file}", file)) - pixels(path)).max() <= 1
 
 
-# --- batches
+# Batches.
 
 
 @pytest.mark.parametrize("format_", ["png", "npz"])
@@ -302,7 +302,7 @@ def test_batch_names_a_damaged_part_of_an_npz(guided, infer, capsys):
     assert infer(*flags) == 0
 
 
-# --- classes
+# Classes.
 
 
 def test_samples_have_a_row_for_each_class(conditional, infer, grids):

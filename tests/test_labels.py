@@ -1,20 +1,36 @@
 """Labels: of seeds, in files, given to the model's methods, compared on resume."""
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from config import Config, resolve
 from ddpm_model import DDPMModel
-from engine import labels
-from engine.dataloader import ImageDataset
+from engine import labels, plots
+from engine.dataloader import Batch, ImageDataset
 from engine.datasets import load_dataset
 from engine.errors import UserError
 from engine.labels import check_classes_on_resume, labels_in_proportion, parse_classes
-from tests.helpers import save_gray
+from engine.train_step import TrainStep
+from engine.trainer import train
+from tests.helpers import (
+    API_FLAGS,
+    CPU_TIER,
+    STEP_SETTINGS,
+    checkpoint_weights,
+    random_images,
+    save_gray,
+)
 
 CLASSES = {"cat": 3, "dog": 1}
+
+
+def configure(**changes) -> Config:
+    return resolve("folder", CPU_TIER, flags=API_FLAGS | changes)
 
 
 def conditional() -> DDPMModel:
@@ -110,6 +126,23 @@ def test_sample_takes_classes_by_seed_in_any_batch():
     torch.testing.assert_close(dogs, model.sample(2, seed=0, labels=[1, 1]))
 
 
+def test_classes_of_constant_colors_are_sampled_in_their_color():
+    colors = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.9, 0.1], [0.1, 0.1, 0.9]])
+    torch.manual_seed(0)
+    model = DDPMModel(
+        image_size=2, dim=16, dim_mults=(1,), timesteps=100, class_counts=dict.fromkeys("rgb", 1)
+    )
+    changes = {"OPTIMIZER": "muon", "LABEL_DROPOUT": 0.1}
+    step = TrainStep(model, SimpleNamespace(**(STEP_SETTINGS | changes)))
+    labels = torch.arange(32) % 3
+    images = (colors[labels] * 255).to(torch.uint8)[:, :, None, None].expand(-1, -1, 2, 2)
+    for number in range(80):
+        step(Batch(images, labels), number, 1e-2)
+    samples = step.ema.sample(12, seed=0, labels=labels[:12], steps=8)
+    found = samples.mean(dim=(2, 3)).argmax(dim=1)
+    assert found.tolist() == labels[:12].tolist()
+
+
 @pytest.mark.parametrize("classes", [{"../x": 1}, {"": 1}, {"a\\b": 1}, {"..": 1}, {"a": "1"}])
 def test_class_names_from_a_file_cannot_leave_a_folder(classes):
     with pytest.raises(UserError, match="must have names that a folder can have"):
@@ -182,3 +215,38 @@ def test_labels_may_not_change_on_resume():
     ):
         with pytest.raises(UserError, match=message):
             check_classes_on_resume(path, saved, other)
+
+
+def test_train_continues_an_unconditional_run_with_classes(trained_by_api, tmp_path, monkeypatch):
+    shutil.copytree(trained_by_api, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    grids = []
+    save = plots.save_image
+    monkeypatch.setattr(
+        plots, "save_image", lambda image, *a: grids.append(image) or save(image, *a)
+    )
+    labels = np.arange(80) % 2
+    data = ImageDataset(random_images(80, 8), labels, ("a", "b"))
+    config = configure(MAX_STEPS=8, CLASS_CONDITIONAL=True)
+    model = DDPMModel.from_config(config, data.class_counts)
+    final = train(model, data, config, Path("checkpoints/whole/last.pt"))
+    trained = DDPMModel.from_file(final)
+    assert trained.architecture["class_counts"] == {"a": 40, "b": 40}
+    assert trained.unet.class_embedding.weight.abs().min() > 0
+    images = trained.sample(4, seed=[0, 1, 0, 1], labels=[0, 0, 1, 1])
+    assert np.array_equal(grids[-1], plots.table(images, ["a", "b"], ["seed 0", "seed 1"]))
+    before, after = (
+        checkpoint_weights(f / "checkpoints/whole/final.pt") for f in (trained_by_api, tmp_path)
+    )
+    new = after.keys() - before.keys()
+    assert {name.split(".")[-2] for name in new} == {"class_embedding"} and len(new) == 3
+
+    # The other way, or with other labels, it does not.
+    config.MAX_STEPS = 12
+    for changed, message in (
+        (ImageDataset(data.images), "Resume with --class_conditional"),
+        (ImageDataset(data.images, labels * 0, ("a", "b")), "a: 40, now 80; b: 40, now 0"),
+    ):
+        model = DDPMModel.from_config(config, changed.class_counts)
+        with pytest.raises(UserError, match=message):
+            train(model, changed, config, final)

@@ -1,4 +1,7 @@
-"""Adam and Muon against PyTorch's Adam and against singular values."""
+"""Adam and Muon against PyTorch's Adam and against singular values, on one vector of parameters."""
+
+import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,6 +9,8 @@ import torch
 from ddpm_model import DDPMModel
 from engine import optimizer, unet
 from engine.optimizer import Adam, Muon, flatten, newton_schulz, padded_numel, use_muon, views
+from engine.train_step import TrainStep
+from tests.helpers import STEP_SETTINGS, make_batch
 
 ONE = torch.tensor(1.0)
 ZERO = torch.tensor(0.0)
@@ -145,6 +150,33 @@ def test_flatten_lays_out_a_matrix_of_any_strides_by_row(weight):
     expected = weight.clone()
     flat, _ = flatten(linear)
     assert torch.equal(flat[:32].view(8, 4), expected) and torch.equal(linear.weight, expected)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_step_of_an_unconditional_run_continues_as_a_conditional_one(optimizer):
+    def make(classes: dict[str, int]) -> TrainStep:
+        torch.manual_seed(0)
+        model = DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), timesteps=50, class_counts=classes)
+        changes = {"OPTIMIZER": optimizer, "LABEL_DROPOUT": 1.0}
+        return TrainStep(model, SimpleNamespace(**(STEP_SETTINGS | changes)))
+
+    plain, conditional = make({}), make({"a": 1, "b": 1})
+    plain(make_batch(), 0, 1e-2)
+    plain.ema.snapshot_guide()
+    conditional.load_state_dict(copy.deepcopy(plain.state_dict()))
+    # Without a label, it trains as before.
+    plain(make_batch(), 1, 1e-2)
+    batch = make_batch()._replace(labels=torch.ones(32, dtype=torch.long))
+    conditional(batch, 1, 1e-2)
+    weights = dict(conditional.model.named_parameters())
+    for name, expected in plain.model.named_parameters():
+        torch.testing.assert_close(weights.pop(name), expected, atol=1e-6, rtol=0)
+    ((name, embedding),) = weights.items()
+    assert "class_embedding" in name and not embedding.any()
+    # With labels, the embedding learns.
+    conditional.config.LABEL_DROPOUT = 0.0
+    conditional(batch, 2, 1e-2)
+    assert embedding[1].any() and not embedding[0].any()
 
 
 def test_use_muon_excludes_the_first_and_the_last_convolution():

@@ -12,7 +12,7 @@ from torch.distributed import ReduceOp
 from config import resolve
 from engine import progress as progress_module
 from engine.distributed import RankLostError
-from engine.progress import LOG_EVERY, Progress, StopSignal
+from engine.progress import LOG_EVERY, Progress, StopSignal, format_duration
 from tests.forked_script import ForkedScript
 from tests.helpers import ALONE, CPU, CPU_TIER, FakeTime
 
@@ -89,7 +89,15 @@ def test_progress_ends_an_epoch_only_when_it_is_complete():
     assert (stored["epoch"], stored["position"]) == (1, 0)
 
 
-# --- signals
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(119, "119 seconds"), (150, "2.5 minutes"), (9000, "2.5 hours"), (216_000, "2.5 days")],
+)
+def test_format_duration_uses_the_unit_that_a_person_would(seconds, text):
+    assert format_duration(seconds) == text
+
+
+# Signals.
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,14 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from config import Config, resolve
 from ddpm_model import DDPMModel
-from engine import plots, progress, run
+from engine import checkpoints, plots, progress, run
 from engine.dataloader import Batch, BatchLoader, ImageDataset
 from engine.errors import FallbackWarning, UserError
 from engine.progress import Progress
@@ -20,7 +21,18 @@ from engine.run import MetricsLog, Run
 from engine.trackers import Tracker
 from engine.train_step import TrainStep
 from tests.forked_script import ForkedScript
-from tests.helpers import ALONE, CPU, CPU_TIER, ROOT, FakeTime, hold_lock, random_images
+from tests.helpers import (
+    ALONE,
+    CPU,
+    CPU_TIER,
+    ROOT,
+    TINY_FLAGS,
+    FakeTime,
+    hold_lock,
+    logged_steps,
+    random_images,
+    read_rows,
+)
 
 FLAGS = {
     "IMAGE_SIZE": 8, "DIM": 8, "DIM_MULTS": (1, 2), "TIMESTEPS": 40, "SAMPLING_TIMESTEPS": 4,
@@ -49,7 +61,7 @@ def clock(monkeypatch) -> FakeTime:
     return fake
 
 
-# --- locks
+# Locks.
 
 
 def make_run(name: str, **progress) -> Run:
@@ -107,7 +119,7 @@ def test_run_is_not_locked_by_a_data_worker_of_a_killed_process(tmp_path, monkey
             assert time.monotonic() < deadline
 
 
-# --- what is due
+# What is due.
 
 
 @pytest.fixture
@@ -295,7 +307,7 @@ def test_sample_grid_spreads_readable_rows_over_the_classes(
     assert tables == [([f"class {label}" for label in shown], headings)]
 
 
-# --- metrics
+# Metrics.
 
 
 def test_metrics_log_hands_rows_and_grids_to_its_tracker(tmp_path):
@@ -321,3 +333,59 @@ def test_metrics_log_drops_rows_after_the_resumed_checkpoint(tmp_path):
         log.close()
     MetricsLog(tmp_path, Progress(None, 4, ALONE, step=20), NO_TRACKER).close()
     assert [row["step"] for row in plots.read_metrics(tmp_path / "metrics.jsonl")] == [10, 20]
+
+
+def test_train_rebuilds_damaged_metrics(resumable):
+    metrics, before = Path("samples/whole/metrics.jsonl"), read_rows(Path(), "whole")
+    metrics.write_bytes(metrics.read_bytes() + b'3\n{"step": "4"}\n[]\n\xff{"step": 4, "loss"')
+    resumable(MAX_STEPS=5)
+    rows = read_rows(Path(), "whole")
+    assert len(before) >= 2 and rows[: len(before)] == before
+    assert {row["step"] for row in rows[len(before) :]} == {5}
+
+
+def test_validation_is_logged_once_if_a_killed_process_has(resumable):
+    # Killed after the validation of an epoch whose last step is last.pt's.
+    last = Path("checkpoints/whole/last.pt")
+    state = checkpoints.load(last)
+    state["progress"] |= {"epoch": 0, "position": 4}
+    checkpoints.save(last, state)
+    Path("checkpoints/whole/final.pt").unlink()
+    resumable(MAX_STEPS=8)
+    assert logged_steps(Path(), "whole", "validation_loss") == [4, 8]
+
+
+# All files of a run.
+
+
+def test_train_writes_checkpoints_grids_and_metrics(trained):
+    folder, samples = trained / "checkpoints", trained / "samples" / "whole"
+    files = {path.name for path in (folder / "whole").iterdir()} - {".lock"}
+    assert files == {"last.pt", "best.pt", "final.pt"}
+    assert (folder / "ddpm_final.pt").read_bytes() == (folder / "whole/final.pt").read_bytes()
+    names = {path.name for path in samples.iterdir()}
+    assert names == {"step_0000020.png", "final.png", "loss.png", "metrics.jsonl", "tensorboard"}
+    assert list((samples / "tensorboard").glob("events*"))
+    for name in ("final.png", "loss.png"):
+        assert np.asarray(Image.open(samples / name).convert("L")).std() > 5
+    assert logged_steps(trained, "whole") == [10, 20, 30, 40]
+    assert logged_steps(trained, "whole", "validation_loss") == [40]
+    assert read_rows(trained, "whole")[-1]["images"] == 640
+
+
+def test_train_keeps_every_tenth_epoch_if_asked_to(run_here, tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(40):
+        Image.new("RGB", (8, 8), (6 * i, 255 - 6 * i, 128)).save(tmp_path / "images" / f"{i}.png")
+    flags = ["--dataset", "folder", "--data_dir", "images", *TINY_FLAGS[2:], "--run_name", "kept"]
+    flags += ["--epochs", "20", "--ema_decay", "0.9", "--checkpoint_every", "10"]
+    run_here(tmp_path, "train.py", *flags)
+    names = {path.name for path in (tmp_path / "checkpoints/kept").glob("epoch*")}
+    assert names == {"epoch_0010.pt", "epoch_0020.pt"}
+    # Epochs are so short that later not each of them is validated.
+    validated = logged_steps(tmp_path, "kept", "validation_loss")
+    assert validated[:5] == list(range(2, 12, 2)) and validated[-1] == 40
+    rows = read_rows(tmp_path, "kept")
+    lowest = min(row["validation_loss"] for row in rows if "validation_loss" in row)
+    best = torch.load(tmp_path / "checkpoints/kept/best.pt", weights_only=True)
+    assert best["progress"]["best"] == lowest

@@ -20,7 +20,7 @@ def settings(**values) -> ScalingSettings:
     return ScalingSettings(**small | {"EFFECTIVE_BATCH": 16, "STEPS": 10, "SECONDS": 6.0} | values)
 
 
-# --- jobs
+# Jobs.
 
 
 def test_configuration_is_the_presets_with_the_local_batch():
@@ -96,7 +96,7 @@ def test_loss_is_of_the_effective_batch():
     assert found == {"kind": "loss", "seed": 0, "steps": 10, "ranks": 4, "batch": 4}
 
 
-# --- main
+# Main.
 
 
 @pytest.fixture

@@ -1,9 +1,17 @@
-"""Settings: declaration, inheritance, checks."""
+"""Settings: declaration, inheritance, checks, flags."""
+
+from typing import Any
 
 import pytest
 
+import train
+from config import DDPMConfig
 from engine.errors import RenamedWarning, UserError
 from engine.settings import Setting, Settings, suggest
+from tests.helpers import configure
+
+pytestmark = pytest.mark.usefixtures("on_a_cpu")
+SETTINGS = DDPMConfig.settings()
 
 
 class Base(Settings):
@@ -56,3 +64,51 @@ def test_current_names_translate_old_ones():
 def test_suggest_names_the_closest_only_if_it_is_close():
     assert suggest("stpes", ["steps", "seeds"]) == "; did you mean steps?"
     assert suggest("xyz", ["steps", "seeds"]) == ""
+
+
+# Flags.
+
+
+def another_value(setting: Setting) -> Any:
+    """A value of a setting that is allowed and not its default."""
+    if setting.choices:
+        return setting.choices[-2]
+    if setting.value_type is int:
+        return 2 * (setting.default or 1)
+    if setting.value_type is float:
+        return (setting.default or 1.0) / 2
+    return {bool: not setting.default, str: "13", tuple: (1, 2, 3, 5)}[setting.value_type]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_is_a_flag(name):
+    setting = SETTINGS[name]
+    value = another_value(setting)
+    text = ",".join(map(str, value)) if setting.value_type is tuple else str(value)
+    arguments = [f"--{name.lower()}", text]
+    if setting.value_type is bool:
+        arguments = [f"--{'' if value else 'no-'}{name.lower()}"]
+    dataset = [] if name == "DATASET" else ["--dataset", "folder"]
+    config = configure(*dataset, *arguments)
+    assert getattr(config, name) == value
+    assert config.set_by[name] == "flag"
+
+
+@pytest.mark.parametrize(
+    ("old_flag", "value", "name", "expected"),
+    [("--guide_at", "0.25", "GUIDE_FRACTION", 0.25), ("--memory_gib", "6", "MAX_MEMORY_GIB", 6.0),
+     ("--no-fit_memory", "", "AUTO_MICRO_BATCH", False), ("--num_samples", "9", "GRID_IMAGES", 9)],
+)  # fmt: skip
+def test_old_flags_warn_and_work(old_flag, value, name, expected):
+    with pytest.warns(RenamedWarning, match=f"{old_flag} is now --.*{name.lower()}"):
+        config = configure("--dataset", "folder", old_flag, *filter(None, [value]))
+    assert (getattr(config, name), config.set_by[name]) == (expected, "flag")
+
+
+def test_help_shows_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_command_line("", {"LEARNING_RATE": 0.125}, ["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for name in SETTINGS:
+        assert f"--{name.lower()}" in shown
+    assert "(default: 0.125)" in shown and "(default: 1,2,2,2)" in shown

@@ -1,7 +1,6 @@
 """The training step: what it computes, and what it does when something fails."""
 
 import copy
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,13 +8,12 @@ import pytest
 import torch
 
 from ddpm_model import DDPMModel
-from engine.cuda_graphs import GraphCaptureError
-from engine.dataloader import Batch, BatchLoader, ImageDataset
+from engine.dataloader import BatchLoader, ImageDataset
 from engine.errors import FallbackWarning, UserError
 from engine.optimizer import use_muon
 from engine.randomness import step_randomness
 from engine.train_step import TrainStep, ema_decay, learning_rate
-from tests.helpers import CPU, STEP_SETTINGS, max_weight_difference
+from tests.helpers import CPU, STEP_SETTINGS, make_batch, max_weight_difference
 
 
 class FragileModel(DDPMModel):
@@ -41,12 +39,7 @@ def make_step(**changes) -> TrainStep:
     return TrainStep(make_model(), SimpleNamespace(**(STEP_SETTINGS | changes)))
 
 
-def make_batch(count: int = 32) -> Batch:
-    generator = torch.Generator().manual_seed(1)
-    return Batch(torch.randint(256, (count, 3, 8, 8), dtype=torch.uint8, generator=generator))
-
-
-# --- what a step computes
+# What a step computes.
 
 
 @pytest.mark.parametrize(("clip", "flip"), [(1.0, True), (0.0, False)])
@@ -161,10 +154,7 @@ def test_learning_rate_rises_then_falls_to_zero():
     assert learning_rate(2e-3, "cosine", 0, 0, 0.0) == 2e-3  # without a warm-up
 
 
-# --- randomness
-
-
-# --- labels
+# Labels.
 
 
 class ConditionalModel(DDPMModel):
@@ -223,50 +213,6 @@ def test_step_drops_labels_by_seed_and_step_but_not_in_validation():
     assert -1 not in step.ema.calls[0][1]
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "muon"])
-def test_step_of_an_unconditional_run_continues_as_a_conditional_one(optimizer):
-    def make(classes: dict[str, int]) -> TrainStep:
-        torch.manual_seed(0)
-        model = DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), timesteps=50, class_counts=classes)
-        changes = {"OPTIMIZER": optimizer, "LABEL_DROPOUT": 1.0}
-        return TrainStep(model, SimpleNamespace(**(STEP_SETTINGS | changes)))
-
-    plain, conditional = make({}), make({"a": 1, "b": 1})
-    plain(make_batch(), 0, 1e-2)
-    plain.ema.snapshot_guide()
-    conditional.load_state_dict(copy.deepcopy(plain.state_dict()))
-    # Without a label, it trains as before.
-    plain(make_batch(), 1, 1e-2)
-    batch = make_batch()._replace(labels=torch.ones(32, dtype=torch.long))
-    conditional(batch, 1, 1e-2)
-    weights = dict(conditional.model.named_parameters())
-    for name, expected in plain.model.named_parameters():
-        torch.testing.assert_close(weights.pop(name), expected, atol=1e-6, rtol=0)
-    ((name, embedding),) = weights.items()
-    assert "class_embedding" in name and not embedding.any()
-    # With labels, the embedding learns.
-    conditional.config.LABEL_DROPOUT = 0.0
-    conditional(batch, 2, 1e-2)
-    assert embedding[1].any() and not embedding[0].any()
-
-
-def test_classes_of_constant_colors_are_sampled_in_their_color():
-    colors = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.9, 0.1], [0.1, 0.1, 0.9]])
-    torch.manual_seed(0)
-    model = DDPMModel(
-        image_size=2, dim=16, dim_mults=(1,), timesteps=100, class_counts=dict.fromkeys("rgb", 1)
-    )
-    changes = {"OPTIMIZER": "muon", "LABEL_DROPOUT": 0.1}
-    step = TrainStep(model, SimpleNamespace(**(STEP_SETTINGS | changes)))
-    labels = torch.arange(32) % 3
-    images = (colors[labels] * 255).to(torch.uint8)[:, :, None, None].expand(-1, -1, 2, 2)
-    for number in range(80):
-        step(Batch(images, labels), number, 1e-2)
-    samples = step.ema.sample(12, seed=0, labels=labels[:12], steps=8)
-    found = samples.mean(dim=(2, 3)).argmax(dim=1)
-    assert found.tolist() == labels[:12].tolist()
-
-
 def test_step_without_labels_in_the_data_or_in_forward_passes_none():
     for labels in (True, False):  # FragileModel.forward has no parameter for labels
         loader, step = labeled_loader(labels=labels), make_step()
@@ -274,7 +220,7 @@ def test_step_without_labels_in_the_data_or_in_forward_passes_none():
         assert loss.isfinite() and np.isfinite(step.validate(loader.validation()))
 
 
-# --- updates that are not finite
+# Updates that are not finite.
 
 
 def test_step_skips_and_counts_an_update_that_is_not_finite():
@@ -350,7 +296,7 @@ def test_update_with_a_scaled_loss_is_the_same_and_a_nonfinite_one_halves_the_sc
     assert step.loss_scale.item() == 1024.0
 
 
-# --- fallbacks
+# Fallbacks.
 
 
 def test_step_halves_the_micro_batch_out_of_memory_and_changes_nothing_else():
@@ -418,88 +364,7 @@ def test_step_continues_without_compilation_that_fails(monkeypatch):
     assert max_weight_difference(step.model, reference.model) == 0
 
 
-def test_step_does_not_catch_errors_of_the_model(monkeypatch):
-    def forward(images, t, noise):
-        raise RuntimeError("shapes do not match")
-
-    step = make_step()
-    step.graphs = {}
-    monkeypatch.setattr("engine.train_step.CapturedFunction", ReplayedFunction)
-    monkeypatch.setattr(step.model, "forward", forward)
-    with pytest.raises(RuntimeError, match=r"^shapes do not match$"):
-        step(make_batch(), 0, 1e-3)
-    assert step.graphs is not None
-
-
-# --- CUDA graphs
-
-
-class ReplayedFunction:
-    """Behaves like CapturedFunction without CUDA: always the same inputs and output tensors."""
-
-    def __init__(self, fn, pool):
-        self.fn = fn
-        self.inputs = self.output = None
-
-    def __call__(self, *inputs):
-        if self.inputs is None:
-            self.inputs = [x.clone() for x in inputs]
-        for static, value in zip(self.inputs, inputs, strict=True):
-            static.copy_(value)
-        output = self.fn(*self.inputs)
-        self.output = output.clone() if self.output is None else self.output.copy_(output)
-        return self.output
-
-
-@pytest.mark.parametrize("micro_batch", [32, 8, 12])
-def test_step_with_replayed_micro_batches_makes_the_same_update(micro_batch, monkeypatch):
-    monkeypatch.setattr("engine.train_step.CapturedFunction", ReplayedFunction)
-    plain, replayed = make_step(BATCH_SIZE=micro_batch), make_step(BATCH_SIZE=micro_batch)
-    replayed.graphs = {}
-    for number in range(3):
-        losses = [step(make_batch(), number, 1e-3)[0].item() for step in (plain, replayed)]
-        assert losses[0] == losses[1]
-    assert max_weight_difference(plain.model, replayed.model) == 0
-    sizes = {micro_batch, 32 % micro_batch or micro_batch}
-    assert set(replayed.graphs) == {"update", *((size, 32) for size in sizes)}
-
-
-def test_step_with_replayed_micro_batches_takes_batches_of_several_sizes(monkeypatch):
-    monkeypatch.setattr("engine.train_step.CapturedFunction", ReplayedFunction)
-    plain, replayed = make_step(), make_step()
-    replayed.graphs = {}
-    for number, count in enumerate((32, 64, 32)):  # one part, which overwrites the gradient, or two
-        losses = [step(make_batch(count), number, 1e-3)[0].item() for step in (plain, replayed)]
-        assert losses[0] == losses[1]
-    assert max_weight_difference(plain.model, replayed.model) == 0
-
-
-@pytest.mark.parametrize("key", [8, "update"])
-def test_step_continues_without_a_graph_that_cannot_be_captured(key, monkeypatch):
-    class FailingFunction(ReplayedFunction):
-        def __init__(self, fn, pool):
-            super().__init__(fn, pool)
-            self.is_failing = isinstance(fn, partial) == (key != "update")
-
-        def __call__(self, *inputs):
-            if self.inputs and self.is_failing:
-                p = next(step.model.parameters())
-                p.grad = torch.ones_like(p)  # left by the failed capture
-                raise GraphCaptureError("operation not permitted when stream is capturing")
-            return super().__call__(*inputs)
-
-    monkeypatch.setattr("engine.train_step.CapturedFunction", FailingFunction)
-    step, reference = make_step(BATCH_SIZE=8), make_step(BATCH_SIZE=8)
-    step.graphs = {}
-    with pytest.warns(FallbackWarning, match="CUDA graph capture failed .operation not") as caught:
-        for number in range(3):
-            for made in (step, reference):
-                made(make_batch(), number, 1e-3)
-    assert len(caught) == 1 and step.graphs is None
-    assert max_weight_difference(step.model, reference.model) == 0
-
-
-# --- checkpoints
+# Checkpoints.
 
 
 def test_load_state_dict_restores_loss_scale_and_counters():

@@ -133,7 +133,7 @@ def test_fast_unet_compiled_in_mixed_precision_has_all_gradients():
         assert relative_error(a, b) < 1e-3
 
 
-# --- gradient checkpointing
+# Gradient checkpointing.
 
 
 def checkpointed_pair(**architecture) -> tuple[FastUnet, FastUnet]:
@@ -184,7 +184,7 @@ def test_checkpointing_saves_memory():
     assert saved_bytes[1] < 0.2 * saved_bytes[0]
 
 
-# --- other versions of upstream
+# Other versions of upstream.
 
 
 class GatedBlock(upstream.Block):
