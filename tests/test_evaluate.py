@@ -394,7 +394,7 @@ def sample_images(tmp_path, monkeypatch):
     """sample_images of a small model with a guide: batch_generate's arguments, and the details."""
     torch.manual_seed(0)
     sizes = {"image_size": 16, "dim": 8, "dim_mults": (1, 2), "timesteps": 60}
-    model = DDPMModel(**sizes, sampling_timesteps=3, guidance=3.0)
+    model = DDPMModel(**sizes, sampling_timesteps=3, guidance=3.0, guidance_max_sigma=5.0)
     model.snapshot_guide()
     path = tmp_path / "model.pt"
     path.write_bytes(b"weights")
