@@ -30,7 +30,7 @@ def compile_only(kernel, grid):
 
 KernelInterface.__getitem__ = compile_only
 targets = [("cuda", 75, 32), ("cuda", 80, 32), ("cuda", 90, 32)]
-targets += [("hip", "gfx90a", 64), ("hip", "gfx942", 64), ("hip", "gfx1100", 32)]
+targets += [("hip", "gfx942", 64), ("hip", "gfx1100", 32)]
 for number, target in enumerate(targets):
     driver.set_active(SimpleNamespace(
         get_current_device=lambda: number, get_current_stream=lambda device: 0,
