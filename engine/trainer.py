@@ -28,6 +28,8 @@ MAX_NONFINITE_STEPS = 20  # in a row
 # is not saved before this many times WARMUP_STEPS:
 GUIDE_WARMUPS = 5  # in the first half of a run
 LATE_GUIDE_WARMUPS = 2  # in the second
+# A shorter step's time is not proportional to its images, of which estimate then takes more.
+SHORT_STEP_SECONDS = 0.5
 # Of the architecture; check_classes_on_resume says which classes may change.
 MUTABLE_ON_RESUME = {
     "sampling_timesteps", "guidance", "guidance_mode", "guidance_max_sigma", "dropout",
@@ -245,27 +247,38 @@ def describe_step(train_step: TrainStep) -> str:
     return ", ".join(parts)
 
 
+def measure_step(train_step: TrainStep, count: int) -> float:
+    """Returns the seconds of a step on `count` random images."""
+    model = train_step.model
+    shape = (count, model.channels, model.image_size, model.image_size)
+    batch = Batch(torch.randint(256, shape, dtype=torch.uint8, device=train_step.device))
+    times = []
+    for number in range(4):
+        start = time.perf_counter()
+        train_step(batch, number, 0.0)[0].item()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
 def estimate(model: TrainableModel, num_images: int, config: Any, memory_gib: float) -> str:
     """Measures a few steps on random images; returns a run's memory, steps and time.
 
     memory_gib: an estimate, returned instead of the peak where there is no GPU.
     """
-    # Time of a rank's step. On a CPU a few images are enough: it is proportional to their number.
+    # Time of a rank's step. On a CPU a large one takes minutes, so it starts with few images.
     dist = distributed.init()
     device = default_device()
     train_step = TrainStep(model.to(device).train(), config)
     is_cuda = device.type == "cuda"
     effective_batch = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
     local_batch = -(-effective_batch // dist.num_processes)
-    count = min(config.BATCH_SIZE, local_batch if is_cuda else 8)
-    shape = (count, model.channels, model.image_size, model.image_size)
-    batch = Batch(torch.randint(256, shape, dtype=torch.uint8, device=device))
-    times = []
-    for number in range(4):
-        start = time.perf_counter()
-        train_step(batch, number, 0.0)[0].item()
-        times.append(time.perf_counter() - start)
-    seconds = statistics.median(times[1:]) * effective_batch / count / dist.num_processes
+    limit = min(config.BATCH_SIZE, local_batch)
+    count = limit if is_cuda else min(limit, 8)
+    seconds = measure_step(train_step, count)
+    while count < limit and seconds < SHORT_STEP_SECONDS:
+        count = min(limit, 2 * count)
+        seconds = measure_step(train_step, count)
+    seconds *= effective_batch / count / dist.num_processes
 
     # Length of the run. Too few images are an error, as in the run itself.
     fake = ImageDataset(np.empty((num_images, 1, 1, 1), np.uint8))

@@ -186,15 +186,19 @@ def test_warn_if_short_is_silent_for_long_runs_and_for_a_set_number_of_steps():
         warn_if_short(configure(WARMUP_STEPS=5, MAX_STEPS=8), 8)
 
 
-def test_estimate_divides_a_step_among_the_ranks(monkeypatch):
-    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
-    config = configure(MAX_STEPS=9)
-    for count in (1, 2):
-        dist = SimpleNamespace(num_processes=count, device=CPU)
+@pytest.mark.parametrize(("seconds", "images"), [(1, 8), (0.25, 32)])
+def test_estimate_times_more_images_of_a_short_step_divided_among_ranks(
+    seconds, images, monkeypatch
+):
+    clock = SimpleNamespace(perf_counter=itertools.count(step=seconds).__next__)
+    monkeypatch.setattr(trainer, "time", clock)
+    config = configure(MAX_STEPS=9, BATCH_SIZE=32)
+    for ranks in (1, 2):
+        dist = SimpleNamespace(num_processes=ranks, device=CPU)
         monkeypatch.setattr(trainer.distributed, "init", lambda dist=dist: dist)
         printed = estimate(DDPMModel.from_config(config), 80, config, 0.0)
-        # 8 of 16 images took a second.
-        assert f"({2 / count:.3f} s per step, measured)" in printed
+        count = min(images, 32 // ranks)
+        assert f"({seconds * 32 / count / ranks:.3f} s per step, measured)" in printed
 
 
 # Resuming.
