@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -50,6 +50,10 @@ class BatchThreads:
         return [fn(*batch)]
 
 
-def use_batch_threads(device: torch.device) -> bool:
-    """Whether BatchThreads helps: on a CPU with two cores or more, of which OpenMP knows."""
-    return device.type == "cpu" and torch.get_num_threads() > 1
+def use_batch_threads(model: nn.Module, device: torch.device) -> bool:
+    """Whether BatchThreads helps: on a CPU with two cores or more, of which OpenMP knows.
+
+    Not with running statistics, such as BatchNorm's, which are of whole batches.
+    """
+    has_statistics = any(getattr(m, "track_running_stats", False) for m in model.modules())
+    return device.type == "cpu" and torch.get_num_threads() > 1 and not has_statistics

@@ -150,9 +150,7 @@ class TrainStep:
         use_graphs = config.CUDA_GRAPH and is_cuda and model.supports_cuda_graphs
         self.graphs: dict[Hashable, CapturedFunction] | None = {} if use_graphs else None
         self.graph_pool = torch.cuda.graph_pool_handle() if use_graphs else None
-        # Running statistics, as BatchNorm's, are of whole batches.
-        use_threads = use_batch_threads(self.device) and not config.COMPILE_MODEL
-        use_threads &= not any(getattr(m, "track_running_stats", False) for m in model.modules())
+        use_threads = use_batch_threads(model, self.device) and not config.COMPILE_MODEL
         self.threads = BatchThreads() if use_threads else None
         # Scalars stay on the device: reading one makes the host wait.
         zero = partial(torch.zeros, (), device=self.device)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+import engine  # noqa: F401, sets how idle threads wait
+
 # Two workers of two threads each would wait for each other on two cores; and of one thread, a model
 # is called once for a batch.
 os.environ["OMP_NUM_THREADS"] = "1"
-# For tests of two threads, as engine/__init__.py sets it, which is imported after torch here.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def pytest_collectstart() -> None:
