@@ -98,7 +98,7 @@ class DDPMConfig(Settings):
     LR_SCHEDULE = Setting("cosine", "learning rate over the run", choices=("cosine", "constant"))
     WARMUP_STEPS = Setting(500, "steps of linear learning-rate warm-up", min=0)
     WEIGHT_DECAY = Setting(
-        0.1, "decoupled weight decay of matrices (arXiv:1711.05101), times the learning rate",
+        0.3, "decoupled weight decay of matrices (arXiv:1711.05101), times the learning rate",
         min=0, max=10)
     GRAD_CLIP = Setting(1.0, "gradient clipping norm; 0 disables", min=0)
     EMA_DECAY = Setting(0.9995, "decay of the EMA per step; 0 disables", min=0, max=0.999999)
@@ -143,8 +143,8 @@ DATASET_PRESETS: dict[str, dict[str, Any]] = {
 # (simple diffusion), and full attention is limited, as its work grows with the fourth power of the
 # side. Steps are slow and few, so an eighth of a run would be too early for the guide.
 HIGH_RES_SETTINGS: dict[str, Any] = {
-    "SCHEDULE_BASE_SIZE": 32, "FULL_ATTENTION_MAX_SIZE": 24, "DROPOUT": 0.1, "GUIDANCE": 3.0,
-    "GUIDANCE_MAX_SIGMA": 5.0, "GUIDE_FRACTION": 0.5, "SAMPLING_TIMESTEPS": 14,
+    "SCHEDULE_BASE_SIZE": 32, "FULL_ATTENTION_MAX_SIZE": 24, "DROPOUT": 0.1, "WEIGHT_DECAY": 0.1,
+    "GUIDANCE": 3.0, "GUIDANCE_MAX_SIGMA": 5.0, "GUIDE_FRACTION": 0.5, "SAMPLING_TIMESTEPS": 14,
 }  # fmt: skip
 HIGH_RES_GUIDANCE = {"GUIDANCE_MODE": "both", "GUIDANCE": 2.5}  # with class labels
 # By the smallest image size that each is for, px.
@@ -159,9 +159,10 @@ CPU_PRESETS: dict[str, dict[str, Any]] = {
     "shapes": {
         "CLASS_CONDITIONAL": True, "IMAGE_SIZE": 16, "DIM": 32, "DIM_MULTS": (1, 2, 2),
         "ATTENTION_HEADS": (1, 1, 4), "ATTENTION_DIM": (8, 16, 32), "FULL_ATTENTION_MAX_SIZE": 0,
-        "BATCH_SIZE": 32, "LEARNING_RATE": 5e-3, "LOSS_WEIGHTING": "min_snr", "WARMUP_STEPS": 100,
-        "EMA_DECAY": 0.998, "GUIDE_FRACTION": 0.25, "GUIDANCE": 1.5, "GUIDANCE_MAX_SIGMA": 5.0,
-        "SAMPLING_TIMESTEPS": 14, "MINUTES": 4.75, "NUM_SAMPLE_GRIDS": 5, "GRID_IMAGES": 36,
+        "BATCH_SIZE": 32, "LEARNING_RATE": 5e-3, "WEIGHT_DECAY": 0.1, "LOSS_WEIGHTING": "min_snr",
+        "WARMUP_STEPS": 100, "EMA_DECAY": 0.998, "GUIDE_FRACTION": 0.25, "GUIDANCE": 1.5,
+        "GUIDANCE_MAX_SIGMA": 5.0, "SAMPLING_TIMESTEPS": 14, "MINUTES": 4.75, "NUM_SAMPLE_GRIDS": 5,
+        "GRID_IMAGES": 36,
     },
 }  # fmt: skip
 GPU_SWITCHES = ("USE_AMP", "COMPILE_MODEL", "CUDA_GRAPH", "AUTO_MICRO_BATCH")  # off on a CPU
@@ -248,8 +249,7 @@ def resolve(
     explicit_layers.append(("flag", DDPMConfig.current_names(flags or {}, warn=True)))
     explicit = {name: value for _, values in explicit_layers for name, value in values.items()}
     if checkpoint:
-        # What earlier versions did without naming it.
-        former = {"CHANNELS": 3, "WEIGHT_DECAY": 0.0, "GUIDANCE_MAX_SIGMA": 5.0}
+        former = {"CHANNELS": 3, "WEIGHT_DECAY": 0.0, "GUIDANCE_MAX_SIGMA": 5.0}  # implied then
         saved = former | DDPMConfig.current_names(checkpoint)
         if isinstance(saved.get("GUIDANCE"), float):  # which they allowed to be less than 1
             saved["GUIDANCE"] = max(1.0, saved["GUIDANCE"])

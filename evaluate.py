@@ -41,6 +41,7 @@ from inference import batch_generate
 
 RGB = ReadOptions(channels=3)
 NEAREST_SAMPLES = 16  # in the figure of nearest training images
+FEW_IMAGES = 2048  # Inception's features; of fewer images, the covariance is singular
 
 
 class EvaluationSettings(SamplingSettings):
@@ -236,6 +237,9 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
     if images.shape[1:] == real.shape[1:]:
         save_nearest(settings, images, real, references, stem)
     reporting.save_curves(results, losses, [network.title for network in networks], stem)
+    fewest = min(len(images), len(real))
+    if fewest < FEW_IMAGES:
+        print(f"note: of {fewest} images, Fréchet distances are too high and vary; compare KID")
     about = f"{len(real)} real images of {reference['dataset']} ({reference['data_dir']})"
     print(f"{about}; results: {stem}*")
 

@@ -60,7 +60,7 @@ def format_classes(results: list[Evaluation], distance: str, real_accuracy: floa
             columns.append("distance")
         headings = (distance if column == "distance" else column for column in columns)
         cells = "".join(f"{heading:>15}" for heading in headings)
-        lines += [result["name"], f"{'class':{width}}{cells}"]
+        lines += [f"{result['name']} by class:", f"{'class':{width}}{cells}"]
         for row in rows:
             values = (row.get(column) for column in columns)
             cells = "".join(f"{'-' if value is None else f'{value:.4g}':>15}" for value in values)
@@ -96,7 +96,7 @@ def plot_nearest_neighbors(
     spaces = [("pixels", queries.reshape(len(queries), -1), real.reshape(len(real), -1), 255)]
     for network, statistics in references.items():
         features = extract_features(network, queries, device)
-        spaces.append((network.title.removeprefix("FD-"), features, statistics.features, 1))
+        spaces.append((type(network).__name__, features, statistics.features, 1))
     tiles = [samples]
     captions = list(captions)
     for name, points, real_points, unit in spaces:
@@ -106,7 +106,7 @@ def plot_nearest_neighbors(
         found = real[np.where(mirrored, index[1], index[0])]
         tiles.append(np.where(mirrored[:, None, None, None], found[..., ::-1], found))
         captions += [f"{name} {value:.3f}" for value in distance.min(axis=0) / unit]
-    title = "samples and, below each, the nearest real images with their root mean square distance"
+    title = "samples; below, the nearest real images, maybe mirrored, with RMS distance"
     images = torch.from_numpy(np.concatenate(tiles)) / 255
     return plots.captioned_grid(images, captions, columns=len(samples), title=title, smallest=96)
 

@@ -229,8 +229,9 @@ def settings_from_png(
     for file in (Path(name or ""), *found):
         if file.is_file() and sha256(file) == digest:
             return settings | {"checkpoint": str(file)}
-    reason = f"was made with {name} (SHA-256 {digest!s:.12}...), which is gone"
-    raise UserError(f"{path} {reason}. Put it into {CHECKPOINT_DIR}/")
+    state = "has changed since" if Path(name or "").is_file() else "is gone"
+    reason = f"was made with {name} (SHA-256 {digest!s:.12}...), which {state}"
+    raise UserError(f"{path} {reason}. Put a copy of that file into {CHECKPOINT_DIR}/")
 
 
 def read_png_settings(path: Path, declared: type[Settings]) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def show_trajectory(job: InferenceJob) -> str:
     tiles = torch.stack([pair for _, pair in columns], dim=2).transpose(0, 1).flatten(0, 2)
     captions = []
     for seed in seeds:  # t < 0 is the final image
-        captions += [f"x, t = {t}" if t >= 0 else f"seed {seed}" for t, _ in columns]
+        captions += [f"x_t, t = {t}" if t >= 0 else f"seed {seed}" for t, _ in columns]
         captions += ["predicted x_0"] * len(columns)
     job.save_grid("progressive.png", tiles, seeds, captions, columns=len(columns))
 

@@ -201,7 +201,7 @@ def save_fd_over_time(minutes: Sequence[float], distances: Curves, path: Path) -
     order = np.argsort(minutes)
     x = np.array(minutes)[order]
     lines = [(x, np.array(y)[order], POINTS | {"label": name}) for name, y in distances.items()]
-    _save_plot(lines, "minutes of training", "distance to the reference", path, integer_x=False)
+    _save_plot(lines, "minutes of training", "distance (scales differ)", path, integer_x=False)
 
 
 def save_loss_by_timestep(timesteps: Sequence[int], losses: Curves, path: Path) -> None:

@@ -29,6 +29,7 @@ from engine.train_step import TrainStep
 VERSION = 2  # of the layout of a checkpoint
 ALWAYS_VALIDATE_EPOCHS = 5
 VALIDATION_TIME_FRACTION = 0.02  # of the time, after those epochs
+GRID_TIME_FRACTION = 0.1  # of the time of a run in minutes; on a CPU a grid may take half a minute
 
 
 class MetricsLog:
@@ -162,6 +163,7 @@ class Run:
         self.last_log_time = time.monotonic()
         self.last_save_time = self.last_log_time
         self.next_validation_time = self.last_log_time
+        self.next_grid_time = self.last_log_time
         self.logged_images = progress.images
 
     def after_step(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
@@ -169,8 +171,11 @@ class Run:
         self.bar.update()
         if self.progress.is_log_step:
             self.log_step(loss, grad_norm, lr)
-        if self.ends_part(self.config.NUM_SAMPLE_GRIDS):
+        start = time.monotonic()
+        if self.ends_part(self.config.NUM_SAMPLE_GRIDS) and start >= self.next_grid_time:
             self.sample_grid(f"step_{self.progress.step:07d}.png")
+            if self.config.MINUTES:  # where time for grids is taken from training
+                self.next_grid_time = start + (time.monotonic() - start) / GRID_TIME_FRACTION
         if self.config.CHECKPOINT_EVERY is None and self.ends_part(self.config.KEEP + 1):
             self.save(f"step_{self.progress.step:07d}.pt")
         self.last_fraction = self.progress.fraction
@@ -205,7 +210,8 @@ class Run:
             checkpoints.link_or_copy(self.folder / "final.pt", path)
         self.sample_grid("final.png")
         print(
-            f"done: {self.progress.images:,} images in {self.progress.seconds:.0f} s, "
+            f"done: {self.progress.step:,} steps, {self.progress.images:,} images in "
+            f"{self.progress.seconds:.0f} s, "
             f"validation loss {self.validation_loss:.4f}\n"
             f"  model    {published} (other checkpoints: {self.folder}/)\n"
             f"  samples  {self.log.folder}/ (metrics: {VIEWERS[self.config.LOG_WITH]})\n"
@@ -293,7 +299,10 @@ class Run:
             )
             images = torch.cat(list(chain.from_iterable(batches)))
             if labels:
-                names = [class_names[i] for i in labels[::columns]] * max(len(grid_steps), 1)
+                names = [class_names[i] for i in labels[::columns]]
+                if grid_steps:
+                    steps = [f"{count} step{'s' * (count > 1)}" for count in grid_steps]
+                    names = [f"{name}, {each}" for each in steps for name in names]
                 grid = plots.table(images, names, [f"seed {i}" for i in range(columns)])
             else:
                 grid = plots.grid(images, columns)

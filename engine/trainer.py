@@ -94,6 +94,8 @@ def train(
             # Validation, best.pt, the epoch's checkpoint: if due, also after part of an epoch.
             progress.end_epoch()
             run.after_epoch()
+        if config.MINUTES and dist.is_main_process:
+            warn_if_short(config, progress.step)
         run.on_finish()
     return checkpoints.CHECKPOINT_DIR / name / "final.pt"
 
@@ -159,7 +161,7 @@ def warn_if_short(config: Any, steps: float) -> None:
     if steps <= LATE_GUIDE_WARMUPS * config.WARMUP_STEPS and not config.MAX_STEPS:
         found = f"only {steps:,.0f} steps, with a warm-up of {config.WARMUP_STEPS:,}"
         without = "; continuing without a guide" if config.GUIDE_FRACTION else ""
-        advice = "Set --minutes, or more --epochs"
+        advice = "Train longer (--minutes or --epochs), or lower --warmup_steps"
         warnings.warn(f"{found}{without}. {advice}", FallbackWarning, stacklevel=3)
 
 

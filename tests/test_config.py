@@ -110,14 +110,15 @@ def test_preset_guides_large_images_with_classes_by_both(dataset, flags, mode, w
     assert (config.GUIDANCE_MODE, config.GUIDANCE) == (mode, weight)
 
 
-def test_presets_guide_at_the_noise_levels_they_were_measured_with():
-    def guided(dataset: str, tier: Tier, **flags) -> tuple[float, float, int]:
+def test_presets_have_the_weight_decay_and_guidance_they_were_measured_with():
+    def measured(dataset: str, tier: Tier, **flags) -> tuple[float, ...]:
         config = resolve(dataset, tier, flags=flags)
-        return config.GUIDANCE, config.GUIDANCE_MAX_SIGMA, config.SAMPLING_TIMESTEPS
+        guidance = config.GUIDANCE, config.GUIDANCE_MAX_SIGMA, config.SAMPLING_TIMESTEPS
+        return config.WEIGHT_DECAY, *guidance
 
-    assert guided("cifar10", LARGE_TIER) == guided("folder", CPU_TIER) == (2.5, 2, 16)
-    assert guided("folder", LARGE_TIER, IMAGE_SIZE=64) == (3, 5, 14)
-    assert guided("shapes", CPU_TIER) == (1.5, 5, 14)
+    assert measured("cifar10", LARGE_TIER) == measured("folder", CPU_TIER) == (0.3, 2.5, 2, 16)
+    assert measured("folder", LARGE_TIER, IMAGE_SIZE=64) == (0.1, 3, 5, 14)
+    assert measured("shapes", CPU_TIER) == (0.1, 1.5, 5, 14)
 
 
 def test_high_res_script_takes_the_larger_of_its_size_and_the_data_sets():

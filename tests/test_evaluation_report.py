@@ -43,8 +43,8 @@ def test_plot_nearest_neighbors_shows_the_nearest_with_distances(monkeypatch):
     (((images, captions), options),) = shown
     expected = np.stack([*samples, real[4], samples[1], real[5], real[1]])
     np.testing.assert_array_equal((images * 255).round().numpy()[:5], expected[:5])
-    assert captions[:5] == ["a", "b", "pixels 0.200", "pixels 0.000", "Colors 2.000"]
-    assert captions[5] == "Colors 0.000" and options["columns"] == 2
+    assert captions[:5] == ["a", "b", "pixels 0.200", "pixels 0.000", "MeanColors 2.000"]
+    assert captions[5] == "MeanColors 0.000" and options["columns"] == 2
 
 
 def test_format_table_leaves_out_stds():
@@ -66,8 +66,9 @@ def test_format_classes_has_a_distance_where_any_class_does():
     rows = [line.split() for line in format_classes(results, "FID", 0.98765).splitlines()]
     heads = ["class", "samples", "accuracy", "real", "accuracy"]
     assert rows == [
-        ["first"], [*heads, "FID"], ["cat", "3", "0.6667", "-", "1.5"],
-        ["a", "bird", "3", "0.6667", "-", "-"], ["second"], heads, ["cat", "3", "0.6667", "-"],
+        ["first", "by", "class:"], [*heads, "FID"], ["cat", "3", "0.6667", "-", "1.5"],
+        ["a", "bird", "3", "0.6667", "-", "-"],
+        ["second", "by", "class:"], heads, ["cat", "3", "0.6667", "-"],
         ["class", "accuracy", "of", "real", "validation", "images:", "0.9877"],
     ]  # fmt: skip
     assert "validation" not in format_classes(results, "FID", None)  # without any

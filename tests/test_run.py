@@ -230,6 +230,23 @@ def test_run_samples_grids_at_the_ends_of_equal_parts_but_the_last(made_run, clo
     assert made_run.files == [f"step_{step:07d}.png" for step in (25, 50, 75)]
 
 
+def test_run_in_minutes_spends_a_tenth_of_its_time_on_grids(made_run, clock, monkeypatch):
+    started = []
+
+    def sample_grid(file: str) -> None:
+        started.append(clock.now - 1000)
+        clock.now += 2
+
+    monkeypatch.setattr(made_run, "sample_grid", sample_grid)
+    made_run.config.NUM_SAMPLE_GRIDS = 10
+    made_run.config.MAX_STEPS, made_run.config.MINUTES = 0, 100 / 60
+    for step in range(1, 101):
+        clock.now = max(clock.now, 1000.0 + step)
+        made_run.progress.step, made_run.progress.seconds = step, clock.now - 1000
+        made_run.after_step(SCALAR, SCALAR, 1e-3)
+    assert started == [10, 30, 50, 70, 90]
+
+
 def test_run_logs_the_speed_since_the_last_line(made_run, clock):
     for seconds, images, step in [(5, 50, 10), (1, 20, 20)]:
         clock.now += seconds

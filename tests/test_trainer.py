@@ -160,10 +160,10 @@ def test_train_in_minutes_ends_with_the_schedule(tmp_path, monkeypatch):
     assert rows[-1]["seconds"] == 60 and rows[-1]["step"] == 40
 
 
-def test_run_of_little_but_warm_up_warns_at_its_start_and_in_an_estimate(tmp_path, monkeypatch):
+def test_run_of_little_but_warm_up_warns_once_its_steps_are_known(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = configure(WARMUP_STEPS=5, EPOCHS=2)
-    line = "^only 8 steps, with a warm-up of 5; continuing without a guide. Set --minutes"
+    line = "^only 8 steps, with a warm-up of 5; continuing without a guide. Train longer"
     with pytest.warns(FallbackWarning, match=line):
         train(DDPMModel.from_config(config), random_images(80, 8), config)
     with pytest.warns(FallbackWarning, match=line):
@@ -171,14 +171,13 @@ def test_run_of_little_but_warm_up_warns_at_its_start_and_in_an_estimate(tmp_pat
     config = configure(WARMUP_STEPS=5, MINUTES=1e-9)
     with pytest.warns(FallbackWarning, match="with a warm-up of 5; continuing"):
         estimate(DDPMModel.from_config(config), 80, config, 0.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # the number of steps is not known at the start
+    with pytest.warns(FallbackWarning, match="^only 1 steps, with a warm-up of 5; continuing"):
         train(DDPMModel.from_config(config), random_images(80, 8), config)
 
 
 def test_warn_if_short_is_silent_for_long_runs_and_for_a_set_number_of_steps():
     without_guide = configure(WARMUP_STEPS=5, EPOCHS=2, GUIDE_FRACTION=0.0)
-    with pytest.warns(FallbackWarning, match="^only 8 steps, with a warm-up of 5. Set --minutes"):
+    with pytest.warns(FallbackWarning, match="^only 8 steps, with a warm-up of 5. Train longer"):
         warn_if_short(without_guide, 8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -343,7 +342,7 @@ def test_train_publishes_what_a_killed_process_did_not(resumable, capsys):
     for file in (final, grid):
         file.unlink()
     resumable()
-    assert "done: 64 images" in capsys.readouterr().out
+    assert "64 images in" in capsys.readouterr().out
     assert final.read_bytes() == Path("checkpoints/whole/final.pt").read_bytes() and grid.exists()
     # Nor is validation repeated, or logged twice.
     assert logged_steps(Path(), "whole", "validation_loss") == [4]
