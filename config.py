@@ -71,8 +71,7 @@ class DDPMConfig(Settings):
         0.125, "fraction of training at which the EMA weights are saved as the guide, but not "
         "before 5 times the warm-up, or half of a short run; 0 disables", min=0, max=1,
         old_name="GUIDE_AT")
-    OBJECTIVE = Setting("pred_v", "what the network predicts",
-        choices=("pred_v", "pred_noise", "pred_x0"))
+    OBJECTIVE = Setting("pred_v", "what is predicted", choices=("pred_v", "pred_noise", "pred_x0"))
     BETA_SCHEDULE = Setting("cosine", "noise schedule", choices=("cosine", "linear", "sigmoid"))
     SCHEDULE_BASE_SIZE = Setting(
         0, "image size the noise schedule was designed for; shifted for other sizes "
@@ -83,17 +82,16 @@ class DDPMConfig(Settings):
     MIN_SNR_GAMMA = Setting(5.0, "upper limit of min_snr's SNR; 0 disables", min=0)
 
     # Length: a layer may set one of the three, which replaces what earlier layers set.
-    EPOCHS = Setting(50, "passes over the training images", min=0)
-    MAX_STEPS = Setting(0, "optimizer steps instead of epochs", min=0)
-    MINUTES = Setting(0.0, "minutes instead of epochs", min=0)
+    EPOCHS = Setting(50, "passes over the training images", min=0, max=10**9)
+    MAX_STEPS = Setting(0, "optimizer steps instead of epochs", min=0, max=10**9)
+    MINUTES = Setting(0.0, "minutes instead of epochs", min=0, max=10**9)
 
     # Optimization.
     BATCH_SIZE = Setting(
         256, "the most images in one pass on a GPU (the micro-batch); times GRADIENT_ACCUMULATION, "
         "the batch of an update, over all GPUs", min=1)
     GRADIENT_ACCUMULATION = Setting(1, "micro-batches in the batch of an update", min=1)
-    OPTIMIZER = Setting("muon", "muon: Muon for the inner matrices, Adam for the rest",
-        choices=("adam", "muon"))
+    OPTIMIZER = Setting("muon", "muon: with Adam for the rest", choices=("adam", "muon"))
     LEARNING_RATE = Setting(2e-3, "learning rate after warm-up", min=1e-8, max=1.0)
     LR_SCHEDULE = Setting("cosine", "learning rate over the run", choices=("cosine", "constant"))
     WARMUP_STEPS = Setting(500, "steps of linear learning-rate warm-up", min=0)
@@ -376,17 +374,19 @@ def validate(config: DDPMConfig) -> None:
     """Raises UserError if two values exclude each other."""
     levels = len(config.DIM_MULTS)
     factor = 2 ** (levels - 1)
-    drops_label = config.CLASS_CONDITIONAL and config.GUIDANCE_MODE != "autoguidance"
+    drops_label = config.GUIDANCE_MODE != "autoguidance"
     for is_bad, name, requirement in (
         (config.IMAGE_SIZE % factor, "IMAGE_SIZE",
          f"the {levels} levels of DIM_MULTS need a multiple of {factor}. {size_advice(config)}"),
         (config.DIM % 2, "DIM", "must be even"),  # sine and cosine of the timestep embedding
-        (config.BETA_SCHEDULE == "linear" and config.TIMESTEPS < 20, "TIMESTEPS",
-         "the linear BETA_SCHEDULE needs at least 20"),
+        (config.BETA_SCHEDULE == "linear" and config.TIMESTEPS < 21, "TIMESTEPS",
+         "the linear BETA_SCHEDULE needs at least 21"),
         (config.SCHEDULE_BASE_SIZE > MAX_SCHEDULE_RATIO * config.IMAGE_SIZE, "SCHEDULE_BASE_SIZE",
          f"must be at most {MAX_SCHEDULE_RATIO} times IMAGE_SIZE, {config.IMAGE_SIZE}"),
         (config.SAMPLING_TIMESTEPS > config.TIMESTEPS, "SAMPLING_TIMESTEPS",
          f"must be at most TIMESTEPS, {config.TIMESTEPS}"),
+        (drops_label and not config.CLASS_CONDITIONAL, "GUIDANCE_MODE",
+         "needs --class_conditional"),
         (drops_label and not config.LABEL_DROPOUT, "LABEL_DROPOUT",
          f"GUIDANCE_MODE {config.GUIDANCE_MODE} needs a network that knows images without labels"),
     ):  # fmt: skip

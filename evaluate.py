@@ -37,7 +37,7 @@ from engine.labels import NO_LABEL, labels_in_proportion
 from engine.metrics import References, Scores
 from engine.sampling_settings import SamplingSettings, choose_sampling, plan_kwargs
 from engine.settings import Setting
-from inference import batch_generate
+from inference import batch_generate, load_model
 
 RGB = ReadOptions(channels=3)
 NEAREST_SAMPLES = 16  # in the figure of nearest training images
@@ -56,7 +56,10 @@ class EvaluationSettings(SamplingSettings):
         auto="the run's; with --dataset, data",
     )  # fmt: skip
     image_size = Setting(
-        0, "side of the images, pixels; 0: that of the evaluated ones", min=0, max=1024
+        0,
+        "side of the images, pixels, for --images and lucidrains' checkpoints; 0: their own",
+        min=0,
+        max=1024,
     )
     num_samples = Setting(
         None, "images to sample", min=2, max=10_000_000, type_=int,
@@ -112,7 +115,8 @@ def sample_images(
     return plots.to_bytes(images).transpose(0, 3, 1, 2), {
         "name": checkpoints.display_name(path), "checkpoint": str(path),
         "sha256": checkpoints.sha256(path), **chosen, "guidance": weight,
-        "guidance_mode": settings.guidance_mode or model.guidance_mode, "nfe": nfe,
+        "guidance_mode": settings.guidance_mode or model.guidance_mode,
+        "guidance_interval": [round(sigma, 4) for sigma in model.guidance_interval], "nfe": nfe,
         "seeds": f"{settings.seed}-{settings.seed + settings.num_samples - 1}",
         "use_amp": settings.use_amp, "seconds_sampling": round(time.perf_counter() - start, 2),
         "trained_seconds": progress.get("seconds"), "trained_images": progress.get("images"),
@@ -189,7 +193,7 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
         images = load_dataset("folder", settings.image_size, paths[0], options=RGB).images
         shape = images.shape[1:]
     else:
-        model = DDPMModel.from_file(paths[0], settings.image_size or None).to(device)
+        model = load_model(paths[0], settings.image_size).to(device)
         config = model.training_info["config"]
         shape = model.image_shape
 
@@ -209,7 +213,8 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
         reference["class accuracy"] = by_class.real_accuracy
     validation = validation_batch(model) if config else None
     results: list[Evaluation] = []
-    report = describe_comparison(reference, networks, device) | {"evaluations": results}
+    report = {"inputs": [str(path) for path in paths], "use_amp": settings.use_amp}
+    report |= describe_comparison(reference, networks, device) | {"evaluations": results}
 
     # Sample and score; the report is saved after each.
     losses: dict[str, tuple[list[int], list[float]]] = {}
@@ -218,8 +223,8 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
         result: Evaluation = {"name": path.stem, "images": str(path)}
         if not settings.images:
             if i > 0:  # the first is loaded already
-                model.load_model(path, settings.image_size or None)
-                check_shape(model, path, shape, paths[0])
+                model = load_model(path, settings.image_size).to(device)
+                check_comparable(model, path, shape, class_names, paths[0])
             images, result = sample_images(model, path, settings, labels)
             if validation is not None:
                 losses[result["name"]] = metrics.loss_by_timestep(model, validation)
@@ -228,6 +233,7 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
         results.append(result)
         report["seconds"] = round(time.perf_counter() - start, 2)
         stem = output_dir / reporting.result_name(results[0], len(paths) - 1, reference)
+        stem = reporting.without_other_report(stem, report)
         checkpoints.write_text(Path(f"{stem}.json"), json.dumps(report, indent=2) + "\n")
 
     # Tables and figures.
@@ -275,11 +281,14 @@ def score_images(
     return result
 
 
-def check_shape(model: DDPMModel, path: Path, shape: tuple[int, ...], first: Path) -> None:
-    """Raises UserError if a model's images have another shape than the first one's."""
-    if model.image_shape != shape:
-        difference = f"{model.image_shape}, but those of {first} {shape}"
-        raise UserError(f"images of {path} are {difference}. Evaluate it alone")
+def check_comparable(
+    model: DDPMModel, path: Path, shape: tuple[int, ...], class_names: tuple[str, ...], first: Path
+) -> None:
+    """Raises UserError if a model's images or classes are not those of the first model."""
+    found, expected = (model.image_shape, model.class_names), (shape, class_names)
+    if found != expected:
+        kinds = f"makes images of shape and classes {found}, but {first} {expected}"
+        raise UserError(f"{path} {kinds}. Evaluate it alone")
 
 
 def save_nearest(
@@ -301,8 +310,12 @@ def main() -> None:
     EvaluationSettings.add_flags(parser)
     options = parser.parse_args()
     settings = EvaluationSettings(**EvaluationSettings.given(options))
-    if settings.images and options.checkpoint:
-        raise UserError("--images and --checkpoint exclude each other. Choose one")
+    if settings.images is not None:
+        if not settings.images:
+            raise UserError("--images is empty. Name a folder or a file")
+        for name in ("checkpoint", "num_samples", "seed", *SamplingSettings.settings()):
+            if getattr(options, name, None) is not None:
+                raise UserError(f"--images and --{name} exclude each other. Choose one")
     with distributed.session(lambda: "Start the same command again") as dist:
         # What rank 0 finds, on all ranks.
         found = map(checkpoints.resolve_checkpoint, options.checkpoint or [None])
@@ -314,7 +327,7 @@ def main() -> None:
             evaluate(settings, paths, device)
         elif not settings.images:
             for path in paths:
-                model = DDPMModel.from_file(path, settings.image_size or None).to(device)
+                model = load_model(path, settings.image_size).to(device)
                 sample_images(model, path, settings)
 
 

@@ -37,6 +37,12 @@ from engine.labels import parse_classes
 from engine.sampling_settings import SamplingSettings, choose_sampling, plan_kwargs, sampling_name
 from engine.settings import Setting
 
+MODES_OF_FLAGS = {  # those of one or two modes
+    "columns": ("progressive", "interpolate"), "format": ("batch",),
+    "image": ("vary", "inpaint"), "image1": ("interpolate",), "image2": ("interpolate",),
+    "mask": ("inpaint",), "num_steps": ("interpolate",), "resamples": ("inpaint",),
+    "strength": ("vary",),
+}  # fmt: skip
 MAX_DEFAULT_IMAGES = 64  # of all classes, if neither --seeds nor --num_samples is given
 
 
@@ -134,6 +140,11 @@ def settings_from_command_line(
             if ":" not in str(given[name]):  # a sampler of the user's is compared, too
                 reason = "compare tries every sampler of the model at several numbers of steps"
                 raise UserError(f"--{name} has no effect: {reason}. Drop it")
+    for name in given.keys() & MODES_OF_FLAGS.keys():
+        modes = MODES_OF_FLAGS[name]
+        if settings["mode"] not in (*modes, "all"):
+            named = " and ".join(modes)
+            distributed.print0(f"note: --{name} is for {named}; {settings['mode']} ignores it")
 
     # Seeds and checkpoints.
     count = settings.pop("num_samples")
@@ -150,19 +161,35 @@ def settings_from_command_line(
     return jobs.complete_settings(settings), options.output_dir, has_given_seeds
 
 
+def load_model(path: str | Path, image_size: int) -> DDPMModel:
+    """Loads a model; image_size: of lucidrains' checkpoints, 0 for others. UserError if wrong."""
+    model = DDPMModel.from_file(path, image_size or None)
+    if image_size not in (0, model.image_size):
+        advice = f"Drop --image_size {image_size}"
+        raise UserError(f"{path} is for images of {model.image_size} px. {advice}")
+    return model
+
+
 def load_for_sampling(settings: dict[str, Any], device: torch.device) -> DDPMModel:
     """Loads the checkpoint; sets how to sample and the batch size to what suits it."""
-    path = settings["checkpoint"]
-    size = settings["image_size"]
-    model = DDPMModel.from_file(path, size or None).to(device)
-    if size not in (0, model.image_size):
-        raise UserError(f"{path} is for images of {model.image_size} px. Drop --image_size {size}")
+    model = load_model(settings["checkpoint"], settings["image_size"]).to(device)
     settings |= choose_sampling(model, settings)
     if not settings["batch_size"]:
         settings["batch_size"] = jobs.auto_batch_size(model, settings["use_amp"])
     if settings["compile_model"]:
         jobs.compile_networks(model)
     return model
+
+
+def why_unguided(model: DDPMModel, guidance: float | None, guidance_mode: str | None) -> str:
+    """Returns why no step of a sampling plan is guided."""
+    if model.is_consistency_tuned:
+        return "guidance is in the weights of a consistency-tuned model"
+    if (model.guidance if guidance is None else guidance) == 1:
+        return "the weight of guidance is 1"
+    if model.guide is None and (guidance_mode or model.guidance_mode) != "cfg":
+        return "this model has no guide"
+    return "no step is at a noise level that is guided"
 
 
 def folder_name(settings: Mapping[str, Any]) -> str:
@@ -196,9 +223,9 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
         sampling = f"{settings['sampler']}, {settings['steps']} steps, {nfe} NFE per image"
         distributed.print0(f"{path}: {model.image_size} px, {sampling}, {model.device.type}")
         is_unguided = nfe == model.count_nfe(*plan, 1)  # no step evaluates a second network
-        if is_unguided and guidance[0] not in (None, 1):
-            flag = f"--guidance {guidance[0]:g}"
-            distributed.print0(f"note: this model has no guide, so {flag} changes nothing")
+        if is_unguided and (guidance[0] not in (None, 1) or guidance[1]):
+            flag = f"--guidance {guidance[0]:g}" if guidance[0] else "--guidance_mode"
+            distributed.print0(f"note: {why_unguided(model, *guidance)}, so {flag} changes nothing")
         if settings["eta"] and sampler != "ddim":
             distributed.print0(f"note: --eta is for ddim; {settings['sampler']} ignores it")
         modes = list(MODES if settings["mode"] == "all" else [settings["mode"]])
@@ -219,16 +246,16 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
             if mode == "samples" and num_classes and not has_given_seeds:
                 count = max(1, MAX_DEFAULT_IMAGES // num_classes)
                 mode_settings["seeds"] = settings["seeds"][:count]
+            if mode == "batch":  # the other ranks wait for rank 0, however long its modes take
+                distributed.rank0_first("mode batch", lambda: None)
             folder = output_dir / folder_name(mode_settings)
-            if mode != "batch":  # which resumes
-                folder = jobs.unique_output_dir(folder, mode_settings)
             job = jobs.InferenceJob(model, mode_settings, folder, sampler)
             with jobs.autocast(model, settings["use_amp"]):
                 results = MODES[mode](job)
             seconds = time.perf_counter() - start
             if dist.is_main_process:
                 job.write_summary(seconds)
-            distributed.print0(f"{mode}: {results} ({seconds:.1f} s) in {folder}/")
+            distributed.print0(f"{mode}: {results} ({seconds:.1f} s) in {job.folder}/")
 
 
 if __name__ == "__main__":

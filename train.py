@@ -52,7 +52,10 @@ def main(
     # Configuration: flags, the run to resume or the model to start from, data set and GPU.
     request = parse_command_line(description, defaults, tuning=tuning)
     checkpoint = checkpoints.load_training(request.resume) if request.resume else None
-    init_model = DDPMModel.from_file(request.init_from) if request.init_from else None
+    init_model = None
+    if request.init_from:
+        # lucidrains' checkpoints do not store their image size.
+        init_model = DDPMModel.from_file(request.init_from, request.explicit.get("IMAGE_SIZE"))
     config = configure(request, checkpoint, init_model)
     check_installed(config.LOG_WITH)
 

@@ -1,5 +1,7 @@
 """What evaluate.py reports: tables, the names of files, figures."""
 
+import itertools
+import json
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -26,6 +28,7 @@ class Evaluation(TypedDict, total=False):
     noise_levels: str | None
     guidance: float  # 1 if it changes nothing
     guidance_mode: str
+    guidance_interval: list[float]  # lowest and highest sigma
     nfe: int
     seeds: str  # FIRST-LAST
     use_amp: bool
@@ -85,6 +88,26 @@ def result_name(first: Evaluation, num_others: int, reference: dict[str, Any]) -
     is_folder = reference["dataset"] == "folder"
     source = Path(reference["data_dir"]).resolve().name if is_folder else reference["dataset"]
     return "-".join([*parts, str(first["num_samples"]), "vs", source])
+
+
+def without_other_report(stem: Path, report: dict[str, Any]) -> Path:
+    """Returns the first of stem, stem_2, ... whose JSON is not of other inputs.
+
+    report: to be written there; `inputs`, `use_amp` and `reference` are compared.
+    """
+    compared = ("inputs", "use_amp", "reference")
+    numbered = (stem.with_name(f"{stem.name}_{i}") for i in itertools.count(2))
+    for path in itertools.chain([stem], numbered):
+        try:
+            stored = json.loads(Path(f"{path}.json").read_text())
+            is_same = all(stored[name] == report[name] for name in compared)
+        except FileNotFoundError:
+            return path
+        except (ValueError, KeyError, TypeError):  # damaged, or of an earlier version
+            is_same = False
+        if is_same:
+            return path
+    raise AssertionError("unreachable")
 
 
 def plot_nearest_neighbors(

@@ -215,7 +215,7 @@ class GenerationMixin:
         with eval_mode(self):
             labels = self.prepare_labels(labels, len(x))
             denoiser = self.denoiser(clip, guidance, labels, guidance_mode)
-            outputs = sampler(denoiser, x, timesteps, randn, **sampler_options)
+            outputs = run_sampler(sampler, denoiser, x, timesteps, randn, **sampler_options)
             for t, (x_s, x_0) in zip(timesteps, outputs, strict=False):
                 yield t, x, x_0
                 x = x_s
@@ -282,7 +282,7 @@ class GenerationMixin:
         labels = torch.zeros(1, dtype=torch.long) if self.class_names else None
         denoiser = self.denoiser(guidance=guidance, labels=labels, guidance_mode=guidance_mode)
         counter = NFECounter(denoiser)
-        list(sampler(counter, torch.zeros(1, 1, 1, 1), timesteps, torch.zeros_like))
+        list(run_sampler(sampler, counter, torch.zeros(1, 1, 1, 1), timesteps, torch.zeros_like))
         return counter.count
 
     def noise(self, seeds: Sequence[int]) -> tuple[Tensor, SeededNoise]:
@@ -322,6 +322,20 @@ class GenerationMixin:
         if tuple(image.shape[-3:]) != shape or image.numel() != math.prod(shape):
             raise UserError(f"the image is {tuple(image.shape)}, but must be {shape}")
         return image.reshape(shape).to(self.device)
+
+
+def run_sampler(sampler: Callable, *args: Any, **options: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields what a sampler does; raises UserError if a user's does not yield (x_s, x_0)."""
+    outputs = sampler(*args, **options)
+    is_valid = isinstance(outputs, Iterator)
+    for output in outputs if is_valid else ():
+        is_valid = isinstance(output, tuple) and len(output) == 2
+        if not is_valid:
+            break
+        yield output
+    if not is_valid:
+        name = getattr(sampler, "__name__", sampler)
+        raise UserError(f"the sampler {name} must yield (x_s, x_0) for each interval")
 
 
 def final_x(states: Iterator[State]) -> Tensor:

@@ -8,6 +8,7 @@ import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from engine.sampling_settings import plan_kwargs
 from engine.settings import Settings
 
 MAX_SEEDS = 10_000_000
+SUMMARY_FILE = "summary.json"  # of an output folder; at first it has the settings alone
 PACKAGES = ("torch", "denoising-diffusion-pytorch", "numpy", "pillow")
 # Settings that do not change the images; the checkpoint counts by its content, sha256.
 NOT_COMPARED = {"checkpoint", "batch_size", "compile_model"}
@@ -45,7 +47,7 @@ class InferenceJob:
 
     model: nn.Module
     settings: dict[str, Any]  # plain values by name, stored with every image
-    folder: Path
+    base_folder: Path
     sampler: str | Callable
     results: dict[str, Any] = field(default_factory=dict)  # what a mode adds to summary.json
 
@@ -55,6 +57,17 @@ class InferenceJob:
         # The labels of the classes in --classes, empty without it.
         names = self.model.class_names
         self.requested_labels = [] if text is None else parse_classes(text, names)
+
+    @cached_property
+    def folder(self) -> Path:
+        """The output folder: base_folder, or the next one without images of other settings.
+
+        Claimed when it is first needed, so that a mode that fails before leaves nothing. Mode batch
+        resumes in its folder.
+        """
+        if self.settings["mode"] == "batch":
+            return self.base_folder
+        return claim_output_dir(self.base_folder, self.settings)
 
     @property
     def sampler_kwargs(self) -> dict[str, Any]:
@@ -148,7 +161,7 @@ class InferenceJob:
         """Writes summary.json: settings, results, time, device and versions."""
         machine = {"device": device_name(self.model.device), "versions": package_versions(PACKAGES)}
         summary = self.settings | self.results | {"seconds": round(seconds, 2)} | machine
-        write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_text(self.folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
 
 
 def run_batched(
@@ -177,7 +190,8 @@ def complete_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns settings of any version with what they lack; input images default to the seeds."""
     complete = {name: value for name, value in settings.items() if name != "channels_last"}
     for name, index in (("image", 0), ("image1", 0), ("image2", -1)):
-        complete[name] = settings.get(name) or str(settings["seeds"][index])
+        given = settings.get(name)
+        complete[name] = str(settings["seeds"][index]) if given is None else given
     complete = ADDED_LATER | complete
     if complete["noise_levels"]:  # in place of a spacing, which earlier images store as well
         complete["spacing"] = None
@@ -198,11 +212,20 @@ def has_other_settings(file: Path, settings: Mapping[str, Any]) -> bool:
     return any(stored.get(name) != settings[name] for name in settings.keys() - NOT_COMPARED)
 
 
-def unique_output_dir(folder: Path, settings: Mapping[str, Any]) -> Path:
-    """Returns the first of folder, folder_2, ... without images of other settings."""
+def claim_output_dir(folder: Path, settings: Mapping[str, Any]) -> Path:
+    """Creates and returns the first of folder, folder_2, ... without images of other settings.
+
+    Its summary.json has the settings before any image is saved: other processes leave it alone.
+    """
     numbered = (folder.with_name(f"{folder.name}_{i}") for i in itertools.count(2))
-    paths = itertools.chain([folder], numbered)
-    return next(p for p in paths if not has_other_settings(p / "summary.json", settings))
+    for path in itertools.chain([folder], numbered):
+        path.mkdir(parents=True, exist_ok=True)
+        summary = path / SUMMARY_FILE
+        with contextlib.suppress(FileExistsError), summary.open("x") as file:
+            json.dump(settings, file, indent=2)
+        if not has_other_settings(summary, settings):
+            return path
+    raise AssertionError("unreachable")
 
 
 def settings_from_png(

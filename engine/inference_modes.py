@@ -187,7 +187,7 @@ def inpaint(job: InferenceJob) -> str:
     image, _ = job.load_input_image("image")
     size = job.model.image_size
     mask = (torch.arange(size) >= size // 2).expand(size, size)
-    if job.settings["mask"]:
+    if job.settings["mask"] is not None:
         mask = read_mask(*(resolve_input(job.settings[name]) for name in ("mask", "image")), size)
     shown = {"original": image, "masked": image.masked_fill(mask, 0.5)}
     options = {"mask": mask, "resamples": job.settings["resamples"]}

@@ -9,6 +9,7 @@ flag of each setting, and `check` validates values from any source.
 
 import argparse
 import difflib
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -84,6 +85,8 @@ class Setting:
                 raise UserError(f"{name} is {value}, but must be at least {self.min:g}")
             if self.max is not None and not part <= self.max:
                 raise UserError(f"{name} is {value}, but must be at most {self.max:g}")
+        if self.value_type is float and not math.isfinite(value):
+            raise UserError(f"{name} is {value}, but must be finite")
         return value
 
 

@@ -175,6 +175,9 @@ VS_REAL = ["--dataset", "folder", "--data_dir", "real"]
     [
         (["--checkpoint", "nowhere.pt"], "--checkpoint nowhere.pt: no such checkpoint"),
         (["--checkpoint", "a.pt", "--images", "real"], "Choose one"),
+        (["--images", "real", "--guidance", "2"], "--images and --guidance exclude each other"),
+        (["--images", "", *VS_REAL], "--images is empty"),
+        (["--image_size", "8"], "late.pt is for images of 16 px. Drop --image_size 8"),
         (["--images", "nowhere", *VS_REAL], "nowhere is not a folder"),
         (["--images", "real"], "real has no training data. Set --dataset and --data_dir"),
         (["--images", "real", "--dataset", "cifar11"], "did you mean cifar10?"),
@@ -282,9 +285,21 @@ def test_evaluate_compares_with_an_explicit_data_set(evaluate_colors):
     assert report["save_loss_by_timestep"][1]["run-late"][1] == 2
 
 
-def test_evaluate_resizes_real_images_to_an_explicit_size(evaluate_colors):
-    report = evaluate_colors("--image_size", "8")
-    assert report["reference"]["image_size"] == 8 and "captioned_grid" not in report
+def test_images_and_real_ones_are_resized_and_each_report_is_kept(folder, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "load_feature_networks", lambda *_: [MeanColors()])
+    for name in ("a", "b"):
+        Path(name).mkdir()
+        images = draw_shapes(np.arange(3, 9), 16, 0).transpose(0, 2, 3, 1)
+        np.savez(f"{name}/images.npz", images=images)
+        for _ in range(2):  # the second time, the report is of the same inputs
+            flags = ["--images", f"{name}/images.npz", *VS_REAL, "--image_size", "8"]
+            assert run_evaluate(monkeypatch, *flags) == 0
+    assert "note: of 6 images, Fréchet distances are too high" in capsys.readouterr().out
+    paths = sorted(Path("results").glob("*.json"))
+    reports = [json.loads(path.read_text()) for path in paths]
+    assert [report["inputs"] for report in reports] == [["a/images.npz"], ["b/images.npz"]]
+    assert paths[1].stem == f"{paths[0].stem}_2"
+    assert reports[0]["reference"]["image_size"] == 8
 
 
 def test_evaluate_warns_without_the_validation_split(evaluate_colors, capsys):
@@ -346,13 +361,19 @@ def test_gray_and_rgba_models_are_compared_with_images_of_their_channels(
     assert Path("results/evaluate-own-unipc-3-4-vs-own-loss.png").exists()
 
 
-def test_checkpoints_of_other_shapes_are_evaluated_apart(folder, monkeypatch, capsys):
-    model = DDPMModel(16, dim=8, dim_mults=(1, 2), channels=1, timesteps=60, sampling_timesteps=3)
-    model.save_model("gray.pt")
+@pytest.mark.parametrize(
+    ("other", "kind"),
+    [({"channels": 1}, "((1, 16, 16), ())"), ({"class_counts": {"a": 1}}, "((3, 16, 16), ('a',))")],
+)
+def test_models_of_other_images_or_classes_are_evaluated_apart(
+    folder, monkeypatch, capsys, other, kind
+):
+    model = DDPMModel(16, dim=8, dim_mults=(1, 2), timesteps=60, sampling_timesteps=3, **other)
+    model.save_model("other.pt")
     monkeypatch.setattr(evaluate, "load_feature_networks", lambda *_: [MeanColors()])
-    paths = ["checkpoints/run/late.pt", "gray.pt"]
+    paths = ["checkpoints/run/late.pt", "other.pt"]
     assert run_evaluate(monkeypatch, "--num_samples", "2", "--checkpoint", *paths) == 2
-    error = "images of gray.pt are (1, 16, 16), but those of checkpoints/run/late.pt (3, 16, 16)"
+    error = f"other.pt makes images of shape and classes {kind}, but checkpoints/run/late.pt"
     assert error in capsys.readouterr().err
 
 

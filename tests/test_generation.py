@@ -152,6 +152,8 @@ def test_noise_levels_decide_the_timesteps(base_size):
             lambda m, x: m.sample(1, spacing="even"),
             "unknown spacing even; choose from uniform, trailing, logsnr, karras",
         ),
+        (lambda m, x: m.sample(1, sampler=lambda *a: a[1]), "the sampler <lambda> must yield"),
+        (lambda m, x: m.sample(1, sampler=lambda *a: iter(a[1])), r"must yield \(x_s, x_0\) for"),
         (lambda m, x: m.sample(2, seed=[1]), "there are 1 seeds for 2 images"),
         (lambda m, x: m.vary(x, strength=0), "strength is 0"),
         (lambda m, x: m.vary(x[:, :4]), "the image is .* but must be"),

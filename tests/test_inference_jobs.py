@@ -17,7 +17,7 @@ from engine import checkpoints, inference_jobs, inference_modes, plots
 from engine.errors import FallbackWarning, UserError
 from engine.image_source import ReadOptions
 from engine.inference_jobs import InferenceJob
-from tests.small_models import CUSTOM_SAMPLER, load_model, only, pixels, small_model
+from tests.small_models import CUSTOM_SAMPLER, guided_model, load_model, only, pixels, small_model
 
 # Seeds and classes.
 
@@ -122,7 +122,8 @@ def test_full_disk_leaves_no_partial_file(folder, infer, monkeypatch, capsys):
     monkeypatch.setattr(plots.Image.Image, "save", full)
     assert infer("--num_samples", "1") == 2
     assert "No space left on device" in capsys.readouterr().err
-    assert not [path for path in Path("inference_results").rglob("*") if path.is_file()]
+    files = [path.name for path in Path("inference_results").rglob("*") if path.is_file()]
+    assert files == ["summary.json"]
 
 
 # Stored settings.
@@ -250,6 +251,45 @@ def test_results_of_other_settings_are_kept(folder, infer, capsys):
     assert suffixes == ["", "_2", "_3"]  # the last is the first
     assert infer(*flags, "--guidance", "3") == 0
     assert "this model has no guide, so --guidance 3 changes nothing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "reason"),
+    [
+        ({}, (None, None), "no step is at a noise level that is guided"),
+        ({}, (1.0, "cfg"), "the weight of guidance is 1"),
+        ({"guide": None}, (2.0, "both"), "this model has no guide"),
+        ({"guide": None}, (2.0, "cfg"), "no step is at a noise level that is guided"),
+        ({"is_consistency_tuned": True}, (2.0, None), "guidance is in the weights of a consis"),
+    ],
+)
+def test_notes_say_why_guidance_changes_nothing(change, options, reason):
+    model = guided_model(guidance=2.0)
+    for name, value in change.items():
+        setattr(model, name, value)
+    assert inference.why_unguided(model, *options).startswith(reason)
+
+
+def test_flags_of_other_modes_are_noted_and_batch_waits_for_rank_0(
+    folder, infer, capsys, monkeypatch
+):
+    waits = []
+    monkeypatch.setattr(inference.distributed, "rank0_first", lambda name, _: waits.append(name))
+    flags = ["--num_samples", "1", "--steps", "2"]
+    assert infer(*flags, "--mode", "progressive", "--strength", "0.9", "--columns", "3") == 0
+    output = capsys.readouterr().out
+    assert output.count("note: ") == 1
+    assert "note: --strength is for vary; progressive ignores it" in output and not waits
+    assert infer(*flags, "--mode", "batch") == 0 and waits == ["mode batch"]
+
+
+def test_output_folder_belongs_to_the_first_process_that_claims_it(tmp_path):
+    settings = {"seeds": [0], "guidance": 2.0}
+    others = settings | {"guidance": 3.0}
+    folder = tmp_path / "samples"
+    assert inference_jobs.claim_output_dir(folder, settings) == folder
+    assert inference_jobs.claim_output_dir(folder, others) == tmp_path / "samples_2"
+    assert inference_jobs.claim_output_dir(folder, settings) == folder
 
 
 def test_batch_refuses_a_folder_of_other_settings(folder, infer, capsys):

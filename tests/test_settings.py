@@ -47,6 +47,7 @@ def test_check_converts_and_names_what_is_wrong():
         ("WIDTH", True, "WIDTH is True, but must be an integer"),
         ("WIDTH", None, "WIDTH is None, but must be an integer"),
         ("WEIGHT", float("nan"), "WEIGHT is nan, but must be at least 0"),
+        ("WEIGHT", float("inf"), "WEIGHT is inf, but must be finite"),
         ("NAME", "c", "NAME is 'c'; choose from a, b"),
         ("NAME", "aa", r"NAME is 'aa'; choose from a, b; did you mean a\?$"),
         ("WEIGHT", 10**400, "WEIGHT is too large a number"),
@@ -89,6 +90,7 @@ def test_every_setting_is_a_flag(name):
     if setting.value_type is bool:
         arguments = [f"--{'' if value else 'no-'}{name.lower()}"]
     dataset = [] if name == "DATASET" else ["--dataset", "folder"]
+    dataset += ["--class_conditional"] if name == "GUIDANCE_MODE" else []
     config = configure(*dataset, *arguments)
     assert getattr(config, name) == value
     assert config.set_by[name] == "flag"

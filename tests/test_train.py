@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 from PIL import Image
 
 import train
@@ -56,15 +57,19 @@ pytestmark = pytest.mark.usefixtures("on_a_cpu")
         (["--dataset", "cifar"], "did you mean cifar10"),
         (["--image_size", "30"], "need a multiple of"),
         (["--timesteps", "10"], "SAMPLING_TIMESTEPS is 14, but must be at most TIMESTEPS, 10"),
-        (["--timesteps", "19", "--sampling_timesteps", "5", "--beta_schedule", "linear"],
-         "needs at least 20"),
+        (["--timesteps", "20", "--sampling_timesteps", "5", "--beta_schedule", "linear"],
+         "needs at least 21"),
         (["--dim", "9"], "DIM is 9, but must be even"),
         (["--dim_mults", "1,x"], "--dim_mults: expected integers like 1,2,4,8, got '1,x'"),
         (["--image_size", "16", "--schedule_base_size", "257"],
          "SCHEDULE_BASE_SIZE is 257, but must be at most 16 times"),
         (["--class_conditional", "--label_dropout", "0", "--guidance_mode", "both"],
          "LABEL_DROPOUT is 0.0, but GUIDANCE_MODE both needs a network that knows"),
+        (["--guidance_mode", "cfg", "--no-class_conditional"],
+         "GUIDANCE_MODE is cfg, but needs --class_conditional"),
         (["--minutes", "0"], "Set one of them"),
+        (["--minutes", "inf"], "MINUTES is inf, but must be at most 1e+09"),
+        (["--epochs", "9" * 400], "but must be at most 1e+09"),
         (["--config", "nowhere.py:Mine"], "nowhere.py, which does not exist"),
         (["--config", "Mine"], "must look like my_config.py:MyConfig"),
         (["--config", "mine.py:Yours"],
@@ -317,6 +322,9 @@ def test_init_from_starts_a_new_run_from_ema_weights(trained_by_api, tmp_path, m
         tuned = DDPMModel.from_file(f"checkpoints/{name}/final.pt")
         assert tuned.image_size == 16
         assert max_weight_difference(tuned.unet, source.unet) < 1e-6
+    theirs = GaussianDiffusion(Unet(8, dim_mults=(1, 2)), image_size=16, timesteps=30)
+    torch.save({"step": 1, "model": theirs.state_dict()}, "model-1.pt")
+    start("--init_from", "model-1.pt", "--run_name", "upstream", "--image_size", "16")
     with pytest.raises(UserError, match="trained with dim 8, which cannot become 16"):
         start("--init_from", "whole", "--dim", "16")
     with pytest.raises(UserError, match="--init_from is for a new run and --resume continues one"):
