@@ -291,13 +291,14 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
 
     def denoiser(
         self, clip: bool = True, guidance: float | None = None, labels: Tensor | None = None,
-        guidance_mode: str | None = None,
+        guidance_mode: str | None = None, guidance_max_sigma: float | None = None,
     ) -> ModelDenoiser:  # fmt: skip
         """Returns this model as a denoiser for one trajectory (it may keep state).
 
         guidance_mode: what samples are moved away from: `autoguidance`, the guide with the same
         label; `cfg`, classifier-free guidance, this network without a label; `both`, the guide
-        without a label. None means the model's own.
+        without a label. guidance_max_sigma: highest noise level to guide, as where nothing is
+        shifted. None means the model's own.
         """
         # The weaker network, if any.
         mode = guidance_mode or self.guidance_mode
@@ -313,11 +314,14 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         # Both networks as functions of x and t.
         network = partial(self._run_network, self.unet)
         weaker = partial(self._run_network, weaker) if weaker is not None else None
+        lowest, highest = self.guidance_interval
+        if guidance_max_sigma is not None:
+            highest = shift_sigma(guidance_max_sigma, self.log_snr_shift)
         weight = self.guidance if guidance is None else guidance
         if self.is_consistency_tuned:  # guidance is in its weights
             weight = 1.0
         return ModelDenoiser(
-            self.diffusion, self.alpha_bar, network, clip, weaker, weight, self.guidance_interval,
+            self.diffusion, self.alpha_bar, network, clip, weaker, weight, (lowest, highest),
             labels, weaker_labels, is_consistency_tuned=self.is_consistency_tuned,
         )  # fmt: skip
 

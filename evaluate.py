@@ -35,7 +35,7 @@ from engine.evaluation_report import Evaluation
 from engine.image_source import ReadOptions
 from engine.labels import NO_LABEL, labels_in_proportion
 from engine.metrics import References, Scores
-from engine.sampling_settings import SamplingSettings, choose_sampling, plan_kwargs
+from engine.sampling_settings import SamplingSettings, choose_sampling, guidance_kwargs, plan_kwargs
 from engine.settings import Setting
 from inference import batch_generate, load_model
 
@@ -56,11 +56,9 @@ class EvaluationSettings(SamplingSettings):
         auto="the run's; with --dataset, data",
     )  # fmt: skip
     image_size = Setting(
-        0,
-        "side of the images, pixels, for --images and lucidrains' checkpoints; 0: their own",
-        min=0,
-        max=1024,
-    )
+        0, "side of the images, pixels, for --images and lucidrains' checkpoints; 0: their own",
+        min=0, max=1024,
+    )  # fmt: skip
     num_samples = Setting(
         None, "images to sample", min=2, max=10_000_000, type_=int,
         auto="50,000 with a GPU, else 10,000",
@@ -99,7 +97,7 @@ def sample_images(
     # Samples.
     chosen = choose_sampling(model, settings.as_dict())
     plan_options = plan_kwargs(chosen, jobs.load_sampler(chosen["sampler"]))
-    guidance = {"guidance": settings.guidance, "guidance_mode": settings.guidance_mode}
+    guidance = guidance_kwargs(settings.as_dict())
     batch_size = settings.batch_size or jobs.auto_batch_size(model, settings.use_amp)
     labels = distributed.broadcast_object(labels)
     with jobs.autocast(model, settings.use_amp):
@@ -116,7 +114,8 @@ def sample_images(
         "name": checkpoints.display_name(path), "checkpoint": str(path),
         "sha256": checkpoints.sha256(path), **chosen, "guidance": weight,
         "guidance_mode": settings.guidance_mode or model.guidance_mode,
-        "guidance_interval": [round(sigma, 4) for sigma in model.guidance_interval], "nfe": nfe,
+        "guidance_max_sigma": settings.guidance_max_sigma
+        or model.architecture["guidance_max_sigma"], "nfe": nfe,
         "seeds": f"{settings.seed}-{settings.seed + settings.num_samples - 1}",
         "use_amp": settings.use_amp, "seconds_sampling": round(time.perf_counter() - start, 2),
         "trained_seconds": progress.get("seconds"), "trained_images": progress.get("images"),
@@ -213,7 +212,8 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
         reference["class accuracy"] = by_class.real_accuracy
     validation = validation_batch(model) if config else None
     results: list[Evaluation] = []
-    report = {"inputs": [str(path) for path in paths], "use_amp": settings.use_amp}
+    report = {"inputs": [str(path) for path in paths]}
+    report |= {name: getattr(settings, name) for name in ("use_amp", "guidance_max_sigma")}
     report |= describe_comparison(reference, networks, device) | {"evaluations": results}
 
     # Sample and score; the report is saved after each.

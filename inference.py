@@ -34,7 +34,13 @@ from engine.errors import RenamedWarning, UserError
 from engine.gpu_memory import OomBatcher
 from engine.inference_modes import MODES
 from engine.labels import parse_classes
-from engine.sampling_settings import SamplingSettings, choose_sampling, plan_kwargs, sampling_name
+from engine.sampling_settings import (
+    SamplingSettings,
+    choose_sampling,
+    guidance_kwargs,
+    plan_kwargs,
+    sampling_name,
+)
 from engine.settings import Setting
 
 MODES_OF_FLAGS = {  # those of one or two modes
@@ -181,13 +187,14 @@ def load_for_sampling(settings: dict[str, Any], device: torch.device) -> DDPMMod
     return model
 
 
-def why_unguided(model: DDPMModel, guidance: float | None, guidance_mode: str | None) -> str:
-    """Returns why no step of a sampling plan is guided."""
+def why_unguided(model: DDPMModel, guidance: Mapping[str, Any]) -> str:
+    """Returns why no step of a sampling plan is guided; guidance: from guidance_kwargs."""
+    weight = guidance["guidance"]
     if model.is_consistency_tuned:
         return "guidance is in the weights of a consistency-tuned model"
-    if (model.guidance if guidance is None else guidance) == 1:
+    if (model.guidance if weight is None else weight) == 1:
         return "the weight of guidance is 1"
-    if model.guide is None and (guidance_mode or model.guidance_mode) != "cfg":
+    if model.guide is None and (guidance["guidance_mode"] or model.guidance_mode) != "cfg":
         return "this model has no guide"
     return "no step is at a noise level that is guided"
 
@@ -208,12 +215,12 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
         # Model and sampler, validated before any image is made; rank 0 says which is the newest.
         settings = distributed.broadcast_object(settings)
         path = settings["checkpoint"]
-        guidance = settings["guidance"], settings["guidance_mode"]
+        guidance = guidance_kwargs(settings)
         given_spacing = settings["spacing"]
         model = load_for_sampling(settings, default_device())
         sampler = jobs.load_sampler(settings["sampler"])
         plan = model.sampling_plan(**plan_kwargs(settings, sampler))
-        nfe = model.count_nfe(*plan, *guidance)
+        nfe = model.count_nfe(*plan, **guidance)
         num_classes = len(model.class_names)
         if settings["classes"] is not None:
             num_classes = len(parse_classes(settings["classes"], model.class_names))
@@ -223,9 +230,11 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
         sampling = f"{settings['sampler']}, {settings['steps']} steps, {nfe} NFE per image"
         distributed.print0(f"{path}: {model.image_size} px, {sampling}, {model.device.type}")
         is_unguided = nfe == model.count_nfe(*plan, 1)  # no step evaluates a second network
-        if is_unguided and (guidance[0] not in (None, 1) or guidance[1]):
-            flag = f"--guidance {guidance[0]:g}" if guidance[0] else "--guidance_mode"
-            distributed.print0(f"note: {why_unguided(model, *guidance)}, so {flag} changes nothing")
+        values = {k: f"{v:g}" if isinstance(v, float) else v for k, v in guidance.items()}
+        asked = [f"--{name} {value}" for name, value in values.items() if value not in (None, "1")]
+        if is_unguided and asked:
+            reason = why_unguided(model, guidance)
+            distributed.print0(f"note: {reason}, so {' '.join(asked)} changes nothing")
         if settings["eta"] and sampler != "ddim":
             distributed.print0(f"note: --eta is for ddim; {settings['sampler']} ignores it")
         modes = list(MODES if settings["mode"] == "all" else [settings["mode"]])

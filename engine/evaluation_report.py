@@ -28,7 +28,7 @@ class Evaluation(TypedDict, total=False):
     noise_levels: str | None
     guidance: float  # 1 if it changes nothing
     guidance_mode: str
-    guidance_interval: list[float]  # lowest and highest sigma
+    guidance_max_sigma: float
     nfe: int
     seeds: str  # FIRST-LAST
     use_amp: bool
@@ -93,9 +93,9 @@ def result_name(first: Evaluation, num_others: int, reference: dict[str, Any]) -
 def without_other_report(stem: Path, report: dict[str, Any]) -> Path:
     """Returns the first of stem, stem_2, ... whose JSON is not of other inputs.
 
-    report: to be written there; `inputs`, `use_amp` and `reference` are compared.
+    report: to be written there. What the name does not say is compared.
     """
-    compared = ("inputs", "use_amp", "reference")
+    compared = ("inputs", "use_amp", "guidance_max_sigma", "reference")
     numbered = (stem.with_name(f"{stem.name}_{i}") for i in itertools.count(2))
     for path in itertools.chain([stem], numbered):
         try:

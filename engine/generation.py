@@ -38,10 +38,11 @@ class SamplingPlan(NamedTuple):
 class GenerationMixin:
     """Methods that generate images, all floats in [0, 1], with `denoiser`.
 
-    Options: guidance, guidance_mode and labels go to `denoiser`, clip limits each predicted x_0 to
-    [-1, 1], others (`eta` of ddim) go to the sampler. labels: of all images or of each, -1 for
-    none. None: `sample` and `sample_states` draw classes by seed in the training images'
-    proportions; all other methods leave the class open, and classifier-free guidance is off.
+    Options: guidance, guidance_mode, guidance_max_sigma and labels go to `denoiser`, clip limits
+    each predicted x_0 to [-1, 1], others (`eta` of ddim) go to the sampler. labels: of all images
+    or of each, -1 for none. None: `sample` and `sample_states` draw classes by seed in the training
+    images' proportions; all other methods leave the class open, and classifier-free guidance is
+    off.
     """
 
     image_size: int
@@ -209,12 +210,13 @@ class GenerationMixin:
     def trajectory(
         self, x: Tensor, timesteps: Sequence[int], sampler: Callable, randn: Callable,
         clip: bool = True, guidance: float | None = None, labels: Labels = None,
-        guidance_mode: str | None = None, **sampler_options: Any,
+        guidance_mode: str | None = None, guidance_max_sigma: float | None = None,
+        **sampler_options: Any,
     ) -> Iterator[State]:  # fmt: skip
         """Runs a sampler from x at timesteps[0]; its last state is (-1, sample, sample)."""
         with eval_mode(self):
             labels = self.prepare_labels(labels, len(x))
-            denoiser = self.denoiser(clip, guidance, labels, guidance_mode)
+            denoiser = self.denoiser(clip, guidance, labels, guidance_mode, guidance_max_sigma)
             outputs = run_sampler(sampler, denoiser, x, timesteps, randn, **sampler_options)
             for t, (x_s, x_0) in zip(timesteps, outputs, strict=False):
                 yield t, x, x_0
@@ -276,11 +278,14 @@ class GenerationMixin:
 
     def count_nfe(
         self, sampler: Callable, timesteps: Sequence[int], guidance: float | None = None,
-        guidance_mode: str | None = None,
+        **options: Any,
     ) -> int:  # fmt: skip
-        """Returns the NFE of a sample: all network evaluations, those of guidance included."""
+        """Returns the NFE of a sample: all network evaluations, those of guidance included.
+
+        options: guidance_mode and guidance_max_sigma, as `denoiser` takes them.
+        """
         labels = torch.zeros(1, dtype=torch.long) if self.class_names else None
-        denoiser = self.denoiser(guidance=guidance, labels=labels, guidance_mode=guidance_mode)
+        denoiser = self.denoiser(guidance=guidance, labels=labels, **options)
         counter = NFECounter(denoiser)
         list(run_sampler(sampler, counter, torch.zeros(1, 1, 1, 1), timesteps, torch.zeros_like))
         return counter.count

@@ -28,7 +28,7 @@ from engine.gpu_memory import OomBatcher
 from engine.image_source import ReadOptions
 from engine.input_images import read_image, resolve_input
 from engine.labels import labels_in_proportion, parse_classes
-from engine.sampling_settings import plan_kwargs
+from engine.sampling_settings import guidance_kwargs, plan_kwargs
 from engine.settings import Settings
 
 MAX_SEEDS = 10_000_000
@@ -37,7 +37,9 @@ PACKAGES = ("torch", "denoising-diffusion-pytorch", "numpy", "pillow")
 # Settings that do not change the images; the checkpoint counts by its content, sha256.
 NOT_COMPARED = {"checkpoint", "batch_size", "compile_model"}
 # Settings that images of earlier versions lack, with what they were then.
-ADDED_LATER = dict.fromkeys(("classes", "guidance_mode", "noise_levels", "compare_with"))
+ADDED_LATER = dict.fromkeys(
+    ("classes", "guidance_mode", "guidance_max_sigma", "noise_levels", "compare_with")
+)
 ADDED_LATER["image_size"] = 0
 
 
@@ -72,10 +74,8 @@ class InferenceJob:
     @property
     def sampler_kwargs(self) -> dict[str, Any]:
         """Arguments of sampling_plan, and guidance, as DDPMModel's methods take them."""
-        names = ["guidance", "guidance_mode"]
-        names += ["eta"] if self.sampler == "ddim" else []
-        guidance = {name: self.settings[name] for name in names}
-        return plan_kwargs(self.settings, self.sampler) | guidance
+        eta = {"eta": self.settings["eta"]} if self.sampler == "ddim" else {}
+        return plan_kwargs(self.settings, self.sampler) | guidance_kwargs(self.settings) | eta
 
     def labels_of(self, seeds: Sequence[int]) -> list[int] | None:
         """Returns each seed's class, of those in --classes; None if the model has no classes."""

@@ -4,8 +4,8 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from engine.generation import unnormalize
 from engine.inference_jobs import InferenceJob, compile_networks, has_other_settings, psnr
 from engine.input_images import read_mask, resolve_input
 from engine.samplers import batched
+from engine.sampling_settings import guidance_kwargs
 
 MAX_GRID_IMAGES = 100  # images in grid.png, or classes if it has a row for each
 MAX_GRID_COLUMNS = 16  # seeds in grid.png if it has a row for each class
@@ -221,16 +222,14 @@ class Candidate:
     samplers: Sequence[str | Callable]
     step_counts: Sequence[int]  # each sampler takes each of these
     spacing: str | None = None
-    guidance: float | None = None
-    guidance_mode: str | None = None
+    guidance: Mapping[str, Any] = field(default_factory=dict)  # from guidance_kwargs
 
     def sample(self, seeds: Sequence[int]) -> Iterator[tuple[str, Tensor, int, float]]:
         """Yields method, tile (C, H, W), NFE per image and seconds for all images.
 
         The method is the sampler and its number of steps, such as `ddim 20`.
         """
-        guidance = {"guidance": self.guidance, "guidance_mode": self.guidance_mode}
-        options = {"spacing": self.spacing, "labels": self.labels, **guidance}
+        options = {"spacing": self.spacing, "labels": self.labels, **self.guidance}
         self.model.sample(len(seeds), seed=seeds, **options)  # warm-up, with guidance
         for sampler, steps in itertools.product(self.samplers, self.step_counts):
             start = time.perf_counter()
@@ -238,7 +237,7 @@ class Candidate:
             images = self.model.sample(len(seeds), seed=seeds, **sampling).float().cpu()
             seconds = time.perf_counter() - start
             plan = self.model.sampling_plan(sampler, steps, self.spacing)
-            nfe = self.model.count_nfe(*plan, **guidance)
+            nfe = self.model.count_nfe(*plan, **self.guidance)
             tile = make_grid(plots.enlarge(images, 80), 2, padding=1, pad_value=1.0)
             yield f"{getattr(sampler, '__name__', sampler)} {steps}", tile, nfe, seconds
 
@@ -251,7 +250,7 @@ def compare_samplers(job: InferenceJob) -> str:
     samplers = [*model.supported_samplers, *([job.sampler] if callable(job.sampler) else [])]
     compared = CONSISTENCY_STEPS if model.is_consistency_tuned else COMPARED_STEPS
     step_counts = [count for count in compared if count <= model.num_timesteps]
-    sampling = {name: job.settings[name] for name in ("spacing", "guidance", "guidance_mode")}
+    sampling = {"spacing": job.settings["spacing"], "guidance": guidance_kwargs(job.settings)}
     path = Path(job.settings["checkpoint"])
     candidates = [Candidate(model, path, job.labels_of(seeds), samplers, step_counts, **sampling)]
     if job.settings["compare_with"]:

@@ -24,7 +24,7 @@ from engine.generation import State
 from engine.input_images import is_embedded, read_image, read_mask, resolve_input
 from engine.labels import labels_in_proportion, parse_classes
 from engine.samplers import MAX_CONSISTENCY_STEPS
-from engine.sampling_settings import choose_sampling, plan_kwargs
+from engine.sampling_settings import choose_sampling, guidance_kwargs, plan_kwargs
 from engine.settings import Settings
 
 MAX_IMAGES = 36  # of a request
@@ -202,8 +202,8 @@ class Plan:
         if len(settings["seeds"]) > 1 or settings["use_amp"]:
             raise UserError("the page repeats only single images, without mixed precision")
         sampler = settings["sampler"]
-        names = ("guidance_mode", "eta") if sampler == "ddim" else ("guidance_mode",)
-        self.options |= plan_kwargs(settings, sampler) | {name: settings[name] for name in names}
+        eta = {"eta": settings["eta"]} if sampler == "ddim" else {}
+        self.options |= plan_kwargs(settings, sampler) | guidance_kwargs(settings) | eta
 
     def trajectory(self) -> Iterator[State]:
         """Yields t, x_t and the predicted x_0, from noise to image, like DDPMModel.sample."""
@@ -325,7 +325,8 @@ def take_upload(
     }  # fmt: skip
     own = settings_class.values() | {"sampler": settings["sampler"], "steps": settings["steps"]}
     own |= choose_sampling(model, own) | {"steps": controls["steps"]}
-    names = ("steps", "spacing", "noise_levels", "eta", "guidance_mode", "use_amp", "resamples")
+    names = ["steps", "spacing", "noise_levels", "eta", "use_amp", "resamples"]
+    names += ["guidance_mode", "guidance_max_sigma"]
     lost = [f"{n} {settings[n]}" for n in names if settings[n] and settings[n] != own[n]]
     if lost:
         notify(f"the page does not restore {', '.join(lost)} of the upload")

@@ -34,6 +34,11 @@ def plan_kwargs(settings: Mapping[str, Any], sampler: str | Callable) -> dict[st
     return plan | {"noise_levels": parse_noise_levels(settings["noise_levels"])}
 
 
+def guidance_kwargs(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings of any kind as the arguments of DDPMModel.denoiser that guide."""
+    return {name: settings[name] for name in ("guidance", "guidance_mode", "guidance_max_sigma")}
+
+
 def parse_noise_levels(text: str | None) -> tuple[float, ...] | None:
     """Parses sigmas like `80,0.8`; raises UserError if they are not numbers."""
     try:
@@ -78,6 +83,9 @@ class SamplingSettings(Settings):
         None, "what samples are moved away from", choices=GUIDANCE_MODES, type_=str,
         auto="the model's own"
     )  # fmt: skip
+    guidance_max_sigma = Setting(
+        None, "highest noise level to guide", 0.2, type_=float, auto="the model's own"
+    )
     spacing = Setting(
         None, "which timesteps are visited", choices=tuple(samplers.SPACINGS), type_=str,
         auto="the sampler's own",

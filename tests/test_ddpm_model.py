@@ -55,7 +55,7 @@ def test_from_config_passes_every_setting():
         "LOSS_WEIGHTING": "min_snr", "MIN_SNR_GAMMA": 4.0, "SCHEDULE_BASE_SIZE": 32,
         "GUIDANCE": 1.7, "ATTENTION_HEADS": (1, 2, 3), "ATTENTION_DIM": (8, 16, 24),
         "FULL_ATTENTION_MAX_SIZE": 8, "GRADIENT_CHECKPOINTING": True, "SEED": 5, "CHANNELS": 4,
-        "GUIDANCE_MODE": "both", "GUIDANCE_MAX_SIGMA": 3.0,
+        "GUIDANCE_MODE": "both", "GUIDANCE_MAX_SIGMA": 3.0, "CLASS_CONDITIONAL": True,
     }  # fmt: skip
     config = resolve("folder", CPU_TIER, flags=flags)
     model = DDPMModel.from_config(config, {"a": 2, "b": 3})

@@ -103,6 +103,8 @@ def test_guidance_interval_shifts_with_the_schedule(size, base_size, factor):
     denoiser = model.denoiser()
     unshifted = guided(timesteps=200, guidance_max_sigma=3.0).denoiser()
     inside = [t for t in range(200) if denoiser.is_guided(t)]
+    wider = guided(**size_and_schedule, guidance_max_sigma=9.0).denoiser(guidance_max_sigma=3.0)
+    assert wider.interval == denoiser.interval
     assert inside == [t for t in range(200) if unshifted.is_guided(t)]
     lowest = sigma_of(denoiser.alpha_bar[inside[0]])
     highest = sigma_of(denoiser.alpha_bar[inside[-1]])

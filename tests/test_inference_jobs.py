@@ -185,7 +185,8 @@ ACCEPTED_VALUES = {
     "mode": ("batch", "all"), "seeds": ([0], [10**18 - 1, 3]), "steps": (0, 3), "eta": (0, 0.5, 1),
     "image_size": (0, 1024), "num_steps": (2, 1000), "strength": (0.001, 1), "format": ("npz",),
     "resamples": (1, 100), "tile": (1, 4096), "columns": (1, 1000), "batch_size": (0, 10**6),
-    "guidance": (1, 10, None), "guidance_mode": ("cfg", None), "spacing": ("karras", None),
+    "guidance": (1, 10, None), "guidance_mode": ("cfg", None),
+    "guidance_max_sigma": (2.0, None), "spacing": ("karras", None),
     "classes": ("1", None), "use_amp": (True, False), "image1": ("data:3",),
 }  # fmt: skip
 REFUSED_VALUES = {
@@ -194,6 +195,7 @@ REFUSED_VALUES = {
     "image_size": (-1, 1025), "num_steps": (1, 1001, 2.0), "strength": (0, 1.1, NAN, [], None),
     "format": ("gif", [], None), "resamples": (0, 101), "tile": (0, 4097), "columns": (0, 1001),
     "batch_size": (-1,), "guidance": (0.9, 10.1, NAN, "1", [1]), "guidance_mode": ("x", 1),
+    "guidance_max_sigma": (0.1, "2"),
     "spacing": ("x", []), "classes": (1, [1]), "use_amp": (1, "true", None), "image1": (3, [1]),
     "sha256": ([], {}, "x", None), "checkpoint": ([], 3),
 }  # fmt: skip
@@ -267,7 +269,8 @@ def test_notes_say_why_guidance_changes_nothing(change, options, reason):
     model = guided_model(guidance=2.0)
     for name, value in change.items():
         setattr(model, name, value)
-    assert inference.why_unguided(model, *options).startswith(reason)
+    guidance = dict(zip(("guidance", "guidance_mode"), options, strict=True))
+    assert inference.why_unguided(model, guidance).startswith(reason)
 
 
 def test_flags_of_other_modes_are_noted_and_batch_waits_for_rank_0(

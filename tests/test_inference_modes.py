@@ -121,7 +121,7 @@ def test_compare_samples_with_every_sampler_and_the_given_guidance(guided, infer
     flags = ["--seeds", "5-7", "--guidance", "3", "--spacing", "uniform"]
     assert infer("--mode", "compare", *flags) == 0
     same = {"seed": [5, 6], "guidance": 3.0, "spacing": "uniform"}
-    same |= {"guidance_mode": None, "labels": None}
+    same |= {"guidance_mode": None, "guidance_max_sigma": None, "labels": None}
     expected = [same | {"sampler": name, "steps": steps} for name in SAMPLERS for steps in (2, 3)]
     assert calls[1:] == expected  # after the warm-up
 
@@ -130,7 +130,8 @@ def test_compare_counts_the_nfe_of_the_given_spacing():
     model = guided_model()
     counts = []
     for spacing in ("uniform", "karras"):
-        candidate = inference_modes.Candidate(model, Path(), None, ["ddim"], [9], spacing, 3.0)
+        arguments = model, Path(), None, ["ddim"], [9], spacing, {"guidance": 3.0}
+        candidate = inference_modes.Candidate(*arguments)
         ((_, _, nfe, _),) = candidate.sample([0])
         counts.append(nfe)
         assert nfe == model.count_nfe(*model.sampling_plan("ddim", 9, spacing), 3.0)
