@@ -6,10 +6,10 @@
 
     python train_optimized.py --config my_config.py:MyConfig --batch_size 32 --dry_run
 
-Later layers win: defaults, the script's own, presets (data set, image size, CPU), tier, subclass,
-flags. On --resume the checkpoint stands in for script, presets and tier. The tier leaves explicit
-values alone, but may multiply GRADIENT_ACCUMULATION, with a warning. `--dry_run` prints each value
-with its layer.
+Later layers win: defaults, the script's own, presets (data set, image size, classes, CPU), tier,
+--init_from, subclass, flags. On --resume the checkpoint stands in for the first three and the tier.
+The tier leaves explicit values alone, but may multiply GRADIENT_ACCUMULATION, with a warning.
+`--dry_run` prints each value with its layer.
 """
 
 import warnings
@@ -92,7 +92,7 @@ class DDPMConfig(Settings):
         "the batch of an update, over all GPUs", min=1)
     GRADIENT_ACCUMULATION = Setting(1, "micro-batches in the batch of an update", min=1)
     OPTIMIZER = Setting("muon", "muon: with Adam for the rest", choices=("adam", "muon"))
-    LEARNING_RATE = Setting(2e-3, "learning rate after warm-up", min=1e-8, max=1.0)
+    LEARNING_RATE = Setting(2e-3, "peak learning rate, after warm-up", min=1e-8, max=1.0)
     LR_SCHEDULE = Setting("cosine", "learning rate over the run", choices=("cosine", "constant"))
     WARMUP_STEPS = Setting(500, "steps of linear learning-rate warm-up", min=0)
     WEIGHT_DECAY = Setting(
@@ -388,7 +388,7 @@ def validate(config: DDPMConfig) -> None:
         (drops_label and not config.CLASS_CONDITIONAL, "GUIDANCE_MODE",
          "needs --class_conditional"),
         (drops_label and not config.LABEL_DROPOUT, "LABEL_DROPOUT",
-         f"GUIDANCE_MODE {config.GUIDANCE_MODE} needs a network that knows images without labels"),
+         f"GUIDANCE_MODE {config.GUIDANCE_MODE} needs a network trained with label dropout"),
     ):  # fmt: skip
         if is_bad:
             raise UserError(f"{name} is {getattr(config, name)}, but {requirement}")

@@ -33,7 +33,7 @@ from engine.devices import default_device, device_name
 from engine.errors import UserError, warn_fallback
 from engine.evaluation_report import Evaluation
 from engine.image_source import ReadOptions
-from engine.labels import NO_LABEL, labels_in_proportion
+from engine.labels import labels_in_proportion
 from engine.metrics import References, Scores
 from engine.sampling_settings import SamplingSettings, choose_sampling, guidance_kwargs, plan_kwargs
 from engine.settings import Setting
@@ -91,7 +91,7 @@ def sample_images(
     labels: the class of each sample, on rank 0; by default in the training images' proportions.
     """
     # Wait for rank 0, which may score earlier samples for longer than a collective operation waits.
-    distributed.rank0_first(f"sample {path}", lambda: None)
+    distributed.wait_for_rank0(f"sample {path}")
     start = time.perf_counter()
 
     # Samples.
@@ -124,9 +124,9 @@ def sample_images(
 
 def labels_as_in(real: np.ndarray, settings: EvaluationSettings, num_classes: int) -> np.ndarray:
     """Returns the label of each sample, in the proportions of real images' labels."""
-    counts = np.bincount(real - NO_LABEL, minlength=num_classes + 1).tolist()
+    counts = np.bincount(real + 1, minlength=num_classes + 1).tolist()  # the first: no label
     seeds = range(settings.seed, settings.seed + settings.num_samples)
-    return labels_in_proportion(seeds, counts) + NO_LABEL
+    return labels_in_proportion(seeds, counts) - 1
 
 
 def load_real_images(
@@ -208,7 +208,8 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
     by_class = None
     if data.labels is not None:
         labels = labels_as_in(data.labels, settings, len(class_names))
-        by_class = ClassMetrics(references[networks[-1]], data.labels, class_names)
+        class_network = networks[-1]  # Lite0, or Inception without it
+        by_class = ClassMetrics(references[class_network], data.labels, class_names)
         reference["class accuracy"] = by_class.real_accuracy
     validation = validation_batch(model) if config else None
     results: list[Evaluation] = []
@@ -239,7 +240,7 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
     # Tables and figures.
     print(reporting.format_table(results))
     if by_class is not None:
-        print(reporting.format_classes(results, networks[-1].title, by_class.real_accuracy))
+        print(reporting.format_classes(results, class_network.title, by_class.real_accuracy))
     if images.shape[1:] == real.shape[1:]:
         save_nearest(settings, images, real, references, stem)
     reporting.save_curves(results, losses, [network.title for network in networks], stem)
@@ -315,7 +316,7 @@ def main() -> None:
             raise UserError("--images is empty. Name a folder or a file")
         for name in ("checkpoint", "num_samples", "seed", *SamplingSettings.settings()):
             if getattr(options, name, None) is not None:
-                raise UserError(f"--images and --{name} exclude each other. Choose one")
+                raise UserError(f"--images and --{name} cannot be combined. Choose one")
     with distributed.session(lambda: "Start the same command again") as dist:
         # What rank 0 finds, on all ranks.
         found = map(checkpoints.resolve_checkpoint, options.checkpoint or [None])

@@ -43,7 +43,7 @@ from engine.sampling_settings import (
 )
 from engine.settings import Setting
 
-MODES_OF_FLAGS = {  # those of one or two modes
+MODES_OF_FLAGS = {  # the modes that use a flag; all others are for every mode
     "columns": ("progressive", "interpolate"), "format": ("batch",),
     "image": ("vary", "inpaint"), "image1": ("interpolate",), "image2": ("interpolate",),
     "mask": ("inpaint",), "num_steps": ("interpolate",), "resamples": ("inpaint",),
@@ -255,8 +255,8 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
             if mode == "samples" and num_classes and not has_given_seeds:
                 count = max(1, MAX_DEFAULT_IMAGES // num_classes)
                 mode_settings["seeds"] = settings["seeds"][:count]
-            if mode == "batch":  # the other ranks wait for rank 0, however long its modes take
-                distributed.rank0_first("mode batch", lambda: None)
+            if mode == "batch":  # rank 0 may be in another mode for longer than a collective waits
+                distributed.wait_for_rank0("mode batch")
             folder = output_dir / folder_name(mode_settings)
             job = jobs.InferenceJob(model, mode_settings, folder, sampler)
             with jobs.autocast(model, settings["use_amp"]):

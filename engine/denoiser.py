@@ -29,7 +29,7 @@ def call_network(
 
 
 def apply_guidance(x_0: Tensor, x_0_weaker: Tensor, weight: float | Tensor) -> Tensor:
-    """Moves x_0 away from a weaker network's: equation 4 of Karras et al. (arXiv:2406.02507)."""
+    """Moves x_0 away from a weaker network's: Karras et al. (arXiv:2406.02507)."""
     return x_0_weaker + weight * (x_0 - x_0_weaker)
 
 

@@ -161,6 +161,11 @@ def rank0_first(name: str, function: Callable[[], T]) -> T:
     return result
 
 
+def wait_for_rank0(name: str) -> None:
+    """Waits for any time until rank 0 gets here, too; name: as in rank0_first."""
+    rank0_first(name, lambda: None)
+
+
 def from_rank0(name: str, function: Callable[[], str]) -> str:
     """Calls function() on rank 0 only and returns its text on every rank."""
     if launched_world_size() == 1:

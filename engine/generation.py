@@ -158,7 +158,7 @@ class GenerationMixin:
         """Generates variations of an image (C, H, W): (batch_size, C, H, W).
 
         SDEdit, Meng et al. (arXiv:2108.01073): noises the image to the sampler's highest
-        timestep below `strength`, a fraction of the process in (0, 1], and denoises it from there.
+        timestep up to `strength`, a fraction of the process in (0, 1], and denoises it from there.
         A consistency-tuned model, which has few timesteps, starts at `strength` itself.
         """
         if not 0 < strength <= 1:
@@ -329,18 +329,24 @@ class GenerationMixin:
         return image.reshape(shape).to(self.device)
 
 
-def run_sampler(sampler: Callable, *args: Any, **options: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields what a sampler does; raises UserError if a user's does not yield (x_s, x_0)."""
-    outputs = sampler(*args, **options)
-    is_valid = isinstance(outputs, Iterator)
-    for output in outputs if is_valid else ():
-        is_valid = isinstance(output, tuple) and len(output) == 2
-        if not is_valid:
-            break
+def run_sampler(
+    sampler: Callable, denoiser: samplers.Denoiser, x: Tensor, timesteps: Sequence[int],
+    randn: Callable, **options: Any,
+) -> samplers.SamplerOutput:  # fmt: skip
+    """Yields what a sampler does; raises UserError if a user's does something else."""
+    name = getattr(sampler, "__name__", sampler)
+    error = UserError(f"the sampler {name} must yield (x_s, x_0), once for each interval")
+    outputs = sampler(denoiser, x, timesteps, randn, **options)
+    if not isinstance(outputs, Iterator):
+        raise error
+    remaining = len(timesteps) - 1
+    for output in outputs:
+        if not (isinstance(output, tuple) and len(output) == 2):
+            raise error
+        remaining -= 1
         yield output
-    if not is_valid:
-        name = getattr(sampler, "__name__", sampler)
-        raise UserError(f"the sampler {name} must yield (x_s, x_0) for each interval")
+    if remaining:
+        raise error
 
 
 def final_x(states: Iterator[State]) -> Tensor:

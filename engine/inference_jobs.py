@@ -104,7 +104,7 @@ class InferenceJob:
             images = self.run_batched(self.model.sample, parse_seeds(source), labels=labels)
             return images[0], f"seed {source}"
 
-        # A file, or a PNG as a data URI.
+        # A file, or a PNG as a data URI, which the page stores for an upload.
         data = re.fullmatch(r"data:(\d{1,18})", source)
         if not data:
             file = resolve_input(source)

@@ -33,7 +33,7 @@ OLD_STATE_NAMES = {"exp_avg": "mean", "exp_avg_sq": "square"}  # in earlier chec
 
 
 def use_muon(name: str, p: Tensor) -> bool:
-    """Whether Muon updates a parameter: weights of all but the first and last layers."""
+    """Whether Muon updates a parameter: inner weights, by the names of lucidrains' Unet."""
     is_inner = not any(end in name for end in ("init_conv", "class_embedding", "final_conv"))
     return is_inner and name.endswith("weight") and p.ndim >= 2
 
@@ -115,7 +115,7 @@ class Adam:
 
 
 class Muon:
-    """SGD momentum with orthogonalized updates. Jordan et al. (2024).
+    """SGD momentum with orthogonalized updates. Jordan et al., kellerjordan.github.io/posts/muon.
 
     A convolution is a matrix with a row for each output channel. Takes the same learning rates as
     Adam. shapes: of the parameters in the vector, equal ones together. mix_sizes:
@@ -146,9 +146,9 @@ class Muon:
         self, params: Tensor, grad: Tensor, lr: Tensor, grad_scale: Tensor, is_finite: Tensor
     ) -> None:
         """Steps along the orthogonalized momentum in place, unless is_finite is 0."""
-        momentum = self.nesterov_momentum(grad, grad_scale, is_finite)
+        nesterov = self.nesterov_update(grad, grad_scale, is_finite)
         for groups in self.batches.values():
-            parts = [transpose_if_tall(group.view_of(momentum)) for group in groups]
+            parts = [transpose_if_tall(group.view_of(nesterov)) for group in groups]
             short, long = (max(part.shape[i] for part in parts) for i in (1, 2))
             # Zero padding is invariant under Newton-Schulz.
             x = torch.cat([F.pad(p, (0, long - p.shape[2], 0, short - p.shape[1])) for p in parts])
@@ -160,13 +160,13 @@ class Muon:
                 max_dim_sqrt = max(group.rows, group.columns) ** 0.5
                 target.sub_(update[:, : target.shape[1], : target.shape[2]], alpha=max_dim_sqrt)
 
-    def nesterov_momentum(self, grad: Tensor, grad_scale: Tensor, is_finite: Tensor) -> Tensor:
-        """Adds grad * grad_scale to exp_avg; returns Nesterov's look-ahead; bf16 by Triton."""
+    def nesterov_update(self, grad: Tensor, grad_scale: Tensor, is_finite: Tensor) -> Tensor:
+        """Averages grad * grad_scale into exp_avg; returns the Nesterov update, bf16 by Triton."""
         if use_triton(grad):
-            momentum = torch.empty_like(grad, dtype=torch.bfloat16)
+            update = torch.empty_like(grad, dtype=torch.bfloat16)
             scalars = (grad_scale, is_finite)
-            triton_kernels.nesterov_momentum(grad, self.exp_avg, momentum, *scalars, MOMENTUM)
-            return momentum
+            triton_kernels.nesterov_momentum(grad, self.exp_avg, update, *scalars, MOMENTUM)
+            return update
         grad = scale_finite(grad, grad_scale, is_finite)
         self.exp_avg.lerp_(grad, (1 - MOMENTUM) * is_finite)
         return grad.lerp_(self.exp_avg, MOMENTUM * is_finite)

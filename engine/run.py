@@ -252,7 +252,7 @@ class Run:
         self.next_validation_time = start + duration / VALIDATION_TIME_FRACTION
 
     def ends_part(self, parts: int) -> bool:
-        """Whether the last step ended one of `parts` equal parts of the run; not the last."""
+        """Whether the last step crossed a boundary between `parts` equal parts of the run."""
         return int(self.last_fraction * parts) < int(self.progress.fraction * parts) < parts
 
     def warn_of_small_disk(self) -> None:

@@ -4,9 +4,9 @@ A sampler is a generator over decreasing `timesteps` that end in -1, the clean i
 interval from t to s it yields (x_s, x_0), x_0 as predicted at t; the last x_s is the sample. Images
 are in [-1, 1]. x is x_T; randn(x) returns further noise of its shape. a_t is alpha_bar at t, the
 cumulative product of 1 - beta, a Python float so that the host never waits for the GPU; it may be 0
-at T - 1. All but ddpm solve one ODE, the probability flow of Song et al. (arXiv:2011.13456), and
-converge to one image as steps increase: ddim with order 1, dpmpp_2m and heun with 2, unipc with 3.
-A consistency-tuned model predicts its end at once.
+at T - 1. ddim (eta 0), dpmpp_2m, heun and unipc solve one ODE, the probability flow of Song et al.
+(arXiv:2011.13456), with order 1, 2, 2 and 3, and converge to one image as steps increase. ddpm,
+ddim with eta above 0 and consistency add noise at each step.
 """
 
 import math
@@ -68,15 +68,15 @@ def ddim(
         x_0 = denoiser(x, t)
         epsilon = (x - math.sqrt(a_t) * x_0) / math.sqrt(1 - a_t)
         # sigma_t^2 as a fraction of 1 - a_s, so that rounding cannot make it larger than that
-        eta_variance = eta**2 * (1 - a_t / a_s) / (1 - a_t)
-        x = math.sqrt(a_s) * x_0 + math.sqrt((1 - a_s) * (1 - eta_variance)) * epsilon
+        noise_fraction = eta**2 * (1 - a_t / a_s) / (1 - a_t)
+        x = math.sqrt(a_s) * x_0 + math.sqrt((1 - a_s) * (1 - noise_fraction)) * epsilon
         if eta > 0 and s >= 0:
-            x = x + math.sqrt((1 - a_s) * eta_variance) * randn(x)
+            x = x + math.sqrt((1 - a_s) * noise_fraction) * randn(x)
         yield x, x_0
 
 
 def ddim_step(x: Tensor, x_0: Tensor, a_t: float, a_s: float) -> Tensor:
-    """Moves x from a_t to a_s along the probability flow for an average x_0."""
+    """Moves x from a_t to a_s: the exact solution of the probability flow for a constant x_0."""
     ratio = math.sqrt((1 - a_s) / (1 - a_t))
     return ratio * x + (math.sqrt(a_s) - ratio * math.sqrt(a_t)) * x_0
 
@@ -134,10 +134,11 @@ def unipc(denoiser: Denoiser, x: Tensor, timesteps: Timesteps, randn: Randn) -> 
 
 
 def heun(denoiser: Denoiser, x: Tensor, timesteps: Timesteps, randn: Randn) -> SamplerOutput:
-    """Heun's method in sigma: algorithm 1 of EDM (arXiv:2206.00364) with S_churn = 0.
+    """Heun's method in sigma: algorithm 1 of EDM (arXiv:2206.00364) for sigma(t) = t.
 
     The paper's x is y = x / sqrt(alpha_bar) here, its d = dy / dsigma the predicted noise. A step
-    from above SIGMA_MAX is made in 1 / sigma, which is finite where sigma is not.
+    from above SIGMA_MAX applies the trapezoidal rule to y / sigma as a function of 1 / sigma, whose
+    derivative is x_0: both are finite where sigma is not.
     """
     for t, s, a_t, a_s in intervals(denoiser, timesteps):
         sigma_t = sigma_of(a_t)
@@ -255,8 +256,8 @@ def choose_timesteps(
 ) -> list[int]:
     """Returns a sampler's timesteps for a number of steps.
 
-    spacing: one of SPACINGS. Heun's last correction is half of its first sigma times the error of a
-    prediction at the lowest sigma, which is near 1. If that sigma is more than MAX_HEUN_RATIO times
+    spacing: one of SPACINGS. Heun's last correction is the noise predicted at the lowest sigma,
+    whose error is near 1, times half of the sigma before. If that is more than MAX_HEUN_RATIO times
     the lowest, the images would be noise; the lowest timestep is then left out, and the last step
     ends at the clean image. Consistency leaves it out always: running the network there would
     change nothing.

@@ -285,7 +285,7 @@ class TrainStep:
             is_growing = (self.finite_streak % LOSS_SCALE_GROWTH_STEPS == 0) & (is_finite > 0)
             kept_or_halved = torch.where(is_finite > 0, 1.0, 0.5)
             self.loss_scale.mul_(torch.where(is_growing, 2.0, kept_or_halved))
-        # An update of the same size turns a matrix less the larger it has grown.
+        # Muon's updates have one size, so they rotate a matrix less the larger it has grown.
         if self.config.WEIGHT_DECAY:
             self.matrices.mul_(1 - self.config.WEIGHT_DECAY * self.lr * is_finite)
         for optimizer, part in self.optimizers.values():

@@ -141,6 +141,16 @@ def test_loss_with_self_conditioning_matches_upstream(objective, seed):
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+def test_self_conditioning_knows_the_labels():
+    model = small(self_condition=True, class_counts={"a": 1, "b": 1})
+    seen = []
+    model.unet.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[3:]))
+    random.seed(1)  # with self-conditioning
+    labels = torch.tensor([1, 0])
+    model(torch.rand(2, 3, 8, 8), torch.tensor([3, 9]), torch.randn(2, 3, 8, 8), labels)
+    assert len(seen) == 2 and all(torch.equal(*each, labels) for each in seen)
+
+
 # CUDA graphs, without a GPU.
 
 

@@ -175,7 +175,7 @@ VS_REAL = ["--dataset", "folder", "--data_dir", "real"]
     [
         (["--checkpoint", "nowhere.pt"], "--checkpoint nowhere.pt: no such checkpoint"),
         (["--checkpoint", "a.pt", "--images", "real"], "Choose one"),
-        (["--images", "real", "--guidance", "2"], "--images and --guidance exclude each other"),
+        (["--images", "real", "--guidance", "2"], "--images and --guidance cannot be combined"),
         (["--images", "", *VS_REAL], "--images is empty"),
         (["--image_size", "8"], "late.pt is for images of 16 px. Drop --image_size 8"),
         (["--images", "nowhere", *VS_REAL], "nowhere is not a folder"),

@@ -277,7 +277,7 @@ def test_flags_of_other_modes_are_noted_and_batch_waits_for_rank_0(
     folder, infer, capsys, monkeypatch
 ):
     waits = []
-    monkeypatch.setattr(inference.distributed, "rank0_first", lambda name, _: waits.append(name))
+    monkeypatch.setattr(inference.distributed, "wait_for_rank0", waits.append)
     flags = ["--num_samples", "1", "--steps", "2"]
     assert infer(*flags, "--mode", "progressive", "--strength", "0.9", "--columns", "3") == 0
     output = capsys.readouterr().out
