@@ -84,11 +84,11 @@ def main(
             with checkpoints.refuse_damaged(checkpoint.path):
                 # Empty, so that its memory and time are counted; train() loads the weights.
                 model.add_teacher(checkpoint.state["model"])
-        if config.AUTO_MICRO_BATCH and dist.device.type == "cuda" and dist.num_processes == 1:
+        is_cuda = dist.device.type == "cuda"
+        if config.AUTO_MICRO_BATCH and is_cuda and dist.num_processes == 1:
             config.split_batch(find_micro_batch(model, config, data.images))
-        elif request.explicit.get("AUTO_MICRO_BATCH") and dist.is_main_process:
-            line = "auto_micro_batch is for a single GPU; continuing without it"
-            warnings.warn(line, FallbackWarning, stacklevel=1)
+        if dist.is_main_process:
+            warn_of_unused(request.explicit, config, is_cuda, dist.num_processes)
         if not request.dry_run:
             train(model, data, config, checkpoint)
         elif dist.is_main_process:
@@ -258,6 +258,21 @@ def choose_dataset(
             "dataset", lambda: choose_default_dataset(data_dir, has_gpu, may_download)
         )
     return dataset
+
+
+def warn_of_unused(
+    explicit: Mapping[str, Any], config: DDPMConfig, is_cuda: bool, num_processes: int
+) -> None:
+    """Warns of explicit settings that have no effect in this run."""
+    for name, is_used, use in (
+        ("AUTO_MICRO_BATCH", is_cuda and num_processes == 1, "is for a single GPU"),
+        ("CUDA_GRAPH", is_cuda, "is for a GPU"),
+        ("LABEL_DROPOUT", config.CLASS_CONDITIONAL, "is for class_conditional"),
+        ("MIN_SNR_GAMMA", config.LOSS_WEIGHTING == "min_snr", "is for loss_weighting min_snr"),
+    ):
+        if explicit.get(name) and not is_used:
+            line = f"{name.lower()} {use}; continuing without it"
+            warnings.warn(line, FallbackWarning, stacklevel=2)
 
 
 def network_settings(architecture: Mapping[str, Any], image_size: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,7 +65,7 @@ pytestmark = pytest.mark.usefixtures("on_a_cpu")
         (["--image_size", "16", "--schedule_base_size", "257"],
          "SCHEDULE_BASE_SIZE is 257, but must be at most 16 times"),
         (["--class_conditional", "--label_dropout", "0", "--guidance_mode", "both"],
-         "LABEL_DROPOUT is 0.0, but GUIDANCE_MODE both needs a network that knows"),
+         "LABEL_DROPOUT is 0.0, but GUIDANCE_MODE both needs a network trained with"),
         (["--guidance_mode", "cfg", "--no-class_conditional"],
          "GUIDANCE_MODE is cfg, but needs --class_conditional"),
         (["--minutes", "0"], "Set one of them"),
@@ -115,6 +116,23 @@ def test_subclass_from_a_file_is_overridden_by_a_flag(tmp_path):
     config = configure("--dataset", "shapes", "--config", f"{file}:Ours", "--epochs", "4")
     assert (config.DIM, config.set_by["DIM"]) == (16, "Ours")
     assert (config.EPOCHS, config.MINUTES) == (4, 0)
+
+
+def test_explicit_settings_without_effect_are_named():
+    explicit = {"CUDA_GRAPH": True, "AUTO_MICRO_BATCH": False, "MIN_SNR_GAMMA": 1.0}
+    config = configure("--dataset", "folder", "--label_dropout", "0.2")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train.warn_of_unused(explicit | {"LABEL_DROPOUT": 0.2}, config, False, 1)
+    assert [str(warning.message).split(";")[0] for warning in caught] == [
+        "cuda_graph is for a GPU", "label_dropout is for class_conditional",
+        "min_snr_gamma is for loss_weighting min_snr",
+    ]  # fmt: skip
+    labeled = configure("--dataset", "folder", "--class_conditional", "--loss_weighting", "min_snr")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train.warn_of_unused(explicit | {"LABEL_DROPOUT": 0.2}, labeled, True, 1)
+        train.warn_of_unused({}, config, False, 2)
 
 
 # Data.
