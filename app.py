@@ -163,7 +163,7 @@ class Page:
     def vary(self, session: Session, request: Request, strength: float, *controls: Any) -> str:
         """Variations of the newest chosen image."""
         plan = self.plan(request, *controls)
-        options = {"strength": strength}
+        options = InferenceSettings.check({"strength": strength}, "the page")
         session.images["vary"] = plan.edit("vary", NUM_VARIATIONS, session.chosen[0], options)
         return self.grid(session, "vary")
 

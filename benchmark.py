@@ -265,11 +265,10 @@ def main() -> None:
     batches = settings.BATCH or (config.BATCH_SIZE * config.GRADIENT_ACCUMULATION,)
     if is_gpu and config.IMAGE_SIZE <= 32 and not settings.BATCH:
         batches = (128,) if settings.QUICK else (128, 256, 512)
-    sections = SECTIONS if is_gpu and not settings.QUICK else SECTIONS[:-1]
-    if settings.ONLY or settings.MEMORY:
-        sections = (settings.ONLY or "memory",)
-    if not is_gpu and sections[0] in ("data", "memory"):
-        raise UserError(f"the section {sections[0]} needs a GPU (there is none)")
+    sections = [settings.ONLY] * bool(settings.ONLY) + ["memory"] * settings.MEMORY
+    sections = sections or (SECTIONS if is_gpu and not settings.QUICK else SECTIONS[:-1])
+    if not is_gpu and {"data", "memory"} & {*sections}:
+        raise UserError("the sections data and memory need a GPU (there is none)")
     if settings.THREADS:
         os.environ["OMP_NUM_THREADS"] = str(settings.THREADS)  # of the worker processes
 

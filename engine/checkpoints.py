@@ -329,8 +329,12 @@ def run_name_of(checkpoint: TrainingCheckpoint) -> str:
 
 def display_name(path: Path) -> str:
     """Returns a checkpoint's name for result files: run and file, or the file alone."""
-    run_name = path.resolve().parent.name
-    return path.stem if run_name == CHECKPOINT_DIR.name else f"{run_name}-{path.stem}"
+    path = path.resolve()
+    if path.is_relative_to(CHECKPOINT_DIR.resolve()):
+        path = path.relative_to(CHECKPOINT_DIR.resolve())
+        return "-".join([*path.parent.parts, path.stem])
+    folder = path.parent.name
+    return path.stem if folder == CHECKPOINT_DIR.name else f"{folder}-{path.stem}"
 
 
 def import_lucidrains_checkpoint(

@@ -25,7 +25,7 @@ from engine.errors import FallbackWarning, UserError
 from engine.image_cache import load_cached
 from engine.image_files import file_fingerprint
 from engine.image_source import DEFAULT_OPTIONS, ReadOptions, Source, image_source, path_source
-from engine.labels import NO_LABEL, check_num_classes, labels_from_folders
+from engine.labels import NO_LABEL, check_distinct, check_num_classes, labels_from_folders
 from engine.shapes import SHAPE_KINDS, draw_shapes, kind_of
 
 DATASETS = ("auto", "cifar10", "celeba", "stl10", "shapes", "folder", "hf:NAME")
@@ -151,6 +151,7 @@ def load_dataset(
     data = load_cached(source, file_slug(dataset), image_size, Path(cache_dir), workers, progress)
     if use_labels:
         check_num_classes(data.class_names, location)
+        check_distinct(data.class_names, location)
     return data
 
 

@@ -171,9 +171,11 @@ def find_pretrained(name: str) -> Path:
             advice = "Load another file with from_file"
             raise UserError(f"no checkpoint {weights}: not a folder of save_pretrained. {advice}")
         return weights
+    if Path(name).is_file():
+        raise UserError(f"{name} is a file. Load it with from_file")
     if name.count("/") == 1:
         return download(name)
-    known = sorted(file.stem for file in included.parent.glob("*.safetensors"))
+    known = sorted(file.stem for file in checkpoints.PRETRAINED_DIR.glob("*.safetensors"))
     choices = f"{', '.join(known)}, a folder, or user/name of the Hugging Face Hub"
     raise UserError(f"unknown pretrained model {name}; choose from {choices}")
 

@@ -116,8 +116,8 @@ def _build(source: Source, size: int, files: CacheFiles, workers: int, progress:
     unreadable: list[str] = []
     counts: list[int] = []  # images of each, 0 of unreadable, several of a file with frames
 
-    def check(total: int) -> None:
-        if len(unreadable) > MAX_UNREADABLE_FRACTION * total:
+    def check(total: int, at_least: int = 0) -> None:
+        if len(unreadable) > MAX_UNREADABLE_FRACTION * max(total, at_least):
             examples = "; ".join(unreadable[:3])
             which = f"{total} images in {source.location}"
             raise UserError(f"too many of the {which} cannot be read ({examples})")
@@ -133,7 +133,7 @@ def _build(source: Source, size: int, files: CacheFiles, workers: int, progress:
                 bar.update()
                 if isinstance(images, str):
                     unreadable.append(images)
-                    check(source.count or max(len(counts) + 1, MIN_CHECKED))
+                    check(source.count or len(counts) + 1, 0 if source.count else MIN_CHECKED)
                     counts.append(0)
                 else:
                     file.write(images.tobytes())

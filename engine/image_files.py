@@ -103,6 +103,7 @@ def walk(folder: Path) -> list[str]:
             continue
         try:
             entries = [entry for entry in os.scandir(real) if not entry.name.startswith(".")]
+            entries.sort(key=lambda entry: entry.name)  # of two links to a folder, the first counts
         except OSError as error:
             if real == root:
                 raise
@@ -138,7 +139,8 @@ def walk(folder: Path) -> list[str]:
 def files_of_zip(path: Path) -> ImageFiles:
     """Returns the images in a .zip; threads may open them at the same time."""
     archive = zipfile.ZipFile(path)
-    members = {str(PurePosixPath(name)): name for name in archive.namelist()}
+    # Some programs on Windows write backslashes.
+    members = {str(PurePosixPath(name.replace("\\", "/"))): name for name in archive.namelist()}
     names = sorted(filter(is_image_name, members))
     fingerprint = file_fingerprint(path)
     return ImageFiles(names, fingerprint, lambda name: io.BytesIO(archive.read(members[name])))
@@ -147,7 +149,12 @@ def files_of_zip(path: Path) -> ImageFiles:
 def files_of_tar(path: Path) -> ImageFiles:
     """Returns the images in a .tar; if compressed, it is decompressed at first use."""
     with tarfile.open(path) as archive:
-        members = {str(PurePosixPath(m.name)): m for m in archive if m.isreg()}  # not ./name
+        entries = {m.name: m for m in archive}
+    members = {
+        str(PurePosixPath(name)): target  # not ./name
+        for name, m in entries.items()
+        if (target := entries.get(m.linkname) if m.islnk() else m) and target.isreg()
+    }
     lock = threading.Lock()
     content: list[BinaryIO] = []
 

@@ -1,7 +1,9 @@
 """Class labels: int64 indices into the class names of a data set, -1 where there is no label."""
 
+import os
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -32,7 +34,9 @@ def labels_from_folders(paths: Sequence[str], location: str) -> tuple[np.ndarray
             "whose class is unknown. Move them into a folder, or pass --no-class_conditional"
         )
     names, labels = np.unique([path.partition("/")[0] for path in paths], return_inverse=True)
-    return labels.astype(np.int64), tuple(names.tolist())
+    # Names in other encodings could not be shown.
+    names = [name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in names]
+    return labels.astype(np.int64), tuple(names)
 
 
 def check_num_classes(class_names: Sequence[str], location: str) -> None:
@@ -43,6 +47,14 @@ def check_num_classes(class_names: Sequence[str], location: str) -> None:
         needed = f"--class_conditional needs 2 to {MAX_CLASSES:,} classes"
         advice = "Pass --no-class_conditional, or choose other data"
         raise UserError(f"{location} has {found}, but {needed}. {advice}")
+
+
+def check_distinct(class_names: Sequence[str], location: str) -> None:
+    """Raises UserError if two classes have one name."""
+    twice = [name for name, count in Counter(class_names).items() if count > 1]
+    if twice:
+        reason = f"has several classes that are named {twice[0]} here (with - for slashes)"
+        raise UserError(f"{location} {reason}. Rename one")
 
 
 def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
@@ -86,9 +98,11 @@ def _parse_range(text: str, class_names: Sequence[str]) -> Sequence[int]:
 def check_class_counts(class_counts: Mapping[str, int]) -> None:
     """Raises UserError for invalid class names or counts; a name must suit a folder."""
     for name, count in class_counts.items():
-        if name in ("", ".", "..") or set(name) & set("/\\\0") or not isinstance(count, int):
+        is_folder = 0 < len(os.fsencode(name)) < 256 and not set(name) & set("/\\\0")
+        if name in (".", "..") or not is_folder or not isinstance(count, int):
             needed = "names that a folder can have, with numbers of images"
-            raise UserError(f"the model has the class {name!r}: {count!r}, but must have {needed}")
+            shown = textwrap.shorten(repr(name), 60)
+            raise UserError(f"the model has the class {shown}: {count!r}, but must have {needed}")
 
 
 def check_classes_on_resume(

@@ -176,7 +176,9 @@ class Plan:
         """
         # What the page offers.
         model = served.model.serve(request)
-        if not 1 <= steps <= MAX_STEPS:
+        if not isinstance(seeds, str) or not isinstance(class_names, list):  # a control was cleared
+            raise UserError("seeds or classes are missing. Reload the page")
+        if not isinstance(steps, (int, float)) or not 1 <= steps <= MAX_STEPS:
             raise UserError(f"steps is {steps}, but must be between 1 and {MAX_STEPS}")
         if len(seeds) > MAX_TEXT:
             raise UserError(f"seeds has {len(seeds)} characters, but may have at most {MAX_TEXT}")

@@ -207,9 +207,11 @@ def test_main_passes_threads_to_workers(run_main, monkeypatch):
     assert benchmark.os.environ["OMP_NUM_THREADS"] == "3"
 
 
-@pytest.mark.parametrize("flags", [("--memory",), ("--only", "data")])
+@pytest.mark.parametrize(
+    "flags", [("--memory",), ("--only", "data"), ("--only", "training", "--memory")]
+)
 def test_main_refuses_what_needs_a_gpu(run_main, flags):
-    with pytest.raises(UserError, match="needs a GPU"):
+    with pytest.raises(UserError, match="data and memory need a GPU"):
         run_main(*flags, is_gpu=False)
 
 

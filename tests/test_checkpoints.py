@@ -257,3 +257,13 @@ def test_all_ranks_take_the_checkpoint_that_rank_0_finds(tmp_path, monkeypatch):
         resumed = parse_command_line("", {}, ["--resume"]).resume
         tuned = parse_command_line("", {}, [], {}).init_from
         assert resumed == tuned == Path("checkpoints/0/last.pt")
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("run/last.pt", "run-last"), ("a/run/last.pt", "a-run-last"), ("ddpm_final.pt", "ddpm_final")],
+)
+def test_display_name_has_all_folders_of_a_run(tmp_path, monkeypatch, path, name):
+    monkeypatch.chdir(tmp_path)
+    assert checkpoints.display_name(Path("checkpoints", path)) == name
+    assert checkpoints.display_name(Path("elsewhere/run/last.pt")) == "run-last"

@@ -85,6 +85,11 @@ def test_from_pretrained_says_what_is_wrong_with_a_folder(model, tmp_path):
         DDPMModel.from_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"not a folder of save_pretrained.* with from_file$"):
         DDPMModel.from_pretrained(tmp_path)
+    (tmp_path / "final.pt").touch()
+    with pytest.raises(UserError, match=r"final\.pt is a file\. Load it with from_file"):
+        DDPMModel.from_pretrained(tmp_path / "final.pt")
+    with pytest.raises(UserError, match=r"choose from cifar10, cifar10-tuned, a folder"):
+        DDPMModel.from_pretrained("/nowhere/at/all")
     model.save_pretrained(tmp_path)
     for text in ("no json", "[]", '{"training_info": {"config": 1}}'):
         (tmp_path / "config.json").write_text(text)

@@ -7,6 +7,7 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +199,12 @@ def test_cache_accepts_one_unreadable_image_in_twenty(load):
     with pytest.raises(UserError, match=r"too many of the 40 images in here .*image 0 is broken"):
         load(gray_source(40, unreadable=(0, 1, 2), fingerprint="2"))
     assert len(load.files()) == 1  # of the first
+
+
+def test_cache_of_a_stream_says_how_many_images_were_read(load):
+    stream = replace(gray_source(0, unreadable=tuple(range(100))), stream=lambda: [range(100)])
+    with pytest.raises(UserError, match=r"too many of the 51 images in here .*image 0 is broken"):
+        load(stream)
 
 
 # Labels.

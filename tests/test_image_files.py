@@ -1,6 +1,8 @@
 """engine/image_files.py: which files a folder has."""
 
 import os
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,30 @@ def test_walk_follows_links_to_other_places(folder):
     Path("data/self.png").symlink_to("self.png")
     assert walk(folder) == ["a.png", "again/e.png", "b/c.png", "dangling.png", "f.png", "self.png"]
     assert find_images(folder).names == walk(folder)
+
+
+def test_walk_takes_the_first_of_two_links_to_a_folder(folder, monkeypatch):
+    save("elsewhere/d.png")
+    for name in ("y", "x"):
+        Path(f"data/{name}").symlink_to(Path("elsewhere").resolve())
+    scandir = os.scandir
+    entries = lambda path: sorted(scandir(path), key=lambda e: e.name, reverse=True)  # noqa: E731
+    monkeypatch.setattr(os, "scandir", entries)
+    assert walk(folder) == ["a.png", "b/c.png", "x/d.png"]
+
+
+def test_archives_have_the_names_of_hard_links_and_of_windows(folder):
+    os.link("data/a.png", "data/b/again.png")
+    with tarfile.open("images.tar", "w") as archive:
+        archive.add("data")
+    with zipfile.ZipFile("images.zip", "w") as archive:
+        archive.write("data/a.png", "cat\\a.png")
+    files = find_images(Path("images.tar"))
+    assert files.names == ["data/a.png", "data/b/again.png", "data/b/c.png"]
+    first, again, _ = (files.open(name).read() for name in files.names)
+    assert first == again == Path("data/a.png").read_bytes()
+    zipped = find_images(Path("images.zip"))
+    assert zipped.names == ["cat/a.png"] and zipped.open("cat/a.png").read() == first
 
 
 def test_walk_leaves_out_what_this_project_writes(folder, capsys):

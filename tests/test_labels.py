@@ -1,5 +1,6 @@
 """Labels: of seeds, in files, given to the model's methods, compared on resume."""
 
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,6 +114,14 @@ def test_folder_without_usable_classes_is_rejected_only_if_labels_are_asked_for(
         load_labeled(load, "folder", 4)
 
 
+def test_class_names_are_distinct_and_can_be_shown():
+    names = [os.fsdecode(name) for name in (b"caf\xe9/0.png", b"dog/0.png")]
+    assert labels.labels_from_folders(names, "here")[1] == ("caf\ufffd", "dog")
+    labels.check_distinct(("a", "b"), "here")
+    with pytest.raises(UserError, match="here has several classes that are named a-b here"):
+        labels.check_distinct(("a-b", "a-b", "c"), "here")
+
+
 def test_sample_takes_classes_by_seed_in_any_batch():
     model = conditional()
     labels = labels_in_proportion(range(8), [*CLASSES.values()])
@@ -143,7 +152,9 @@ def test_classes_of_constant_colors_are_sampled_in_their_color():
     assert found.tolist() == labels[:12].tolist()
 
 
-@pytest.mark.parametrize("classes", [{"../x": 1}, {"": 1}, {"a\\b": 1}, {"..": 1}, {"a": "1"}])
+@pytest.mark.parametrize(
+    "classes", [{"../x": 1}, {"": 1}, {"a\\b": 1}, {"..": 1}, {"a": "1"}, {"ä" * 128: 1}]
+)
 def test_class_names_from_a_file_cannot_leave_a_folder(classes):
     with pytest.raises(UserError, match="must have names that a folder can have"):
         DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), class_counts=classes)
