@@ -14,6 +14,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from engine.cli import Parser, run_script  # first: sets what torch reads
@@ -288,8 +289,9 @@ def check_comparable(
     """Raises UserError if a model's images or classes are not those of the first model."""
     found, expected = (model.image_shape, model.class_names), (shape, class_names)
     if found != expected:
-        kinds = f"makes images of shape and classes {found}, but {first} {expected}"
-        raise UserError(f"{path} {kinds}. Evaluate it alone")
+        makes = f"makes images of shape and classes {shorten(str(found), 100)}"
+        other = f"{first} of {shorten(str(expected), 100)}"
+        raise UserError(f"{path} {makes}, but {other}. Evaluate it alone")
 
 
 def save_nearest(

@@ -373,7 +373,7 @@ def test_models_of_other_images_or_classes_are_evaluated_apart(
     monkeypatch.setattr(evaluate, "load_feature_networks", lambda *_: [MeanColors()])
     paths = ["checkpoints/run/late.pt", "other.pt"]
     assert run_evaluate(monkeypatch, "--num_samples", "2", "--checkpoint", *paths) == 2
-    error = f"other.pt makes images of shape and classes {kind}, but checkpoints/run/late.pt"
+    error = f"other.pt makes images of shape and classes {kind}, but checkpoints/run/late.pt of"
     assert error in capsys.readouterr().err
 
 
