@@ -71,7 +71,7 @@ class DDPMConfig(Settings):
         0.125, "fraction of training at which the EMA weights are saved as the guide, but not "
         "before 5 times the warm-up, or half of a short run; 0 disables", min=0, max=1,
         old_name="GUIDE_AT")
-    OBJECTIVE = Setting("pred_v", "what is predicted", choices=("pred_v", "pred_noise", "pred_x0"))
+    OBJECTIVE = Setting("pred_v", "prediction target", choices=("pred_v", "pred_noise", "pred_x0"))
     BETA_SCHEDULE = Setting("cosine", "noise schedule", choices=("cosine", "linear", "sigmoid"))
     SCHEDULE_BASE_SIZE = Setting(
         0, "image size the noise schedule was designed for; shifted for other sizes "
@@ -91,7 +91,7 @@ class DDPMConfig(Settings):
         256, "the most images in one pass on a GPU (the micro-batch); times GRADIENT_ACCUMULATION, "
         "the batch of an update, over all GPUs", min=1)
     GRADIENT_ACCUMULATION = Setting(1, "micro-batches in the batch of an update", min=1)
-    OPTIMIZER = Setting("muon", "muon: with Adam for the rest", choices=("adam", "muon"))
+    OPTIMIZER = Setting("muon", "Adam, or Muon for the inner matrices", choices=("adam", "muon"))
     LEARNING_RATE = Setting(2e-3, "peak learning rate, after warm-up", min=1e-8, max=1.0)
     LR_SCHEDULE = Setting("cosine", "learning rate over the run", choices=("cosine", "constant"))
     WARMUP_STEPS = Setting(500, "steps of linear learning-rate warm-up", min=0)
@@ -247,7 +247,7 @@ def resolve(
     explicit_layers.append(("flag", DDPMConfig.current_names(flags or {}, warn=True)))
     explicit = {name: value for _, values in explicit_layers for name, value in values.items()}
     if checkpoint:
-        former = {"CHANNELS": 3, "WEIGHT_DECAY": 0.0, "GUIDANCE_MAX_SIGMA": 5.0}  # implied then
+        former = {"CHANNELS": 3, "WEIGHT_DECAY": 0.0, "GUIDANCE_MAX_SIGMA": 5.0}  # if not saved
         saved = former | DDPMConfig.current_names(checkpoint)
         if isinstance(saved.get("GUIDANCE"), float):  # which they allowed to be less than 1
             saved["GUIDANCE"] = max(1.0, saved["GUIDANCE"])

@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from config import DDPMConfig
 from engine import checkpoints
 from engine.cuda_graphs import GraphCache, GraphCaptureError
-from engine.denoiser import GUIDANCE_MODES, ModelDenoiser, call_network, weaker_network
+from engine.denoiser import (
+    GUIDANCE_MODES,
+    ModelDenoiser,
+    call_network,
+    predicted_start,
+    weaker_network,
+)
 from engine.errors import RenamedWarning, UserError, warn_fallback
 from engine.generation import GenerationMixin, eval_mode, expand_seeds, unnormalize  # noqa: F401
 from engine.hub import HubMixin
@@ -264,20 +270,15 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         if self.unet.self_condition and random.random() < 0.5:  # Chen et al. (arXiv:2208.04202)
             with torch.no_grad():
                 output = call_network(self.unet, x_t, t, None, labels)
-                previous = self._predict_start(output, x_t, t)
+                scales = process.sqrt_alphas_cumprod, process.sqrt_one_minus_alphas_cumprod
+                signal, noise_scale = (scale[t].view(-1, 1, 1, 1) for scale in scales)
+                objective = process.objective
+                previous = predicted_start(objective, output, x_t, signal, noise_scale)
         prediction = call_network(self.unet, x_t, t, previous, labels).float()
         target = noise if process.objective == "pred_noise" else x_0
         if process.objective == "pred_v":
             target = process.predict_v(x_0, t, noise)
         return (prediction - target).square().mean(dim=(1, 2, 3))
-
-    def _predict_start(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Returns x_0 (B, C, H, W) from what the network predicts at timesteps t (B,)."""
-        if self.diffusion.objective == "pred_v":
-            return self.diffusion.predict_start_from_v(x_t, t, output)
-        if self.diffusion.objective == "pred_noise":
-            return self.diffusion.predict_start_from_noise(x_t, t, output)
-        return output
 
     def timesteps_from_uniform(self, u: Tensor) -> Tensor:
         """Maps u (B,), uniform in [0, 1], to timesteps (B,) distributed as in training."""

@@ -110,13 +110,13 @@ def sample_images(
     nfe = model.count_nfe(*plan, **guidance)
     weight = model.guidance if settings.guidance is None else settings.guidance
     weight = weight if nfe > model.count_nfe(*plan, 1) else 1.0
+    max_sigma = settings.guidance_max_sigma or model.architecture["guidance_max_sigma"]
     progress = model.training_info["progress"]
     return plots.to_bytes(images).transpose(0, 3, 1, 2), {
         "name": checkpoints.display_name(path), "checkpoint": str(path),
         "sha256": checkpoints.sha256(path), **chosen, "guidance": weight,
         "guidance_mode": settings.guidance_mode or model.guidance_mode,
-        "guidance_max_sigma": settings.guidance_max_sigma
-        or model.architecture["guidance_max_sigma"], "nfe": nfe,
+        "guidance_max_sigma": max_sigma, "nfe": nfe,
         "seeds": f"{settings.seed}-{settings.seed + settings.num_samples - 1}",
         "use_amp": settings.use_amp, "seconds_sampling": round(time.perf_counter() - start, 2),
         "trained_seconds": progress.get("seconds"), "trained_images": progress.get("images"),
@@ -205,8 +205,7 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
     data, reference = load_real_images(settings, config, shape, paths[0], class_names)
     real = data.images
     references = {network: metrics.load_reference(network, real, device) for network in networks}
-    labels = None
-    by_class = None
+    labels = by_class = None
     if data.labels is not None:
         labels = labels_as_in(data.labels, settings, len(class_names))
         class_network = networks[-1]  # Lite0, or Inception without it
@@ -214,9 +213,8 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
         reference["class accuracy"] = by_class.real_accuracy
     validation = validation_batch(model) if config else None
     results: list[Evaluation] = []
-    report = {"inputs": [str(path) for path in paths]}
-    report |= {name: getattr(settings, name) for name in ("use_amp", "guidance_max_sigma")}
-    report |= describe_comparison(reference, networks, device) | {"evaluations": results}
+    report = describe_comparison(settings, paths, reference, networks, device)
+    report["evaluations"] = results
 
     # Sample and score; the report is saved after each.
     losses: dict[str, tuple[list[int], list[float]]] = {}
@@ -245,18 +243,19 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
     if images.shape[1:] == real.shape[1:]:
         save_nearest(settings, images, real, references, stem)
     reporting.save_curves(results, losses, [network.title for network in networks], stem)
-    fewest = min(len(images), len(real))
-    if fewest < FEW_IMAGES:
-        print(f"note: of {fewest} images, Fréchet distances are too high and vary; compare KID")
+    note_few_images(min(len(images), len(real)))
     about = f"{len(real)} real images of {reference['dataset']} ({reference['data_dir']})"
     print(f"{about}; results: {stem}*")
 
 
 def describe_comparison(
-    reference: dict[str, Any], networks: list[nn.Module], device: torch.device
-) -> dict[str, Any]:
-    """Returns a report's entries on reference, feature networks and machine."""
+    settings: EvaluationSettings, paths: list[Path], reference: dict[str, Any],
+    networks: list[nn.Module], device: torch.device,
+) -> dict[str, Any]:  # fmt: skip
+    """Returns a report's entries on inputs, reference, feature networks and machine."""
     return {
+        "inputs": [str(path) for path in paths], "use_amp": settings.use_amp,
+        "guidance_max_sigma": settings.guidance_max_sigma,
         "reference": reference, "networks": [network.name for network in networks],
         "device": device_name(device),
         "versions": jobs.package_versions((*jobs.PACKAGES, *metrics.PACKAGES)),
@@ -281,6 +280,12 @@ def score_images(
         if accuracy is not None:
             scores["class accuracy"] = accuracy
     return result
+
+
+def note_few_images(count: int) -> None:
+    """Prints that a Fréchet distance needs more images, if it does."""
+    if count < FEW_IMAGES:
+        print(f"note: of {count} images, Fréchet distances are too high and vary; compare KID")
 
 
 def check_comparable(

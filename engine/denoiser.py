@@ -28,6 +28,17 @@ def call_network(
     return network(x, t, previous, labels)
 
 
+def predicted_start(
+    objective: str, output: Tensor, x: Tensor, signal: float | Tensor, noise: float | Tensor
+) -> Tensor:
+    """Returns x_0 from a network's output for x_t, (B, C, H, W), x_t = signal x_0 + noise eps."""
+    if objective == "pred_noise":
+        return (x - noise * output) / signal
+    if objective == "pred_v":
+        return signal * x - noise * output
+    return output
+
+
 def apply_guidance(x_0: Tensor, x_0_weaker: Tensor, weight: float | Tensor) -> Tensor:
     """Moves x_0 away from a weaker network's: Karras et al. (arXiv:2406.02507)."""
     return x_0_weaker + weight * (x_0 - x_0_weaker)
@@ -103,11 +114,7 @@ class ModelDenoiser:
         noise = math.sqrt(1 - self.alpha_bar[t])
         times = torch.full((len(x),), t, device=x.device, dtype=torch.long)
         output = network(x, times, self.previous, labels).to(x.dtype)
-        if self.process.objective == "pred_noise":
-            return (x - noise * output) / signal
-        if self.process.objective == "pred_v":
-            return signal * x - noise * output
-        return output
+        return predicted_start(self.process.objective, output, x, signal, noise)
 
 
 class NFECounter:

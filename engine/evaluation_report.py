@@ -1,6 +1,5 @@
 """What evaluate.py reports: tables, the names of files, figures."""
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any, TypedDict
@@ -11,6 +10,7 @@ from PIL import Image
 
 from engine import plots
 from engine.class_metrics import ClassRow
+from engine.inference_jobs import numbered
 from engine.metrics import References, Scores, extract_features, nearest_neighbors
 from engine.sampling_settings import sampling_name
 
@@ -96,18 +96,17 @@ def without_other_report(stem: Path, report: dict[str, Any]) -> Path:
     report: to be written there. What the name does not say is compared.
     """
     compared = ("inputs", "use_amp", "guidance_max_sigma", "reference")
-    numbered = (stem.with_name(f"{stem.name}_{i}") for i in itertools.count(2))
-    for path in itertools.chain([stem], numbered):
+
+    def is_free_or_same(path: Path) -> bool:
         try:
             stored = json.loads(Path(f"{path}.json").read_text())
-            is_same = all(stored[name] == report[name] for name in compared)
+            return all(stored[name] == report[name] for name in compared)
         except FileNotFoundError:
-            return path
+            return True
         except (ValueError, KeyError, TypeError):  # damaged, or of an earlier version
-            is_same = False
-        if is_same:
-            return path
-    raise AssertionError("unreachable")
+            return False
+
+    return next(filter(is_free_or_same, numbered(stem)))
 
 
 def plot_nearest_neighbors(

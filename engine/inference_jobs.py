@@ -6,7 +6,7 @@ import itertools
 import json
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -212,20 +212,27 @@ def has_other_settings(file: Path, settings: Mapping[str, Any]) -> bool:
     return any(stored.get(name) != settings[name] for name in settings.keys() - NOT_COMPARED)
 
 
+def numbered(path: Path) -> Iterator[Path]:
+    """Yields path, path_2, path_3 and so on."""
+    yield path
+    for number in itertools.count(2):
+        yield path.with_name(f"{path.name}_{number}")
+
+
 def claim_output_dir(folder: Path, settings: Mapping[str, Any]) -> Path:
     """Creates and returns the first of folder, folder_2, ... without images of other settings.
 
     Its summary.json has the settings before any image is saved: other processes leave it alone.
     """
-    numbered = (folder.with_name(f"{folder.name}_{i}") for i in itertools.count(2))
-    for path in itertools.chain([folder], numbered):
+
+    def is_ours(path: Path) -> bool:
         path.mkdir(parents=True, exist_ok=True)
         summary = path / SUMMARY_FILE
         with contextlib.suppress(FileExistsError), summary.open("x") as file:
             json.dump(settings, file, indent=2)
-        if not has_other_settings(summary, settings):
-            return path
-    raise AssertionError("unreachable")
+        return not has_other_settings(summary, settings)
+
+    return next(filter(is_ours, numbered(folder)))
 
 
 def settings_from_png(
