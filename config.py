@@ -45,8 +45,7 @@ class DDPMConfig(Settings):
     HORIZONTAL_FLIP = Setting(True, "mirror half of the training images")
     CLASS_CONDITIONAL = Setting(False, "train with the class labels of the data")
     LABEL_DROPOUT = Setting(
-        0.1, "fraction of labels that are dropped, so that the network learns to do without", min=0,
-        max=1)
+        0.1, "fraction of labels dropped, to learn to do without as well", min=0, max=1)
     NUM_WORKERS = Setting(8, "threads that decode and load images; 0: none", min=0, max=256)
 
     # Model.
@@ -62,7 +61,8 @@ class DDPMConfig(Settings):
     SAMPLING_TIMESTEPS = Setting(
         16, "network evaluations per sample, without guidance's", min=1, max=100_000)
     GUIDANCE = Setting(2.5, "weight of guidance (arXiv:2406.02507); 1 disables it", min=1, max=10)
-    GUIDANCE_MAX_SIGMA = Setting(2.0, "highest noise level to guide (arXiv:2404.07724)", min=0.2)
+    GUIDANCE_MIN_SIGMA = Setting(0.2, "lowest noise level to guide (arXiv:2404.07724)", min=0)
+    GUIDANCE_MAX_SIGMA = Setting(2.0, "highest noise level to guide", min=0)
     GUIDANCE_MODE = Setting(
         "autoguidance", "what samples of a class are moved away from: the guide, the network "
         "without a label (classifier-free guidance), or the guide without a label",
@@ -107,14 +107,12 @@ class DDPMConfig(Settings):
         False, "recompute activations in the backward pass to save memory")
     AUTO_MICRO_BATCH = Setting(False, "find the largest micro-batch (1 GPU)", old_name="FIT_MEMORY")
     MAX_MEMORY_GIB = Setting(
-        0.0, "GPU memory that this process may allocate, GiB; 0: all of it", min=0,
-        old_name="MEMORY_GIB")
+        0.0, "GPU memory to use at most, GiB; 0: all of it", min=0, old_name="MEMORY_GIB")
     SEED = Setting(0, "random seed", min=0, max=2**31 - 1)
 
     # Output.
     RUN_NAME = Setting("", "name of the run's folders", auto="data set, size and date")
-    LOG_WITH = Setting("tensorboard", "experiment tracker for metrics and sample grids",
-        choices=TRACKERS)
+    LOG_WITH = Setting("tensorboard", "tracker for metrics and sample grids", choices=TRACKERS)
     KEEP = Setting(
         5, "checkpoints kept over the run, in addition to last, best and final", min=0, max=1000)
     CHECKPOINT_EVERY = Setting(
@@ -387,6 +385,8 @@ def validate(config: DDPMConfig) -> None:
          f"must be at most TIMESTEPS, {config.TIMESTEPS}"),
         (drops_label and not config.CLASS_CONDITIONAL, "GUIDANCE_MODE",
          "needs --class_conditional"),
+        (config.GUIDANCE_MIN_SIGMA > config.GUIDANCE_MAX_SIGMA, "GUIDANCE_MIN_SIGMA",
+         f"must be at most GUIDANCE_MAX_SIGMA, {config.GUIDANCE_MAX_SIGMA}"),
         (drops_label and not config.LABEL_DROPOUT, "LABEL_DROPOUT",
          f"GUIDANCE_MODE {config.GUIDANCE_MODE} needs a network trained with label dropout"),
     ):  # fmt: skip

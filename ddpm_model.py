@@ -22,6 +22,7 @@ from engine import checkpoints
 from engine.cuda_graphs import GraphCache, GraphCaptureError
 from engine.denoiser import (
     GUIDANCE_MODES,
+    GUIDANCE_OPTIONS,
     ModelDenoiser,
     call_network,
     predicted_start,
@@ -32,9 +33,8 @@ from engine.generation import GenerationMixin, eval_mode, expand_seeds, unnormal
 from engine.hub import HubMixin
 from engine.labels import check_class_counts
 from engine.noise_schedule import EDM_P_MEAN, edm_weighting, shift_log_snr, shift_sigma
-from engine.unet import FastUnet
+from engine.unet import FastUnet, per_level
 
-GUIDANCE_MIN_SIGMA = 0.2  # lowest noise level to guide, where nothing is shifted
 RENAMED = {
     "keep_guide": "snapshot_guide", "timesteps_at": "timesteps_from_uniform",
     "plan": "sampling_plan", "evaluations": "count_nfe", "given": "prepare_image",
@@ -71,6 +71,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         attn_dim_head: int | Sequence[int] = DDPMConfig.ATTENTION_DIM,
         class_counts: Mapping[str, int] | None = None,
         guidance_mode: str = DDPMConfig.GUIDANCE_MODE,
+        guidance_min_sigma: float = DDPMConfig.GUIDANCE_MIN_SIGMA,
         guidance_max_sigma: float = DDPMConfig.GUIDANCE_MAX_SIGMA, consistency: bool = False,
         **unet_kwargs: Any,
     ):  # fmt: skip
@@ -101,7 +102,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
             "full_attn": list(full_attn), "attn_heads": per_level(attn_heads, dim_mults),
             "attn_dim_head": per_level(attn_dim_head, dim_mults),
             "class_counts": dict(class_counts or {}), "guidance_mode": guidance_mode,
-            "guidance_max_sigma": guidance_max_sigma, "consistency": consistency, **unet_kwargs,
+            "guidance_min_sigma": guidance_min_sigma, "guidance_max_sigma": guidance_max_sigma,
+            "consistency": consistency, **unet_kwargs,
         }  # fmt: skip
         self.training_info: dict[str, dict[str, Any]] = {"config": {}, "progress": {}}
         self.graph_cache = GraphCache()
@@ -111,7 +113,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         self, image_size: int, channels: int, timesteps: int, sampling_timesteps: int,
         objective: str, beta_schedule: str, loss_weighting: str, min_snr_gamma: float,
         schedule_base_size: int, guidance: float, class_counts: Mapping[str, int],
-        guidance_mode: str, guidance_max_sigma: float, consistency: bool, **unet_kwargs: Any,
+        guidance_mode: str, guidance_min_sigma: float, guidance_max_sigma: float,
+        consistency: bool, **unet_kwargs: Any,
     ) -> None:  # fmt: skip
         """Creates network and process of an architecture, with new weights and no guide.
 
@@ -142,7 +145,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         self.log_snr_shift = shift
         if shift:
             shift_log_snr(self.diffusion, shift, min_snr_gamma)
-        interval = (GUIDANCE_MIN_SIGMA, guidance_max_sigma)
+        interval = guidance_min_sigma, guidance_max_sigma
         self.guidance_interval = tuple(shift_sigma(sigma, shift) for sigma in interval)
 
         # The distribution of the timesteps in training: uniform, or EDM's.
@@ -164,10 +167,10 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
             sampling_timesteps=config.SAMPLING_TIMESTEPS, objective=config.OBJECTIVE,
             beta_schedule=config.BETA_SCHEDULE, loss_weighting=config.LOSS_WEIGHTING,
             min_snr_gamma=config.MIN_SNR_GAMMA, schedule_base_size=config.SCHEDULE_BASE_SIZE,
-            guidance=config.GUIDANCE, dropout=config.DROPOUT,
-            full_attn=full_attention_levels(config), attn_heads=config.ATTENTION_HEADS,
-            attn_dim_head=config.ATTENTION_DIM, class_counts=class_counts,
-            guidance_mode=config.GUIDANCE_MODE, guidance_max_sigma=config.GUIDANCE_MAX_SIGMA,
+            dropout=config.DROPOUT, full_attn=full_attention_levels(config),
+            attn_heads=config.ATTENTION_HEADS, attn_dim_head=config.ATTENTION_DIM,
+            class_counts=class_counts,
+            **{name: getattr(config, name.upper()) for name in GUIDANCE_OPTIONS},
         )  # fmt: skip
         model.unet.checkpointing = config.GRADIENT_CHECKPOINTING
         return model
@@ -178,10 +181,10 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         levels = len(architecture["dim_mults"])
         former_defaults = {
             "loss_weighting": "min_snr", "guidance": 1.0, "class_counts": {},
-            "guidance_mode": "autoguidance", "guidance_max_sigma": 5.0, "consistency": False,
-            "dropout": 0.0,
-            "schedule_base_size": 0, "full_attn": [False] * (levels - 1) + [True],
-            "attn_heads": [4] * levels, "attn_dim_head": [32] * levels,
+            "guidance_mode": "autoguidance", "guidance_min_sigma": 0.2, "guidance_max_sigma": 5.0,
+            "consistency": False, "dropout": 0.0, "schedule_base_size": 0,
+            "full_attn": [False] * (levels - 1) + [True], "attn_heads": [4] * levels,
+            "attn_dim_head": [32] * levels,
         }  # fmt: skip
         former_names = {"schedule_size": "schedule_base_size", "classes": "class_counts"}
         found = {former_names.get(k, k): v for k, v in architecture.items()}
@@ -301,14 +304,15 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
 
     def denoiser(
         self, clip: bool = True, guidance: float | None = None, labels: Tensor | None = None,
-        guidance_mode: str | None = None, guidance_max_sigma: float | None = None,
+        guidance_mode: str | None = None, guidance_min_sigma: float | None = None,
+        guidance_max_sigma: float | None = None,
     ) -> ModelDenoiser:  # fmt: skip
         """Returns this model as a denoiser for one trajectory (it may keep state).
 
         guidance_mode: what samples are moved away from: `autoguidance`, the guide with the same
         label; `cfg`, classifier-free guidance, this network without a label; `both`, the guide
-        without a label. guidance_max_sigma: highest noise level to guide, as where nothing is
-        shifted. None means the model's own.
+        without a label. guidance_min_sigma, guidance_max_sigma: noise levels to guide, as where
+        nothing is shifted. None means the model's own.
         """
         # The weaker network, if any.
         mode = guidance_mode or self.guidance_mode
@@ -325,6 +329,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         network = partial(self._run_network, self.unet)
         weaker = partial(self._run_network, weaker) if weaker is not None else None
         lowest, highest = self.guidance_interval
+        if guidance_min_sigma is not None:
+            lowest = shift_sigma(guidance_min_sigma, self.log_snr_shift)
         if guidance_max_sigma is not None:
             highest = shift_sigma(guidance_max_sigma, self.log_snr_shift)
         weight = self.guidance if guidance is None else guidance
@@ -384,12 +390,6 @@ def check_types(file: checkpoints.ModelFile) -> None:
     for name, value in file.training_info["progress"].items():
         if not isinstance(value, (int, float, type(None))):
             raise UserError(f"{file.path}: {name} is {value!r}, but must be a number")
-
-
-def per_level(values: int | Sequence[int], dim_mults: Sequence[int]) -> list[int]:
-    """Returns a value for each level from one value or one a level."""
-    values = [values] if isinstance(values, int) else list(values)
-    return values if len(values) > 1 else values * len(dim_mults)
 
 
 def full_attention_levels(config: DDPMConfig) -> list[bool]:

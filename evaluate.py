@@ -30,6 +30,7 @@ from engine import inference_jobs as jobs
 from engine.class_metrics import ClassMetrics
 from engine.dataloader import Batch, ImageDataset, as_batch, train_val_split
 from engine.datasets import DATASETS, check_stored, load_dataset
+from engine.denoiser import GUIDANCE_OPTIONS
 from engine.devices import default_device, device_name
 from engine.errors import UserError, warn_fallback
 from engine.evaluation_report import Evaluation
@@ -110,13 +111,13 @@ def sample_images(
     nfe = model.count_nfe(*plan, **guidance)
     weight = model.guidance if settings.guidance is None else settings.guidance
     weight = weight if nfe > model.count_nfe(*plan, 1) else 1.0
-    max_sigma = settings.guidance_max_sigma or model.architecture["guidance_max_sigma"]
+    own = {name: model.architecture[name] for name in GUIDANCE_OPTIONS}
+    used = own | {"guidance_mode": model.guidance_mode}
+    used |= {name: value for name, value in guidance.items() if value is not None}
     progress = model.training_info["progress"]
     return plots.to_bytes(images).transpose(0, 3, 1, 2), {
         "name": checkpoints.display_name(path), "checkpoint": str(path),
-        "sha256": checkpoints.sha256(path), **chosen, "guidance": weight,
-        "guidance_mode": settings.guidance_mode or model.guidance_mode,
-        "guidance_max_sigma": max_sigma, "nfe": nfe,
+        "sha256": checkpoints.sha256(path), **chosen, **used, "guidance": weight, "nfe": nfe,
         "seeds": f"{settings.seed}-{settings.seed + settings.num_samples - 1}",
         "use_amp": settings.use_amp, "seconds_sampling": round(time.perf_counter() - start, 2),
         "trained_seconds": progress.get("seconds"), "trained_images": progress.get("images"),
@@ -255,6 +256,7 @@ def describe_comparison(
     """Returns a report's entries on inputs, reference, feature networks and machine."""
     return {
         "inputs": [str(path) for path in paths], "use_amp": settings.use_amp,
+        "guidance_min_sigma": settings.guidance_min_sigma,
         "guidance_max_sigma": settings.guidance_max_sigma,
         "reference": reference, "networks": [network.name for network in networks],
         "device": device_name(device),

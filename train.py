@@ -22,6 +22,7 @@ from ddpm_model import DDPMModel
 from engine import checkpoints, distributed
 from engine.checkpoints import TrainingCheckpoint
 from engine.datasets import check_stored, choose_default_dataset, load_dataset, placeholder
+from engine.denoiser import GUIDANCE_OPTIONS
 from engine.errors import FallbackWarning, UserError
 from engine.gpu_memory import cap_memory
 from engine.image_source import ReadOptions
@@ -32,8 +33,8 @@ from engine.trainer import estimate, train
 
 # What may differ between a model and the one that it starts from: all that is no weight.
 MUTABLE_ON_INIT = {
-    "image_size", "sampling_timesteps", "loss_weighting", "min_snr_gamma", "schedule_base_size",
-    "guidance", "guidance_mode", "guidance_max_sigma", "dropout", "class_counts", "consistency",
+    *GUIDANCE_OPTIONS, "image_size", "sampling_timesteps", "loss_weighting", "min_snr_gamma",
+    "schedule_base_size", "dropout", "class_counts", "consistency",
 }  # fmt: skip
 DEFAULTS_NOTE = (
     "Defaults shown are those before presets and the GPU's tier; --dry_run shows what a run gets."
@@ -223,9 +224,8 @@ def configure(
         required = network_settings(init_model.architecture, image_size)
         if is_tuning:
             required |= {
-                "GUIDANCE": init_model.guidance,
+                **{name.upper(): init_model.architecture[name] for name in GUIDANCE_OPTIONS},
                 "GUIDANCE_MODE": init_model.guidance_mode,
-                "GUIDANCE_MAX_SIGMA": init_model.architecture["guidance_max_sigma"],
                 "SCHEDULE_BASE_SIZE": init_model.architecture["schedule_base_size"],
                 "CLASS_CONDITIONAL": bool(init_model.class_names), **request.tuning,
             }  # fmt: skip

@@ -28,6 +28,7 @@ class Evaluation(TypedDict, total=False):
     noise_levels: str | None
     guidance: float  # 1 if it changes nothing
     guidance_mode: str
+    guidance_min_sigma: float
     guidance_max_sigma: float
     nfe: int
     seeds: str  # FIRST-LAST
@@ -95,7 +96,7 @@ def without_other_report(stem: Path, report: dict[str, Any]) -> Path:
 
     report: to be written there. What the name does not say is compared.
     """
-    compared = ("inputs", "use_amp", "guidance_max_sigma", "reference")
+    compared = ("inputs", "use_amp", "guidance_min_sigma", "guidance_max_sigma", "reference")
 
     def is_free_or_same(path: Path) -> bool:
         try:

@@ -14,7 +14,7 @@ from denoising_diffusion_pytorch import GaussianDiffusion
 from torch import Tensor, nn
 
 from engine import samplers
-from engine.denoiser import ModelDenoiser, NFECounter
+from engine.denoiser import GUIDANCE_OPTIONS, ModelDenoiser, NFECounter
 from engine.errors import UserError
 from engine.labels import NO_LABEL, UNCONDITIONAL_ERROR, labels_in_proportion
 from engine.noise_schedule import diffuse, shift_sigma
@@ -38,11 +38,10 @@ class SamplingPlan(NamedTuple):
 class GenerationMixin:
     """Methods that generate images, all floats in [0, 1], with `denoiser`.
 
-    Options: guidance, guidance_mode, guidance_max_sigma and labels go to `denoiser`, clip limits
-    each predicted x_0 to [-1, 1], others (`eta` of ddim) go to the sampler. labels: of all images
-    or of each, -1 for none. None: `sample` and `sample_states` draw classes by seed in the training
-    images' proportions; all other methods leave the class open, and classifier-free guidance is
-    off.
+    Options: GUIDANCE_OPTIONS and labels go to `denoiser`, clip limits each predicted x_0 to
+    [-1, 1], others (`eta` of ddim) go to the sampler. labels: of all images or of each, -1 for
+    none. None: `sample` and `sample_states` draw classes by seed in the training images'
+    proportions; all other methods leave the class open, and classifier-free guidance is off.
     """
 
     image_size: int
@@ -209,15 +208,14 @@ class GenerationMixin:
     @torch.no_grad()
     def trajectory(
         self, x: Tensor, timesteps: Sequence[int], sampler: Callable, randn: Callable,
-        clip: bool = True, guidance: float | None = None, labels: Labels = None,
-        guidance_mode: str | None = None, guidance_max_sigma: float | None = None,
-        **sampler_options: Any,
+        clip: bool = True, labels: Labels = None, **options: Any,
     ) -> Iterator[State]:  # fmt: skip
         """Runs a sampler from x at timesteps[0]; its last state is (-1, sample, sample)."""
+        guidance = {name: options.pop(name, None) for name in GUIDANCE_OPTIONS}
         with eval_mode(self):
             labels = self.prepare_labels(labels, len(x))
-            denoiser = self.denoiser(clip, guidance, labels, guidance_mode, guidance_max_sigma)
-            outputs = run_sampler(sampler, denoiser, x, timesteps, randn, **sampler_options)
+            denoiser = self.denoiser(clip, labels=labels, **guidance)
+            outputs = run_sampler(sampler, denoiser, x, timesteps, randn, **options)
             for t, (x_s, x_0) in zip(timesteps, outputs, strict=False):
                 yield t, x, x_0
                 x = x_s
@@ -282,7 +280,7 @@ class GenerationMixin:
     ) -> int:  # fmt: skip
         """Returns the NFE of a sample: all network evaluations, those of guidance included.
 
-        options: guidance_mode and guidance_max_sigma, as `denoiser` takes them.
+        options: the other GUIDANCE_OPTIONS.
         """
         labels = torch.zeros(1, dtype=torch.long) if self.class_names else None
         denoiser = self.denoiser(guidance=guidance, labels=labels, **options)

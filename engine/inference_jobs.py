@@ -22,6 +22,7 @@ from tqdm import tqdm
 from engine import distributed, plots
 from engine.checkpoints import CHECKPOINT_DIR, sha256, write_text
 from engine.datasets import load_dataset
+from engine.denoiser import GUIDANCE_OPTIONS
 from engine.devices import amp_dtype, device_name
 from engine.errors import UserError
 from engine.gpu_memory import OomBatcher
@@ -37,9 +38,7 @@ PACKAGES = ("torch", "denoising-diffusion-pytorch", "numpy", "pillow")
 # Settings that do not change the images; the checkpoint counts by its content, sha256.
 NOT_COMPARED = {"checkpoint", "batch_size", "compile_model"}
 # Settings that images of earlier versions lack, with what they were then.
-ADDED_LATER = dict.fromkeys(
-    ("classes", "guidance_mode", "guidance_max_sigma", "noise_levels", "compare_with")
-)
+ADDED_LATER = dict.fromkeys(("classes", *GUIDANCE_OPTIONS[1:], "noise_levels", "compare_with"))
 ADDED_LATER["image_size"] = 0
 
 

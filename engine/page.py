@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from engine import inference_jobs as jobs
 from engine import plots
 from engine.checkpoints import sha256
+from engine.denoiser import GUIDANCE_OPTIONS
 from engine.errors import UserError, short_reason
 from engine.generation import State
 from engine.input_images import is_embedded, read_image, read_mask, resolve_input
@@ -328,7 +329,7 @@ def take_upload(
     own = settings_class.values() | {"sampler": settings["sampler"], "steps": settings["steps"]}
     own |= choose_sampling(model, own) | {"steps": controls["steps"]}
     names = ["steps", "spacing", "noise_levels", "eta", "use_amp", "resamples"]
-    names += ["guidance_mode", "guidance_max_sigma"]
+    names += GUIDANCE_OPTIONS[1:]
     lost = [f"{n} {settings[n]}" for n in names if settings[n] and settings[n] != own[n]]
     if lost:
         notify(f"the page does not restore {', '.join(lost)} of the upload")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from engine import samplers
-from engine.denoiser import GUIDANCE_MODES
+from engine.denoiser import GUIDANCE_MODES, GUIDANCE_OPTIONS
 from engine.errors import RenamedWarning, UserError
 from engine.generation import GenerationMixin
 from engine.settings import Setting, Settings
@@ -36,7 +36,7 @@ def plan_kwargs(settings: Mapping[str, Any], sampler: str | Callable) -> dict[st
 
 def guidance_kwargs(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns settings of any kind as the arguments of DDPMModel.denoiser that guide."""
-    return {name: settings[name] for name in ("guidance", "guidance_mode", "guidance_max_sigma")}
+    return {name: settings[name] for name in GUIDANCE_OPTIONS}
 
 
 def parse_noise_levels(text: str | None) -> tuple[float, ...] | None:
@@ -83,8 +83,11 @@ class SamplingSettings(Settings):
         None, "what samples are moved away from", choices=GUIDANCE_MODES, type_=str,
         auto="the model's own"
     )  # fmt: skip
+    guidance_min_sigma = Setting(
+        None, "lowest noise level to guide", min=0, type_=float, auto="the model's own"
+    )
     guidance_max_sigma = Setting(
-        None, "highest noise level to guide", 0.2, type_=float, auto="the model's own"
+        None, "highest noise level to guide", min=0, type_=float, auto="the model's own"
     )
     spacing = Setting(
         None, "which timesteps are visited", choices=tuple(samplers.SPACINGS), type_=str,

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from engine import checkpoints, distributed, run_names
 from engine.checkpoints import TrainingCheckpoint
 from engine.dataloader import Batch, BatchLoader, ImageDataset
+from engine.denoiser import GUIDANCE_OPTIONS
 from engine.devices import default_device, device_name
 from engine.errors import FallbackWarning, UserError
 from engine.labels import check_classes_on_resume
@@ -31,10 +32,7 @@ LATE_GUIDE_WARMUPS = 2  # in the second
 # A shorter step's time is not proportional to its images, of which estimate then takes more.
 SHORT_STEP_SECONDS = 0.5
 # Of the architecture; check_classes_on_resume says which classes may change.
-MUTABLE_ON_RESUME = {
-    "sampling_timesteps", "guidance", "guidance_mode", "guidance_max_sigma", "dropout",
-    "class_counts",
-}  # fmt: skip
+MUTABLE_ON_RESUME = {*GUIDANCE_OPTIONS, "sampling_timesteps", "dropout", "class_counts"}
 
 
 def train(

@@ -154,6 +154,12 @@ class FastUnet(Unet):
         return dict(zip(blocks, modulations.split(sizes, dim=1), strict=True))
 
 
+def per_level(values: int | Sequence[int], dim_mults: Sequence[int]) -> list[int]:
+    """Returns a value for each level from one value or one a level."""
+    values = [values] if isinstance(values, int) else list(values)
+    return values if len(values) > 1 else values * len(dim_mults)
+
+
 def check_upstream(network: Unet) -> None:
     """Raises UserError if upstream's modules are not those that FastUnet computes."""
     for module in network.modules():

@@ -113,6 +113,7 @@ def test_preset_guides_large_images_with_classes_by_both(dataset, flags, mode, w
 def test_presets_have_the_weight_decay_and_guidance_they_were_measured_with():
     def measured(dataset: str, tier: Tier, **flags) -> tuple[float, ...]:
         config = resolve(dataset, tier, flags=flags)
+        assert config.GUIDANCE_MIN_SIGMA == 0.2
         guidance = config.GUIDANCE, config.GUIDANCE_MAX_SIGMA, config.SAMPLING_TIMESTEPS
         return config.WEIGHT_DECAY, *guidance
 

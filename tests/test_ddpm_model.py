@@ -55,7 +55,8 @@ def test_from_config_passes_every_setting():
         "LOSS_WEIGHTING": "min_snr", "MIN_SNR_GAMMA": 4.0, "SCHEDULE_BASE_SIZE": 32,
         "GUIDANCE": 1.7, "ATTENTION_HEADS": (1, 2, 3), "ATTENTION_DIM": (8, 16, 24),
         "FULL_ATTENTION_MAX_SIZE": 8, "GRADIENT_CHECKPOINTING": True, "SEED": 5, "CHANNELS": 4,
-        "GUIDANCE_MODE": "both", "GUIDANCE_MAX_SIGMA": 3.0, "CLASS_CONDITIONAL": True,
+        "GUIDANCE_MODE": "both", "GUIDANCE_MIN_SIGMA": 0.1, "GUIDANCE_MAX_SIGMA": 3.0,
+        "CLASS_CONDITIONAL": True,
     }  # fmt: skip
     config = resolve("folder", CPU_TIER, flags=flags)
     model = DDPMModel.from_config(config, {"a": 2, "b": 3})
@@ -65,7 +66,8 @@ def test_from_config_passes_every_setting():
         "loss_weighting": "min_snr", "min_snr_gamma": 4.0, "schedule_base_size": 32,
         "guidance": 1.7, "dropout": 0.3, "full_attn": [False, True, True],
         "attn_heads": [1, 2, 3], "attn_dim_head": [8, 16, 24], "class_counts": {"a": 2, "b": 3},
-        "guidance_mode": "both", "guidance_max_sigma": 3.0, "consistency": False,
+        "guidance_mode": "both", "guidance_min_sigma": 0.1, "guidance_max_sigma": 3.0,
+        "consistency": False,
     }  # fmt: skip
     assert model.unet.checkpointing
     same = DDPMModel.from_config(config, {"a": 2, "b": 3})
@@ -248,7 +250,8 @@ def test_load_model_reads_architectures_of_earlier_versions(tmp_path):
     path = tmp_path / "old.pt"
     old = dict(model.architecture)
     for name in (
-        "loss_weighting", "guidance", "guidance_max_sigma", "full_attn", "dropout", "attn_heads",
+        "loss_weighting", "guidance", "guidance_min_sigma", "guidance_max_sigma", "full_attn",
+        "dropout", "attn_heads",
     ):  # fmt: skip
         del old[name]
     old["schedule_size"] = old.pop("schedule_base_size")

@@ -103,8 +103,10 @@ def test_guidance_interval_shifts_with_the_schedule(size, base_size, factor):
     denoiser = model.denoiser()
     unshifted = guided(timesteps=200, guidance_max_sigma=3.0).denoiser()
     inside = [t for t in range(200) if denoiser.is_guided(t)]
-    wider = guided(**size_and_schedule, guidance_max_sigma=9.0).denoiser(guidance_max_sigma=3.0)
-    assert wider.interval == denoiser.interval
+    interval = {"guidance_min_sigma": 0.2, "guidance_max_sigma": 3.0}
+    wider = guided(**size_and_schedule, guidance_min_sigma=0.1, guidance_max_sigma=9.0)
+    assert wider.denoiser(**interval).interval == denoiser.interval
+    assert wider.denoiser().interval == pytest.approx((0.1 * factor, 9 * factor))
     assert inside == [t for t in range(200) if unshifted.is_guided(t)]
     lowest = sigma_of(denoiser.alpha_bar[inside[0]])
     highest = sigma_of(denoiser.alpha_bar[inside[-1]])

@@ -454,9 +454,10 @@ def test_sample_images_uses_the_models_steps_and_guidance_by_default(sample_imag
 def test_sample_images_uses_explicit_settings(sample_images):
     settings = {"steps": 4, "guidance": 1.0, "use_amp": True, "spacing": "uniform"}
     settings |= {"sampler": "heun", "guidance_mode": "both"}
+    settings |= {"guidance_min_sigma": 0.1, "guidance_max_sigma": 3.0}
     arguments, details = sample_images(batch_size=2, **settings)
     expected = {"steps": 4, "guidance": 1.0, "batch": 2, "amp": True, "sampler": "heun"}
-    expected |= {"spacing": "uniform", "guidance_mode": "both"}
+    expected |= {"spacing": "uniform", "guidance_mode": "both", "guidance_min_sigma": 0.1}
     assert expected.items() <= arguments.items()
     assert details | settings == details
     plan = sample_images.model.sampling_plan("heun", 4, "uniform")

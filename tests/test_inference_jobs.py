@@ -186,8 +186,9 @@ ACCEPTED_VALUES = {
     "image_size": (0, 1024), "num_steps": (2, 1000), "strength": (0.001, 1), "format": ("npz",),
     "resamples": (1, 100), "tile": (1, 4096), "columns": (1, 1000), "batch_size": (0, 10**6),
     "guidance": (1, 10, None), "guidance_mode": ("cfg", None),
-    "guidance_max_sigma": (2.0, None), "spacing": ("karras", None),
-    "classes": ("1", None), "use_amp": (True, False), "image1": ("data:3",),
+    "guidance_min_sigma": (0.0, None), "guidance_max_sigma": (2.0, None),
+    "spacing": ("karras", None), "classes": ("1", None), "use_amp": (True, False),
+    "image1": ("data:3",),
 }  # fmt: skip
 REFUSED_VALUES = {
     "mode": ("x", 1, None), "seeds": ([], "3", 3, [-1], [10**18], [True], [0.5], [None], None),
@@ -195,7 +196,7 @@ REFUSED_VALUES = {
     "image_size": (-1, 1025), "num_steps": (1, 1001, 2.0), "strength": (0, 1.1, NAN, [], None),
     "format": ("gif", [], None), "resamples": (0, 101), "tile": (0, 4097), "columns": (0, 1001),
     "batch_size": (-1,), "guidance": (0.9, 10.1, NAN, "1", [1]), "guidance_mode": ("x", 1),
-    "guidance_max_sigma": (0.1, "2"),
+    "guidance_min_sigma": (-0.1, "1"), "guidance_max_sigma": (-0.1, "2"),
     "spacing": ("x", []), "classes": (1, [1]), "use_amp": (1, "true", None), "image1": (3, [1]),
     "sha256": ([], {}, "x", None), "checkpoint": ([], 3),
 }  # fmt: skip

@@ -121,7 +121,7 @@ def test_compare_samples_with_every_sampler_and_the_given_guidance(guided, infer
     flags = ["--seeds", "5-7", "--guidance", "3", "--spacing", "uniform"]
     assert infer("--mode", "compare", *flags) == 0
     same = {"seed": [5, 6], "guidance": 3.0, "spacing": "uniform"}
-    same |= {"guidance_mode": None, "guidance_max_sigma": None, "labels": None}
+    same |= dict.fromkeys(("guidance_mode", "guidance_min_sigma", "guidance_max_sigma", "labels"))
     expected = [same | {"sampler": name, "steps": steps} for name in SAMPLERS for steps in (2, 3)]
     assert calls[1:] == expected  # after the warm-up
 

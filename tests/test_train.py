@@ -66,6 +66,8 @@ pytestmark = pytest.mark.usefixtures("on_a_cpu")
          "SCHEDULE_BASE_SIZE is 257, but must be at most 16 times"),
         (["--class_conditional", "--label_dropout", "0", "--guidance_mode", "both"],
          "LABEL_DROPOUT is 0.0, but GUIDANCE_MODE both needs a network trained with"),
+        (["--guidance_max_sigma", "0.1"],
+         "GUIDANCE_MIN_SIGMA is 0.2, but must be at most GUIDANCE_MAX_SIGMA, 0.1"),
         (["--guidance_mode", "cfg", "--no-class_conditional"],
          "GUIDANCE_MODE is cfg, but needs --class_conditional"),
         (["--minutes", "0"], "Set one of them"),
@@ -357,7 +359,7 @@ def test_init_from_starts_a_new_run_from_ema_weights(trained_by_api, tmp_path, m
         {"image_size": 16}, {"sampling_timesteps": 3}, {"loss_weighting": "min_snr"},
         {"min_snr_gamma": 2.0}, {"schedule_base_size": 16}, {"guidance": 1.5}, {"dropout": 0.2},
         {"guidance_mode": "cfg"}, {"class_counts": {"a": 1, "b": 1}}, {"consistency": True},
-        {"guidance_max_sigma": 3.0},
+        {"guidance_min_sigma": 0.1}, {"guidance_max_sigma": 3.0},
     ],
 )  # fmt: skip
 def test_init_weights_ignores_settings_that_are_no_weights(change):

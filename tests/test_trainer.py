@@ -24,6 +24,7 @@ from ddpm_model import DDPMModel
 from engine import checkpoints, plots, progress, run, trainer
 from engine.checkpoints import TrainingCheckpoint
 from engine.dataloader import BatchLoader, ImageDataset
+from engine.denoiser import GUIDANCE_OPTIONS
 from engine.errors import FallbackWarning, RenamedWarning, UserError
 from engine.progress import Progress
 from engine.run import VERSION
@@ -255,10 +256,7 @@ def test_ranks_draw_other_numbers_from_the_start_and_after_each_resume(monkeypat
     assert len(set(seeds)) == 4
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["sampling_timesteps", "guidance", "guidance_mode", "guidance_max_sigma", "dropout"],
-)
+@pytest.mark.parametrize("name", [*GUIDANCE_OPTIONS, "sampling_timesteps", "dropout"])
 def test_restore_lets_settings_change_that_are_no_weights(name):
     restore_stub(make_state() | {"architecture": {name: 1}}, {name: 2})
 
