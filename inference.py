@@ -164,7 +164,9 @@ def settings_from_command_line(
         other = checkpoints.resolve_checkpoint(settings["compare_with"], "--compare_with")
         settings["compare_with"] = str(other)
     has_given_seeds = bool(given.keys() & {"seeds", "num_samples"})
-    return jobs.complete_settings(settings), options.output_dir, has_given_seeds
+    settings = jobs.complete_settings(settings)
+    settings["input_sha256"] = jobs.input_digests(settings)
+    return settings, options.output_dir, has_given_seeds
 
 
 def load_model(path: str | Path, image_size: int) -> DDPMModel:

@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import itertools
 import json
+import os
 import platform
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from engine.devices import amp_dtype, device_name
 from engine.errors import UserError
 from engine.gpu_memory import OomBatcher
 from engine.image_source import ReadOptions
-from engine.input_images import read_image, resolve_input
+from engine.input_images import is_embedded, read_image, resolve_input
 from engine.labels import labels_in_proportion, parse_classes
 from engine.sampling_settings import guidance_kwargs, plan_kwargs
 from engine.settings import Settings
@@ -37,8 +38,11 @@ SUMMARY_FILE = "summary.json"  # of an output folder; at first it has the settin
 PACKAGES = ("torch", "denoising-diffusion-pytorch", "numpy", "pillow")
 # Settings that do not change the images; the checkpoint counts by its content, sha256.
 NOT_COMPARED = {"checkpoint", "batch_size", "compile_model"}
+INPUTS = ("image", "image1", "image2", "mask")  # settings that may name a file
 # Settings that images of earlier versions lack, with what they were then.
-ADDED_LATER = dict.fromkeys(("classes", *GUIDANCE_OPTIONS[1:], "noise_levels", "compare_with"))
+ADDED_LATER = dict.fromkeys(
+    ("classes", *GUIDANCE_OPTIONS[1:], "noise_levels", "compare_with", "input_sha256")
+)
 ADDED_LATER["image_size"] = 0
 
 
@@ -197,6 +201,20 @@ def complete_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return complete | {"guidance": settings.get("guidance") or None}  # 0 meant None
 
 
+def input_digests(settings: Mapping[str, Any]) -> dict[str, str] | None:
+    """Returns the SHA-256 of each input file by setting; None without any.
+
+    Another file may take an input's name: its results are others.
+    """
+    sources = {name: settings[name] for name in INPUTS}
+    digests = {
+        name: sha256(Path(source))
+        for name, source in sources.items()
+        if source and not is_embedded(source) and not source.isdecimal() and os.path.isfile(source)
+    }
+    return digests or None
+
+
 def has_other_settings(file: Path, settings: Mapping[str, Any]) -> bool:
     """Whether `file`, a settings.json or summary.json, has other settings.
 
@@ -240,7 +258,7 @@ def settings_from_png(
     """Returns the settings stored in a PNG, with a checkpoint of the same content.
 
     sampler: from the command line, which alone may name a file with code; None if not given.
-    Raises UserError as read_png_settings does, and if the checkpoint is gone.
+    Raises UserError as read_png_settings does, and if the checkpoint is gone or an input changed.
     """
     settings = read_png_settings(path, declared)
     # The sampler: ours, or a file that the command line names too.
@@ -250,6 +268,14 @@ def settings_from_png(
         raise UserError(f"{path} {reason}. If you trust that file, add --sampler {name}")
     if sampler not in (None, name):
         raise UserError(f"{path} was made with the sampler {name!r}. Drop --sampler {sampler}")
+
+    # Input files as they were.
+    stored = settings["input_sha256"] or {}
+    settings["input_sha256"] = input_digests(settings)
+    for name, digest in (settings["input_sha256"] or {}).items():
+        if stored.get(name, digest) != digest:
+            changed = f"was made with {settings[name]}, which has changed since"
+            raise UserError(f"{path} {changed}. Put the file of then in its place")
 
     # A checkpoint that was renamed is found by its content.
     name = settings["checkpoint"]
@@ -268,7 +294,7 @@ def read_png_settings(path: Path, declared: type[Settings]) -> dict[str, Any]:
 
     Raises UserError if a setting is missing or has a value that is not allowed.
     """
-    # Settings that are not declared: seeds as numbers, and the checkpoint's content.
+    # Settings that are not declared: seeds as numbers, and what files contained.
     try:
         stored = json.loads(plots.read_png_metadata(path) or "{}")
         known = {"num_samples", *ADDED_LATER, *stored.keys()}  # the number is that of the seeds
@@ -281,10 +307,11 @@ def read_png_settings(path: Path, declared: type[Settings]) -> dict[str, Any]:
     is_list = isinstance(seeds, list) and 0 < len(seeds) <= MAX_SEEDS
     if not is_list or not all(type(seed) is int and 0 <= seed < 10**18 for seed in seeds):
         raise UserError(f"{path} sets seeds to what inference.py never stores. Use another image")
-    digest = stored["sha256"]
     values = complete_settings(stored)
-    del values["seeds"], values["sha256"]
-    return declared.check(values, str(path)) | {"seeds": seeds, "sha256": digest}
+    if not isinstance(values["input_sha256"], dict | None):
+        raise UserError(f"the settings in {path} are damaged. Use another image")
+    undeclared = {name: values.pop(name) for name in ("seeds", "sha256", "input_sha256")}
+    return declared.check(values, str(path)) | undeclared
 
 
 def parse_seeds(text: str, limit: int = MAX_SEEDS) -> list[int]:

@@ -198,7 +198,7 @@ REFUSED_VALUES = {
     "batch_size": (-1,), "guidance": (0.9, 10.1, NAN, "1", [1]), "guidance_mode": ("x", 1),
     "guidance_min_sigma": (-0.1, "1"), "guidance_max_sigma": (-0.1, "2"),
     "spacing": ("x", []), "classes": (1, [1]), "use_amp": (1, "true", None), "image1": (3, [1]),
-    "sha256": ([], {}, "x", None), "checkpoint": ([], 3),
+    "sha256": ([], {}, "x", None), "checkpoint": ([], 3), "input_sha256": ("x", [], 1),
 }  # fmt: skip
 
 
@@ -254,6 +254,19 @@ def test_results_of_other_settings_are_kept(folder, infer, capsys):
     assert suffixes == ["", "_2", "_3"]  # the last is the first
     assert infer(*flags, "--guidance", "3") == 0
     assert "this model has no guide, so --guidance 3 changes nothing" in capsys.readouterr().out
+
+
+def test_input_that_was_replaced_counts_as_another(folder, infer, capsys):
+    flags = ["--mode", "vary", "--seeds", "4", "--image", "photo.png", "--steps", "2"]
+    for color in ("red", "blue"):
+        Image.new("RGB", (8, 8), color).save("photo.png")
+        assert infer(*flags) == 0
+    first, second = sorted(Path("inference_results").glob("vary-*"))
+    assert infer("--from_png", str(second / "variations.png"), "--output_dir", "again") == 0
+    capsys.readouterr()
+    assert infer("--from_png", str(first / "variations.png")) == 2
+    expected = "was made with photo.png, which has changed since. Put the file of then"
+    assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
