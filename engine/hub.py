@@ -79,7 +79,7 @@ class HubMixin:
     ) -> None:
         """Writes weights, config.json, a grid of samples and a model card, README.md.
 
-        figures: further scores in the card's table, e.g. {"FID (50,000 samples)": 3.61}.
+        figures: further scores in the card's table, e.g. {"FID (50,000 samples)": 2.73}.
         """
         folder = Path(folder)
         self._save(folder, folder.name, license, figures)

@@ -53,7 +53,7 @@ def format_noise_levels(levels: Sequence[float] | None) -> str | None:
 
 
 def sampling_name(settings: Mapping[str, Any], classes: str | None = None) -> str:
-    """Returns how images were sampled for names of result files, e.g. unipc-14-cat-dog."""
+    """Returns how images were sampled for names of result files, e.g. unipc-16-cat-dog."""
     parts = [settings["sampler"].replace(".py:", "-").replace("/", "-"), str(settings["steps"])]
     # Noise levels or spacing, unless they are the sampler's own.
     default = samplers.DEFAULT_SPACING

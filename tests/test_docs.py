@@ -340,6 +340,13 @@ def test_readme_is_short_and_links_to_the_other_language(page):
     assert f"({other.name})" in lines[0]
 
 
+def test_readme_has_the_pretrained_models_number_of_states():
+    model = DDPMModel.from_pretrained("cifar10")
+    shape = (1, model.sampling_timesteps + 1, *model.image_shape)  # x_T and after each step
+    for page in (README, README_ZH):
+        assert f"return_all_timesteps=True)  # {shape}" in text_of(page)
+
+
 def test_readme_links_to_every_page_of_docs():
     for page in (ROOT / "docs").glob("*.md"):
         assert f"(docs/{page.name})" in text_of(README), page.name
