@@ -39,7 +39,7 @@ from engine.labels import labels_in_proportion
 from engine.metrics import References, Scores
 from engine.sampling_settings import SamplingSettings, choose_sampling, guidance_kwargs, plan_kwargs
 from engine.settings import Setting
-from inference import batch_generate, load_model
+from inference import batch_generate, load_model, note_unguided
 
 RGB = ReadOptions(channels=3)
 NEAREST_SAMPLES = 16  # in the figure of nearest training images
@@ -108,6 +108,7 @@ def sample_images(
 
     # How they were sampled. Guidance that adds no NFE changes nothing: its weight is 1.
     plan = model.sampling_plan(**plan_options)
+    note_unguided(model, plan, guidance)
     nfe = model.count_nfe(*plan, **guidance)
     weight = model.guidance if settings.guidance is None else settings.guidance
     weight = weight if nfe > model.count_nfe(*plan, 1) else 1.0
@@ -254,10 +255,11 @@ def describe_comparison(
     networks: list[nn.Module], device: torch.device,
 ) -> dict[str, Any]:  # fmt: skip
     """Returns a report's entries on inputs, reference, feature networks and machine."""
+    sampling = ("sampler", "steps", "spacing", "noise_levels", *GUIDANCE_OPTIONS)
     return {
         "inputs": [str(path) for path in paths], "use_amp": settings.use_amp,
-        "guidance_min_sigma": settings.guidance_min_sigma,
-        "guidance_max_sigma": settings.guidance_max_sigma,
+        "sha256": [checkpoints.sha256(path) for path in paths if path.is_file()],
+        "sampling": {name: getattr(settings, name) for name in sampling},  # None: the model's own
         "reference": reference, "networks": [network.name for network in networks],
         "device": device_name(device),
         "versions": jobs.package_versions((*jobs.PACKAGES, *metrics.PACKAGES)),

@@ -29,6 +29,7 @@ from torch import Tensor
 from ddpm_model import DDPMModel
 from engine import checkpoints, distributed, plots
 from engine import inference_jobs as jobs
+from engine.denoiser import GUIDANCE_OPTIONS
 from engine.devices import default_device
 from engine.errors import RenamedWarning, UserError
 from engine.gpu_memory import OomBatcher
@@ -49,6 +50,13 @@ MODES_OF_FLAGS = {  # the modes that use a flag; all others are for every mode
     "mask": ("inpaint",), "num_steps": ("interpolate",), "resamples": ("inpaint",),
     "strength": ("vary",),
 }  # fmt: skip
+# The encoder of interpolate has its own steps, and nothing is guided.
+IGNORED_BY_INTERPOLATE = {*GUIDANCE_OPTIONS, "spacing"}
+PARTIAL_MODES = (
+    "interpolate",
+    "vary",
+    "inpaint",
+)  # that do not run a sampling plan from noise once
 MAX_DEFAULT_IMAGES = 64  # of all classes, if neither --seeds nor --num_samples is given
 
 
@@ -151,6 +159,9 @@ def settings_from_command_line(
         if settings["mode"] not in (*modes, "all"):
             named = " and ".join(modes)
             distributed.print0(f"note: --{name} is for {named}; {settings['mode']} ignores it")
+    if settings["mode"] == "interpolate":
+        for name in sorted(given.keys() & IGNORED_BY_INTERPOLATE):
+            distributed.print0(f"note: interpolate ignores --{name}")
 
     # Seeds and checkpoints.
     count = settings.pop("num_samples")
@@ -189,6 +200,18 @@ def load_for_sampling(settings: dict[str, Any], device: torch.device) -> DDPMMod
     return model
 
 
+def note_unguided(model: DDPMModel, plan: tuple, guidance: Mapping[str, Any]) -> None:
+    """Prints which of the given options of guidance change nothing, if no step is guided."""
+    if model.count_nfe(*plan, **guidance) > model.count_nfe(*plan, 1):
+        return
+    values = {k: f"{v:g}" if isinstance(v, float) else v for k, v in guidance.items()}
+    asked = [item for item in values.items() if item[1] is not None and item != ("guidance", "1")]
+    if asked:
+        flags = " ".join(f"--{name} {value}" for name, value in asked)
+        reason = why_unguided(model, guidance)
+        distributed.print0(f"note: {reason}, so {flags} changes nothing")
+
+
 def why_unguided(model: DDPMModel, guidance: Mapping[str, Any]) -> str:
     """Returns why no step of a sampling plan is guided; guidance: from guidance_kwargs."""
     weight = guidance["guidance"]
@@ -222,21 +245,18 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
         model = load_for_sampling(settings, default_device())
         sampler = jobs.load_sampler(settings["sampler"])
         plan = model.sampling_plan(**plan_kwargs(settings, sampler))
-        nfe = model.count_nfe(*plan, **guidance)
         num_classes = len(model.class_names)
         if settings["classes"] is not None:
             num_classes = len(parse_classes(settings["classes"], model.class_names))
         checkpoints.check_writable(output_dir)
 
         # What is about to be done, and flags that have no effect.
-        sampling = f"{settings['sampler']}, {settings['steps']} steps, {nfe} NFE per image"
+        sampling = f"{settings['sampler']}, {settings['steps']} steps"
+        if settings["mode"] not in PARTIAL_MODES:
+            sampling += f", {model.count_nfe(*plan, **guidance)} NFE per image"
         distributed.print0(f"{path}: {model.image_size} px, {sampling}, {model.device.type}")
-        is_unguided = nfe == model.count_nfe(*plan, 1)  # no step evaluates a second network
-        values = {k: f"{v:g}" if isinstance(v, float) else v for k, v in guidance.items()}
-        asked = [f"--{name} {value}" for name, value in values.items() if value not in (None, "1")]
-        if is_unguided and asked:
-            reason = why_unguided(model, guidance)
-            distributed.print0(f"note: {reason}, so {' '.join(asked)} changes nothing")
+        if settings["mode"] != "interpolate":
+            note_unguided(model, plan, guidance)
         if settings["eta"] and sampler != "ddim":
             distributed.print0(f"note: --eta is for ddim; {settings['sampler']} ignores it")
         modes = list(MODES if settings["mode"] == "all" else [settings["mode"]])

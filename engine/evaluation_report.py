@@ -96,7 +96,7 @@ def without_other_report(stem: Path, report: dict[str, Any]) -> Path:
 
     report: to be written there. What the name does not say is compared.
     """
-    compared = ("inputs", "use_amp", "guidance_min_sigma", "guidance_max_sigma", "reference")
+    compared = ("inputs", "sha256", "sampling", "use_amp", "reference", "networks")
 
     def is_free_or_same(path: Path) -> bool:
         try:

@@ -38,7 +38,7 @@ SUMMARY_FILE = "summary.json"  # of an output folder; at first it has the settin
 PACKAGES = ("torch", "denoising-diffusion-pytorch", "numpy", "pillow")
 # Settings that do not change the images; the checkpoint counts by its content, sha256.
 NOT_COMPARED = {"checkpoint", "batch_size", "compile_model"}
-INPUTS = ("image", "image1", "image2", "mask")  # settings that may name a file
+INPUTS = ("image", "image1", "image2", "mask", "compare_with")  # settings that may name a file
 # Settings that images of earlier versions lack, with what they were then.
 ADDED_LATER = dict.fromkeys(
     ("classes", *GUIDANCE_OPTIONS[1:], "noise_levels", "compare_with", "input_sha256")

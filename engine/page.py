@@ -329,8 +329,10 @@ def take_upload(
     own = settings_class.values() | {"sampler": settings["sampler"], "steps": settings["steps"]}
     own |= choose_sampling(model, own) | {"steps": controls["steps"]}
     names = ["steps", "spacing", "noise_levels", "eta", "use_amp", "resamples"]
-    names += GUIDANCE_OPTIONS[1:]
     lost = [f"{n} {settings[n]}" for n in names if settings[n] and settings[n] != own[n]]
+    for name in GUIDANCE_OPTIONS[1:]:  # None: the model's own
+        if settings[name] not in (None, model.architecture[name]):
+            lost.append(f"{name} {settings[name]}")
     if lost:
         notify(f"the page does not restore {', '.join(lost)} of the upload")
 

@@ -75,13 +75,14 @@ def test_panels_edit_the_newest_image_and_end_at_it(served, monkeypatch):
 
 def test_trajectory_ends_in_the_png_of_inference(served, monkeypatch):
     settings = ["--sampler", "ddim", "--spacing", "uniform", "--eta", "1", "--seeds", "3"]
-    monkeypatch.setattr("sys.argv", ["inference.py", *settings, "--guidance_mode", "autoguidance"])
+    settings += ["--guidance_mode", "autoguidance", "--guidance_min_sigma", "0"]  # the first: own
+    monkeypatch.setattr("sys.argv", ["inference.py", *settings])
     assert exit_code(inference.main) == 0
     (path,) = Path("inference_results").rglob("000003.png")
     session = Session()
     notices = []
     page.take_upload(session, path, served.model, InferenceSettings, notices.append)
-    assert "spacing uniform, eta 1.0, guidance_mode autoguidance" in notices[0]
+    assert "spacing uniform, eta 1.0, guidance_min_sigma 0.0 of the upload" in notices[0]
     shown = app.Page(ModelKeeper(lambda: served.path, app.load_shared_model))
     film = shown.show_trajectory(session, Request())
     np.testing.assert_allclose(last_x_t(film), np.asarray(Image.open(path)), atol=1)

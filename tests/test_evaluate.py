@@ -287,9 +287,9 @@ def test_evaluate_compares_with_an_explicit_data_set(evaluate_colors):
 
 def test_images_and_real_ones_are_resized_and_each_report_is_kept(folder, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "load_feature_networks", lambda *_: [MeanColors()])
-    for name in ("a", "b"):
-        Path(name).mkdir()
-        images = draw_shapes(np.arange(3, 9), 16, 0).transpose(0, 2, 3, 1)
+    for first, name in enumerate(("a", "b", "b")):  # the third time, b has other images
+        Path(name).mkdir(exist_ok=True)
+        images = draw_shapes(np.arange(first, first + 6), 16, 0).transpose(0, 2, 3, 1)
         np.savez(f"{name}/images.npz", images=images)
         for _ in range(2):  # the second time, the report is of the same inputs
             flags = ["--images", f"{name}/images.npz", *VS_REAL, "--image_size", "8"]
@@ -297,8 +297,10 @@ def test_images_and_real_ones_are_resized_and_each_report_is_kept(folder, monkey
     assert "note: of 6 images, Fréchet distances are too high" in capsys.readouterr().out
     paths = sorted(Path("results").glob("*.json"))
     reports = [json.loads(path.read_text()) for path in paths]
-    assert [report["inputs"] for report in reports] == [["a/images.npz"], ["b/images.npz"]]
-    assert paths[1].stem == f"{paths[0].stem}_2"
+    assert [report["inputs"] for report in reports] == [
+        [f"{n}/images.npz"] for n in ("a", "b", "b")
+    ]
+    assert [path.stem.removeprefix(paths[0].stem) for path in paths] == ["", "_2", "_3"]
     assert reports[0]["reference"]["image_size"] == 8
 
 

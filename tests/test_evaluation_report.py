@@ -1,5 +1,7 @@
 """engine/evaluation_report.py: the table, names of files, figures."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from engine.evaluation_report import (
     format_table,
     plot_nearest_neighbors,
     result_name,
+    without_other_report,
 )
 from engine.shapes import draw_shapes
 from tests.helpers import CPU, MeanColors
@@ -72,6 +75,21 @@ def test_format_classes_has_a_distance_where_any_class_does():
         ["class", "accuracy", "of", "real", "validation", "images:", "0.9877"],
     ]  # fmt: skip
     assert "validation" not in format_classes(results, "FID", None)  # without any
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {}, {"inputs": ["y.pt"]}, {"sha256": ["of a newer file"]}, {"sampling": {"guidance": 5.0}},
+        {"use_amp": True}, {"reference": {}}, {"networks": ["lite0", "inception"]},
+    ],
+)  # fmt: skip
+def test_report_replaces_only_one_of_the_same_inputs_and_settings(change, tmp_path):
+    report = {"inputs": ["x.pt"], "sha256": ["abc"], "sampling": {"guidance": None}}
+    report |= {"use_amp": False, "reference": {"dataset": "cifar10"}, "networks": ["lite0"]}
+    (tmp_path / "name.json").write_text(json.dumps(report | {"seconds": 1}))
+    found = without_other_report(tmp_path / "name", report | change)
+    assert found == tmp_path / ("name_2" if change else "name")
 
 
 @pytest.mark.parametrize(

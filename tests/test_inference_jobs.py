@@ -252,8 +252,12 @@ def test_results_of_other_settings_are_kept(folder, infer, capsys):
     folders = sorted(Path("inference_results").glob("vary-*"))
     suffixes = [path.name.removeprefix(folders[0].name) for path in folders]
     assert suffixes == ["", "_2", "_3"]  # the last is the first
-    assert infer(*flags, "--guidance", "3") == 0
-    assert "this model has no guide, so --guidance 3 changes nothing" in capsys.readouterr().out
+    assert infer(*flags, "--guidance", "3", "--guidance_min_sigma", "1") == 0
+    expected = "this model has no guide, so --guidance 3 --guidance_min_sigma 1 changes nothing"
+    output = capsys.readouterr().out
+    assert expected in output and "NFE per image" not in output  # vary runs a part of the plan
+    assert infer("--mode", "interpolate", "--guidance", "3", "--num_steps", "2") == 0
+    assert "note: interpolate ignores --guidance\n" in capsys.readouterr().out
 
 
 def test_input_that_was_replaced_counts_as_another(folder, infer, capsys):
