@@ -66,7 +66,7 @@ def hf_source(dataset: str, options: ReadOptions, use_labels: bool) -> Source:
         for index, value in block:
             try:
                 with open_image(value) as image:
-                    if is_deep(image) and not value_range:
+                    if is_deep(image.mode) and not value_range:
                         raise ValueError("has more than 8 bits. Set --value_range LOW,HIGH")
                     results.append(read_pixels(image, size, channels, value_range, all_frames))
             except Exception as error:  # Pillow raises nearly anything on a broken file

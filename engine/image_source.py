@@ -221,7 +221,7 @@ class Survey:
             self.num_frames += frames
         if has_alpha and is_sample:
             self.is_transparent |= image.convert("RGBA").getextrema()[3][0] < 255
-        if pixels.is_deep(image):
+        if pixels.is_deep(image.mode):
             self.num_deep += 1
             if not self.options.value_range:
                 self.add_values(image)

@@ -112,7 +112,9 @@ class InferenceJob:
         if not data:
             file = resolve_input(source)
             title = file.name if isinstance(file, Path) else "original"
-            return read_image(file, self.model.image_size, self.model.channels), title
+            value_range = self.model.training_info["config"].get("VALUE_RANGE", "")
+            model = self.model
+            return read_image(file, model.image_size, model.channels, value_range), title
 
         # data:N, a training image.
         config = self.model.training_info["config"]

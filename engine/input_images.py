@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.pixels import MODES, center_square, convert
+from engine.pixels import MODES, center_square, convert, is_deep, parse_range
 from engine.plots import PNG_DATA_URI
 
 
@@ -28,13 +28,18 @@ def resolve_input(source: str) -> Path | io.BytesIO:
         raise UserError(f"the image in the settings is damaged: {error}") from error
 
 
-def read_image(file: Path | io.BytesIO, size: int, channels: int) -> Tensor:
-    """Reads an image as a model takes it, with a notice: (C, size, size) in [0, 1]."""
+def read_image(file: Path | io.BytesIO, size: int, channels: int, value_range: str = "") -> Tensor:
+    """Reads an image as a model takes it, with a notice: (C, size, size) in [0, 1].
+
+    value_range: VALUE_RANGE of the model's run, for images with more than 8 bits; "": their own.
+    """
     name = _name_of(file)
     if channels not in MODES:
         raise UserError(f"no image file has {channels} channels. Name a seed instead of {name}")
-    image, mode = _open_image(file, "an image", channels)
+    image, mode = _open_image(file, "an image", channels, value_range)
     changes = []
+    if is_deep(mode):
+        changes.append(f"scaled from {value_range}" if value_range else "scaled by its own values")
     if image.width != image.height:
         changes.append("cropped")
     if min(image.size) != size:
@@ -68,12 +73,15 @@ def _name_of(file: Path | io.BytesIO) -> str:
 
 
 def _open_image(
-    file: Path | io.BytesIO, kind: str, channels: int | None = None
+    file: Path | io.BytesIO, kind: str, channels: int | None = None, value_range: str = ""
 ) -> tuple[Image.Image, str]:
     """Returns an image with `channels`, rotated by its EXIF data, and its former mode."""
+    black_and_white = parse_range(value_range)
     try:
         with Image.open(file) as image:
             rotated = ImageOps.exif_transpose(image)
-            return convert(rotated, channels) if channels else rotated, image.mode
+            if channels:
+                return convert(rotated, channels, black_and_white), image.mode
+            return rotated, image.mode
     except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
         raise UserError(f"{_name_of(file)} cannot be read as {kind}: {error}") from error

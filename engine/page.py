@@ -294,7 +294,8 @@ def take_upload(
     and changes nothing, for what is no image.
     """
     try:
-        image = read_image(path, model.image_size, model.channels)
+        value_range = model.training_info["config"].get("VALUE_RANGE", "")
+        image = read_image(path, model.image_size, model.channels, value_range)
         has_settings = bool(plots.read_png_metadata(path))
         settings = jobs.read_png_settings(path, settings_class) if has_settings else {}
     except UserError as error:

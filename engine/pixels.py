@@ -24,9 +24,9 @@ def is_gray(image: Image.Image) -> bool:
     return image.mode in GRAY_MODES or image.mode.startswith("I")
 
 
-def is_deep(image: Image.Image) -> bool:
-    """Whether a Pillow image is gray with more than 8 bits: integers or floats."""
-    return image.mode == "F" or image.mode.startswith("I")
+def is_deep(mode: str) -> bool:
+    """Whether Pillow images of a mode are gray with more than 8 bits: integers or floats."""
+    return mode == "F" or mode.startswith("I")
 
 
 def parse_range(text: str) -> Range | None:
@@ -73,7 +73,7 @@ def convert(image: Image.Image, channels: int, value_range: Range | None = None)
     channels: 1, 3 or 4. value_range: of images with more than 8 bits; None: found from this one.
     Raises ValueError for values that are not finite and for what Pillow cannot convert.
     """
-    if is_deep(image):
+    if is_deep(image.mode):
         values = np.asarray(image)
         if not value_range:
             value_range = find_range(float(values.min()), float(values.max()), image.mode == "F")

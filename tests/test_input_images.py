@@ -23,6 +23,16 @@ def test_input_image_is_converted_with_a_notice_of_what_changed(tmp_path, monkey
         assert capsys.readouterr().out == (notice if change else "")
 
 
+def test_input_image_of_16_bits_is_scaled_as_the_run_says(tmp_path, capsys):
+    for value_range, notice, expected in (
+        ("", "scaled by its own values", 4000 / 4095), ("0,8000", "scaled from 0,8000", 0.5),
+    ):  # fmt: skip
+        Image.new("I;16", (8, 8), 4000).save(tmp_path / "a.png")
+        image = input_images.read_image(tmp_path / "a.png", 8, 1, value_range)
+        assert abs(image.mean().item() - expected) < 0.005
+        assert f"a.png: 8x8 I;16, {notice} to 8x8 L\n" in capsys.readouterr().out
+
+
 def test_mask_is_read_by_its_brightest_channel_on_black():
     for mode, color, is_masked in (
         ("L", 128, True), ("L", 127, False), ("1", 1, True), ("I;16", 65535, True),
