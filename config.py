@@ -45,7 +45,7 @@ class DDPMConfig(Settings):
     HORIZONTAL_FLIP = Setting(True, "mirror half of the training images")
     CLASS_CONDITIONAL = Setting(False, "train with the class labels of the data")
     LABEL_DROPOUT = Setting(
-        0.1, "fraction of labels dropped, to learn to do without as well", min=0, max=1)
+        0.1, "fraction of labels dropped, to train without them, too", min=0, max=1)
     NUM_WORKERS = Setting(8, "threads that decode and load images; 0: none", min=0, max=256)
 
     # Model.

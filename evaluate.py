@@ -112,8 +112,8 @@ def sample_images(
     nfe = model.count_nfe(*plan, **guidance)
     weight = model.guidance if settings.guidance is None else settings.guidance
     weight = weight if nfe > model.count_nfe(*plan, 1) else 1.0
-    own = {name: model.architecture[name] for name in GUIDANCE_OPTIONS}
-    used = own | {"guidance_mode": model.guidance_mode}
+    used = {name: model.architecture[name] for name in GUIDANCE_OPTIONS}
+    used["guidance_mode"] = model.guidance_mode
     used |= {name: value for name, value in guidance.items() if value is not None}
     progress = model.training_info["progress"]
     return plots.to_bytes(images).transpose(0, 3, 1, 2), {

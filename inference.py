@@ -52,11 +52,8 @@ MODES_OF_FLAGS = {  # the modes that use a flag; all others are for every mode
 }  # fmt: skip
 # The encoder of interpolate has its own steps, and nothing is guided.
 IGNORED_BY_INTERPOLATE = {*GUIDANCE_OPTIONS, "spacing"}
-PARTIAL_MODES = (
-    "interpolate",
-    "vary",
-    "inpaint",
-)  # that do not run a sampling plan from noise once
+# Modes that do not run a whole sampling plan once: its NFE is not theirs.
+PARTIAL_MODES = ("interpolate", "vary", "inpaint")
 MAX_DEFAULT_IMAGES = 64  # of all classes, if neither --seeds nor --num_samples is given
 
 
@@ -204,10 +201,10 @@ def note_unguided(model: DDPMModel, plan: tuple, guidance: Mapping[str, Any]) ->
     """Prints which of the given options of guidance change nothing, if no step is guided."""
     if model.count_nfe(*plan, **guidance) > model.count_nfe(*plan, 1):
         return
-    values = {k: f"{v:g}" if isinstance(v, float) else v for k, v in guidance.items()}
-    asked = [item for item in values.items() if item[1] is not None and item != ("guidance", "1")]
-    if asked:
-        flags = " ".join(f"--{name} {value}" for name, value in asked)
+    given = {k: v for k, v in guidance.items() if v is not None and (k, v) != ("guidance", 1)}
+    if given:
+        values = {k: f"{v:g}" if isinstance(v, float) else v for k, v in given.items()}
+        flags = " ".join(f"--{name} {value}" for name, value in values.items())
         reason = why_unguided(model, guidance)
         distributed.print0(f"note: {reason}, so {flags} changes nothing")
 

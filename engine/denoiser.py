@@ -14,7 +14,7 @@ from engine.labels import UNCONDITIONAL_ERROR
 from engine.noise_schedule import SIGMA_MAX, sigma_of
 
 GUIDANCE_MODES = ("autoguidance", "cfg", "both")
-# What DDPMModel.denoiser takes, a model stores and a setting can replace.
+# Arguments of DDPMModel.denoiser that say how to guide. A model stores its own; each is a setting.
 GUIDANCE_OPTIONS = ("guidance", "guidance_mode", "guidance_min_sigma", "guidance_max_sigma")
 Network = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 

@@ -28,7 +28,7 @@ from engine.devices import amp_dtype, device_name
 from engine.errors import UserError
 from engine.gpu_memory import OomBatcher
 from engine.image_source import ReadOptions
-from engine.input_images import is_embedded, read_image, resolve_input
+from engine.input_images import is_embedded, read_image_for, resolve_input
 from engine.labels import labels_in_proportion, parse_classes
 from engine.sampling_settings import guidance_kwargs, plan_kwargs
 from engine.settings import Settings
@@ -112,9 +112,7 @@ class InferenceJob:
         if not data:
             file = resolve_input(source)
             title = file.name if isinstance(file, Path) else "original"
-            value_range = self.model.training_info["config"].get("VALUE_RANGE", "")
-            model = self.model
-            return read_image(file, model.image_size, model.channels, value_range), title
+            return read_image_for(self.model, file), title
 
         # data:N, a training image.
         config = self.model.training_info["config"]

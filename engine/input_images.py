@@ -3,6 +3,7 @@
 import base64
 import io
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
@@ -49,6 +50,12 @@ def read_image(file: Path | io.BytesIO, size: int, channels: int, value_range: s
         found = f"{image.width}x{image.height} {mode}"
         print(f"{name}: {found}, {change} to {size}x{size} {image.mode}")
     return torch.from_numpy(center_square(image, size).copy()) / 255
+
+
+def read_image_for(model: Any, file: Path | io.BytesIO) -> Tensor:
+    """Reads an image as read_image does, with a model's size and channels and its run's range."""
+    value_range = model.training_info["config"].get("VALUE_RANGE", "")
+    return read_image(file, model.image_size, model.channels, value_range)
 
 
 def read_mask(path: Path | io.BytesIO, image: Path | io.BytesIO, size: int) -> Tensor:

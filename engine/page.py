@@ -22,7 +22,7 @@ from engine.checkpoints import sha256
 from engine.denoiser import GUIDANCE_OPTIONS
 from engine.errors import UserError, short_reason
 from engine.generation import State
-from engine.input_images import is_embedded, read_image, read_mask, resolve_input
+from engine.input_images import is_embedded, read_image_for, read_mask, resolve_input
 from engine.labels import labels_in_proportion, parse_classes
 from engine.samplers import MAX_CONSISTENCY_STEPS
 from engine.sampling_settings import choose_sampling, guidance_kwargs, plan_kwargs
@@ -294,8 +294,7 @@ def take_upload(
     and changes nothing, for what is no image.
     """
     try:
-        value_range = model.training_info["config"].get("VALUE_RANGE", "")
-        image = read_image(path, model.image_size, model.channels, value_range)
+        image = read_image_for(model, path)
         has_settings = bool(plots.read_png_metadata(path))
         settings = jobs.read_png_settings(path, settings_class) if has_settings else {}
     except UserError as error:
@@ -311,7 +310,7 @@ def take_upload(
     mask = None
     files = {n: settings[n] for n in ("mask", "image") if is_embedded(settings[n])}
     if "image" in files:
-        image = read_image(resolve_input(files["image"]), model.image_size, model.channels)
+        image = read_image_for(model, resolve_input(files["image"]))
     if mode == "inpaint" and len(files) == 2:
         mask = read_mask(*map(resolve_input, files.values()), model.image_size)
 
