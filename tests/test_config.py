@@ -96,8 +96,8 @@ def test_classes_are_on_where_they_measured_better():
 @pytest.mark.parametrize(
     ("dataset", "flags", "mode", "weight"),
     [
-        ("folder", {}, "autoguidance", 2.5),
-        ("folder", {"CLASS_CONDITIONAL": True}, "autoguidance", 2.5),
+        ("folder", {}, "autoguidance", 2.0),
+        ("folder", {"CLASS_CONDITIONAL": True}, "autoguidance", 2.0),
         ("celeba", {}, "autoguidance", 3.0),
         ("stl10", {"CLASS_CONDITIONAL": True}, "both", 2.5),
         ("cifar10", {"IMAGE_SIZE": 64}, "both", 2.5),
@@ -113,13 +113,13 @@ def test_preset_guides_large_images_with_classes_by_both(dataset, flags, mode, w
 def test_presets_have_the_weight_decay_and_guidance_they_were_measured_with():
     def measured(dataset: str, tier: Tier, **flags) -> tuple[float, ...]:
         config = resolve(dataset, tier, flags=flags)
-        assert config.GUIDANCE_MIN_SIGMA == 0.2
-        guidance = config.GUIDANCE, config.GUIDANCE_MAX_SIGMA, config.SAMPLING_TIMESTEPS
-        return config.WEIGHT_DECAY, *guidance
+        interval = config.GUIDANCE_MIN_SIGMA, config.GUIDANCE_MAX_SIGMA
+        return config.WEIGHT_DECAY, config.GUIDANCE, interval, config.SAMPLING_TIMESTEPS
 
-    assert measured("cifar10", LARGE_TIER) == measured("folder", CPU_TIER) == (0.3, 2.5, 2, 16)
-    assert measured("folder", LARGE_TIER, IMAGE_SIZE=64) == (0.1, 3, 5, 14)
-    assert measured("shapes", CPU_TIER) == (0.1, 1.5, 5, 14)
+    small = measured("cifar10", LARGE_TIER)
+    assert small == measured("folder", CPU_TIER) == (0.3, 2.0, (0.1, 2.0), 16)
+    assert measured("folder", LARGE_TIER, IMAGE_SIZE=64) == (0.1, 3.0, (0.2, 5.0), 14)
+    assert measured("shapes", CPU_TIER) == (0.1, 1.5, (0.2, 5.0), 14)
 
 
 def test_high_res_script_takes_the_larger_of_its_size_and_the_data_sets():
@@ -267,9 +267,11 @@ def test_size_that_the_levels_cannot_halve_gets_advice_that_works(size, mults, a
 
 
 def test_resume_of_an_earlier_version_has_the_defaults_of_its_time(saved_run):
-    del saved_run["CHANNELS"], saved_run["WEIGHT_DECAY"], saved_run["GUIDANCE_MAX_SIGMA"]
+    former = {"CHANNELS": 3, "WEIGHT_DECAY": 0, "GUIDANCE_MIN_SIGMA": 0.2, "GUIDANCE_MAX_SIGMA": 5}
+    for name in former:
+        del saved_run[name]
     resumed = resolve("folder", CPU_TIER, checkpoint=saved_run)
-    assert (resumed.CHANNELS, resumed.WEIGHT_DECAY, resumed.GUIDANCE_MAX_SIGMA) == (3, 0, 5)
+    assert {name: getattr(resumed, name) for name in former} == former
     assert resolve("folder", CPU_TIER, checkpoint=saved_run | {"CHANNELS": 1}).CHANNELS == 1
 
 

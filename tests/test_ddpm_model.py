@@ -245,7 +245,8 @@ def test_save_model_includes_the_guide(name, half, tmp_path):
 def test_load_model_reads_architectures_of_earlier_versions(tmp_path):
     model = small(
         image_size=32, schedule_base_size=64, loss_weighting="min_snr", guidance=1.0,
-        guidance_max_sigma=5.0, full_attn=(False, True), class_counts={"a": 2, "b": 3},
+        guidance_min_sigma=0.2, guidance_max_sigma=5.0, full_attn=(False, True),
+        class_counts={"a": 2, "b": 3},
     )  # fmt: skip
     path = tmp_path / "old.pt"
     old = dict(model.architecture)

@@ -98,12 +98,12 @@ def test_guidance_applies_in_its_interval_only():
 @pytest.mark.parametrize(("size", "base_size", "factor"), [(64, 32, 2), (16, 64, 0.25), (8, 0, 1)])
 def test_guidance_interval_shifts_with_the_schedule(size, base_size, factor):
     size_and_schedule = {"image_size": size, "schedule_base_size": base_size, "timesteps": 200}
-    model = guided(**size_and_schedule, guidance_max_sigma=3.0)
+    interval = {"guidance_min_sigma": 0.2, "guidance_max_sigma": 3.0}
+    model = guided(**size_and_schedule, **interval)
     assert model.guidance_interval == pytest.approx((0.2 * factor, 3 * factor))
     denoiser = model.denoiser()
-    unshifted = guided(timesteps=200, guidance_max_sigma=3.0).denoiser()
+    unshifted = guided(timesteps=200, **interval).denoiser()
     inside = [t for t in range(200) if denoiser.is_guided(t)]
-    interval = {"guidance_min_sigma": 0.2, "guidance_max_sigma": 3.0}
     wider = guided(**size_and_schedule, guidance_min_sigma=0.1, guidance_max_sigma=9.0)
     assert wider.denoiser(**interval).interval == denoiser.interval
     assert wider.denoiser().interval == pytest.approx((0.1 * factor, 9 * factor))
