@@ -67,7 +67,7 @@ def _norm_forward(x_ptr, bias_ptr, gain_ptr, modulation_ptr, residual_ptr, resid
     tl.store(y_ptr + offsets, y, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_per_program"])  # or two kernels would be compiled for it
 def _norm_backward(x_ptr, bias_ptr, gain_ptr, modulation_ptr, residual_bias_ptr, dy_ptr, dx_ptr,
                    sums_ptr, modulation_stride, dy_stride, pixels, channels, rows_per_program,
                    ACTIVATE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
