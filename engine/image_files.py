@@ -26,6 +26,7 @@ OUTPUT_DIRS = (
     "checkpoints", "samples", "inference_results", "demo_results", "results", "data/cache",
 )  # fmt: skip
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz")
+ENCRYPTED = 1  # a bit of the flags of a .zip's entry
 ARCHIVE_ERRORS = (tarfile.TarError, zipfile.BadZipFile, zlib.error, LZMAError)
 
 
@@ -139,8 +140,12 @@ def walk(folder: Path) -> list[str]:
 def files_of_zip(path: Path) -> ImageFiles:
     """Returns the images in a .zip; threads may open them at the same time."""
     archive = zipfile.ZipFile(path)
+    entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+    if any(entry.flag_bits & ENCRYPTED for entry in entries):
+        raise UserError(f"{path} is encrypted. Extract it with its password, and name the folder")
     # Some programs on Windows write backslashes.
-    members = {str(PurePosixPath(name.replace("\\", "/"))): name for name in archive.namelist()}
+    names = [entry.filename for entry in entries]
+    members = {str(PurePosixPath(name.replace("\\", "/"))): name for name in names}
     names = sorted(filter(is_image_name, members))
     fingerprint = file_fingerprint(path)
     return ImageFiles(names, fingerprint, lambda name: io.BytesIO(archive.read(members[name])))
@@ -155,6 +160,9 @@ def files_of_tar(path: Path) -> ImageFiles:
         for name, m in entries.items()
         if (target := entries.get(m.linkname) if m.islnk() else m) and target.isreg()
     }
+    if num_links := sum(m.issym() for m in entries.values()):
+        reason = f"{num_links} symbolic links in {path} are not followed"
+        warnings.warn(f"{reason}; continuing without them", FallbackWarning, stacklevel=2)
     lock = threading.Lock()
     content: list[BinaryIO] = []
 

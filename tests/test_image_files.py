@@ -81,6 +81,30 @@ def test_archives_have_the_names_of_hard_links_and_of_windows(folder):
     assert zipped.names == ["cat/a.png"] and zipped.open("cat/a.png").read() == first
 
 
+def test_a_folder_in_a_zip_is_no_image_whatever_its_name(folder):
+    with zipfile.ZipFile("images.zip", "w") as archive:
+        archive.writestr("holiday.png/", "")
+        archive.write("data/a.png", "holiday.png/a.png")
+    assert find_images(Path("images.zip")).names == ["holiday.png/a.png"]
+
+
+def test_an_encrypted_zip_is_refused_with_the_reason(folder):
+    with zipfile.ZipFile("images.zip", "w") as archive:
+        archive.write("data/a.png", "a.png")
+        archive.infolist()[0].flag_bits |= image_files.ENCRYPTED  # in the directory, at closing
+    with pytest.raises(UserError, match=r"images\.zip is encrypted\. Extract it"):
+        find_images(Path("images.zip"))
+
+
+def test_symbolic_links_in_a_tar_are_left_out_with_a_warning(folder):
+    os.symlink("a.png", "data/link.png")
+    with tarfile.open("images.tar", "w") as archive:
+        archive.add("data")
+    with pytest.warns(FallbackWarning, match=r"1 symbolic links in images\.tar are not followed"):
+        names = find_images(Path("images.tar")).names
+    assert "data/a.png" in names and "data/link.png" not in names
+
+
 def test_walk_leaves_out_what_this_project_writes(folder, capsys):
     for name in (*image_files.OUTPUT_DIRS, "photos/samples"):
         save(f"{name}/x.png")
