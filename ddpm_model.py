@@ -50,8 +50,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
     `self_condition`, go to upstream's Unet. class_counts: numbers of training images by class name;
     a model with any is class-conditional. consistency: tuned by train_consistency.py, to be sampled
     in a few steps. guidance, in every method: the weight of guidance, 1 disables it, None means the
-    model's own; guidance_mode: one of GUIDANCE_MODES, see `denoiser`. training_info: `config` and
-    `progress` of the run whose checkpoint was loaded. Raises UserError for incompatible sizes.
+    model's own; guidance_mode: one of GUIDANCE_MODES, see `denoiser`. training_info: `config`,
+    `progress` and, if known, `data` of the run that was loaded. UserError for incompatible sizes.
     """
 
     cuda_graph = True  # run the network as a CUDA graph when sampling on a GPU

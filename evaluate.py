@@ -180,6 +180,11 @@ def validation_batch(model: DDPMModel) -> Batch | None:
         expected = model.image_shape, model.class_names
         if found != expected:
             raise UserError(f"shape and classes are {found}, but the model's {expected}")
+        # Of other images the split differs: it has images that were trained on.
+        fingerprint = data.fingerprint()
+        trained_on = model.training_info.get("data", {})
+        if trained_on.get("fingerprint", fingerprint) != fingerprint:
+            raise UserError("the images have changed since the training")
     except (UserError, KeyError) as error:
         warn_fallback("loading the validation split", error, "its loss")
         return None

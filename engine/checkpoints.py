@@ -34,7 +34,7 @@ UNSET_SHA256 = "0" * 64  # stands for the checksum in what it is computed of
 
 
 class ModelFile(NamedTuple):
-    """What a file says of a model. training_info: `config` and `progress` of its run, if any."""
+    """What a file says of a model. training_info: `config`, `progress`, `data` of a run, if any."""
 
     path: Path
     architecture: dict[str, Any]
@@ -231,6 +231,8 @@ def load_model_file(path: Path, image_size: int | None) -> ModelFile:
         return ModelFile(path, *load_safetensors(path), {"config": {}, "progress": {}})
     file = load(path)
     training_info = {name: file.get(name, {}) for name in ("config", "progress")}
+    if isinstance(file.get("data"), dict):
+        training_info["data"] = file["data"]
     if file.get("architecture") is None:
         return ModelFile(path, *import_lucidrains_checkpoint(file, image_size, path), training_info)
     weights = file.get("model") if file.get("ema") is None else file["ema"]

@@ -336,6 +336,18 @@ def test_validation_images_are_exactly_the_validation_split(monkeypatch):
             assert evaluate.validation_batch(model) is None
 
 
+def test_images_that_changed_since_the_training_have_no_validation_split(folder):
+    path = Path("checkpoints/run/late.pt")
+    data = load_dataset("folder", 16, Path("real"), progress=False)
+    state = checkpoints.load(path) | {"data": {"fingerprint": data.fingerprint()}}
+    checkpoints.save(path, state)
+    model = DDPMModel.from_file(path)
+    assert len(evaluate.validation_batch(model).images) == 2
+    Image.new("RGB", (16, 16)).save("real/0.png")
+    with pytest.warns(FallbackWarning, match="the images have changed since the training"):
+        assert evaluate.validation_batch(model) is None
+
+
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
 def test_gray_and_rgba_models_are_compared_with_images_of_their_channels(
     folder, monkeypatch, channels, mode
