@@ -50,8 +50,8 @@ MODES_OF_FLAGS = {  # the modes that use a flag; all others are for every mode
     "mask": ("inpaint",), "num_steps": ("interpolate",), "resamples": ("inpaint",),
     "strength": ("vary",),
 }  # fmt: skip
-# The encoder of interpolate has its own steps, and nothing is guided.
-IGNORED_BY_INTERPOLATE = {*GUIDANCE_OPTIONS, "spacing"}
+# The encoder of interpolate has its own steps, nothing is guided, and DDIM decodes without noise.
+IGNORED_BY_INTERPOLATE = {*GUIDANCE_OPTIONS, "spacing", "sampler", "eta"}
 # Modes that do not run a whole sampling plan once: its NFE is not theirs.
 PARTIAL_MODES = ("interpolate", "vary", "inpaint")
 MAX_DEFAULT_IMAGES = 64  # of all classes, if neither --seeds nor --num_samples is given
@@ -158,7 +158,9 @@ def settings_from_command_line(
             distributed.print0(f"note: --{name} is for {named}; {settings['mode']} ignores it")
     if settings["mode"] == "interpolate":
         for name in sorted(given.keys() & IGNORED_BY_INTERPOLATE):
-            distributed.print0(f"note: interpolate ignores --{name}")
+            if ":" not in str(given[name]):  # a sampler of the user's decodes
+                use = "is for ends that are seeds"
+                distributed.print0(f"note: --{name} {use}; interpolate itself ignores it")
 
     # Seeds and checkpoints.
     count = settings.pop("num_samples")
@@ -197,16 +199,26 @@ def load_for_sampling(settings: dict[str, Any], device: torch.device) -> DDPMMod
     return model
 
 
-def note_unguided(model: DDPMModel, plan: tuple, guidance: Mapping[str, Any]) -> None:
-    """Prints which of the given options of guidance change nothing, if no step is guided."""
-    if model.count_nfe(*plan, **guidance) > model.count_nfe(*plan, 1):
+def note_unguided(
+    model: DDPMModel, plan: tuple, guidance: Mapping[str, Any], is_edit: bool = False
+) -> None:
+    """Prints which of the given options of guidance change nothing, if no step is guided.
+
+    is_edit: whether an image is edited, and its class left open.
+    """
+    is_guided = model.count_nfe(*plan, **guidance) > model.count_nfe(*plan, 1)
+    if is_guided and not (is_edit and (guidance["guidance_mode"] or model.guidance_mode) == "cfg"):
         return
     given = {k: v for k, v in guidance.items() if v is not None and (k, v) != ("guidance", 1)}
     if given:
         values = {k: f"{v:g}" if isinstance(v, float) else v for k, v in given.items()}
         flags = " ".join(f"--{name} {value}" for name, value in values.items())
         reason = why_unguided(model, guidance)
-        distributed.print0(f"note: {reason}, so {flags} changes nothing")
+        effect = "changes nothing"
+        if is_guided:
+            reason = "cfg needs --classes to edit an image"
+            effect = "guides only an original that is a seed"
+        distributed.print0(f"note: {reason}, so {flags} {effect}")
 
 
 def why_unguided(model: DDPMModel, guidance: Mapping[str, Any]) -> str:
@@ -253,7 +265,8 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
             sampling += f", {model.count_nfe(*plan, **guidance)} NFE per image"
         distributed.print0(f"{path}: {model.image_size} px, {sampling}, {model.device.type}")
         if settings["mode"] != "interpolate":
-            note_unguided(model, plan, guidance)
+            is_edit = settings["mode"] in ("vary", "inpaint") and settings["classes"] is None
+            note_unguided(model, plan, guidance, is_edit)
         if settings["eta"] and sampler != "ddim":
             distributed.print0(f"note: --eta is for ddim; {settings['sampler']} ignores it")
         modes = list(MODES if settings["mode"] == "all" else [settings["mode"]])

@@ -256,8 +256,6 @@ def test_results_of_other_settings_are_kept(folder, infer, capsys):
     expected = "this model has no guide, so --guidance 3 --guidance_min_sigma 1 changes nothing"
     output = capsys.readouterr().out
     assert expected in output and "NFE per image" not in output  # vary runs a part of the plan
-    assert infer("--mode", "interpolate", "--guidance", "3", "--num_steps", "2") == 0
-    assert "note: interpolate ignores --guidance\n" in capsys.readouterr().out
 
 
 def test_input_that_was_replaced_counts_as_another(folder, infer, capsys):
@@ -289,6 +287,29 @@ def test_notes_say_why_guidance_changes_nothing(change, options, reason):
         setattr(model, name, value)
     guidance = dict(zip(("guidance", "guidance_mode"), options, strict=True))
     assert inference.why_unguided(model, guidance).startswith(reason)
+
+
+def test_flags_that_interpolate_ignores_are_noted(folder, infer, capsys):
+    Path("mine.py").write_text(CUSTOM_SAMPLER)
+    flags = ["--mode", "interpolate", "--num_steps", "2", "--steps", "2", "--seeds", "0-1"]
+    assert infer(*flags, "--sampler", "heun", "--guidance", "3") == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if "interpolate itself" in line]
+    ignored = "is for ends that are seeds; interpolate itself ignores it"
+    assert notes == [f"note: --{name} {ignored}" for name in ("guidance", "sampler")]
+    assert infer(*flags, "--sampler", "mine.py:plain") == 0
+    assert "interpolate itself" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["vary", "inpaint"])
+def test_edits_by_cfg_without_classes_are_noted_as_unguided(conditional, infer, capsys, mode):
+    flags = ["--mode", mode, "--seeds", "0", "--steps", "8", "--resamples", "1"]
+    expected = "note: cfg needs --classes to edit an image, so --guidance 3 --guidance_mode cfg "
+    for more, is_noted in (([], True), (["--classes", "cat"], False)):
+        assert infer(*flags, "--guidance", "3", "--guidance_mode", "cfg", *more) == 0
+        output = capsys.readouterr().out
+        assert (expected + "guides only an original that is a seed\n" in output) == is_noted
+    assert infer(*flags, "--guidance", "3") == 0
+    assert "cfg" not in capsys.readouterr().out  # the guide needs no class
 
 
 def test_flags_of_other_modes_are_noted_and_batch_waits_for_rank_0(
