@@ -89,7 +89,9 @@ def main(
         if config.AUTO_MICRO_BATCH and is_cuda and dist.num_processes == 1:
             config.split_batch(find_micro_batch(model, config, data.images))
         if dist.is_main_process:
-            warn_of_unused(request.explicit, config, is_cuda, dist.num_processes)
+            weights = checkpoint.state["ema"] if checkpoint else ()
+            has_guide = tuning is not None or any(name.startswith("guide.") for name in weights)
+            warn_of_unused(request.explicit, config, is_cuda, dist.num_processes, has_guide)
         if not request.dry_run:
             train(model, data, config, checkpoint)
         elif dist.is_main_process:
@@ -261,14 +263,23 @@ def choose_dataset(
 
 
 def warn_of_unused(
-    explicit: Mapping[str, Any], config: DDPMConfig, is_cuda: bool, num_processes: int
-) -> None:
-    """Warns of explicit settings that have no effect in this run."""
+    explicit: Mapping[str, Any], config: DDPMConfig, is_cuda: bool, num_processes: int,
+    has_guide: bool = False,
+) -> None:  # fmt: skip
+    """Warns of explicit settings that have no effect in this run.
+
+    has_guide: whether there is a guide already, of the run to resume or in the model to tune.
+    """
+    has_weaker = has_guide or 0 < config.GUIDE_FRACTION < 1 or config.GUIDANCE_MODE == "cfg"
+    needs_weaker = "is for guide_fraction between 0 and 1, or guidance_mode cfg"
     for name, is_used, use in (
         ("AUTO_MICRO_BATCH", is_cuda and num_processes == 1, "is for a single GPU"),
         ("CUDA_GRAPH", is_cuda, "is for a GPU"),
         ("LABEL_DROPOUT", config.CLASS_CONDITIONAL, "is for class_conditional"),
         ("MIN_SNR_GAMMA", config.LOSS_WEIGHTING == "min_snr", "is for loss_weighting min_snr"),
+        ("KEEP", config.CHECKPOINT_EVERY is None, "is for runs without checkpoint_every"),
+        ("GUIDANCE", has_weaker or config.GUIDANCE == 1, needs_weaker),
+        *((name.upper(), has_weaker, needs_weaker) for name in GUIDANCE_OPTIONS[1:]),
     ):
         if explicit.get(name) and not is_used:
             line = f"{name.lower()} {use}; continuing without it"

@@ -137,6 +137,26 @@ def test_explicit_settings_without_effect_are_named():
         train.warn_of_unused({}, config, False, 2)
 
 
+def test_guidance_without_a_guide_and_keep_beside_an_interval_are_named():
+    def warnings_of(*flags: str, **options: bool) -> list[str]:
+        flags = ("--dataset", "folder", "--guide_fraction", "0", *flags)
+        explicit = train.parse_command_line("", {}, flags).explicit
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train.warn_of_unused(explicit, configure(*flags), False, 1, **options)
+        return [str(warning.message).split(" is for ")[0] for warning in caught]
+
+    interval = ["--guidance_min_sigma", "0.3", "--guidance_max_sigma", "3"]
+    guided = ["--class_conditional", "--guidance", "3", *interval, "--guidance_mode"]
+    names = ["guidance", "guidance_mode", "guidance_min_sigma", "guidance_max_sigma"]
+    assert warnings_of(*guided, "both") == names
+    assert warnings_of("--guidance", "1") == warnings_of(*guided, "cfg") == []
+    assert warnings_of(*guided, "both", has_guide=True) == []
+    assert warnings_of(*guided, "both", "--guide_fraction", "0.2") == []
+    assert warnings_of("--keep", "2") == warnings_of("--checkpoint_every", "3") == []
+    assert warnings_of("--keep", "2", "--checkpoint_every", "3") == ["keep"]
+
+
 # Data.
 
 
