@@ -73,8 +73,9 @@ def main(
             options=ReadOptions.from_config(config.as_dict()),
             use_labels=config.CLASS_CONDITIONAL,
         ))  # fmt: skip
-    if not config.CHANNELS:
-        config.override({"CHANNELS": data.images.shape[1]}, "data")
+    # What was found in the images, for a resumed run and for input images.
+    found = {"CHANNELS": data.images.shape[1], **data.read_as}
+    config.override({k: v for k, v in found.items() if v != getattr(config, k)}, "data")
 
     # Model, and training or an estimate of it.
     with distributed.session(lambda: "Start it again") as dist:
@@ -271,12 +272,16 @@ def warn_of_unused(
     has_guide: whether there is a guide already, of the run to resume or in the model to tune.
     """
     has_weaker = has_guide or 0 < config.GUIDE_FRACTION < 1 or config.GUIDANCE_MODE == "cfg"
+    has_files = config.DATASET.startswith(("folder", "hf:"))
+    has_frames = has_files and config.FRAMES == explicit.get("FRAMES")
     needs_weaker = "is for guide_fraction between 0 and 1, or guidance_mode cfg"
     for name, is_used, use in (
         ("AUTO_MICRO_BATCH", is_cuda and num_processes == 1, "is for a single GPU"),
         ("CUDA_GRAPH", is_cuda, "is for a GPU"),
         ("LABEL_DROPOUT", config.CLASS_CONDITIONAL, "is for class_conditional"),
         ("MIN_SNR_GAMMA", config.LOSS_WEIGHTING == "min_snr", "is for loss_weighting min_snr"),
+        ("VALUE_RANGE", has_files and config.VALUE_RANGE, "is for images of more than 8 bits"),
+        ("FRAMES", has_frames, "is for files of several frames"),
         ("KEEP", config.CHECKPOINT_EVERY is None, "is for runs without checkpoint_every"),
         ("GUIDANCE", has_weaker or config.GUIDANCE == 1, needs_weaker),
         *((name.upper(), has_weaker, needs_weaker) for name in GUIDANCE_OPTIONS[1:]),

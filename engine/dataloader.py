@@ -4,10 +4,10 @@ import hashlib
 import mmap
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ class ImageDataset:
     images: np.ndarray  # uint8 (N, C, H, W), often memory-mapped
     labels: np.ndarray | None = None  # int64 (N,), indices into class_names; -1: no label
     class_names: tuple[str, ...] = ()
+    # Settings of ReadOptions that read the same images, without those that change nothing; if known
+    read_as: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def class_counts(self) -> dict[str, int]:

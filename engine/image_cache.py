@@ -1,9 +1,11 @@
 """The image cache: a data set decoded once into a memory-mapped uint8 file."""
 
 import hashlib
+import json
 import sys
 import warnings
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +14,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from engine.checkpoints import link_or_copy, write_atomically
+from engine.checkpoints import link_or_copy, write_atomically, write_text
 from engine.dataloader import ImageDataset, read_ahead
 from engine.errors import FallbackWarning, UserError, warn_fallback
 from engine.image_source import Source
@@ -28,6 +30,7 @@ class CacheFiles(NamedTuple):
     prefix: str
     images: Path
     labels: Path
+    read_as: Path
 
 
 def load_cached(
@@ -45,7 +48,8 @@ def load_cached(
         location, fingerprint = (hashlib.sha256(text).hexdigest()[:10] for text in encoded)
         prefix = f"{dataset}_{size}px_{location}"
         path = cache_dir / f"{prefix}_{fingerprint}.npy"
-        return CacheFiles(prefix, path, path.with_suffix(".labels.npz"))
+        others = map(path.with_suffix, (".labels.npz", ".read_as.json"))
+        return CacheFiles(prefix, path, *others)
 
     files = name_files(source.cache_key)
 
@@ -59,8 +63,9 @@ def load_cached(
                     reason = f"reading the image cache {files.images} failed (it is damaged)"
                     warnings.warn(f"{reason}; continuing without it", FallbackWarning, 2)
                 _build(source, size, files, workers, progress)
-                if source.chosen_cache_key:  # a run is resumed and evaluated with what was chosen
-                    chosen = name_files(source.chosen_cache_key())
+                # A run is resumed and evaluated with what was chosen.
+                chosen = name_files(f"\n{source.chosen()}") if source.chosen else files
+                if chosen != files:
                     with _lock(cache_dir / f"{chosen.prefix}.lock"):
                         for old, new in zip(files[1:], chosen[1:], strict=True):
                             if old.exists():
@@ -73,7 +78,7 @@ def load_cached(
 
 def _remove_others(files: CacheFiles) -> None:
     """Removes earlier versions of a cached source, and files of killed builds; under its lock."""
-    builds = (f".{files.images.name}.", f".{files.labels.name}.")  # not those of an evaluation
+    builds = tuple(f".{file.name}." for file in files[1:])  # not those of an evaluation
     for file in files.images.parent.glob(f"*{files.prefix}_*"):
         if file.name.startswith(builds) or not file.name.lstrip(".").startswith(files.images.stem):
             with suppress(OSError):  # on Windows, a file in use
@@ -88,13 +93,15 @@ def _open(source: Source, size: int, files: CacheFiles) -> ImageDataset | None:
         is_complete = images.offset + images.nbytes == files.images.stat().st_size
         if images.dtype != np.uint8 or sides != [size, size] or not is_complete:
             return None
+        has_options = files.read_as.exists()  # caches of earlier versions have none
+        read_as = json.loads(files.read_as.read_text()) if has_options else {}
         if not source.labels:
-            return ImageDataset(images)
+            return ImageDataset(images, read_as=read_as)
         with np.load(files.labels, allow_pickle=False) as file:
             labels = file["labels"]
             class_names = tuple(file["class_names"].tolist())
         is_intact = labels.dtype == np.int64 and labels.shape == (count,)
-        return ImageDataset(images, labels, class_names) if is_intact else None
+        return ImageDataset(images, labels, class_names, read_as) if is_intact else None
     except Exception:  # numpy and zipfile raise nearly anything on a broken file
         return None
 
@@ -139,6 +146,9 @@ def _build(source: Source, size: int, files: CacheFiles, workers: int, progress:
                     file.write(images.tobytes())
                     counts.append(len(images))
         check(len(counts))
+        if source.chosen:  # before the images have their name
+            settings = {name.upper(): value for name, value in asdict(source.chosen()).items()}
+            write_text(files.read_as, json.dumps(settings))
         # The header has room for another count.
         header["shape"] = (sum(counts), *shape[1:])
         file.seek(0)

@@ -44,8 +44,8 @@ class Source:
     labels: Callable[[], tuple[np.ndarray, tuple[str, ...]]] | None = None
     names: Iterable[str] = ()  # of the files, below the location
     cache_key: str = ""  # names how they are read; each has a cache
-    # chosen_cache_key(): the key that names these channels(), whose runs find the same cache
-    chosen_cache_key: Callable[[], str] | None = None
+    # chosen(): options that read the same images and leave nothing to find; where any are
+    chosen: Callable[[], "ReadOptions"] | None = None
     # stream(): blocks for `read`, in order; ranges of indices unless given
     stream: Callable[[], Iterable[Sequence]] | None = None
 
@@ -119,10 +119,15 @@ def array_source(path: Path, options: ReadOptions) -> Source:
         value_range()  # before threads need it
         return source.channels()
 
+    def chosen() -> ReadOptions:
+        is_deep = images.dtype != np.uint8
+        text = options.value_range or pixels.format_range(value_range()) if is_deep else ""
+        return replace(source.chosen(), value_range=text)
+
     # The source.
     source = image_source(path, file_fingerprint(path), range(len(images)), open_image, options)
     sides = [min(images.shape[1:3])] * len(images)
-    return replace(source, channels=channels, sample_sizes=lambda: sides)
+    return replace(source, channels=channels, sample_sizes=lambda: sides, chosen=chosen)
 
 
 def load_array(path: Path) -> np.ndarray:
@@ -155,19 +160,20 @@ def image_source(
 
     # How the cache reads it: choices for all images, images of a block, some sizes.
     @functools.cache
-    def choose() -> tuple[int, Range | None]:
+    def choose() -> ReadOptions:
         if not options:
-            return 3, None
+            return ReadOptions(channels=3)
         survey = Survey(options)
         bar = tqdm(items, "reading headers", unit=" images", delay=5, leave=False)
         for index, item in enumerate(bar):
             with suppress(Exception), open_image(item) as image:  # broken ones are reported later
                 survey.add(image, is_sample=index % stride == 0)
         survey.print()
-        return survey.channels(), survey.value_range()
+        return survey.choose()
 
     def read(block: range, size: int) -> list[np.ndarray | str]:
-        arguments = (*choose(), all_frames)
+        chosen = choose()
+        arguments = chosen.channels, pixels.parse_range(chosen.value_range), all_frames
         results: list[np.ndarray | str] = []
         for index in block:
             try:
@@ -185,10 +191,9 @@ def image_source(
     all_frames = options is not None and options.frames == "all"
     stride = -(-len(items) // MAX_SIZES_CHECKED)
     return Source(
-        str(path.resolve()), fingerprint, len(items), read, lambda: choose()[0], sample_sizes,
-        cache_key=f"\n{options}" if options else "",
-        chosen_cache_key=(lambda: f"\n{replace(options, channels=choose()[0])}")
-        if options and not options.channels else None,
+        str(path.resolve()), fingerprint, len(items), read, lambda: choose().channels,
+        sample_sizes, cache_key=f"\n{options}" if options else "",
+        chosen=choose if options else None,
     )  # fmt: skip
 
 
@@ -253,6 +258,13 @@ class Survey:
             return pixels.parse_range(self.options.value_range)
         found = self.lowest, self.highest, self.is_float
         return pixels.find_range(*found) if self.lowest <= self.highest else None
+
+    def choose(self) -> ReadOptions:
+        """Returns options with what was found, without those that are for other images."""
+        value_range = self.value_range()  # refuses a wrong option
+        text = self.options.value_range or pixels.format_range(value_range)
+        frames = self.options.frames if self.num_animated else ReadOptions.frames
+        return ReadOptions(self.channels(), text if self.num_deep else "", frames)
 
     def print(self) -> None:
         """Prints a line for each choice; UserError for colors that are too dark."""

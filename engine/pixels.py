@@ -44,6 +44,11 @@ def parse_range(text: str) -> Range | None:
     return low, high
 
 
+def format_range(value_range: Range | None) -> str:
+    """Returns a range as parse_range reads it."""
+    return "{},{}".format(*value_range) if value_range else ""
+
+
 def find_range(lowest: float, highest: float, is_float: bool = False) -> Range:
     """Returns the values of black and white. lowest, highest: of all images.
 

@@ -144,6 +144,30 @@ def test_value_range_is_that_of_the_whole_data_set(load, capsys):
     assert "values -1000 to 4095: mapping -1000 to black" in capsys.readouterr().out
 
 
+def test_options_that_were_chosen_are_stored_and_read_the_same_cache(load):
+    def read_as(name="data", **options) -> ReadOptions:
+        how = {"progress": False, "options": ReadOptions(**options)}
+        data = load_dataset("folder", 4, load.data.parent / name, load.cache, **how)
+        return ReadOptions.from_config(data.read_as)
+
+    save_gray(load.data / "a.png", 7)
+    unused = {"value_range": "0,9", "frames": "all"}
+    assert read_as(**unused) == read_as(**unused) == read_as() == ReadOptions(1)  # from the cache
+    with pytest.raises(UserError, match="must be two increasing numbers"):
+        read_as(value_range="9,0")
+    save_deep(load.data / "b.tif", [-0.125, 0, 1, 2], np.float32)
+    chosen = ReadOptions(1, "-0.125,2.0")
+    assert read_as() == read_as() == chosen
+    caches = {path.stat().st_ino for path in load.cache.glob("*.npy")}
+    assert read_as(channels=1, value_range="-0.125,2.0") == chosen
+    assert {path.stat().st_ino for path in load.cache.glob("*.npy")} == caches
+    assert read_as(value_range="0,1") == ReadOptions(1, "0,1")
+
+    for dtype, value_range in ((np.uint8, ""), (np.uint16, "0,255")):
+        np.save(load.data.parent / "a.npy", np.full((2, 8, 8), 200, dtype))
+        assert read_as("a.npy") == ReadOptions(1, value_range)
+
+
 def test_floats_slightly_above_1_are_not_darkened(load):
     save_deep(load.data / "a.tif", [0, 0.2, 0.6, 1.02], np.float32)
     assert load()[0, 0, 0].tolist() == [0, 51, 153, 255]

@@ -25,6 +25,7 @@ from engine import checkpoints, plots
 from engine.datasets import ARCHIVES
 from engine.errors import FallbackWarning, UserError
 from engine.image_source import ReadOptions
+from engine.input_images import read_image_for
 from tests.forked_script import ForkedScript, write_changed_training
 from tests.helpers import (
     CPU_TIER,
@@ -157,6 +158,20 @@ def test_guidance_without_a_guide_and_keep_beside_an_interval_are_named():
     assert warnings_of("--keep", "2", "--checkpoint_every", "3") == ["keep"]
 
 
+def test_ways_to_read_other_images_are_named():
+    ways = {"VALUE_RANGE": "0,9", "FRAMES": "all"}
+    for dataset, used, is_used in (
+        ("folder", ways, True), ("folder", {}, False), ("shapes", ways, False),
+    ):  # fmt: skip
+        config = configure("--dataset", dataset)
+        config.override(used, "data")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train.warn_of_unused(ways, config, False, 1)
+        names = [str(warning.message).split(" is for ")[0] for warning in caught]
+        assert names == ([] if is_used else ["value_range", "frames"])
+
+
 # Data.
 
 
@@ -210,6 +225,22 @@ def test_train_takes_the_channels_of_a_folder(run_here, tmp_path):
     run_here(tmp_path, "train.py", *flags)
     state = checkpoints.load(tmp_path / "checkpoints/ddpm_final.pt")
     assert (state["architecture"]["channels"], state["config"]["CHANNELS"]) == (1, 1)
+
+
+def test_train_stores_the_range_of_images_of_16_bits(run_here, tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    for i in range(20):
+        Image.new("I;16", (8, 8), 200 * i).save(tmp_path / "images" / f"{i}.png")
+    flags = ["--dataset", "folder", "--data_dir", "images", *TINY_FLAGS[2:], "--run_name", "deep"]
+    run_here(tmp_path, "train.py", *flags, "--frames", "all", "--max_steps", "1")
+    output = run_here(tmp_path, "train.py", "--resume", "deep", "--max_steps", "2")
+    assert "read as" not in output  # from the cache
+    monkeypatch.chdir(tmp_path)
+    model = DDPMModel.from_file("checkpoints/ddpm_final.pt")
+    config = model.training_info["config"]
+    assert (config["VALUE_RANGE"], config["FRAMES"], config["MAX_STEPS"]) == ("0,4095", "first", 2)
+    Image.new("I;16", (8, 8), 819).save("dark.png")
+    assert read_image_for(model, Path("dark.png")).mean() == pytest.approx(0.2)
 
 
 # Dry runs.
