@@ -135,13 +135,13 @@ DATASET_PRESETS: dict[str, dict[str, Any]] = {
     "stl10": {"IMAGE_SIZE": 96},
     "shapes": {"IMAGE_SIZE": 32, "HORIZONTAL_FLIP": False, "EPOCHS": 20},
 }
-# Of runs that store no other, and of presets that were measured with it.
-FORMER_INTERVAL = {"GUIDANCE_MIN_SIGMA": 0.2, "GUIDANCE_MAX_SIGMA": 5.0}
+# Of runs that store none, and of the presets that were measured with it.
+FORMER_GUIDANCE_INTERVAL = {"GUIDANCE_MIN_SIGMA": 0.2, "GUIDANCE_MAX_SIGMA": 5.0}
 # At 64 px and above, noise is shifted, as it hides less of a larger image; full attention grows
 # with the fourth power of the side; after an eighth of the few steps a guide would know too little.
 HIGH_RES_SETTINGS: dict[str, Any] = {
     "SCHEDULE_BASE_SIZE": 32, "FULL_ATTENTION_MAX_SIZE": 24, "DROPOUT": 0.1, "WEIGHT_DECAY": 0.1,
-    "GUIDANCE": 3.0, "GUIDE_FRACTION": 0.5, "SAMPLING_TIMESTEPS": 14, **FORMER_INTERVAL,
+    "GUIDANCE": 3.0, "GUIDE_FRACTION": 0.5, "SAMPLING_TIMESTEPS": 14, **FORMER_GUIDANCE_INTERVAL,
 }  # fmt: skip
 HIGH_RES_GUIDANCE = {"GUIDANCE_MODE": "both", "GUIDANCE": 2.5}  # with class labels
 # By the smallest image size that each is for, px.
@@ -153,7 +153,7 @@ SIZE_PRESETS: dict[int, dict[str, Any]] = {
 SIZE_PRESETS[128] = SIZE_PRESETS[96] | {"DIM_MULTS": (1, 1, 2, 2, 2)}
 # Small enough for recognizable shapes after five minutes on two cores.
 CPU_PRESETS: dict[str, dict[str, Any]] = {
-    "shapes": FORMER_INTERVAL | {
+    "shapes": FORMER_GUIDANCE_INTERVAL | {
         "CLASS_CONDITIONAL": True, "IMAGE_SIZE": 16, "DIM": 32, "DIM_MULTS": (1, 2, 2),
         "ATTENTION_HEADS": (1, 1, 4), "ATTENTION_DIM": (8, 16, 32), "FULL_ATTENTION_MAX_SIZE": 0,
         "BATCH_SIZE": 32, "LEARNING_RATE": 5e-3, "WEIGHT_DECAY": 0.1, "LOSS_WEIGHTING": "min_snr",
@@ -245,7 +245,7 @@ def resolve(
     explicit_layers.append(("flag", DDPMConfig.current_names(flags or {}, warn=True)))
     explicit = {name: value for _, values in explicit_layers for name, value in values.items()}
     if checkpoint:
-        former = {"CHANNELS": 3, "WEIGHT_DECAY": 0.0, **FORMER_INTERVAL}  # if not saved
+        former = {"CHANNELS": 3, "WEIGHT_DECAY": 0.0, **FORMER_GUIDANCE_INTERVAL}  # if not saved
         saved = former | DDPMConfig.current_names(checkpoint)
         if isinstance(saved.get("GUIDANCE"), float):  # which they allowed to be less than 1
             saved["GUIDANCE"] = max(1.0, saved["GUIDANCE"])

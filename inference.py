@@ -200,24 +200,21 @@ def load_for_sampling(settings: dict[str, Any], device: torch.device) -> DDPMMod
 
 
 def note_unguided(
-    model: DDPMModel, plan: tuple, guidance: Mapping[str, Any], is_edit: bool = False
+    model: DDPMModel, plan: tuple, guidance: Mapping[str, Any], edits_without_class: bool = False
 ) -> None:
-    """Prints which of the given options of guidance change nothing, if no step is guided.
-
-    is_edit: whether an image is edited, and its class left open.
-    """
-    is_guided = model.count_nfe(*plan, **guidance) > model.count_nfe(*plan, 1)
-    if is_guided and not (is_edit and (guidance["guidance_mode"] or model.guidance_mode) == "cfg"):
+    """Prints which of the given options of guidance change nothing, if no step is guided."""
+    if model.count_nfe(*plan, **guidance) == model.count_nfe(*plan, 1):
+        reason = why_unguided(model, guidance)
+        effect = "changes nothing"
+    elif edits_without_class and (guidance["guidance_mode"] or model.guidance_mode) == "cfg":
+        reason = "cfg needs --classes to edit an image"
+        effect = "guides only an original that is a seed"
+    else:
         return
     given = {k: v for k, v in guidance.items() if v is not None and (k, v) != ("guidance", 1)}
     if given:
         values = {k: f"{v:g}" if isinstance(v, float) else v for k, v in given.items()}
         flags = " ".join(f"--{name} {value}" for name, value in values.items())
-        reason = why_unguided(model, guidance)
-        effect = "changes nothing"
-        if is_guided:
-            reason = "cfg needs --classes to edit an image"
-            effect = "guides only an original that is a seed"
         distributed.print0(f"note: {reason}, so {flags} {effect}")
 
 
@@ -265,8 +262,8 @@ def main(description: str | None = __doc__, defaults: Mapping[str, Any] | None =
             sampling += f", {model.count_nfe(*plan, **guidance)} NFE per image"
         distributed.print0(f"{path}: {model.image_size} px, {sampling}, {model.device.type}")
         if settings["mode"] != "interpolate":
-            is_edit = settings["mode"] in ("vary", "inpaint") and settings["classes"] is None
-            note_unguided(model, plan, guidance, is_edit)
+            is_edit = settings["mode"] in ("vary", "inpaint")
+            note_unguided(model, plan, guidance, is_edit and settings["classes"] is None)
         if settings["eta"] and sampler != "ddim":
             distributed.print0(f"note: --eta is for ddim; {settings['sampler']} ignores it")
         modes = list(MODES if settings["mode"] == "all" else [settings["mode"]])

@@ -261,7 +261,7 @@ def open_images(dataset: str, data_dir: Path, options: ReadOptions) -> Source:
         if archive.to_pixels:
             return binary_source(archive, data_dir)
         source = path_source(data_dir / "celeba/img_align_celeba", None)
-        return replace(source, cache_key=f"\n{ReadOptions(channels=3)}")  # as caches are named
+        return replace(source, cache_key=ReadOptions(channels=3).cache_key)  # as caches are named
     if dataset == "folder":
         return path_source(data_dir, options)
     if dataset == "shapes":

@@ -5,7 +5,6 @@ import json
 import sys
 import warnings
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -64,7 +63,7 @@ def load_cached(
                     warnings.warn(f"{reason}; continuing without it", FallbackWarning, 2)
                 _build(source, size, files, workers, progress)
                 # A run is resumed and evaluated with what was chosen.
-                chosen = name_files(f"\n{source.chosen()}") if source.chosen else files
+                chosen = name_files(source.chosen().cache_key) if source.chosen else files
                 if chosen != files:
                     with _lock(cache_dir / f"{chosen.prefix}.lock"):
                         for old, new in zip(files[1:], chosen[1:], strict=True):
@@ -147,8 +146,7 @@ def _build(source: Source, size: int, files: CacheFiles, workers: int, progress:
                     counts.append(len(images))
         check(len(counts))
         if source.chosen:  # before the images have their name
-            settings = {name.upper(): value for name, value in asdict(source.chosen()).items()}
-            write_text(files.read_as, json.dumps(settings))
+            write_text(files.read_as, json.dumps(source.chosen().to_config()))
         # The header has room for another count.
         header["shape"] = (sum(counts), *shape[1:])
         file.seek(0)

@@ -5,7 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,15 @@ class ReadOptions:
         """Returns the options of a run; runs of earlier versions are RGB."""
         values = {name.lower(): value for name, value in ({"CHANNELS": 3} | dict(config)).items()}
         return cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
+
+    def to_config(self) -> dict[str, Any]:
+        """Returns the settings of a run with these options."""
+        return {name.upper(): value for name, value in asdict(self).items()}
+
+    @property
+    def cache_key(self) -> str:
+        """Names the cache of images that are read like this."""
+        return f"\n{self}"
 
 
 DEFAULT_OPTIONS = ReadOptions()
@@ -192,7 +201,7 @@ def image_source(
     stride = -(-len(items) // MAX_SIZES_CHECKED)
     return Source(
         str(path.resolve()), fingerprint, len(items), read, lambda: choose().channels,
-        sample_sizes, cache_key=f"\n{options}" if options else "",
+        sample_sizes, cache_key=options.cache_key if options else "",
         chosen=choose if options else None,
     )  # fmt: skip
 
