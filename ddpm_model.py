@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from config import DDPMConfig
 from engine import checkpoints
+from engine.compression import compress, decompress
 from engine.cuda_graphs import GraphCache, GraphCaptureError
 from engine.denoiser import (
     GUIDANCE_MODES,
@@ -341,12 +342,11 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
             labels, weaker_labels, is_consistency_tuned=self.is_consistency_tuned,
         )  # fmt: skip
 
-    def save_model(self, path: str | Path, half: bool = False) -> None:
-        """Writes weights and architecture as .safetensors or .pt; half: networks in fp16."""
+    def save_model(self, path: str | Path, compressed: bool = False) -> None:
+        """Writes weights and architecture as .safetensors or .pt; compressed: in 8 and 16 bits."""
         path = Path(path)
-        networks = ("diffusion.model.", "guide.") if half else ()
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        state = {k: v.half() if k.startswith(networks) else v for k, v in state.items()}
+        state = compress(state) if compressed else state
         if path.suffix == ".safetensors":
             checkpoints.save_safetensors(path, self.architecture, state)
         else:
@@ -365,7 +365,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
             model = cls(**cls.upgrade_architecture(file.architecture))
             # Without the teacher, which sampling does not need.
             weights = {k: v for k, v in file.weights.items() if not k.startswith("teacher.")}
-            model.load_state_dict(weights)
+            model.load_state_dict(decompress(weights))
             checkpoints.check_weights(model.named_parameters(), file.path)
             model.training_info = file.training_info
         return model

@@ -223,18 +223,18 @@ def test_load_model_takes_the_ema_weights_of_a_run(tmp_path, with_guide):
 
 
 @pytest.mark.parametrize(
-    ("name", "half"),
+    ("name", "compressed"),
     [("model.pt", False), ("model.safetensors", False), ("model.safetensors", True)],
 )
-def test_save_model_includes_the_guide(name, half, tmp_path):
+def test_save_model_includes_the_guide(name, compressed, tmp_path):
     model = guided(guidance=2.0)
-    model.save_model(tmp_path / name, half)
+    model.save_model(tmp_path / name, compressed)
     loaded = DDPMModel.from_file(tmp_path / name).eval()
     assert loaded.guidance == 2.0
     assert next(loaded.parameters()).dtype == torch.float32
     expected = model.sample(2, seed=0)
     torch.testing.assert_close(
-        loaded.sample(2, seed=0), expected, atol=0.02 if half else 0, rtol=0
+        loaded.sample(2, seed=0), expected, atol=0.02 if compressed else 0, rtol=0
     )  # fmt: skip
     loaded.training_info = TRAINING_INFO
     small().save_model(tmp_path / name)

@@ -1,0 +1,46 @@
+"""Weights for small files: matrices in 8 bits, a scale for each row, and all else in fp16."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+NETWORK, GUIDE = "diffusion.model.", "guide."  # what the names of a model's weights start with
+SCALE = ".scale"  # what the name of a matrix's scales ends with
+# In the network itself, only matrices of so many values: they hold most of the file, and small ones
+# belong to the level of the full image, where rounding shows. Errors of the guide hardly matter.
+LARGE = 100_000
+MAX_INT8 = 127
+SMALLEST = 1e-30  # for rows of zeros
+
+
+def compress(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the state_dict of a model for a small file; `decompress` reads it.
+
+    Of a matrix (R, ...) in 8 bits there are int8 values of its shape and float32 scales (R,).
+    """
+    compressed = {}
+    for name, weight in state.items():
+        if name.startswith(GUIDE):
+            is_matrix = weight.ndim > 1
+        else:
+            is_matrix = name.startswith(NETWORK) and weight.ndim > 1 and weight.numel() >= LARGE
+        if is_matrix:
+            rows = weight.float().flatten(1)
+            scale = rows.abs().amax(1).clamp(min=SMALLEST) / MAX_INT8
+            values = (rows / scale[:, None]).round()
+            compressed[name] = values.to(torch.int8).view(weight.shape)
+            compressed[name + SCALE] = scale
+        else:
+            compressed[name] = weight.half() if name.startswith((NETWORK, GUIDE)) else weight
+    return compressed
+
+
+def decompress(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the state_dict of `compress` with its matrices as float32; any other as it is."""
+    weights = {name: value for name, value in state.items() if not name.endswith(SCALE)}
+    for name, values in weights.items():
+        if name + SCALE in state:
+            rows = values.flatten(1) * state[name + SCALE][:, None]
+            weights[name] = rows.view(values.shape)
+    return weights
