@@ -21,6 +21,7 @@ from engine.labels import NO_LABEL
 from engine.optimizer import OLD_STATE_NAMES, Adam, Muon, flatten, padded_numel, use_muon, views
 from engine.randomness import get_rng_state, set_rng_state, step_randomness
 
+GOLDEN_RATIO = (5**0.5 - 1) / 2  # its multiples, modulo 1, are spread evenly over any neighbors
 INITIAL_LOSS_SCALE = 2.0**12  # in fp16, where small gradients would round to zero
 LOSS_SCALE_GROWTH_STEPS = 2000  # finite steps before the loss scale doubles
 
@@ -332,12 +333,13 @@ class TrainStep:
     def validate(self, batch: Batch) -> float:
         """Returns the mean loss of the EMA weights on a batch of any size and device.
 
-        The noise is always the same and timesteps are spread evenly, so results are comparable.
+        The noise is always the same, and timesteps are spread evenly, also over the images of each
+        class where the images are sorted: so results are comparable.
         """
         count = len(batch.images)
         noise = torch.randn(batch.images.shape, generator=torch.Generator().manual_seed(0))
-        u = (torch.arange(count) + 0.5) / count
-        t = self.model.timesteps_from_uniform(u.to(self.device))
+        u = (torch.arange(count, dtype=torch.float64) + 0.5) * GOLDEN_RATIO % 1
+        t = self.model.timesteps_from_uniform(u.float().to(self.device))
 
         def summed_loss(part: slice) -> float:
             some = batch.take(part).to(self.device)
