@@ -37,10 +37,18 @@ def compress(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def decompress(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the state_dict of `compress` with its matrices as float32; any other as it is."""
-    weights = {name: value for name, value in state.items() if not name.endswith(SCALE)}
+    """Returns the state_dict of `compress` with its matrices as float32; any other as it is.
+
+    Raises ValueError for a matrix in 8 bits without its scales, and for scales without it.
+    """
+    scales = {name + SCALE for name in state}
+    weights = {name: value for name, value in state.items() if name not in scales}
     for name, values in weights.items():
-        if name + SCALE in state:
-            rows = values.flatten(1) * state[name + SCALE][:, None]
-            weights[name] = rows.view(values.shape)
+        scale = state.get(name + SCALE)
+        is_int8 = values.dtype == torch.int8
+        if not is_int8 and scale is None:
+            continue
+        if not is_int8 or scale is None or scale.shape != values.shape[:1]:
+            raise ValueError(f"{name} must have 8 bits and a scale for each row, or neither")
+        weights[name] = (values.flatten(1) * scale[:, None]).view(values.shape)
     return weights

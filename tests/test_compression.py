@@ -1,9 +1,12 @@
 """Weights in 8 bits are as close as their scales say, and samples stay what they were."""
 
+import pytest
 import torch
 
 from ddpm_model import DDPMModel
-from engine.compression import LARGE, compress, decompress
+from engine import checkpoints
+from engine.compression import LARGE, SCALE, compress, decompress
+from engine.errors import UserError
 from tests.small_models import guided_model
 
 
@@ -46,3 +49,28 @@ def test_a_compressed_file_is_less_than_half_and_samples_the_same(tmp_path, monk
     small = DDPMModel.from_file(tmp_path / "small.safetensors").eval()
     difference = small.sample(4, seed=0) - model.sample(4, seed=0)
     assert 0 < difference.square().mean().sqrt() < 0.01
+
+
+MATRIX = "guide.final_conv.weight"  # (3, 8, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({MATRIX + SCALE: None}, "must have 8 bits and a scale for each row, or neither"),
+        ({MATRIX + SCALE: torch.ones(1)}, "a scale for each row"),
+        ({MATRIX: torch.ones(3, 8, 1, 1)}, "a scale for each row"),
+        ({"guide.final_conv.bias" + SCALE: torch.ones(3)}, "a scale for each row"),
+        ({MATRIX: None}, "Missing key"),
+        ({"guide.another.weight" + SCALE: torch.ones(3)}, "Unexpected key"),
+    ],
+)
+def test_matrices_and_scales_that_do_not_belong_together_are_refused(tmp_path, change, problem):
+    model = guided_model(seed=0)
+    state = {k: v.contiguous() for k, v in compress(model.state_dict()).items()} | change
+    path = tmp_path / "model.safetensors"
+    checkpoints.save_safetensors(
+        path, model.architecture, {k: v for k, v in state.items() if v is not None}
+    )
+    with pytest.raises(UserError, match=rf"model\.safetensors does not fit DDPMModel .*{problem}"):
+        DDPMModel.from_file(path)
