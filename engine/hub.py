@@ -163,7 +163,7 @@ def format_recipe(
 def find_pretrained(name: str) -> Path:
     """Returns the weights of an included model, a folder or a repository of the Hub."""
     included = checkpoints.PRETRAINED_DIR / f"{name}.safetensors"
-    if included.is_file():
+    if included.is_file() and Path(name).name == name:  # a path may lead to another file
         return included
     if Path(name).is_dir():
         weights = Path(name) / WEIGHTS_FILE

@@ -80,6 +80,15 @@ def test_model_without_a_run_has_a_card_too(tmp_path):
     assert "None were measured." in card and re.search(r"^dim +8$", card, re.M)
 
 
+def test_folder_is_loaded_and_not_a_file_of_its_name(model, tmp_path):
+    model.save_pretrained(tmp_path / "mine")
+    for weight in model.parameters():
+        weight.data += 1
+    model.save_model(tmp_path / "mine.safetensors")
+    loaded = DDPMModel.from_pretrained(tmp_path / "mine")
+    assert max_weight_difference(loaded, model) > 0.9
+
+
 def test_from_pretrained_says_what_is_wrong_with_a_folder(model, tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint .*model\.safetensors"):
         DDPMModel.from_pretrained(tmp_path)
