@@ -192,6 +192,17 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         upgraded = former_defaults | found
         return upgraded | {"guidance": max(1.0, upgraded["guidance"])}  # less was allowed once
 
+    @staticmethod
+    def check_types(
+        path: Path, architecture: Mapping[str, Any], training_info: Mapping[str, Any]
+    ) -> None:
+        """Raises UserError if settings read from a file have other types than ours."""
+        for values in (architecture, training_info["config"]):
+            DDPMConfig.check_types(values, str(path))
+        for name, value in training_info["progress"].items():
+            if not isinstance(value, (int, float, type(None))):
+                raise UserError(f"{path}: {name} is {value!r}, but must be a number")
+
     def __getattr__(self, name: str) -> Any:
         """Finds attributes by their former names, with a warning."""
         if name not in RENAMED:
@@ -361,7 +372,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         """
         with checkpoints.refuse_damaged(Path(path), f"does not fit {cls.__name__}"):
             file = checkpoints.load_model_file(Path(path), image_size)
-            check_types(file)
+            cls.check_types(file.path, file.architecture, file.training_info)
             model = cls(**cls.upgrade_architecture(file.architecture))
             # Without the teacher, which sampling does not need.
             weights = {k: v for k, v in file.weights.items() if not k.startswith("teacher.")}
@@ -381,15 +392,6 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         loaded.cuda_graph = self.cuda_graph
         self.__dict__ = loaded.train(self.training).__dict__
         return self
-
-
-def check_types(file: checkpoints.ModelFile) -> None:
-    """Raises UserError if settings read from a file have other types than ours."""
-    for values in (file.architecture, file.training_info["config"]):
-        DDPMConfig.check_types(values, str(file.path))
-    for name, value in file.training_info["progress"].items():
-        if not isinstance(value, (int, float, type(None))):
-            raise UserError(f"{file.path}: {name} is {value!r}, but must be a number")
 
 
 def full_attention_levels(config: DDPMConfig) -> list[bool]:

@@ -72,6 +72,7 @@ class HubMixin:
         config = weights.with_name(CONFIG_FILE)
         if config.is_file():
             model.training_info = read_training_info(config)
+            cls.check_types(config, {}, model.training_info)
         return model
 
     def save_pretrained(
@@ -152,7 +153,7 @@ def format_recipe(
 ) -> str:
     """Returns what a model is and how it was trained, as Markdown."""
     text = ""
-    if progress:
+    if {"step", "images", "seconds"} <= progress.keys():
         images = progress["images"]
         minutes = progress["seconds"] / 60
         text = f"{progress['step']:,} steps on {images:,} images in {minutes:.1f} minutes.\n\n"
@@ -197,7 +198,7 @@ def download(repo_id: str) -> Path:
 def read_training_info(path: Path) -> dict[str, dict[str, Any]]:
     """Reads the training_info of a config.json; raises UserError if it has none."""
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))["training_info"]
-        return {name: dict(info[name]) for name in ("config", "progress")}
-    except (ValueError, KeyError, TypeError) as error:
+        stored = json.loads(path.read_text(encoding="utf-8"))["training_info"]
+        return {name: dict(stored[name]) for name in ("config", "progress")}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged, or not of this project") from error

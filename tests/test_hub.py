@@ -100,10 +100,32 @@ def test_from_pretrained_says_what_is_wrong_with_a_folder(model, tmp_path):
     with pytest.raises(UserError, match=r"choose from cifar10, cifar10-tuned, a folder"):
         DDPMModel.from_pretrained("/nowhere/at/all")
     model.save_pretrained(tmp_path)
-    for text in ("no json", "[]", '{"training_info": {"config": 1}}'):
+    for text in ("no json", "[" * 100_000, "[]", '{"training_info": {"config": 1}}'):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match=r"config\.json is damaged"):
             DDPMModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "progress", "message"),
+    [({"VALUE_RANGE": 5}, {}, "VALUE_RANGE is 5, but must be text"),
+     ({}, {"best": "low"}, "best is 'low', but must be a number")],
+)  # fmt: skip
+def test_from_pretrained_refuses_settings_of_other_types(
+    model, tmp_path, config, progress, message
+):
+    model.training_info = {"config": config, "progress": {}}
+    model.save_pretrained(tmp_path)
+    info = {"config": config, "progress": progress}
+    (tmp_path / "config.json").write_text(json.dumps({"training_info": info}))
+    with pytest.raises(UserError, match=rf"config\.json: {message}"):
+        DDPMModel.from_pretrained(tmp_path)
+
+
+def test_model_card_leaves_out_how_long_training_took_if_that_is_not_known(model, tmp_path):
+    model.training_info["progress"] = {"step": 5, "best": 0.5}
+    model.save_pretrained(tmp_path)
+    assert " steps on " not in (tmp_path / "README.md").read_text()
 
 
 # The Hub.
