@@ -83,7 +83,7 @@ class HubMixin:
         figures: further scores in the card's table, e.g. {"FID (50,000 samples)": 2.73}.
         """
         folder = Path(folder)
-        self._save(folder, folder.name, license, figures)
+        self._save(folder, folder.resolve().name, license, figures)
 
     def push_to_hub(
         self, repo_id: str, private: bool = False, license: str = "mit",

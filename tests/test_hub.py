@@ -74,6 +74,12 @@ def test_model_card_names_classes_and_no_absolute_path_of_a_data_set(model, tmp_
     assert DDPMModel.from_pretrained(tmp_path).class_names == ("cat", "dog")
 
 
+def test_model_card_names_the_folder_that_is_the_working_one(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained(".")
+    assert f"# {tmp_path.name}\n" in Path("README.md").read_text()
+
+
 def test_model_without_a_run_has_a_card_too(tmp_path):
     DDPMModel(image_size=8, dim=8, dim_mults=(1, 2)).save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
