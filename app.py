@@ -95,8 +95,7 @@ class Page:
         with self.errors_shown():
             request = session.start("samples")
             plan = self.plan(request, *controls)
-            start = time.monotonic()
-            shown = start
+            start = shown = time.monotonic()
             for t, _, x_0 in plan.trajectory():
                 if t >= 0 and time.monotonic() - shown > PREVIEW_SECONDS:
                     shown = time.monotonic()
@@ -169,11 +168,11 @@ class Page:
 
     def inpaint(self, session: Session, request: Request, _: float, *controls: Any) -> str:
         """The newest chosen image, filled in where it was painted over."""
-        if session.mask is None or not session.mask.any():
+        source, mask = session.chosen[0], session.mask  # until the plan is made, both may change
+        if mask is None or not mask.any():
             return page_html.note("Paint over the part to fill in.")
         plan = self.plan(request, *controls)
-        options = {"mask": session.mask}
-        session.images["inpaint"] = plan.edit("inpaint", NUM_INPAINTED, session.chosen[0], options)
+        session.images["inpaint"] = plan.edit("inpaint", NUM_INPAINTED, source, {"mask": mask})
         return self.grid(session, "inpaint")
 
     def interpolate(self, session: Session, request: Request, *_: Any) -> str:

@@ -73,6 +73,22 @@ def test_panels_edit_the_newest_image_and_end_at_it(served, monkeypatch):
     assert f'data-mask="{"1" * 8}{"0" * 56}"' in shown.show_chosen(session)[2]
 
 
+def test_image_chosen_while_the_model_loads_does_not_change_what_is_inpainted(served, monkeypatch):
+    shown = app.Page(ModelKeeper(lambda: served.path, app.load_shared_model))
+    older, newest = (PageImage(torch.rand(3, 8, 8), name, {}) for name in ("older", "newest"))
+    mask = torch.arange(64).reshape(8, 8) < 8
+    session = Session(chosen=[older], mask=mask)
+    edited = []
+
+    def plan(*_) -> SimpleNamespace:
+        session.choose(newest)
+        return SimpleNamespace(edit=lambda *arguments: edited.append(arguments) or [])
+
+    monkeypatch.setattr(shown, "plan", plan)
+    shown.inpaint(session, Request(), 0.5)
+    assert edited == [("inpaint", 4, older, {"mask": mask})]
+
+
 def test_trajectory_ends_in_the_png_of_inference(served, monkeypatch):
     settings = ["--sampler", "ddim", "--spacing", "uniform", "--eta", "1", "--seeds", "3"]
     settings += ["--guidance_mode", "autoguidance", "--guidance_min_sigma", "0"]  # the first: own
