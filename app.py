@@ -22,7 +22,7 @@ from typing import Any
 from engine.cli import Parser, run_script  # first: sets what torch reads
 
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from ddpm_model import DDPMModel, unnormalize
 from engine import checkpoints, page, page_html, run_history
@@ -364,6 +364,7 @@ def import_gradio() -> None:
 def start(settings: AppSettings) -> tuple[Any, str]:
     """Starts the server; returns gradio's Blocks and the address."""
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses more than twice that
+    EpsImagePlugin.gs_binary = False  # of an upload in PostScript, it would run the program
     find = partial(checkpoints.newest_checkpoint, notify=False)
     if settings.checkpoint is not None:
         find = partial(Path, checkpoints.resolve_checkpoint(settings.checkpoint))

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 import app
 import inference
@@ -186,6 +186,7 @@ def test_checkpoint_flag_takes_a_run_and_suggests_the_nearest(served, monkeypatc
 def test_start_passes_on_the_address_and_limits_uploads(served, monkeypatch):
     pytest.importorskip("gradio")
     app.import_gradio()
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", "gs")  # as if Ghostscript were installed
     launched = {}
 
     def launch(blocks, **options) -> tuple[None, str, str]:
@@ -200,6 +201,7 @@ def test_start_passes_on_the_address_and_limits_uploads(served, monkeypatch):
     expected = {"server_name": "0.0.0.0", "server_port": 80, "share": True}
     assert launched | expected | {"max_file_size": "10mb"} == launched and url == "public"
     assert (blocks.delete_cache, Image.MAX_IMAGE_PIXELS) == ((600, 600), 10_000_000)
+    assert not EpsImagePlugin.has_ghostscript()
     app.start(app.AppSettings(checkpoint=checkpoint))
     assert (launched["server_name"], launched["share"]) == ("127.0.0.1", False)
 
