@@ -36,8 +36,7 @@ from inference import InferenceSettings
 
 ROOT = Path(__file__).resolve().parent
 gr: Any = None  # gradio, once import_gradio has been called
-NUM_VARIATIONS = 8
-NUM_INPAINTED = 4
+NUM_VARIATIONS, NUM_INPAINTED = 8, 4
 NUM_FRAMES = 12  # of an interpolation
 INTERPOLATION_STEPS = 60
 PREVIEW_SECONDS = 0.2
@@ -359,6 +358,7 @@ def import_gradio() -> None:
     except ImportError as error:
         advice = "Install it with `pip install -r requirements-app.txt`"
         raise UserError(f"app.py needs gradio, but: {error}. {advice}") from error
+    gr.Slider.preprocess = lambda _, value: value  # ours is checked; None, of an empty box, fails
 
 
 def start(settings: AppSettings) -> tuple[Any, str]:

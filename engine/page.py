@@ -187,7 +187,7 @@ class Plan:
         if not has_classes or sampler not in model.supported_samplers:
             raise UserError("this model has no such sampler or class. Reload the page")
         # Options, seeds and labels.
-        guidance = model.guidance if guidance is None else float(guidance)
+        guidance = model.guidance if guidance is None else guidance
         options = {"sampler": sampler, "steps": int(steps), "guidance": guidance}
         options = settings_class.check(options, "the page")
         numbers = jobs.parse_seeds(seeds, MAX_IMAGES)

@@ -255,6 +255,12 @@ def test_page_ignores_images_and_masks_that_are_not_there(url):
     assert '"success":true' in call(url, "paint", [None], {"mask": "1"})
 
 
+def test_emptied_and_extreme_numbers_reach_the_page(url):
+    for value in (None, 1e9):
+        controls = CONTROLS | {"steps": value, "guidance": value}
+        assert '"success":true' in call(url, "input", [None, value, *controls.values()])
+
+
 def test_busy_port_is_one_line(url, served):
     port = int(url.rpartition(":")[2])
     with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}") as error:

@@ -161,6 +161,7 @@ def test_guidance_is_shown_where_it_has_an_effect(architecture, has_guide, is_sh
         ({"steps": float("nan")}, "must be between 1 and 100"),
         ({"guidance": 0}, "guidance is 0.0, but must be at least 1"),
         ({"guidance": 1e9}, "guidance is 1000000000.0"),
+        ({"guidance": "x"}, "guidance is 'x', but must be a number"),
         ({"guidance": float("nan")}, "guidance is nan"),
         ({"sampler": "evil.py:run"}, "no such sampler or class"),
         ({"classes": ["cat"]}, "no such sampler or class"),
