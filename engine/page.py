@@ -31,7 +31,7 @@ from engine.settings import Settings
 MAX_IMAGES = 36  # of a request
 MAX_STEPS = 100
 MAX_SECONDS = 120.0
-MAX_TEXT = 400  # characters of the seeds
+MAX_TEXT = 19 * MAX_IMAGES  # characters of the seeds: of as many, with 18 digits
 
 
 class SupersededError(Exception):

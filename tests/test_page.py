@@ -152,7 +152,7 @@ def test_guidance_is_shown_where_it_has_an_effect(architecture, has_guide, is_sh
     [
         ({"seeds": "0-36"}, "at most 36 images"),
         ({"seeds": "../../etc/passwd"}, "must look like"),
-        ({"seeds": "1," * 300}, "seeds has 600 characters, but may have at most 400"),
+        ({"seeds": "1," * 350}, "seeds has 700 characters, but may have at most 684"),
         ({"steps": 0}, "steps is 0, but must be between 1 and 100"),
         ({"steps": 101}, "must be between 1 and 100"),
         ({"steps": None}, "must be between 1 and 100"),
@@ -209,6 +209,15 @@ def test_png_of_a_sample_restores_its_settings(served):
     assert session.chosen[0].settings["sha256"] == served.sha256
     again = plan_of(served, **controls)
     assert torch.equal(again.attach_settings(samples_of(again))[0].image, sample.image)
+
+
+def test_seeds_of_an_upload_are_as_many_as_the_page_takes(served):
+    seeds = [10**18 - 1 - 2 * i for i in range(40)]
+    settings = plan_of(served).settings | {"seeds": seeds}
+    path = save_png(PageImage(torch.rand(3, 8, 8), "upload", settings), "a.png")
+    controls = page.take_upload(Session(), path, served.model, InferenceSettings)
+    del controls["strength"]
+    assert plan_of(served, **controls).seeds == seeds[:36]
 
 
 @pytest.mark.parametrize("change", [{"seeds": [3, 7]}, {"use_amp": True}])
