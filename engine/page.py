@@ -127,16 +127,24 @@ class ModelKeeper:
         with self.lock:
             try:
                 path = self.find()
-                status = path.stat() if path.is_file() else None
-                signature = (path, status and (status.st_mtime_ns, status.st_size, status.st_ino))
+                signature = signature_of(path)
                 if signature != self.signature:
                     version = self.served.version + 1 if self.served else 1
-                    self.served = ServedModel(self.load(path), path, sha256(path), version)
+                    served = ServedModel(self.load(path), path, sha256(path), version)
+                    if signature_of(path) != signature:  # the checksum may be of another file
+                        raise UserError(f"{path} was replaced while it was read")
+                    self.served = served
                     self.signature = signature
                 self.problem = ""
             except (UserError, OSError, RuntimeError, MemoryError) as error:
                 self.problem = short_reason(error)
             return self.served
+
+
+def signature_of(path: Path) -> tuple[Any, ...]:
+    """Returns a file's path and what changes when it is exchanged."""
+    status = path.stat() if path.is_file() else None
+    return path, status and (status.st_mtime_ns, status.st_size, status.st_ino)
 
 
 # Images.

@@ -100,6 +100,25 @@ def test_keeper_loads_a_replaced_checkpoint_and_keeps_the_model_if_it_cannot(ser
     assert keeper.refresh().sha256 == before.sha256 and not keeper.problem
 
 
+def test_keeper_never_takes_the_checksum_of_another_file(served):
+    replacements = []
+
+    def load(path: Path):
+        model = app.load_shared_model(path)
+        if replacements:
+            save_model(str(path), seed=replacements.pop())
+        return model
+
+    keeper = ModelKeeper(lambda: served.path, load)
+    save_model(str(served.path), seed=1)
+    replacements.append(2)
+    before = keeper.refresh()
+    assert before.version == 1 and keeper.problem.endswith("was replaced while it was read")
+    after = keeper.refresh()
+    assert after.version == 2 and after.sha256 == page.sha256(served.path)
+    assert torch.equal(after.model.unet.init_conv.weight, load(served.path).unet.init_conv.weight)
+
+
 def test_keeper_refuses_to_start_without_a_checkpoint(tmp_path):
     with pytest.raises(UserError, match="no checkpoint"):
         ModelKeeper(lambda: tmp_path / "none.pt", app.load_shared_model)
