@@ -45,6 +45,7 @@ def hf_source(dataset: str, options: ReadOptions, use_labels: bool) -> Source:
         columns.append(label_column)
     rows = table.select_columns(columns)
     values: list[Any] = []  # of the label column, as far as it was streamed
+    used: set[str] = set()  # options that are for images like some that were read
     channels = options.channels or 3
     value_range = parse_range(options.value_range)
     all_frames = options.frames == "all"
@@ -66,9 +67,14 @@ def hf_source(dataset: str, options: ReadOptions, use_labels: bool) -> Source:
         for index, value in block:
             try:
                 with open_image(value) as image:
-                    if is_deep(image.mode) and not value_range:
-                        raise ValueError("has more than 8 bits. Set --value_range LOW,HIGH")
-                    results.append(read_pixels(image, size, channels, value_range, all_frames))
+                    if is_deep(image.mode):
+                        if not value_range:
+                            raise ValueError("has more than 8 bits. Set --value_range LOW,HIGH")
+                        used.add("value_range")
+                    frames = read_pixels(image, size, channels, value_range, all_frames)
+                    if len(frames) > 1:
+                        used.add("frames")
+                    results.append(frames)
             except Exception as error:  # Pillow raises nearly anything on a broken file
                 results.append(f"image {index}: {error!r}")
         return results
@@ -78,9 +84,17 @@ def hf_source(dataset: str, options: ReadOptions, use_labels: bool) -> Source:
             with suppress(Exception), open_image(value) as image:
                 yield min(image.size)
 
+    def chosen() -> ReadOptions:
+        needed = {name: getattr(options, name) for name in used}
+        return ReadOptions(channels, **needed)
+
+    def key_of(options: ReadOptions) -> str:
+        is_default = not options.value_range and options.frames == ReadOptions.frames
+        return f"\n{','.join(columns)} {channels if is_default else options}"
+
     return Source(
         location, fingerprint, count, read, lambda: channels, sample_sizes, stream=stream,
-        cache_key=f"\n{','.join(columns)} {options if value_range or all_frames else channels}",
+        cache_key=key_of(options), chosen=chosen, key_of=key_of,
         labels=(lambda: to_labels(values, class_names)) if use_labels else None,
     )  # fmt: skip
 

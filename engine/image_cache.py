@@ -63,7 +63,7 @@ def load_cached(
                     warnings.warn(f"{reason}; continuing without it", FallbackWarning, 2)
                 _build(source, size, files, workers, progress)
                 # A run is resumed and evaluated with what was chosen.
-                chosen = name_files(source.chosen().cache_key) if source.chosen else files
+                chosen = name_files(source.key_of(source.chosen())) if source.chosen else files
                 if chosen != files:
                     with _lock(cache_dir / f"{chosen.prefix}.lock"):
                         for old, new in zip(files[1:], chosen[1:], strict=True):

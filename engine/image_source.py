@@ -46,6 +46,8 @@ class Source:
     cache_key: str = ""  # names how they are read; each has a cache
     # chosen(): options that read the same images and leave nothing to find; where any are
     chosen: Callable[[], "ReadOptions"] | None = None
+    # key_of(options): the cache_key with other options
+    key_of: Callable[["ReadOptions"], str] = lambda options: options.cache_key
     # stream(): blocks for `read`, in order; ranges of indices unless given
     stream: Callable[[], Iterable[Sequence]] | None = None
 

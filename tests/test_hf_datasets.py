@@ -171,6 +171,23 @@ def test_frames_are_those_asked_for(folder):
     ]
 
 
+@pytest.mark.parametrize(
+    ("image", "value_range", "frames"),
+    [(Image.new("RGB", (8, 8)), "", "first"), (Image.new("I;16", (8, 8)), "0,9", "first"),
+     (Image.new("L", (8, 8)), "", "all")],
+)  # fmt: skip
+def test_options_for_other_images_are_left_out_and_the_cache_has_both_names(
+    folder, monkeypatch, image, value_range, frames
+):
+    others = [Image.new("L", (8, 8), 99)] if frames == "all" else []
+    write_parquet(folder, image=[encoded(image, "TIFF", save_all=True, append_images=others)])
+    data = load(use_labels=False, options=ReadOptions(value_range="0,9", frames="all"))
+    assert data.read_as == {"CHANNELS": 3, "VALUE_RANGE": value_range, "FRAMES": frames}
+    monkeypatch.setattr("engine.image_cache._build", None)  # a resumed run finds it
+    again = load(use_labels=False, options=ReadOptions.from_config(data.read_as))
+    assert np.array_equal(again.images, data.images) and again.read_as == data.read_as
+
+
 @pytest.mark.parametrize("is_declared", [False, True])
 def test_slashes_in_class_names_are_hyphens(folder, is_declared):
     import datasets
