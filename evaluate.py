@@ -117,8 +117,8 @@ def sample_images(
     used |= {name: value for name, value in guidance.items() if value is not None}
     progress = model.training_info["progress"]
     return plots.to_bytes(images).transpose(0, 3, 1, 2), {
-        "name": checkpoints.display_name(path), "checkpoint": str(path),
-        "sha256": checkpoints.sha256(path), **chosen, **used, "guidance": weight, "nfe": nfe,
+        "name": checkpoints.display_name(path), "checkpoint": str(path), **chosen, **used,
+        "guidance": weight, "nfe": nfe,
         "seeds": f"{settings.seed}-{settings.seed + settings.num_samples - 1}",
         "use_amp": settings.use_amp, "seconds_sampling": round(time.perf_counter() - start, 2),
         "trained_seconds": progress.get("seconds"), "trained_images": progress.get("images"),
@@ -201,6 +201,7 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
         shape = images.shape[1:]
     else:
         model = load_model(paths[0], settings.image_size).to(device)
+        sha256 = checkpoints.sha256(paths[0])  # now: a run replaces its files
         config = model.training_info["config"]
         shape = model.image_shape
 
@@ -231,8 +232,10 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
         if not settings.images:
             if i > 0:  # the first is loaded already
                 model = load_model(path, settings.image_size).to(device)
+                sha256 = checkpoints.sha256(path)
                 check_comparable(model, path, shape, class_names, paths[0])
             images, result = sample_images(model, path, settings, labels)
+            result["sha256"] = sha256
             if validation is not None:
                 losses[result["name"]] = metrics.loss_by_timestep(model, validation)
         result |= score_images(images, references, by_class, labels, device)

@@ -98,6 +98,23 @@ def test_main_writes_table_json_and_figures(folder, monkeypatch, capsys):
     assert late["scores"]["FD-Lite0"] == pytest.approx(distance, rel=1e-3)
 
 
+def test_report_names_the_file_that_was_sampled_though_the_run_goes_on(folder, monkeypatch):
+    path = Path("checkpoints/run/early.pt")
+    before = sha256(path)
+    generate = evaluate.batch_generate
+
+    def go_on(*arguments, **options) -> torch.Tensor:
+        path.unlink()
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(metrics, "find_inception", no_network)
+    monkeypatch.setattr(evaluate, "batch_generate", go_on)
+    flags = ["--num_samples", "2", "--steps", "1"]
+    assert run_evaluate(monkeypatch, "--checkpoint", str(path), *flags) == 0
+    (report,) = Path("results").glob("*.json")
+    assert json.loads(report.read_text())["evaluations"][0]["sha256"] == before
+
+
 def test_main_scores_images_with_inception_weights_from_a_file(folder, monkeypatch):
     inception = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     network = inception.FeatureExtractorInceptionV3
@@ -461,7 +478,6 @@ def test_sample_images_uses_the_models_steps_and_guidance_by_default(sample_imag
     expected = {"steps": 3, "guidance": 3.0, "seeds": "7-11", "use_amp": False}
     assert expected.items() <= details.items()
     assert details["nfe"] == model.count_nfe(*plan) > model.count_nfe(*plan, 1.0)
-    assert details["sha256"] == sha256(sample_images.path)
     assert details["checkpoint"] == str(sample_images.path)
 
 
