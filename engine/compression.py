@@ -11,6 +11,7 @@ SCALE = ".scale"  # what the name of a matrix's scales ends with
 # belong to the level of the full image, where rounding shows. Errors of the guide hardly matter.
 LARGE = 100_000
 MAX_INT8 = 127
+MAX_FP16 = torch.finfo(torch.half).max
 SMALLEST = 1e-30  # for rows of zeros
 
 
@@ -32,7 +33,8 @@ def compress(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             compressed[name] = values.to(torch.int8).view(weight.shape)
             compressed[name + SCALE] = scale
         else:
-            compressed[name] = weight.half() if name.startswith((NETWORK, GUIDE)) else weight
+            is_small = name.startswith((NETWORK, GUIDE)) and weight.abs().max() <= MAX_FP16
+            compressed[name] = weight.half() if is_small else weight
     return compressed
 
 

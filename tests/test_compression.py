@@ -51,6 +51,14 @@ def test_a_compressed_file_is_less_than_half_and_samples_the_same(tmp_path, monk
     assert 0 < difference.square().mean().sqrt() < 0.01
 
 
+def test_a_weight_above_those_of_fp16_is_kept(tmp_path):
+    model = guided_model(seed=0)
+    model.unet.final_conv.bias.data.fill_(70_000)
+    model.save_model(tmp_path / "small.pt", compressed=True)
+    small = DDPMModel.from_file(tmp_path / "small.pt")
+    assert small.unet.final_conv.bias.tolist() == [70_000] * 3
+
+
 MATRIX = "guide.final_conv.weight"  # (3, 8, 1, 1)
 
 
