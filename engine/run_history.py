@@ -10,6 +10,7 @@ from engine.progress import format_duration
 from engine.run_names import SAMPLES_DIR
 
 MAX_GRIDS = 24  # of a run that are shown
+LOGGED = {"step", "epoch", "images", "seconds", "loss", "images_per_second"}  # of a step
 MAX_SILENCE = 60.0  # seconds without a logged step after which a run may have stopped
 
 
@@ -65,7 +66,7 @@ def summarize_run(version: tuple[Any, ...], now: float) -> dict[str, str]:
     """Returns the state of a run: numbers by name, formatted. now: seconds since the epoch."""
     folder = SAMPLES_DIR / version[0]
     rows = read_run(version)
-    steps = [row for row in rows if "loss" in row]
+    steps = [row for row in rows if row.keys() >= LOGGED]
     validations = [row["validation_loss"] for row in rows if "validation_loss" in row]
     if not steps:
         return {"state": "starting"}

@@ -49,6 +49,14 @@ def test_summarize_run_predicts_the_time_left(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
+def test_summarize_run_does_without_rows_that_are_not_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run("a", [0.5])
+    with (SAMPLES_DIR / "a/metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "loss": 0.25}\n')
+    assert run_history.summarize_run(run_history.run_version("a"), NOW)["step"] == "10"
+
+
 def test_summarize_run_has_the_speed_of_the_last_ten_rows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_run("a", [0.01] * 30)
