@@ -381,7 +381,7 @@ def start(settings: AppSettings) -> tuple[Any, str]:
         )  # fmt: skip
     except OSError as error:
         where = f"{settings.host}:{settings.port}"
-        raise UserError(f"cannot listen on {where} ({error}). Choose another --port") from error
+        raise UserError(f"cannot listen on {where} ({error}). Change --host or --port") from error
     return blocks, public_url or url
 
 

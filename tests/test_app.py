@@ -265,7 +265,7 @@ def test_busy_port_is_one_line(url, served):
     port = int(url.rpartition(":")[2])
     with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}") as error:
         app.start(app.AppSettings(checkpoint=str(served.path), port=port))
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and str(error.value).endswith("Change --host or --port")
 
 
 def test_page_in_a_browser(url, served):
