@@ -62,6 +62,9 @@ class ConsistencyModel(DDPMModel):
         super().start_from(source)
         guide = copy.deepcopy(source.guide)
         if self.guidance != 1 and (guide or self.guidance_mode == "cfg"):
+            if source.class_names != self.class_names:  # labels would mean others to the teacher
+                reason = "the model and the data have other classes, but its teacher needs the same"
+                raise UserError(f"{reason}. Tune without one: --guidance 1")
             self.teacher.set_networks(copy.deepcopy(source.unet), guide)
             kind = f"the guided model (weight {self.guidance:g})"
         else:
@@ -81,6 +84,8 @@ class ConsistencyModel(DDPMModel):
         if unet and not guide and self.guidance_mode != "cfg":
             why = f"the teacher of this run has no guide, which {self.guidance_mode} needs"
             raise UserError(f"{why}. Resume with --guidance_mode cfg")
+        if unet and self.class_names and "teacher.unet.class_embedding.weight" not in state_dict:
+            raise UserError("the teacher of this run has no classes. Drop --class_conditional")
         self.teacher.set_networks(unet, guide)
 
     def set_fraction(self, fraction: float) -> None:

@@ -294,6 +294,22 @@ def test_teacher_without_a_guide_is_not_resumed_in_a_mode_that_needs_one():
             resumed.load_state_dict(tuned.state_dict())
 
 
+def test_teacher_is_given_labels_of_its_own_classes_only():
+    pets, none = {"cat": 1, "dog": 1}, {}
+    for of_model, of_data in (({"car": 1, "dog": 1}, pets), (none, pets), (pets, none)):
+        source = guided_source(class_counts=of_model)
+        tuned = tuned_model(class_counts=of_data, guidance=2.0)
+        with pytest.raises(UserError, match=r"other classes, .* Tune without one: --guidance 1"):
+            tuned.start_from(source)
+        alone = tuned_model(class_counts=of_data, guidance=1.0)
+        alone.start_from(source)
+        assert alone.teacher.unet is None
+    tuned = tuned_model(guidance=2.0)
+    tuned.start_from(guided_source())
+    with pytest.raises(UserError, match=r"has no classes\. Drop --class_conditional"):
+        tuned_model(class_counts=pets, guidance=2.0).load_state_dict(tuned.state_dict())
+
+
 def test_grids_have_one_step_above_two(tuned):
     grid = np.asarray(Image.open(tuned / "samples/tuned/final.png"))
     model = DDPMModel.from_file(tuned / "checkpoints/tuned/final.pt")
