@@ -90,9 +90,10 @@ def main(
         if config.AUTO_MICRO_BATCH and is_cuda and dist.num_processes == 1:
             config.split_batch(find_micro_batch(model, config, data.images))
         if dist.is_main_process:
-            weights = checkpoint.state["ema"] if checkpoint else ()
-            has_guide = tuning is not None or any(name.startswith("guide.") for name in weights)
-            warn_of_unused(request.explicit, config, is_cuda, dist.num_processes, has_guide)
+            weights = [*model.state_dict(), *(checkpoint.state["ema"] if checkpoint else ())]
+            has_guide = any(name.startswith(("guide.", "teacher.")) for name in weights)
+            arguments = request.explicit, config, is_cuda, dist.num_processes, has_guide
+            warn_of_unused(*arguments, is_tuning=tuning is not None)
         if not request.dry_run:
             train(model, data, config, checkpoint)
         elif dist.is_main_process:
@@ -265,20 +266,25 @@ def choose_dataset(
 
 def warn_of_unused(
     explicit: Mapping[str, Any], config: DDPMConfig, is_cuda: bool, num_processes: int,
-    has_guide: bool = False,
+    has_guide: bool = False, is_tuning: bool = False,
 ) -> None:  # fmt: skip
     """Warns of explicit settings that have no effect in this run.
 
-    has_guide: whether there is a guide already, of the run to resume or in the model to tune.
+    has_guide: whether there is a guide already, of the run to resume, or a teacher of one that
+    tunes.
     """
-    has_weaker = has_guide or 0 < config.GUIDE_FRACTION < 1 or config.GUIDANCE_MODE == "cfg"
+    will_have_weaker = 0 < config.GUIDE_FRACTION < 1 or config.GUIDANCE_MODE == "cfg"
+    has_weaker = has_guide or (will_have_weaker and not is_tuning)
     has_files = config.DATASET.startswith(("folder", "hf:"))
     has_frames = has_files and config.FRAMES == explicit.get("FRAMES")
     needs_weaker = "is for guide_fraction between 0 and 1, or guidance_mode cfg"
+    if is_tuning:
+        needs_weaker = "is for tuning with a teacher"
     for name, is_used, use in (
         ("AUTO_MICRO_BATCH", is_cuda and num_processes == 1, "is for a single GPU"),
         ("CUDA_GRAPH", is_cuda, "is for a GPU"),
         ("LABEL_DROPOUT", config.CLASS_CONDITIONAL, "is for class_conditional"),
+        ("LOSS_WEIGHTING", not is_tuning, "is not for tuning"),
         ("MIN_SNR_GAMMA", config.LOSS_WEIGHTING == "min_snr", "is for loss_weighting min_snr"),
         ("VALUE_RANGE", has_files and config.VALUE_RANGE, "is for images of more than 8 bits"),
         ("FRAMES", has_frames, "is for files of several frames"),

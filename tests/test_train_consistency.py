@@ -264,6 +264,13 @@ def test_memory_search_is_left_out_on_several_ranks(dry_run, on_gpu):
         dry_run("--auto_micro_batch")
 
 
+@pytest.mark.parametrize("dry_run", ["--checkpoint"], indirect=True)
+def test_guidance_without_a_teacher_is_named(dry_run):
+    DDPMModel(**SMALL).save_model("guided.safetensors")  # it is not
+    with pytest.warns(FallbackWarning, match="^guidance is for tuning with a teacher; continuing"):
+        dry_run("--guidance", "3")
+
+
 def test_estimated_size_of_a_checkpoint_has_the_teacher_once(tuned):
     config = configure()
     size = checkpoint_bytes(TrainStep(guided_model(config), config))
