@@ -23,7 +23,7 @@ from tqdm import tqdm
 from engine.checkpoints import sha256, write_atomically
 from engine.dataloader import Batch
 from engine.datasets import CONNECT_SECONDS, socket_timeout
-from engine.errors import FallbackWarning, UserError
+from engine.errors import FallbackWarning, UserError, warn_fallback
 from engine.gpu_memory import OomBatcher
 from engine.plots import on_white
 
@@ -239,7 +239,10 @@ def load_reference(network: nn.Module, images: np.memmap, device: torch.device) 
     if path.exists() and (stored := read_statistics(path, len(images))):
         return stored
     statistics = feature_statistics(extract_features(network, images, device))
-    write_atomically(path, lambda file: np.savez(file, **statistics._asdict()))
+    try:
+        write_atomically(path, lambda file: np.savez(file, **statistics._asdict()))
+    except OSError as error:  # they are computed again next time
+        warn_fallback(f"writing {path}", error)
     return statistics
 
 

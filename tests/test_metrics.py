@@ -237,6 +237,16 @@ def test_damaged_statistics_are_computed_again_with_a_warning(reference):
             assert all(map(np.array_equal, first, reference(MeanColors())))
 
 
+def test_features_that_cannot_be_cached_are_returned_with_a_warning(reference, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.warns(FallbackWarning, match="No space left"):
+        patch.setattr(np, "savez", full)
+        found = reference(MeanColors())
+    assert np.array_equal(found.mean, reference(MeanColors()).mean)
+
+
 def test_load_reference_features_are_removed_with_the_images_of_former_contents(reference):
     def stored() -> set[str]:
         return {path.name for path in Path("data/cache").glob("*.colors.npz")}
