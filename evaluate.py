@@ -85,6 +85,19 @@ def load_feature_networks(weights: str | None, device: torch.device) -> list[nn.
     return networks
 
 
+def choose_plan(
+    model: DDPMModel, settings: EvaluationSettings
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns how a model is sampled, as reported and as arguments of sampling_plan.
+
+    Raises UserError if the model cannot be sampled so.
+    """
+    chosen = choose_sampling(model, settings.as_dict())
+    options = plan_kwargs(chosen, jobs.load_sampler(chosen["sampler"]))
+    model.sampling_plan(**options)
+    return chosen, options
+
+
 def sample_images(
     model: DDPMModel, path: Path, settings: EvaluationSettings, labels: np.ndarray | None = None
 ) -> tuple[np.ndarray, Evaluation]:
@@ -97,8 +110,7 @@ def sample_images(
     start = time.perf_counter()
 
     # Samples.
-    chosen = choose_sampling(model, settings.as_dict())
-    plan_options = plan_kwargs(chosen, jobs.load_sampler(chosen["sampler"]))
+    chosen, plan_options = choose_plan(model, settings)
     guidance = guidance_kwargs(settings.as_dict())
     batch_size = settings.batch_size or jobs.auto_batch_size(model, settings.use_amp)
     labels = distributed.broadcast_object(labels)
@@ -204,6 +216,10 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
         sha256 = checkpoints.sha256(paths[0])  # now: a run replaces its files
         config = model.training_info["config"]
         shape = model.image_shape
+        for path in paths[1:]:  # before hours of sampling
+            other = load_model(path, settings.image_size)
+            check_comparable(other, path, shape, model.class_names, paths[0])
+            choose_plan(other, settings)
 
     # What to compare with.
     output_dir = Path(settings.output_dir)
@@ -226,30 +242,32 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
 
     # Sample and score; the report is saved after each.
     losses: dict[str, tuple[list[int], list[float]]] = {}
-    for i, path in enumerate(paths):
-        path_start = time.perf_counter()
-        result: Evaluation = {"name": path.stem, "images": str(path)}
-        if not settings.images:
-            if i > 0:  # the first is loaded already
-                model = load_model(path, settings.image_size).to(device)
-                sha256 = checkpoints.sha256(path)
-                check_comparable(model, path, shape, class_names, paths[0])
-            images, result = sample_images(model, path, settings, labels)
-            result["sha256"] = sha256
-            if validation is not None:
-                losses[result["name"]] = metrics.loss_by_timestep(model, validation)
-        result |= score_images(images, references, by_class, labels, device)
-        result["seconds"] = round(time.perf_counter() - path_start, 2)
-        results.append(result)
-        report["seconds"] = round(time.perf_counter() - start, 2)
-        stem = output_dir / reporting.result_name(results[0], len(paths) - 1, reference)
-        stem = reporting.without_other_report(stem, report)
-        checkpoints.write_text(Path(f"{stem}.json"), json.dumps(report, indent=2) + "\n")
+    try:
+        for i, path in enumerate(paths):
+            path_start = time.perf_counter()
+            result: Evaluation = {"name": path.stem, "images": str(path)}
+            if not settings.images:
+                if i > 0:  # the first is loaded already
+                    model = load_model(path, settings.image_size).to(device)
+                    sha256 = checkpoints.sha256(path)
+                images, result = sample_images(model, path, settings, labels)
+                result["sha256"] = sha256
+                if validation is not None:
+                    losses[result["name"]] = metrics.loss_by_timestep(model, validation)
+            result |= score_images(images, references, by_class, labels, device)
+            result["seconds"] = round(time.perf_counter() - path_start, 2)
+            results.append(result)
+            report["seconds"] = round(time.perf_counter() - start, 2)
+            stem = output_dir / reporting.result_name(results[0], len(paths) - 1, reference)
+            stem = reporting.without_other_report(stem, report)
+            checkpoints.write_text(Path(f"{stem}.json"), json.dumps(report, indent=2) + "\n")
+    finally:  # also of those before one that fails, or on a full disk
+        if results:
+            print(reporting.format_table(results))
+        if results and by_class is not None:
+            print(reporting.format_classes(results, class_network.title, by_class.real_accuracy))
 
-    # Tables and figures.
-    print(reporting.format_table(results))
-    if by_class is not None:
-        print(reporting.format_classes(results, class_network.title, by_class.real_accuracy))
+    # Figures.
     if images.shape[1:] == real.shape[1:]:
         save_nearest(settings, images, real, references, stem)
     reporting.save_curves(results, losses, [network.title for network in networks], stem)

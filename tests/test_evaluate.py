@@ -71,7 +71,7 @@ def test_main_writes_table_json_and_figures(folder, monkeypatch, capsys):
     flags = ["--num_samples", "6", "--seed", "3", "--steps", "2", "--sampler", "heun"]
     assert run_evaluate(monkeypatch, "--checkpoint", *paths, *flags) == 0
     printed = capsys.readouterr()
-    assert loaded == paths  # each once
+    assert loaded == [*paths, paths[1]]  # the others are checked before any is sampled
     assert "warning: FID failed (no network here); continuing without it" in printed.err
     assert "FD-Lite0" in printed.out
 
@@ -402,10 +402,34 @@ def test_models_of_other_images_or_classes_are_evaluated_apart(
     model = DDPMModel(16, dim=8, dim_mults=(1, 2), timesteps=60, sampling_timesteps=3, **other)
     model.save_model("other.pt")
     monkeypatch.setattr(evaluate, "load_feature_networks", lambda *_: [MeanColors()])
+    monkeypatch.setattr(evaluate, "sample_images", None)  # refused before anything is sampled
     paths = ["checkpoints/run/late.pt", "other.pt"]
     assert run_evaluate(monkeypatch, "--num_samples", "2", "--checkpoint", *paths) == 2
     error = f"other.pt makes images of shape and classes {kind}, but checkpoints/run/late.pt of"
     assert error in capsys.readouterr().err
+
+
+def test_steps_that_a_later_model_cannot_take_are_refused_before_sampling(
+    folder, monkeypatch, capsys
+):
+    DDPMModel(16, dim=8, dim_mults=(1, 2), timesteps=9, sampling_timesteps=3).save_model("other.pt")
+    monkeypatch.setattr(evaluate, "load_feature_networks", lambda *_: [MeanColors()])
+    monkeypatch.setattr(evaluate, "sample_images", None)
+    paths = ["checkpoints/run/late.pt", "other.pt"]
+    assert run_evaluate(monkeypatch, "--steps", "20", "--checkpoint", *paths) == 2
+    assert "error: steps is 20, but" in capsys.readouterr().err
+
+
+def test_scores_that_cannot_be_written_are_printed(folder, monkeypatch, capsys):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "results/some.json")
+
+    monkeypatch.setattr(evaluate, "load_feature_networks", lambda *_: [MeanColors()])
+    monkeypatch.setattr(checkpoints, "write_text", full)
+    assert run_evaluate(monkeypatch, "--num_samples", "2") != 0
+    printed = capsys.readouterr()
+    assert "error: No space left on device (results/some.json)" in printed.err
+    assert "run-late " in printed.out
 
 
 class ScoredColors(MeanColors, metrics.Inception):
