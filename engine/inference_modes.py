@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -146,7 +147,7 @@ def generate_batch(job: InferenceJob) -> str:
         labels = job.labels_of(chunk)
         images = job.run_batched(job.model.sample, chunk, labels=labels)
         if is_npz:
-            save = partial(np.save, arr=plots.to_bytes(images))
+            save = partial(write_array, plots.to_bytes(images))
             checkpoints.write_atomically(files(chunk)[0], save)
         else:
             job.save_each(images, chunk, "images", labels)
@@ -166,6 +167,11 @@ def generate_batch(job: InferenceJob) -> str:
             checkpoints.write_atomically(job.folder / "images.npz", save)
     job.results = {"processes": dist.num_processes}
     return f"{len(seeds)} images: {'images.npz' if is_npz else 'images/'}"
+
+
+def write_array(array: np.ndarray, file: BinaryIO) -> None:
+    """Writes an .npy. Into a plain file numpy writes by tofile, whose errors have no errno."""
+    np.save(SimpleNamespace(write=file.write), array)
 
 
 def read_part(file: Path) -> np.ndarray:

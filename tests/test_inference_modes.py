@@ -291,6 +291,12 @@ def test_batch_reports_images_that_are_not_there(guided, infer, monkeypatch, cap
     assert not (only("batch-*") / "summary.json").exists()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_part_of_an_npz_on_a_full_disk_is_an_error_with_its_reason():
+    with pytest.raises(OSError, match="No space left"), open("/dev/full", "wb") as file:
+        inference_modes.write_array(np.zeros(100_000, np.uint8), file)
+
+
 def test_batch_names_a_damaged_part_of_an_npz(guided, infer, capsys):
     flags = ["--mode", "batch", "--num_samples", "2", "--steps", "1", "--format", "npz"]
     assert infer(*flags) == 0
