@@ -245,8 +245,13 @@ def claim_output_dir(folder: Path, settings: Mapping[str, Any]) -> Path:
     def is_ours(path: Path) -> bool:
         path.mkdir(parents=True, exist_ok=True)
         summary = path / SUMMARY_FILE
-        with contextlib.suppress(FileExistsError), summary.open("x") as file:
-            json.dump(settings, file, indent=2)
+        try:
+            with contextlib.suppress(FileExistsError), summary.open("x") as file:
+                json.dump(settings, file, indent=2)
+        except OSError as error:  # a full disk: without settings, it would count as another's
+            summary.unlink(missing_ok=True)
+            error.filename = str(summary)
+            raise
         return not has_other_settings(summary, settings)
 
     return next(filter(is_ours, numbered(folder)))
