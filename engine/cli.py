@@ -133,7 +133,8 @@ def _run(main: Callable[[], None]) -> str | int | None:
         if not advice:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        return fail(f"{error.strerror}{where}. {advice}", 2)
+        exit_code = 1 if error.errno in DISK_FULL_ERRNOS else 2
+        return fail(f"{error.strerror}{where}. {advice}", exit_code)
     except KeyboardInterrupt:
         return 130
     distributed.shut_down()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -120,10 +121,22 @@ def test_full_disk_leaves_no_partial_file(folder, infer, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(plots.Image.Image, "save", full)
-    assert infer("--num_samples", "1") == 2
+    assert infer("--num_samples", "1") == 1
     assert "No space left on device" in capsys.readouterr().err
     files = [path.name for path in Path("inference_results").rglob("*") if path.is_file()]
     assert files == ["summary.json"]
+
+
+def test_output_folder_on_a_full_disk_is_named_and_stays_free(folder, infer, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "dump", full)
+        assert infer("--num_samples", "1") == 1
+    assert re.search(r"error: No space .* \(.*/summary.json\)", capsys.readouterr().err)
+    assert infer("--num_samples", "1") == 0
+    assert len(list(Path("inference_results").iterdir())) == 1
 
 
 # Stored settings.

@@ -457,7 +457,7 @@ def test_train_on_a_full_disk_ends_with_an_error_and_leaves_no_partial_file(run_
     line = "warning: writing samples/full failed (File too large); continuing without it"
     assert errors.count(line) == errors.count("warning: writing samples") == 1
     assert "warning: writing checkpoints/full/best.pt failed" in errors
-    assert code == 2 and "Traceback" not in errors
+    assert code == 1 and "Traceback" not in errors
     assert "error: File too large (checkpoints/full/final.pt). Free some space" in errors
     rows = plots.read_metrics(run_folder / "samples/full/metrics.jsonl")
     assert rows[0]["step"] == 10 and len(rows) < 4
