@@ -204,7 +204,12 @@ class Run:
         self.bar.close()
         if math.isnan(self.validation_loss):  # the last session ended after its last step
             self.validate()
-        self.save("final.pt")
+        try:
+            self.save("final.pt")
+        except OSError:
+            self.save_weights()
+            print(f"step {self.progress.step} could not be saved. {resume_hint(self.name)}")
+            raise
         published = checkpoints.CHECKPOINT_DIR / "ddpm_final.pt"
         for path in (self.folder / "last.pt", published):
             checkpoints.link_or_copy(self.folder / "final.pt", path)
@@ -217,6 +222,21 @@ class Run:
             f"  samples  {self.log.folder}/ (metrics: {VIEWERS[self.config.LOG_WITH]})\n"
             "  next     python inference.py"
         )
+
+    def save_weights(self) -> None:
+        """Writes the EMA weights alone, for which a disk that is too full for more may have room.
+
+        A run cannot resume from them, but they can be sampled from.
+        """
+        path = self.folder / "weights.safetensors"
+        ema = self.train_step.ema
+        weights = {
+            name: value.cpu().contiguous() for name, value in ema.state_dict().items()
+            if not name.startswith("teacher.")
+        }  # fmt: skip
+        with tolerate_write_errors(path):
+            checkpoints.save_safetensors(path, ema.architecture, weights)
+            print(f"the weights alone are in {path}, to sample from and for --init_from")
 
     def close(self) -> None:
         """Closes log and progress bar and unlocks the folder."""

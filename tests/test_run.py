@@ -224,6 +224,22 @@ def test_checkpoint_bytes_is_the_size_of_a_file(tmp_path):
     assert 0.7 < expected / (tmp_path / "last.pt").stat().st_size < 1  # names add most
 
 
+def test_run_whose_final_checkpoint_does_not_fit_saves_its_weights(made_run, monkeypatch, capsys):
+    def full(file: str) -> None:
+        raise OSError(28, "No space left on device", file)
+
+    made_run.validation_loss = 0.5
+    monkeypatch.setattr(made_run, "save", full)
+    with pytest.raises(OSError, match=r"final\.pt"):
+        made_run.on_finish()
+    model = DDPMModel.from_file("checkpoints/mine/weights.safetensors")
+    expected = made_run.train_step.ema.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    printed = capsys.readouterr().out
+    assert "the weights alone are in checkpoints/mine/weights.safetensors" in printed
+    assert "could not be saved. Start it again (run mine has saved nothing yet)" in printed
+
+
 def test_run_samples_grids_at_the_ends_of_equal_parts_but_the_last(made_run, clock):
     made_run.config.NUM_SAMPLE_GRIDS = 4
     take_100_steps(made_run, clock)
