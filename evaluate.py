@@ -252,6 +252,8 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
                     sha256 = checkpoints.sha256(path)
                 images, result = sample_images(model, path, settings, labels)
                 result["sha256"] = sha256
+                if result["name"] in {other["name"] for other in results}:
+                    result["name"] = str(path)  # else the second loss would replace the first
                 if validation is not None:
                     losses[result["name"]] = metrics.loss_by_timestep(model, validation)
             result |= score_images(images, references, by_class, labels, device)

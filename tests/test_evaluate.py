@@ -409,6 +409,15 @@ def test_models_of_other_images_or_classes_are_evaluated_apart(
     assert error in capsys.readouterr().err
 
 
+def test_models_of_the_same_name_have_a_loss_each(evaluate_colors):
+    for folder, name in (("a", "early"), ("b", "late")):
+        path = Path(f"{folder}/run/step.pt")
+        checkpoints.save(path, checkpoints.load(Path(f"checkpoints/run/{name}.pt")))
+    plotted = evaluate_colors("--checkpoint", "a/run/step.pt", "b/run/step.pt")
+    _, losses, _ = plotted["save_loss_by_timestep"]
+    assert losses.keys() == {"run-step", "b/run/step.pt"}
+
+
 def test_steps_that_a_later_model_cannot_take_are_refused_before_sampling(
     folder, monkeypatch, capsys
 ):
