@@ -338,8 +338,8 @@ class TrainStep:
         """
         count = len(batch.images)
         noise = torch.randn(batch.images.shape, generator=torch.Generator().manual_seed(0))
-        u = (torch.arange(count, dtype=torch.float64) + 0.5) * GOLDEN_RATIO % 1
-        t = self.model.timesteps_from_uniform(u.float().to(self.device))
+        u = torch.tensor([(i + 0.5) * GOLDEN_RATIO % 1 for i in range(count)])
+        t = self.model.timesteps_from_uniform(u.to(self.device))
 
         def summed_loss(part: slice) -> float:
             some = batch.take(part).to(self.device)
