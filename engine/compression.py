@@ -22,11 +22,8 @@ def compress(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     compressed = {}
     for name, weight in state.items():
-        if name.startswith(GUIDE):
-            is_matrix = weight.ndim > 1
-        else:
-            is_matrix = name.startswith(NETWORK) and weight.ndim > 1 and weight.numel() >= LARGE
-        if is_matrix:
+        is_large = name.startswith(NETWORK) and weight.numel() >= LARGE
+        if weight.ndim > 1 and (is_large or name.startswith(GUIDE)):
             rows = weight.float().flatten(1)
             scale = rows.abs().amax(1).clamp(min=SMALLEST) / MAX_INT8
             values = (rows / scale[:, None]).round()
