@@ -280,11 +280,13 @@ def warn_of_unused(
     needs_weaker = "is for guide_fraction between 0 and 1, or guidance_mode cfg"
     if is_tuning:
         needs_weaker = "is for tuning with a teacher"
+    has_data_dir = config.DATASET != "shapes" and not config.DATASET.startswith("hf:")
     for name, is_used, use in (
         ("AUTO_MICRO_BATCH", is_cuda and num_processes == 1, "is for a single GPU"),
         ("CUDA_GRAPH", is_cuda, "is for a GPU"),
         ("LABEL_DROPOUT", config.CLASS_CONDITIONAL, "is for class_conditional"),
         ("LOSS_WEIGHTING", not is_tuning, "is not for tuning"),
+        ("DATA_DIR", has_data_dir, "is not for shapes, which are drawn, nor for hf: data sets"),
         ("MIN_SNR_GAMMA", config.LOSS_WEIGHTING == "min_snr", "is for loss_weighting min_snr"),
         ("VALUE_RANGE", has_files and config.VALUE_RANGE, "is for images of more than 8 bits"),
         ("FRAMES", has_frames, "is for files of several frames"),

@@ -162,6 +162,15 @@ def test_guidance_without_a_guide_and_keep_beside_an_interval_are_named():
     assert warnings_of("--keep", "2", "--checkpoint_every", "3") == ["keep"]
 
 
+@pytest.mark.parametrize(("dataset", "is_used"), [("shapes", 0), ("hf:x", 0), ("stl10", 1)])
+def test_folder_of_data_that_is_in_none_is_named(dataset, is_used):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train.warn_of_unused({"DATA_DIR": "x"}, configure("--dataset", dataset), False, 1)
+    assert len(caught) == 1 - is_used
+    assert all(str(warning.message).startswith("data_dir is not for") for warning in caught)
+
+
 def test_ways_to_read_other_images_are_named():
     ways = {"VALUE_RANGE": "0,9", "FRAMES": "all"}
     for dataset, used, is_used in (
