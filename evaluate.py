@@ -85,6 +85,13 @@ def load_feature_networks(weights: str | None, device: torch.device) -> list[nn.
     return networks
 
 
+def load_checkpoint(
+    path: Path, settings: EvaluationSettings, device: torch.device
+) -> tuple[DDPMModel, str]:
+    """Returns a model and the SHA-256 of its file, read at once: a run replaces its files."""
+    return load_model(path, settings.image_size).to(device), checkpoints.sha256(path)
+
+
 def choose_plan(
     model: DDPMModel, settings: EvaluationSettings
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -212,8 +219,7 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
         images = load_dataset("folder", settings.image_size, paths[0], options=RGB).images
         shape = images.shape[1:]
     else:
-        model = load_model(paths[0], settings.image_size).to(device)
-        sha256 = checkpoints.sha256(paths[0])  # now: a run replaces its files
+        model, sha256 = load_checkpoint(paths[0], settings, device)
         config = model.training_info["config"]
         shape = model.image_shape
         for path in paths[1:]:  # before hours of sampling
@@ -248,8 +254,7 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
             result: Evaluation = {"name": path.stem, "images": str(path)}
             if not settings.images:
                 if i > 0:  # the first is loaded already
-                    model = load_model(path, settings.image_size).to(device)
-                    sha256 = checkpoints.sha256(path)
+                    model, sha256 = load_checkpoint(path, settings, device)
                 images, result = sample_images(model, path, settings, labels)
                 result["sha256"] = sha256
                 if result["name"] in {other["name"] for other in results}:
@@ -266,8 +271,9 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
     finally:  # also of those before one that fails, or on a full disk
         if results:
             print(reporting.format_table(results))
-        if results and by_class is not None:
-            print(reporting.format_classes(results, class_network.title, by_class.real_accuracy))
+            if by_class is not None:
+                title = class_network.title
+                print(reporting.format_classes(results, title, by_class.real_accuracy))
 
     # Figures.
     if images.shape[1:] == real.shape[1:]:
