@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from config import DDPMConfig
 from engine import checkpoints
 from engine.compression import compress, decompress
+from engine.consistency import without_teacher
 from engine.cuda_graphs import GraphCache, GraphCaptureError
 from engine.denoiser import (
     GUIDANCE_MODES,
@@ -356,7 +357,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
     def save_model(self, path: str | Path, compressed: bool = False) -> None:
         """Writes weights and architecture as .safetensors or .pt; compressed: in 8 and 16 bits."""
         path = Path(path)
-        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        state = without_teacher(self.state_dict())
+        state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
         state = compress(state) if compressed else state
         if path.suffix == ".safetensors":
             checkpoints.save_safetensors(path, self.architecture, state)
@@ -374,9 +376,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
             file = checkpoints.load_model_file(Path(path), image_size)
             cls.check_types(file.path, file.architecture, file.training_info)
             model = cls(**cls.upgrade_architecture(file.architecture))
-            # Without the teacher, which sampling does not need.
-            weights = {k: v for k, v in file.weights.items() if not k.startswith("teacher.")}
-            model.load_state_dict(decompress(weights))
+            model.load_state_dict(decompress(without_teacher(file.weights)))
             checkpoints.check_weights(model.named_parameters(), file.path)
             model.training_info = file.training_info
         return model

@@ -222,10 +222,7 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
         model, sha256 = load_checkpoint(paths[0], settings, device)
         config = model.training_info["config"]
         shape = model.image_shape
-        for path in paths[1:]:  # before hours of sampling
-            other = load_model(path, settings.image_size)
-            check_comparable(other, path, shape, model.class_names, paths[0])
-            choose_plan(other, settings)
+        check_others(model, paths, settings)  # before hours of sampling
 
     # What to compare with.
     output_dir = Path(settings.output_dir)
@@ -271,9 +268,8 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
     finally:  # also of those before one that fails, or on a full disk
         if results:
             print(reporting.format_table(results))
-            if by_class is not None:
-                title = class_network.title
-                print(reporting.format_classes(results, title, by_class.real_accuracy))
+        if results and by_class is not None:
+            print(reporting.format_classes(results, class_network.title, by_class.real_accuracy))
 
     # Figures.
     if images.shape[1:] == real.shape[1:]:
@@ -326,15 +322,17 @@ def note_few_images(count: int) -> None:
         print(f"note: of {count} images, Fréchet distances are too high and vary; compare KID")
 
 
-def check_comparable(
-    model: DDPMModel, path: Path, shape: tuple[int, ...], class_names: tuple[str, ...], first: Path
-) -> None:
-    """Raises UserError if a model's images or classes are not those of the first model."""
-    found, expected = (model.image_shape, model.class_names), (shape, class_names)
-    if found != expected:
-        makes = f"makes images of shape and classes {shorten(str(found), 100)}"
-        other = f"{first} of {shorten(str(expected), 100)}"
-        raise UserError(f"{path} {makes}, but {other}. Evaluate it alone")
+def check_others(first: DDPMModel, paths: list[Path], settings: EvaluationSettings) -> None:
+    """Raises UserError if a later model cannot be sampled, or makes other images than the first."""
+    expected = first.image_shape, first.class_names
+    for path in paths[1:]:
+        model = load_model(path, settings.image_size)
+        found = model.image_shape, model.class_names
+        if found != expected:
+            makes = f"makes images of shape and classes {shorten(str(found), 100)}"
+            other = f"{paths[0]} of {shorten(str(expected), 100)}"
+            raise UserError(f"{path} {makes}, but {other}. Evaluate it alone")
+        choose_plan(model, settings)
 
 
 def save_nearest(

@@ -90,8 +90,8 @@ def main(
         if config.AUTO_MICRO_BATCH and is_cuda and dist.num_processes == 1:
             config.split_batch(find_micro_batch(model, config, data.images))
         if dist.is_main_process:
-            weights = [*model.state_dict(), *(checkpoint.state["ema"] if checkpoint else ())]
-            has_guide = any(name.startswith(("guide.", "teacher.")) for name in weights)
+            names = [*model.state_dict(), *(checkpoint.state["ema"] if checkpoint else ())]
+            has_guide = any(name.startswith(("guide.", "teacher.")) for name in names)
             arguments = request.explicit, config, is_cuda, dist.num_processes, has_guide
             warn_of_unused(*arguments, is_tuning=tuning is not None)
         if not request.dry_run:
@@ -270,8 +270,7 @@ def warn_of_unused(
 ) -> None:  # fmt: skip
     """Warns of explicit settings that have no effect in this run.
 
-    has_guide: whether there is a guide already, of the run to resume, or a teacher of one that
-    tunes.
+    has_guide: whether the run to resume has a guide already, or a run that tunes a teacher.
     """
     will_have_weaker = 0 < config.GUIDE_FRACTION < 1 or config.GUIDANCE_MODE == "cfg"
     has_weaker = has_guide or (will_have_weaker and not is_tuning)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 NETWORK, GUIDE = "diffusion.model.", "guide."  # what the names of a model's weights start with
 SCALE = ".scale"  # what the name of a matrix's scales ends with
-# In the network itself, only matrices of so many values: they hold most of the file, and small ones
-# belong to the level of the full image, where rounding shows. Errors of the guide hardly matter.
+# In the network itself, only matrices of at least so many values: they are most of the file, and
+# smaller ones work on the full image, where rounding shows. Errors of the guide hardly matter.
 LARGE = 100_000
 MAX_INT8 = 127
 MAX_FP16 = torch.finfo(torch.half).max
@@ -30,8 +30,8 @@ def compress(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             compressed[name] = values.to(torch.int8).view(weight.shape)
             compressed[name + SCALE] = scale
         else:
-            is_small = name.startswith((NETWORK, GUIDE)) and weight.abs().max() <= MAX_FP16
-            compressed[name] = weight.half() if is_small else weight
+            fits_fp16 = name.startswith((NETWORK, GUIDE)) and weight.abs().max() <= MAX_FP16
+            compressed[name] = weight.half() if fits_fp16 else weight
     return compressed
 
 

@@ -7,7 +7,7 @@ consistency distillation, Song et al. (arXiv:2303.01469). Without a teacher, x_s
 image and noise as x_t.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -114,6 +114,11 @@ class ConsistencyLoss(nn.Module):
         is_guided = (self.sigma[t] >= lowest) & (self.sigma[t] <= highest)
         weight = torch.where(is_guided, guidance, 1.0)[:, None, None, None]
         return apply_guidance(x_0, x_0_weaker, weight).clamp(-1, 1)
+
+
+def without_teacher(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the weights of a model that sampling needs."""
+    return {k: v for k, v in state_dict.items() if not k.startswith("teacher.")}
 
 
 class Teacher(nn.Module):

@@ -142,7 +142,7 @@ class ModelKeeper:
 
 
 def signature_of(path: Path) -> tuple[Any, ...]:
-    """Returns a file's path and what changes when it is exchanged."""
+    """Returns a file's path and what changes when it is replaced."""
     status = path.stat() if path.is_file() else None
     return path, status and (status.st_mtime_ns, status.st_size, status.st_ino)
 

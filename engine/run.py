@@ -229,13 +229,8 @@ class Run:
         A run cannot resume from them, but they can be sampled from.
         """
         path = self.folder / "weights.safetensors"
-        ema = self.train_step.ema
-        weights = {
-            name: value.cpu().contiguous() for name, value in ema.state_dict().items()
-            if not name.startswith("teacher.")
-        }  # fmt: skip
         with tolerate_write_errors(path):
-            checkpoints.save_safetensors(path, ema.architecture, weights)
+            self.train_step.ema.save_model(path)
             print(f"the weights alone are in {path}, to sample from and for --init_from")
 
     def close(self) -> None:

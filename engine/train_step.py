@@ -21,7 +21,7 @@ from engine.labels import NO_LABEL
 from engine.optimizer import OLD_STATE_NAMES, Adam, Muon, flatten, padded_numel, use_muon, views
 from engine.randomness import get_rng_state, set_rng_state, step_randomness
 
-GOLDEN_RATIO = (5**0.5 - 1) / 2  # its multiples, modulo 1, are spread evenly over any neighbors
+GOLDEN_RATIO = (5**0.5 - 1) / 2  # consecutive multiples, modulo 1, are spread evenly
 INITIAL_LOSS_SCALE = 2.0**12  # in fp16, where small gradients would round to zero
 LOSS_SCALE_GROWTH_STEPS = 2000  # finite steps before the loss scale doubles
 

@@ -301,6 +301,15 @@ def test_teacher_without_a_guide_is_not_resumed_in_a_mode_that_needs_one():
             resumed.load_state_dict(tuned.state_dict())
 
 
+def test_model_file_of_a_tuned_model_leaves_out_the_teacher(tmp_path):
+    tuned = tuned_model(guidance=2.0)
+    tuned.start_from(guided_source())
+    tuned.save_model(tmp_path / "model.safetensors")
+    weights = checkpoints.load_safetensors(tmp_path / "model.safetensors")[1]
+    assert weights.keys() == DDPMModel.from_file(tmp_path / "model.safetensors").state_dict().keys()
+    assert any(name.startswith("teacher.") for name in tuned.state_dict())
+
+
 def test_teacher_is_given_labels_of_its_own_classes_only():
     pets, none = {"cat": 1, "dog": 1}, {}
     for of_model, of_data in (({"car": 1, "dog": 1}, pets), (none, pets), (pets, none)):
