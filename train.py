@@ -76,6 +76,8 @@ def main(
     # What was found in the images, for a resumed run and for input images.
     found = {"CHANNELS": data.images.shape[1], **data.read_as}
     config.override({k: v for k, v in found.items() if v != getattr(config, k)}, "data")
+    if tuning is not None:
+        config.override({"GUIDE_FRACTION": 0.0}, "tuning")  # a tuned model is not guided
 
     # Model, and training or an estimate of it.
     with distributed.session(lambda: "Start it again") as dist:
@@ -285,6 +287,7 @@ def warn_of_unused(
         ("CUDA_GRAPH", is_cuda, "is for a GPU"),
         ("LABEL_DROPOUT", config.CLASS_CONDITIONAL, "is for class_conditional"),
         ("LOSS_WEIGHTING", not is_tuning, "is not for tuning"),
+        ("GUIDE_FRACTION", not is_tuning, "is not for tuning"),
         ("DATA_DIR", has_data_dir, "is not for shapes, which are drawn, nor for hf: data sets"),
         ("MIN_SNR_GAMMA", config.LOSS_WEIGHTING == "min_snr", "is for loss_weighting min_snr"),
         ("VALUE_RANGE", has_files and config.VALUE_RANGE, "is for images of more than 8 bits"),

@@ -21,7 +21,7 @@ import train
 import train_optimized
 from ddpm_model import DDPMModel
 from engine import distributed
-from engine.consistency import ConsistencyLoss, Teacher
+from engine.consistency import ConsistencyLoss, Teacher, without_teacher
 from engine.denoiser import call_network, weaker_network
 from engine.errors import UserError
 from engine.samplers import MAX_CONSISTENCY_STEPS
@@ -72,12 +72,16 @@ class ConsistencyModel(DDPMModel):
         distributed.print0(f"consistency tuning with {kind}")
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Loads the weights, those of the teacher too if there was one."""
+        """Loads the weights, those of the teacher too if there was one and guidance is not 1."""
+        if self.guidance == 1:
+            state_dict = without_teacher(state_dict)
         self.add_teacher(state_dict)
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def add_teacher(self, state_dict: Mapping[str, Any]) -> None:
         """Gives the teacher the networks that it has in a state_dict; not their weights."""
+        if self.guidance == 1:
+            return
         parts = {".".join(name.split(".")[:2]) for name in state_dict}
         unet = copy.deepcopy(self.unet) if "teacher.unet" in parts else None
         guide = copy.deepcopy(self.unet) if "teacher.guide" in parts else None

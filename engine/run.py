@@ -196,7 +196,7 @@ class Run:
     def on_interrupt(self) -> None:
         """Saves a run that stops here."""
         self.bar.close()
-        self.save("last.pt")
+        self.save_at_the_end("last.pt")
         print(f"interrupted at step {self.progress.step}. {resume_hint(self.name)}")
 
     def on_finish(self) -> None:
@@ -204,12 +204,7 @@ class Run:
         self.bar.close()
         if math.isnan(self.validation_loss):  # the last session ended after its last step
             self.validate()
-        try:
-            self.save("final.pt")
-        except OSError:
-            self.save_weights()
-            print(f"step {self.progress.step} could not be saved. {resume_hint(self.name)}")
-            raise
+        self.save_at_the_end("final.pt")
         published = checkpoints.CHECKPOINT_DIR / "ddpm_final.pt"
         for path in (self.folder / "last.pt", published):
             checkpoints.link_or_copy(self.folder / "final.pt", path)
@@ -222,6 +217,15 @@ class Run:
             f"  samples  {self.log.folder}/ (metrics: {VIEWERS[self.config.LOG_WITH]})\n"
             "  next     python inference.py"
         )
+
+    def save_at_the_end(self, file: str) -> None:
+        """Writes a checkpoint; if it does not fit, the EMA weights alone, and raises OSError."""
+        try:
+            self.save(file, tolerated=())
+        except OSError:
+            self.save_weights()
+            print(f"step {self.progress.step} could not be saved. {resume_hint(self.name)}")
+            raise
 
     def save_weights(self) -> None:
         """Writes the EMA weights alone, for which a disk that is too full for more may have room.
@@ -326,13 +330,12 @@ class Run:
         else:
             self.log.write_grid(grid, self.progress.step, file)
 
-    def save(self, file: str) -> None:
-        """Writes a checkpoint. A failure is a warning, except for final.pt, where it is raised."""
+    def save(self, file: str, tolerated: Any = OSError) -> None:
+        """Writes a checkpoint. A tolerated error is a warning."""
         state = self.train_step.state_dict() | {
             "version": VERSION, "run": self.name, "data": self.data_info,
             "architecture": self.train_step.model.architecture, "config": self.config.as_dict(),
             "progress": self.progress.state_dict(),
         }  # fmt: skip
-        tolerated = () if file == "final.pt" else OSError
         with tolerate_write_errors(self.folder / file, tolerated):
             checkpoints.save(self.folder / file, state)

@@ -129,7 +129,7 @@ def made_run(tmp_path, monkeypatch, clock):
     made = make_run("mine")
     made.files = []
     for method in ("save", "sample_grid"):
-        monkeypatch.setattr(made, method, made.files.append)
+        monkeypatch.setattr(made, method, lambda file, **_: made.files.append(file))
     yield made
     made.close()
 
@@ -224,14 +224,18 @@ def test_checkpoint_bytes_is_the_size_of_a_file(tmp_path):
     assert 0.7 < expected / (tmp_path / "last.pt").stat().st_size < 1  # names add most
 
 
-def test_run_whose_final_checkpoint_does_not_fit_saves_its_weights(made_run, monkeypatch, capsys):
-    def full(file: str) -> None:
-        raise OSError(28, "No space left on device", file)
+@pytest.mark.parametrize("end, file", [("on_finish", "final.pt"), ("on_interrupt", "last.pt")])
+def test_run_whose_last_checkpoint_does_not_fit_saves_its_weights(
+    end, file, made_run, monkeypatch, capsys
+):
+    def full(path: Path, state: dict) -> None:
+        raise OSError(28, "No space left on device", str(path))
 
     made_run.validation_loss = 0.5
-    monkeypatch.setattr(made_run, "save", full)
-    with pytest.raises(OSError, match=r"final\.pt"):
-        made_run.on_finish()
+    monkeypatch.setattr(run.checkpoints, "save", full)
+    monkeypatch.setattr(made_run, "save", Run.save.__get__(made_run))
+    with pytest.raises(OSError, match=file):
+        getattr(made_run, end)()
     model = DDPMModel.from_file("checkpoints/mine/weights.safetensors")
     expected = made_run.train_step.ema.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())

@@ -1,5 +1,6 @@
 """train_consistency.py: runs that tune a model, their settings, and the tuned model's samples."""
 
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -271,6 +272,14 @@ def test_guidance_without_a_teacher_is_named(dry_run):
         dry_run("--guidance", "3")
 
 
+@pytest.mark.parametrize("dry_run", ["--checkpoint"], indirect=True)
+def test_guide_fraction_of_tuning_is_named_and_saves_no_guide(dry_run, capsys):
+    DDPMModel(**SMALL).save_model("guided.safetensors")
+    with pytest.warns(FallbackWarning, match="^guide_fraction is not for tuning; continuing"):
+        dry_run("--guide_fraction", "0.5")
+    assert re.search(r"GUIDE_FRACTION +0\.0 +tuning", capsys.readouterr().out)
+
+
 def test_estimated_size_of_a_checkpoint_has_the_teacher_once(tuned):
     config = configure()
     size = checkpoint_bytes(TrainStep(guided_model(config), config))
@@ -299,6 +308,15 @@ def test_teacher_without_a_guide_is_not_resumed_in_a_mode_that_needs_one():
         resumed = tuned_model(class_counts=classes, guidance=2.0, guidance_mode=mode)
         with pytest.raises(UserError, match=f"no guide, which {mode} needs. Resume with"):
             resumed.load_state_dict(tuned.state_dict())
+
+
+def test_tuning_resumed_with_guidance_1_has_no_teacher():
+    tuned = tuned_model(guidance=2.0)
+    tuned.start_from(guided_source())
+    resumed = tuned_model(guidance=1.0)
+    resumed.load_state_dict(tuned.state_dict())
+    assert resumed.teacher.unet is None and resumed.teacher.guide is None
+    assert torch.equal(resumed.unet.init_conv.weight, tuned.unet.init_conv.weight)
 
 
 def test_model_file_of_a_tuned_model_leaves_out_the_teacher(tmp_path):
