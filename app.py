@@ -149,8 +149,8 @@ class Page:
         """Renders the open panel."""
         panel = session.panel if session.panel in self.panels else "Vary"
         output, render = self.panels[panel]
-        if not session.chosen:
-            return {output: page_html.note("Choose an image first.")}
+        if advice := session.what_to_choose(self.keeper.refresh().model):
+            return {output: page_html.note(advice)}
         with self.errors_shown():
             request = session.start("panel")
             result = render(session, request, strength, *controls)
@@ -367,7 +367,7 @@ def start(settings: AppSettings) -> tuple[Any, str]:
     EpsImagePlugin.gs_binary = False  # of an upload in PostScript, it would run the program
     find = partial(checkpoints.newest_checkpoint, notify=False)
     if settings.checkpoint is not None:
-        find = partial(Path, checkpoints.resolve_checkpoint(settings.checkpoint))
+        find = partial(checkpoints.resolve_checkpoint, settings.checkpoint)
     blocks = Page(page.ModelKeeper(find, load_shared_model)).build()
     script = (ROOT / "app.js").read_text(encoding="utf-8")
     blocks.queue(max_size=100, default_concurrency_limit=16, api_open=False)

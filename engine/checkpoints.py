@@ -1,6 +1,7 @@
 """Checkpoint files: written atomically, read without unpickling, found by run name."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -242,10 +243,15 @@ def load_model_file(path: Path, image_size: int | None) -> ModelFile:
 def step_of(path: Path) -> int:
     """Returns a checkpoint's step without reading its weights, -1 if unreadable."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return int(state["progress"]["step"])
+        return _read_step(path, path.stat().st_mtime_ns)
     except Exception:  # torch raises nearly anything on a damaged file
         return -1
+
+
+@functools.lru_cache  # the page asks every few seconds
+def _read_step(path: Path, modified: int) -> int:
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return int(state["progress"]["step"])
 
 
 def resolve_checkpoint(reference: str | None, flag: str = "--checkpoint") -> Path:
@@ -260,8 +266,7 @@ def resolve_checkpoint(reference: str | None, flag: str = "--checkpoint") -> Pat
     if not reference:
         raise UserError(f"{flag} is empty. Name a run or a checkpoint, or drop the value")
     if reference == "newest":
-        found = _run_files()
-        if not found:
+        if not (found := _run_files()):
             raise UserError(f"no run in {CHECKPOINT_DIR}/. Train without {flag} first")
         reference = str(max(found, key=lambda path: path.stat().st_mtime).parent)
     if Path(reference).is_file():
@@ -286,14 +291,12 @@ def newest_checkpoint(notify: bool = True) -> Path:
 
     notify: whether to print that there is no checkpoint yet.
     """
-    files = (*CHECKPOINT_DIR.rglob("*.pt"), *CHECKPOINT_DIR.rglob("*.safetensors"))
-    found = [file for file in files if not file.name.startswith(".")]
+    found = [*CHECKPOINT_DIR.rglob("[!.]*.pt"), *CHECKPOINT_DIR.rglob("[!.]*.safetensors")]
     if not found:
-        pretrained = PRETRAINED_DIR / "cifar10.safetensors"
+        file = PRETRAINED_DIR / "cifar10.safetensors"
         if notify:
-            none_yet = f"no checkpoint in {CHECKPOINT_DIR}/ yet"
-            print0(f"{none_yet}; using the pretrained {pretrained.name}")
-        return pretrained
+            print0(f"no checkpoint in {CHECKPOINT_DIR}/ yet; using the pretrained {file.name}")
+        return file
     # A finished run's final.pt is also ddpm_final.pt, whose shorter path is the one to show.
     return max(found, key=lambda path: (path.stat().st_mtime_ns, -len(path.parts)))
 

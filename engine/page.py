@@ -275,6 +275,14 @@ class Session:
         self.chosen = [image, *self.chosen[:1]]
         self.mask = None
 
+    def what_to_choose(self, model: nn.Module) -> str:
+        """Returns what the user has to choose before a model can change it, or nothing."""
+        if not self.chosen:
+            return "Choose an image first."
+        if all(chosen.image.shape == model.image_shape for chosen in self.chosen):
+            return ""
+        return "Choose other images: these are of a model with another image size or channels."
+
 
 def control_updates(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Returns what the controls offer with a model: by name, arguments of gradio's update."""

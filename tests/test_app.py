@@ -183,6 +183,23 @@ def test_checkpoint_flag_takes_a_run_and_suggests_the_nearest(served, monkeypatc
             app.start(app.AppSettings(checkpoint=name))
 
 
+def test_page_of_a_run_follows_its_checkpoints(served, monkeypatch):
+    save_model("checkpoints/my_run/step_0000001.pt")
+    finders = []
+    monkeypatch.setattr(page, "ModelKeeper", lambda find, load: finders.append(find) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        app.start(app.AppSettings(checkpoint="my_run"))
+    path = save_model("checkpoints/my_run/last.pt")
+    assert finders[0]() == path
+
+
+def test_chosen_images_of_another_size_are_named(served):
+    shown = app.Page(ModelKeeper(lambda: served.path, app.load_shared_model))
+    shown.panels = {"Vary": ("output", pytest.fail)}
+    session = Session(chosen=[PageImage(torch.rand(3, 16, 16), "seed 0", {})])
+    assert "another image size" in shown.show_panel(session, 0.8)["output"]
+
+
 def test_start_passes_on_the_address_and_limits_uploads(served, monkeypatch):
     pytest.importorskip("gradio")
     app.import_gradio()
