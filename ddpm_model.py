@@ -153,9 +153,9 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         # The distribution of the timesteps in training: uniform, or EDM's.
         timestep_cdf = torch.arange(1, timesteps + 1).double() / timesteps
         if loss_weighting == "edm":
-            density, weight = edm_weighting(self.diffusion, EDM_P_MEAN - shift / 2)
+            probabilities, weight = edm_weighting(self.diffusion, EDM_P_MEAN - shift / 2)
             self.diffusion.loss_weight.copy_(weight)
-            timestep_cdf = density.cumsum(0)
+            timestep_cdf = probabilities.cumsum(0)
         self.register_buffer("timestep_cdf", timestep_cdf.float(), persistent=False)
 
     @classmethod
@@ -283,13 +283,13 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         x_0 = images * 2 - 1
         x_t = process.q_sample(x_0, t, noise)
         previous = None
-        if self.unet.self_condition and random.random() < 0.5:  # Chen et al. (arXiv:2208.04202)
+        # Chen et al. (arXiv:2208.04202); always in validation, which is the same each time.
+        if self.unet.self_condition and (not self.training or random.random() < 0.5):
             with torch.no_grad():
                 output = call_network(self.unet, x_t, t, None, labels)
                 scales = process.sqrt_alphas_cumprod, process.sqrt_one_minus_alphas_cumprod
                 signal, noise_scale = (scale[t].view(-1, 1, 1, 1) for scale in scales)
-                objective = process.objective
-                previous = predicted_start(objective, output, x_t, signal, noise_scale)
+                previous = predicted_start(process.objective, output, x_t, signal, noise_scale)
         prediction = call_network(self.unet, x_t, t, previous, labels).float()
         target = noise if process.objective == "pred_noise" else x_0
         if process.objective == "pred_v":
@@ -384,8 +384,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
     def load_model(self, path: str | Path, image_size: int | None = None) -> "DDPMModel":
         """Becomes the model of a file, as from_file creates it; returns itself.
 
-        image_size: by default what this model was created with if that was given. If the file is
-        refused, this model stays as it is.
+        All parameters are replaced, so create an optimizer after it. image_size: by default what
+        this model was created with if that was given. A file that is refused changes nothing.
         """
         loaded = self.from_file(path, image_size or self.given_size).to(self.device)
         loaded.given_size = self.given_size

@@ -31,7 +31,8 @@ from engine.settings import suggest
 from engine.trackers import check_installed
 from engine.trainer import estimate, train
 
-# What may differ between a model and the one that it starts from: all that is no weight.
+# Of the architecture, what --init_from may change: nothing that gives the weights of the network
+# another meaning, except the classes, whose embedding starts anew.
 MUTABLE_ON_INIT = {
     *GUIDANCE_OPTIONS, "image_size", "sampling_timesteps", "loss_weighting", "min_snr_gamma",
     "schedule_base_size", "dropout", "class_counts", "consistency",

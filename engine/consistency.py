@@ -15,7 +15,7 @@ from denoising_diffusion_pytorch import GaussianDiffusion
 from torch import Tensor, nn
 
 from engine.denoiser import apply_guidance
-from engine.noise_schedule import SIGMA_MAX, timestep_density
+from engine.noise_schedule import SIGMA_MAX, timestep_probabilities
 
 VPredictor = Callable[[Tensor, Tensor], Tensor]  # x_t (B, C, H, W) and t (B,) to v (B, C, H, W)
 
@@ -38,11 +38,11 @@ class ConsistencyLoss(nn.Module):
         # At index -1 is the clean image.
         alpha_bar = F.pad(process.alphas_cumprod.double(), (0, 1), value=1.0)
         sigma = ((1 - alpha_bar) / alpha_bar).sqrt()
-        density = timestep_density(process, ECT_P_MEAN - shift / 2, ECT_P_STD)
-        density = density * (sigma[:-1] <= SIGMA_MAX)
+        probabilities = timestep_probabilities(process, ECT_P_MEAN - shift / 2, ECT_P_STD)
+        probabilities = probabilities * (sigma[:-1] <= SIGMA_MAX)
         buffers = {
             "alpha_bar": alpha_bar, "sigma": sigma, "fraction": torch.ones(()),
-            "timestep_cdf": (density / density.sum()).cumsum(0),
+            "timestep_cdf": (probabilities / probabilities.sum()).cumsum(0),
         }  # fmt: skip
         for name, values in buffers.items():
             self.register_buffer(name, values.float(), persistent=False)

@@ -26,7 +26,7 @@ Labels = int | Sequence[int] | Tensor | None  # of all images or of each; -1: no
 State = tuple[int, Tensor, Tensor]  # t, x_t and the predicted x_0, in [-1, 1]
 
 
-class SamplingPlan(NamedTuple):
+class SamplerSettings(NamedTuple):
     """How to sample. Timesteps follow from noise_levels, one a step, or else from spacing."""
 
     sampler: str | Callable
@@ -185,6 +185,8 @@ class GenerationMixin:
         restarts the sampler, so the multistep ones act as ddim here. For a consistency-tuned model,
         the timesteps of 4 steps are added: of 1 or 2 none has a noise level where they could agree.
         """
+        if resamples < 1:
+            raise UserError(f"resamples is {resamples}, but must be at least 1")
         shape = self.image_shape[1:]
         if tuple(mask.shape[-2:]) != shape or mask.numel() != math.prod(shape):
             raise UserError(f"the mask is {tuple(mask.shape)}, but must be {shape}")
@@ -233,7 +235,9 @@ class GenerationMixin:
         steps than the process has.
         """
         # The sampler and the number of steps.
-        sampler, steps, spacing, levels = self.complete_plan(sampler, steps, spacing, noise_levels)
+        sampler, steps, spacing, levels = self.fill_sampler_defaults(
+            sampler, steps, spacing, noise_levels
+        )
         if isinstance(sampler, str):  # still a name: none of this model's samplers
             is_known = sampler in (*SAMPLERS, *samplers.CONSISTENCY_SAMPLERS)
             reason = "this model has no" if is_known else "unknown"
@@ -252,10 +256,10 @@ class GenerationMixin:
             return sampler, samplers.timesteps_from_sigmas(self.alpha_bar, sigmas)
         return sampler, samplers.choose_timesteps(sampler, self.alpha_bar, steps, spacing)
 
-    def complete_plan(
+    def fill_sampler_defaults(
         self, sampler: SamplerChoice, steps: int | None, spacing: str | None,
         noise_levels: Sequence[float] | None,
-    ) -> SamplingPlan:  # fmt: skip
+    ) -> SamplerSettings:  # fmt: skip
         """Fills in what is None, by the model and the sampler.
 
         A name of one of this model's samplers becomes its function; any other stays. Only the
@@ -268,11 +272,11 @@ class GenerationMixin:
         sampler = self.supported_samplers.get(sampler, sampler)
         if noise_levels is not None:
             samplers.check_noise_levels(noise_levels, sampler, steps)
-            return SamplingPlan(sampler, len(noise_levels), None, noise_levels)
+            return SamplerSettings(sampler, len(noise_levels), None, noise_levels)
         steps = self.sampling_timesteps if steps is None else steps
         if spacing is None and sampler is samplers.consistency and steps in CONSISTENCY_LEVELS:
-            return SamplingPlan(sampler, steps, None, CONSISTENCY_LEVELS[steps])
-        return SamplingPlan(sampler, steps, spacing or samplers.DEFAULT_SPACING, None)
+            return SamplerSettings(sampler, steps, None, CONSISTENCY_LEVELS[steps])
+        return SamplerSettings(sampler, steps, spacing or samplers.DEFAULT_SPACING, None)
 
     def count_nfe(
         self, sampler: Callable, timesteps: Sequence[int], guidance: float | None = None,
@@ -339,7 +343,7 @@ def run_sampler(
         raise error
     remaining = len(timesteps) - 1
     for output in outputs:
-        if not (isinstance(output, tuple) and len(output) == 2):
+        if remaining == 0 or not (isinstance(output, tuple) and len(output) == 2):
             raise error
         remaining -= 1
         yield output

@@ -13,6 +13,7 @@ from engine.errors import UserError
 from engine.settings import suggest
 
 NO_LABEL = -1
+INVERSE_GOLDEN_RATIO = 0x9E3779B97F4A7C15  # in units of 2^-64
 MAX_CLASSES = 10_000
 UNCONDITIONAL_ERROR = "this model is unconditional: it takes no labels"
 
@@ -66,7 +67,7 @@ def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
         raise UserError(f"{UNCONDITIONAL_ERROR}, so --classes cannot be set")
     labels: list[int] = []
     for part in [text] if text in class_names else text.split(","):
-        labels += _parse_range(part.strip(), class_names)
+        labels += _parse_range(part if part in class_names else part.strip(), class_names)
     return list(dict.fromkeys(labels))
 
 
@@ -97,9 +98,11 @@ def _parse_range(text: str, class_names: Sequence[str]) -> Sequence[int]:
 
 def check_class_counts(class_counts: Mapping[str, int]) -> None:
     """Raises UserError for invalid class names or counts; a name must suit a folder."""
+    if class_counts and not any(class_counts.values()):
+        raise UserError("none of the model's classes has an image")
     for name, count in class_counts.items():
         is_folder = 0 < len(os.fsencode(name)) < 256 and not set(name) & set("/\\\0")
-        if name in (".", "..") or not is_folder or not isinstance(count, int):
+        if name in (".", "..") or not is_folder or not isinstance(count, int) or count < 0:
             needed = "names that a folder can have, with numbers of images"
             shown = textwrap.shorten(repr(name), 60)
             raise UserError(f"the model has the class {shown}: {count!r}, but must have {needed}")
@@ -131,9 +134,9 @@ def check_classes_on_resume(
 def labels_in_proportion(seeds: Iterable[int], counts: Iterable[int]) -> np.ndarray:
     """Returns a label for each seed, int64 (N,), in proportion to the counts.
 
-    Consecutive seeds spread evenly: a seed's place in [0, 1) is the fractional part of its product
-    with the golden ratio.
+    Consecutive seeds spread evenly: a seed's place in [0, 1) is the fractional part of its
+    quotient by the golden ratio.
     """
-    places = [(seed * 0x9E3779B97F4A7C15 % 2**64 >> 11) / 2**53 for seed in seeds]
+    places = [(seed * INVERSE_GOLDEN_RATIO % 2**64 >> 11) / 2**53 for seed in seeds]
     bounds = np.cumsum(list(counts))
     return np.searchsorted(bounds / bounds[-1], places, side="right")

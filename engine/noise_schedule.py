@@ -78,32 +78,32 @@ def shift_log_snr(process: GaussianDiffusion, shift: float, min_snr_gamma: float
         getattr(process, name).copy_(values)
 
 
-def timestep_density(process: GaussianDiffusion, mean: float, std: float) -> Tensor:
-    """Returns the density of timesteps whose log(sigma) ~ N(mean, std^2), (T,); sums to 1."""
+def timestep_probabilities(process: GaussianDiffusion, mean: float, std: float) -> Tensor:
+    """Returns the probabilities of the timesteps, (T,), that make log(sigma) ~ N(mean, std^2)."""
     alpha_bar = process.alphas_cumprod.double()
     log_sigma = ((1 - alpha_bar) / alpha_bar.clamp(min=1e-12)).log() / 2
     # A normal density in log(sigma), times how much of log(sigma) each timestep covers.
     density = torch.exp(-((log_sigma - mean) ** 2) / (2 * std**2))
-    density = density * torch.gradient(log_sigma)[0].abs()
-    return density / density.sum()
+    probabilities = density * torch.gradient(log_sigma)[0].abs()
+    return probabilities / probabilities.sum()
 
 
 def edm_weighting(process: GaussianDiffusion, mean: float = EDM_P_MEAN) -> tuple[Tensor, Tensor]:
-    """Returns EDM's density of the training timesteps and its loss weights, both (T,).
+    """Returns EDM's probabilities of the training timesteps and its loss weights, both (T,).
 
     log(sigma) is normal around `mean`. EDM weighs the squared error of x_0, for images in [-1, 1],
     by (sigma^2 + s^2) / (sigma s)^2, s = SIGMA_DATA; here the weight is converted to the error of
-    what the process predicts. The density sums to 1, and the weights have mean 1 under it.
+    what the process predicts. The weights have mean 1 under the probabilities.
     """
     alpha_bar = process.alphas_cumprod.double()
     sigma_squared = (1 - alpha_bar) / alpha_bar.clamp(min=1e-12)
-    density = timestep_density(process, mean, EDM_P_STD)
+    probabilities = timestep_probabilities(process, mean, EDM_P_STD)
     weight = (sigma_squared + SIGMA_DATA**2) / (sigma_squared * SIGMA_DATA**2)
     if process.objective == "pred_v":
         weight = weight * sigma_squared / (1 + sigma_squared)
     elif process.objective == "pred_noise":
         weight = weight * sigma_squared
-    return density, weight / (weight * density).sum()
+    return probabilities, weight / (weight * probabilities).sum()
 
 
 def upstream_betas(schedule: str, timesteps: int) -> Tensor:

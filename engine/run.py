@@ -92,8 +92,8 @@ def checkpoint_bytes(train_step: TrainStep) -> int:
     parts = state["model"], state["ema"], *state["optimizer"].values()
     values = [value for part in parts for value in part.values() if isinstance(value, Tensor)]
     sizes = {value.data_ptr(): value.nbytes for value in values}  # what they share is held once
-    is_guided = train_step.config.GUIDE_FRACTION and train_step.ema.guide is None
-    return sum(sizes.values()) + (train_step.params.nbytes if is_guided else 0)
+    needs_guide = 0 < train_step.config.GUIDE_FRACTION < 1 and train_step.ema.guide is None
+    return sum(sizes.values()) + (train_step.params.nbytes if needs_guide else 0)
 
 
 def format_bytes(count: float) -> str:
@@ -106,7 +106,7 @@ def max_checkpoints(config: Any, epochs: float) -> int:
     every = config.CHECKPOINT_EVERY
     of_epochs = epochs // every if every else 0
     kept = config.KEEP if every is None else of_epochs
-    return int(kept) + 3  # last.pt, later a link to final.pt, best.pt and one being written
+    return int(kept) + 3  # last.pt (at the end a link to final.pt), best.pt, one being written
 
 
 class NullRun:
@@ -190,6 +190,8 @@ class Run:
         if is_due or self.progress.is_finished:
             self.validate()
         every = self.config.CHECKPOINT_EVERY
+        if every and self.config.MINUTES and epoch == 1:  # now it is known how many there will be
+            self.warn_of_small_disk()
         if every and self.progress.epoch_step == 0 and epoch % every == 0:
             self.save(f"epoch_{epoch:04d}.pt")
 

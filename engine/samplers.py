@@ -64,6 +64,8 @@ def ddim(
     denoiser: Denoiser, x: Tensor, timesteps: Timesteps, randn: Randn, eta: float = 0.0
 ) -> SamplerOutput:
     """DDIM, as DDPM if eta is 1: Song et al. (arXiv:2010.02502), equations 12 and 16."""
+    if not 0 <= eta <= 1:
+        raise UserError(f"eta is {eta}, but must be between 0 and 1")
     for t, s, a_t, a_s in intervals(denoiser, timesteps):
         x_0 = denoiser(x, t)
         epsilon = (x - math.sqrt(a_t) * x_0) / math.sqrt(1 - a_t)
@@ -84,7 +86,7 @@ def ddim_step(x: Tensor, x_0: Tensor, a_t: float, a_s: float) -> Tensor:
 def dpmpp_2m(denoiser: Denoiser, x: Tensor, timesteps: Timesteps, randn: Randn) -> SamplerOutput:
     """DPM-Solver++(2M): algorithm 2 of Lu et al. (arXiv:2211.01095).
 
-    The first step has none before it, and the last is infinitely long in lambda: both have order 1.
+    The first step has no earlier one to use, and for the last h is inf: both have order 1.
     """
     interval_before = None  # its x_0 and h
     for t, s, a_t, a_s in intervals(denoiser, timesteps):
@@ -115,7 +117,7 @@ def unipc(denoiser: Denoiser, x: Tensor, timesteps: Timesteps, randn: Randn) -> 
             # Correct the step from r to t; g is -1 / r_1 of the paper.
             x_r, x_0_r, a_r, h_r = interval
             change = x_0 - x_0_r
-            corrected = x_0_r + change / 2
+            corrected = x_0_r + change / 2  # UniC-1, without an earlier interval
             if interval_before:
                 change_before, h_before = interval_before
                 g = h_r / h_before
@@ -256,11 +258,10 @@ def choose_timesteps(
 ) -> list[int]:
     """Returns a sampler's timesteps for a number of steps.
 
-    spacing: one of SPACINGS. Heun's last correction is the noise predicted at the lowest sigma,
-    whose error is near 1, times half of the sigma before. If that is more than MAX_HEUN_RATIO times
-    the lowest, the images would be noise; the lowest timestep is then left out, and the last step
-    ends at the clean image. Consistency leaves it out always: running the network there would
-    change nothing.
+    spacing: one of SPACINGS. Heun corrects its second-last step by the noise predicted at the
+    lowest sigma. That prediction is poor, and the correction multiplies it by half of the sigma
+    before. Where that is more than MAX_HEUN_RATIO times the lowest, samples would be noisy, so the
+    lowest timestep is left out. Consistency always leaves it out: the network is the identity there.
     """
     count = num_intervals(sampler, steps)
     timesteps = SPACINGS[spacing](alpha_bar, count)

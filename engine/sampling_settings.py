@@ -22,7 +22,9 @@ def choose_sampling(model: GenerationMixin, settings: Mapping[str, Any]) -> dict
     name = model.default_sampler if name == "auto" else name
     own_steps = model.num_timesteps if name == "ddpm" else None
     levels = parse_noise_levels(settings["noise_levels"])
-    plan = model.complete_plan(name, settings["steps"] or own_steps, settings["spacing"], levels)
+    plan = model.fill_sampler_defaults(
+        name, settings["steps"] or own_steps, settings["spacing"], levels
+    )
     # Stored, so that other defaults will not change what the settings reproduce.
     levels = format_noise_levels(plan.noise_levels)
     return plan._asdict() | {"sampler": name, "noise_levels": levels}

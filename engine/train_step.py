@@ -21,7 +21,7 @@ from engine.labels import NO_LABEL
 from engine.optimizer import OLD_STATE_NAMES, Adam, Muon, flatten, padded_numel, use_muon, views
 from engine.randomness import get_rng_state, set_rng_state, step_randomness
 
-GOLDEN_RATIO = (5**0.5 - 1) / 2  # consecutive multiples, modulo 1, are spread evenly
+INVERSE_GOLDEN_RATIO = (5**0.5 - 1) / 2  # consecutive multiples, modulo 1, are spread evenly
 INITIAL_LOSS_SCALE = 2.0**12  # in fp16, where small gradients would round to zero
 LOSS_SCALE_GROWTH_STEPS = 2000  # finite steps before the loss scale doubles
 
@@ -98,9 +98,9 @@ class TrainStep:
     """Updates a model and its EMA copy from one batch.
 
     config: BATCH_SIZE (the most images in one pass), OPTIMIZER, WEIGHT_DECAY, GRAD_CLIP, EMA_DECAY,
-    HORIZONTAL_FLIP, LABEL_DROPOUT, USE_AMP, COMPILE_MODEL, CUDA_GRAPH, SEED, and for advice alone
-    GRADIENT_CHECKPOINTING. rank, world_size: each rank gets its part of every batch, and does it in
-    one or several passes, the micro-batches.
+    HORIZONTAL_FLIP, LABEL_DROPOUT, USE_AMP, COMPILE_MODEL, CUDA_GRAPH, SEED, and for advice on
+    memory GRADIENT_CHECKPOINTING. rank, world_size: each rank gets its part of every batch, and
+    does it in one or several passes, the micro-batches.
     """
 
     def __init__(self, model: TrainableModel, config: Any, rank: int = 0, world_size: int = 1):
@@ -111,7 +111,7 @@ class TrainStep:
         self.device = next(model.parameters()).device
         advice = memory_advice(config)
         self.batcher = OomBatcher(config.BATCH_SIZE, advice)
-        # In the memory that training leaves.
+        # Its own size: evaluation has only the memory that training leaves.
         self.eval_batcher = OomBatcher(config.BATCH_SIZE, advice)
 
         # Parameters, EMA and gradient: one flat vector each. A guide would be trained with them.
@@ -264,7 +264,7 @@ class TrainStep:
         scaled_loss = loss * self.loss_scale
         params = self.param_views
         # Unused parameters get zeros, or the gradient of an earlier step would stay.
-        if self.threads:  # which must not add to the same p.grad
+        if self.threads:  # they must not add to the same p.grad
             return loss.detach(), torch.autograd.grad(
                 scaled_loss, params, allow_unused=True, materialize_grads=True
             )
@@ -286,7 +286,7 @@ class TrainStep:
             is_growing = (self.finite_streak % LOSS_SCALE_GROWTH_STEPS == 0) & (is_finite > 0)
             kept_or_halved = torch.where(is_finite > 0, 1.0, 0.5)
             self.loss_scale.mul_(torch.where(is_growing, 2.0, kept_or_halved))
-        # Muon's updates have one size, so they rotate a matrix less the larger it has grown.
+        # Muon's updates have a fixed RMS: they would change weights that grow less and less.
         if self.config.WEIGHT_DECAY:
             self.matrices.mul_(1 - self.config.WEIGHT_DECAY * self.lr * is_finite)
         for optimizer, part in self.optimizers.values():
@@ -338,7 +338,7 @@ class TrainStep:
         """
         count = len(batch.images)
         noise = torch.randn(batch.images.shape, generator=torch.Generator().manual_seed(0))
-        u = torch.tensor([(i + 0.5) * GOLDEN_RATIO % 1 for i in range(count)])
+        u = torch.tensor([(i + 0.5) * INVERSE_GOLDEN_RATIO % 1 for i in range(count)])
         t = self.model.timesteps_from_uniform(u.to(self.device))
 
         def summed_loss(part: slice) -> float:

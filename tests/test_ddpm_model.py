@@ -122,7 +122,7 @@ def test_loss_matches_upstream(objective, schedule, gamma):
 @pytest.mark.parametrize("seed", [1, 0])  # of random: with and without self-conditioning
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_loss_with_self_conditioning_matches_upstream(objective, seed):
-    model = small(objective=objective, self_condition=True)
+    model = small(objective=objective, self_condition=True).train()
     images = torch.rand(4, 3, 8, 8)
     noise = torch.randn(4, 3, 8, 8)
     t = torch.tensor([0, 10, 20, 35])
@@ -141,6 +141,14 @@ def test_loss_with_self_conditioning_matches_upstream(objective, seed):
     assert len(calls) == 2 * (1 + seed)
     torch.testing.assert_close(losses[0], losses[1])
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_validation_with_self_conditioning_is_the_same_each_time():
+    model = small(self_condition=True).eval()
+    images, noise = torch.rand(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
+    t = torch.tensor([1, 10, 20, 39])
+    losses = {model(images, t, noise).item() for _ in range(8)}
+    assert len(losses) == 1
 
 
 def test_self_conditioning_knows_the_labels():

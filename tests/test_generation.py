@@ -14,6 +14,7 @@ from engine.samplers import (
     SAMPLERS,
     choose_timesteps,
     consistency,
+    ddim,
     timesteps_from_sigmas,
 )
 
@@ -155,12 +156,18 @@ def test_noise_levels_decide_the_timesteps(base_size):
         (lambda m, x: m.sample(1, sampler=lambda *a: a[1]), "the sampler <lambda> must yield"),
         (lambda m, x: m.sample(1, sampler=lambda *a: iter(a[1])), r"must yield \(x_s, x_0\), o"),
         (lambda m, x: m.sample(1, sampler=lambda *a: iter([(a[1], a[1])])), "once for each interv"),
+        (
+            lambda m, x: m.sample(1, sampler=lambda *a: ((a[1], a[1]) for _ in a[2])),
+            "once for each interv",
+        ),
+        (lambda m, x: m.sample(1, sampler=partial(ddim, eta=2)), "eta is 2, but must be between 0"),
         (lambda m, x: m.sample(2, seed=[1]), "there are 1 seeds for 2 images"),
         (lambda m, x: m.vary(x, strength=0), "strength is 0"),
         (lambda m, x: m.vary(x[:, :4]), "the image is .* but must be"),
         (lambda m, x: m.interpolate(x, x, 1), "num_steps is 1"),
         (lambda m, x: m.interpolate(x.repeat(1, 2, 2), x), "the image is .3, 16, 16., but must be"),
         (lambda m, x: m.inpaint(x, torch.ones(4, 4)), "the mask is .4, 4., but must be .8, 8."),
+        (lambda m, x: m.inpaint(x, torch.ones(8, 8), resamples=0), "resamples is 0"),
         (lambda m, x: m.inpaint(x, torch.ones(3, 8, 8)), "the mask is .3, 8, 8., but must be"),
     ],
 )

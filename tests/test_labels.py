@@ -69,6 +69,10 @@ def test_parse_classes_reads_names_numbers_and_ranges(text, names, expected):
     assert parse_classes(text, names.split()) == expected
 
 
+def test_parse_classes_finds_names_with_spaces_around_them():
+    assert parse_classes(" 50, cat", ["cat", " 50"]) == [1, 0]
+
+
 @pytest.mark.parametrize(("text", "forward"), [("2-0", "0-2"), ("t-shirt-dog", "dog-t-shirt")])
 def test_parse_classes_refuses_a_reversed_range(text, forward):
     with pytest.raises(UserError, match=f"reversed range {text}. Write {forward}"):
@@ -153,11 +157,16 @@ def test_classes_of_constant_colors_are_sampled_in_their_color():
 
 
 @pytest.mark.parametrize(
-    "classes", [{"../x": 1}, {"": 1}, {"a\\b": 1}, {"..": 1}, {"a": "1"}, {"ä" * 128: 1}]
+    "classes", [{"../x": 1}, {"": 1}, {"a\\b": 1}, {"..": 1}, {"a": "1"}, {"a": -1}, {"ä" * 128: 1}]
 )
 def test_class_names_from_a_file_cannot_leave_a_folder(classes):
     with pytest.raises(UserError, match="must have names that a folder can have"):
         DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), class_counts=classes)
+
+
+def test_classes_without_any_image_are_refused():
+    with pytest.raises(UserError, match="none of the model's classes has an image"):
+        DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), class_counts={"cat": 0, "dog": 0})
 
 
 def test_unconditional_weights_fit_a_conditional_model():
