@@ -261,7 +261,7 @@ def choose_timesteps(
     spacing: one of SPACINGS. Heun corrects its second-last step by the noise predicted at the
     lowest sigma. That prediction is poor, and the correction multiplies it by half of the sigma
     before. Where that is more than MAX_HEUN_RATIO times the lowest, samples would be noisy, so the
-    lowest timestep is left out. Consistency always leaves it out: the network is the identity there.
+    lowest timestep is left out. For consistency it always is: the network is the identity there.
     """
     count = num_intervals(sampler, steps)
     timesteps = SPACINGS[spacing](alpha_bar, count)
