@@ -86,10 +86,13 @@ def load_feature_networks(weights: str | None, device: torch.device) -> list[nn.
 
 
 def load_checkpoint(
-    path: Path, settings: EvaluationSettings, device: torch.device
-) -> tuple[DDPMModel, str]:
-    """Returns a model and the SHA-256 of its file, read at once: a run replaces its files."""
-    return load_model(path, settings.image_size).to(device), checkpoints.sha256(path)
+    path: Path, sha256: str, settings: EvaluationSettings, device: torch.device
+) -> DDPMModel:
+    """Loads a model. Raises UserError if its file no longer has this SHA-256."""
+    model = load_model(path, settings.image_size).to(device)
+    if checkpoints.sha256(path) != sha256:  # of a run that goes on, say
+        raise UserError(f"{path} has been replaced since the evaluation began. Evaluate a copy")
+    return model
 
 
 def choose_plan(
@@ -210,48 +213,55 @@ def validation_batch(model: DDPMModel) -> Batch | None:
     return as_batch(data[train_val_split(len(data))[1]])
 
 
-def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.device) -> None:
-    """Evaluates checkpoints or images; writes table, JSON and figures."""
+def evaluate(
+    settings: EvaluationSettings, inputs: dict[Path, str], device: torch.device
+) -> None:  # fmt: skip
+    """Evaluates checkpoints or images; writes table, JSON and figures.
+
+    inputs: the SHA-256 of each file, "" for a folder.
+    """
     # What to evaluate.
     start = time.perf_counter()
+    path, *others = inputs
+    model = None
     config: dict[str, Any] = {}
+    class_names: tuple[str, ...] = ()
     if settings.images:
-        images = load_dataset("folder", settings.image_size, paths[0], options=RGB).images
+        images = load_dataset("folder", settings.image_size, path, options=RGB).images
         shape = images.shape[1:]
     else:
-        model, sha256 = load_checkpoint(paths[0], settings, device)
+        model = load_checkpoint(path, inputs[path], settings, device)
         config = model.training_info["config"]
         shape = model.image_shape
-        check_others(model, paths, settings)  # before hours of sampling
+        class_names = model.class_names
+        check_others(model, path, others, settings)  # before hours of sampling
 
     # What to compare with.
     output_dir = Path(settings.output_dir)
     checkpoints.check_writable(output_dir)
     networks = load_feature_networks(settings.inception_weights, device)
-    class_names = () if settings.images else model.class_names
-    data, reference = load_real_images(settings, config, shape, paths[0], class_names)
-    real = data.images
-    references = {network: metrics.load_reference(network, real, device) for network in networks}
+    data, reference = load_real_images(settings, config, shape, path, class_names)
+    references = {net: metrics.load_reference(net, data.images, device) for net in networks}
     labels = by_class = None
     if data.labels is not None:
         labels = labels_as_in(data.labels, settings, len(class_names))
-        class_network = networks[-1]  # Lite0, or Inception without it
-        by_class = ClassMetrics(references[class_network], data.labels, class_names)
+        network = networks[-1]  # Lite0, or Inception without it
+        by_class = ClassMetrics(network, references[network], data.labels, class_names)
         reference["class accuracy"] = by_class.real_accuracy
     validation = validation_batch(model) if config else None
     results: list[Evaluation] = []
-    report = describe_comparison(settings, paths, reference, networks, device)
+    report = describe_comparison(settings, inputs, reference, networks, device)
     report["evaluations"] = results
 
     # Sample and score; the report is saved after each.
     losses: dict[str, tuple[list[int], list[float]]] = {}
     try:
-        for i, path in enumerate(paths):
+        for path, sha256 in inputs.items():
             path_start = time.perf_counter()
             result: Evaluation = {"name": path.stem, "images": str(path)}
-            if not settings.images:
-                if i > 0:  # the first is loaded already
-                    model, sha256 = load_checkpoint(path, settings, device)
+            if model:
+                if results:  # the first is loaded already
+                    model = load_checkpoint(path, sha256, settings, device)
                 images, result = sample_images(model, path, settings, labels)
                 result["sha256"] = sha256
                 if result["name"] in {other["name"] for other in results}:
@@ -262,33 +272,34 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
             result["seconds"] = round(time.perf_counter() - path_start, 2)
             results.append(result)
             report["seconds"] = round(time.perf_counter() - start, 2)
-            stem = output_dir / reporting.result_name(results[0], len(paths) - 1, reference)
+            stem = output_dir / reporting.result_name(results[0], len(others), reference)
             stem = reporting.without_other_report(stem, report)
             checkpoints.write_text(Path(f"{stem}.json"), json.dumps(report, indent=2) + "\n")
     finally:  # also of those before one that fails, or on a full disk
         if results:
             print(reporting.format_table(results))
-        if results and by_class is not None:
-            print(reporting.format_classes(results, class_network.title, by_class.real_accuracy))
+        if results and by_class:
+            title = by_class.network.title
+            print(reporting.format_classes(results, title, by_class.real_accuracy))
 
     # Figures.
-    if images.shape[1:] == real.shape[1:]:
-        save_nearest(settings, images, real, references, stem)
+    if images.shape[1:] == data.images.shape[1:]:
+        save_nearest(settings, images, data.images, references, stem)
     reporting.save_curves(results, losses, [network.title for network in networks], stem)
-    note_few_images(min(len(images), len(real)))
-    about = f"{len(real)} real images of {reference['dataset']} ({reference['data_dir']})"
+    note_few_images(min(len(images), len(data)))
+    about = f"{len(data)} real images of {reference['dataset']} ({reference['data_dir']})"
     print(f"{about}; results: {stem}*")
 
 
 def describe_comparison(
-    settings: EvaluationSettings, paths: list[Path], reference: dict[str, Any],
+    settings: EvaluationSettings, inputs: dict[Path, str], reference: dict[str, Any],
     networks: list[nn.Module], device: torch.device,
 ) -> dict[str, Any]:  # fmt: skip
     """Returns a report's entries on inputs, reference, feature networks and machine."""
     sampling = ("sampler", "steps", "spacing", "noise_levels", *GUIDANCE_OPTIONS)
     return {
-        "inputs": [str(path) for path in paths], "use_amp": settings.use_amp,
-        "sha256": [checkpoints.sha256(path) for path in paths if path.is_file()],
+        "inputs": [str(path) for path in inputs], "use_amp": settings.use_amp,
+        "sha256": [sha256 for sha256 in inputs.values() if sha256],
         "sampling": {name: getattr(settings, name) for name in sampling},  # None: the model's own
         "reference": reference, "networks": [network.name for network in networks],
         "device": device_name(device),
@@ -302,18 +313,19 @@ def score_images(
 ) -> Evaluation:  # fmt: skip
     """Returns the number of images, uint8 (N, C, H, W), and their scores."""
     scores: Scores = {}
+    by_class_rows: Evaluation = {}
     for network, real in references.items():
         features = metrics.extract_features(network, images, device)
         statistics = metrics.feature_statistics(features)
         scores[network.title] = metrics.frechet_distance(statistics, real)
         if isinstance(network, metrics.Inception):
             scores |= metrics.inception_scores(network, features, real.features)
-    result: Evaluation = {"num_samples": len(images), "scores": scores}
-    if by_class is not None:  # by the features of the last network
-        accuracy, result["classes"] = by_class.score(features, labels)
-        if accuracy is not None:
-            scores["class accuracy"] = accuracy
-    return result
+        if by_class and network is by_class.network:
+            accuracy, rows = by_class.score(features, labels)
+            if accuracy is not None:
+                scores["class accuracy"] = accuracy
+            by_class_rows = {"classes": rows}
+    return {"num_samples": len(images), "scores": scores, **by_class_rows}
 
 
 def note_few_images(count: int) -> None:
@@ -322,15 +334,17 @@ def note_few_images(count: int) -> None:
         print(f"note: of {count} images, Fréchet distances are too high and vary; compare KID")
 
 
-def check_others(first: DDPMModel, paths: list[Path], settings: EvaluationSettings) -> None:
+def check_others(
+    first: DDPMModel, first_path: Path, others: list[Path], settings: EvaluationSettings
+) -> None:
     """Raises UserError if a later model cannot be sampled, or makes other images than the first."""
     expected = first.image_shape, first.class_names
-    for path in paths[1:]:
+    for path in others:
         model = load_model(path, settings.image_size)
         found = model.image_shape, model.class_names
         if found != expected:
             makes = f"makes images of shape and classes {shorten(str(found), 100)}"
-            other = f"{paths[0]} of {shorten(str(expected), 100)}"
+            other = f"{first_path} of {shorten(str(expected), 100)}"
             raise UserError(f"{path} {makes}, but {other}. Evaluate it alone")
         choose_plan(model, settings)
 
@@ -347,6 +361,16 @@ def save_nearest(
     plots.save_image(figure, stem.with_name(f"{stem.name}-nearest.png"))
 
 
+def find_inputs(settings: EvaluationSettings, references: list[str] | None) -> str:
+    """Returns the SHA-256 of each file to evaluate by its path, "" for a folder, as JSON.
+
+    references: what --checkpoint names; None: the newest.
+    """
+    found = map(checkpoints.resolve_checkpoint, references or [None])
+    paths = [Path(settings.images)] if settings.images else [*found]
+    return json.dumps({str(p): checkpoints.sha256(p) if p.is_file() else "" for p in paths})
+
+
 def main() -> None:
     """Evaluates on rank 0; the other ranks sample their part."""
     parser = Parser(__doc__)
@@ -361,18 +385,15 @@ def main() -> None:
             if getattr(options, name, None) is not None:
                 raise UserError(f"--images and --{name} cannot be combined. Choose one")
     with distributed.session(lambda: "Start the same command again") as dist:
-        # What rank 0 finds, on all ranks.
-        found = map(checkpoints.resolve_checkpoint, options.checkpoint or [None])
-        paths = [Path(settings.images)] if settings.images else [*found]
-        paths = distributed.broadcast_object(paths)
+        found = distributed.from_rank0("inputs", lambda: find_inputs(settings, options.checkpoint))
+        inputs = {Path(path): sha256 for path, sha256 in json.loads(found).items()}
         device = default_device()
         settings.num_samples = settings.num_samples or (10_000 if device.type == "cpu" else 50_000)
         if dist.is_main_process:
-            evaluate(settings, paths, device)
+            evaluate(settings, inputs, device)
         elif not settings.images:
-            for path in paths:
-                model = load_model(path, settings.image_size).to(device)
-                sample_images(model, path, settings)
+            for path, sha256 in inputs.items():
+                sample_images(load_checkpoint(path, sha256, settings, device), path, settings)
 
 
 if __name__ == "__main__":

@@ -54,10 +54,15 @@ class ClassMetrics:
     """What samples of each class are compared with: real images with labels, by their features.
 
     A classifier is fitted to those that a run trains on; the validation split shows how well it
-    does on real images. labels: int64 (N,) of the reference; images without a label are left out.
+    does on real images. network: whose features the reference has. labels: int64 (N,) of the
+    reference; images without a label are left out.
     """
 
-    def __init__(self, reference: Statistics, labels: np.ndarray, class_names: Sequence[str]):
+    def __init__(
+        self, network: nn.Module, reference: Statistics, labels: np.ndarray,
+        class_names: Sequence[str],
+    ):  # fmt: skip
+        self.network = network
         self.class_names = class_names
         self.features = reference.features
         self.labels = labels

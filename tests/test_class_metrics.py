@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from torch import nn
 
 from engine.class_metrics import ClassMetrics, fit_classifier
 from engine.dataloader import train_val_split
@@ -30,10 +31,10 @@ def test_class_metrics_hold_out_the_validation_split_and_ignore_images_without_a
     _, held_out = train_val_split(400)
     wrong = labels.copy()
     wrong[held_out] = 1 - labels[held_out]  # seen by nobody who learns
-    scores = ClassMetrics(feature_statistics(features), wrong, ("a", "b"))
+    scores = ClassMetrics(nn.Identity(), feature_statistics(features), wrong, ("a", "b"))
     assert scores.real_accuracy < 0.1
     unlabeled = np.where(np.arange(400) < 200, labels, -1)
-    scores = ClassMetrics(feature_statistics(features), unlabeled, ("a", "b"))
+    scores = ClassMetrics(nn.Identity(), feature_statistics(features), unlabeled, ("a", "b"))
     assert scores.real_accuracy >= 0.9
 
     # Samples: all of a, of which a quarter looks like b, and two without a label.

@@ -471,6 +471,27 @@ def test_score_images_compares_features_with_each_networks_reference(monkeypatch
     np.testing.assert_array_equal(scores["real"], features + 1)
 
 
+def test_checkpoint_that_is_replaced_before_its_turn_is_an_error(folder, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "load_feature_networks", lambda *_: [MeanColors()])
+    paths = ["checkpoints/run/late.pt", "checkpoints/run/early.pt"]
+    sample = evaluate.sample_images
+
+    def go_on(*arguments):
+        checkpoints.link_or_copy(Path(paths[0]), Path(paths[1]))
+        return sample(*arguments)
+
+    monkeypatch.setattr(evaluate, "sample_images", go_on)
+    assert run_evaluate(monkeypatch, "--num_samples", "2", "--checkpoint", *paths) == 2
+    printed = capsys.readouterr()
+    assert f"error: {paths[1]} has been replaced since the evaluation began" in printed.err
+    assert "run-late " in printed.out
+
+
+def test_checkpoint_that_is_named_twice_is_evaluated_once(evaluate_colors):
+    path = "checkpoints/run/late.pt"
+    assert len(evaluate_colors("--checkpoint", path, path)["evaluations"]) == 1
+
+
 # Sampling.
 
 
