@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_optimized
 from config import DATASET_PRESETS, Config, DDPMConfig, detect_tier, resolve, tier_for_memory
-from ddpm_model import DDPMModel, full_attention_levels
+from ddpm_model import DDPMModel
 from engine import benchmarking, dataloader, devices, distributed
 from engine.benchmarking import BenchmarkJob, Row, run_section, time_steps
 from engine.checkpoints import write_text
@@ -44,7 +44,7 @@ from engine.micro_batch import find_micro_batch
 from engine.samplers import DEFAULT_SAMPLER
 from engine.settings import Setting, Settings
 from engine.train_step import TrainStep, learning_rate
-from engine.unet import per_level
+from engine.unet import full_attention_levels, per_level
 
 SAMPLERS = (("ddim", 50), ("dpmpp_2m", 20), ("heun", 19), ("ddpm", 50))  # next to the default
 EPOCH_STEPS = 40  # steps in an epoch of random images
@@ -71,9 +71,11 @@ class BenchmarkSettings(Settings):
 
 def upstream_diffusion(config: Config) -> GaussianDiffusion:
     """Returns upstream's diffusion process, with a network as large as ours."""
+    full_attn = full_attention_levels(
+        config.IMAGE_SIZE, config.DIM_MULTS, config.FULL_ATTENTION_MAX_SIZE
+    )
     network = Unet(
-        config.DIM, dim_mults=config.DIM_MULTS, dropout=config.DROPOUT,
-        full_attn=tuple(full_attention_levels(config)),
+        config.DIM, dim_mults=config.DIM_MULTS, dropout=config.DROPOUT, full_attn=tuple(full_attn),
         attn_heads=tuple(per_level(config.ATTENTION_HEADS, config.DIM_MULTS)),
         attn_dim_head=tuple(per_level(config.ATTENTION_DIM, config.DIM_MULTS)),
     )  # fmt: skip

@@ -35,7 +35,7 @@ from engine.generation import GenerationMixin, eval_mode, expand_seeds, unnormal
 from engine.hub import HubMixin
 from engine.labels import check_class_counts
 from engine.noise_schedule import EDM_P_MEAN, edm_weighting, shift_log_snr, shift_sigma
-from engine.unet import FastUnet, per_level
+from engine.unet import FastUnet, full_attention_levels, per_level
 
 RENAMED = {
     "keep_guide": "snapshot_guide", "timesteps_at": "timesteps_from_uniform",
@@ -79,20 +79,18 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.given_size = image_size
-        image_size = image_size or DDPMConfig.IMAGE_SIZE
+        image_size = DDPMConfig.IMAGE_SIZE if image_size is None else image_size
         if "classes" in unet_kwargs:
             warnings.warn("classes is now class_counts", RenamedWarning, stacklevel=2)
             class_counts = unet_kwargs.pop("classes")
-        # Reject incompatible sizes.
         factor = 2 ** (len(dim_mults) - 1)
         if image_size % factor:
             raise UserError(f"image_size {image_size} is not a multiple of {factor}")
-        if not 1 <= sampling_timesteps <= timesteps:
-            bounds = f"between 1 and {timesteps}"
-            raise UserError(f"sampling_timesteps is {sampling_timesteps}, but must be {bounds}")
+        if sampling_timesteps > timesteps:
+            raise UserError(f"sampling_timesteps is {sampling_timesteps} of only {timesteps}")
         if full_attn is None:
-            sizes = DDPMConfig(IMAGE_SIZE=image_size, DIM_MULTS=dim_mults)
-            full_attn = full_attention_levels(sizes)
+            limit = DDPMConfig.FULL_ATTENTION_MAX_SIZE
+            full_attn = full_attention_levels(image_size, dim_mults, limit)
 
         # Stored in files, to create this model again.
         self.architecture: dict[str, Any] = {
@@ -107,6 +105,9 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
             "guidance_min_sigma": guidance_min_sigma, "guidance_max_sigma": guidance_max_sigma,
             "consistency": consistency, **unet_kwargs,
         }  # fmt: skip
+        checked = DDPMConfig.settings().keys() - {"CHANNELS"}  # which are of image files there
+        values = {k.upper(): v for k, v in self.architecture.items() if k.upper() in checked}
+        DDPMConfig.check(values, "DDPMModel")
         self.training_info: dict[str, dict[str, Any]] = {"config": {}, "progress": {}}
         self.graph_cache = GraphCache()
         self._build(**self.architecture)
@@ -164,14 +165,16 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
     ) -> "DDPMModel":
         """Creates the model of a configuration; its weights are a function of SEED."""
         torch.manual_seed(config.SEED)
+        full_attn = full_attention_levels(
+            config.IMAGE_SIZE, config.DIM_MULTS, config.FULL_ATTENTION_MAX_SIZE
+        )
         model = cls(
             config.IMAGE_SIZE, config.DIM, config.DIM_MULTS, config.CHANNELS or 3, config.TIMESTEPS,
             sampling_timesteps=config.SAMPLING_TIMESTEPS, objective=config.OBJECTIVE,
             beta_schedule=config.BETA_SCHEDULE, loss_weighting=config.LOSS_WEIGHTING,
             min_snr_gamma=config.MIN_SNR_GAMMA, schedule_base_size=config.SCHEDULE_BASE_SIZE,
-            dropout=config.DROPOUT, full_attn=full_attention_levels(config),
-            attn_heads=config.ATTENTION_HEADS, attn_dim_head=config.ATTENTION_DIM,
-            class_counts=class_counts,
+            dropout=config.DROPOUT, full_attn=full_attn, attn_heads=config.ATTENTION_HEADS,
+            attn_dim_head=config.ATTENTION_DIM, class_counts=class_counts,
             **{name: getattr(config, name.upper()) for name in GUIDANCE_OPTIONS},
         )  # fmt: skip
         model.unet.checkpointing = config.GRADIENT_CHECKPOINTING
@@ -357,6 +360,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
     def save_model(self, path: str | Path, compressed: bool = False) -> None:
         """Writes weights and architecture as .safetensors or .pt; compressed: in 8 and 16 bits."""
         path = Path(path)
+        if self.diffusion.betas.dtype != torch.float32:
+            raise UserError("the noise schedule is rounded. Save the float32 model, or compressed")
         state = without_teacher(self.state_dict())
         state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
         state = compress(state) if compressed else state
@@ -392,9 +397,3 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         loaded.cuda_graph = self.cuda_graph
         self.__dict__ = loaded.train(self.training).__dict__
         return self
-
-
-def full_attention_levels(config: DDPMConfig) -> list[bool]:
-    """Returns whether each level of a configuration has full attention, or linear."""
-    sizes = [config.IMAGE_SIZE // 2**level for level in range(len(config.DIM_MULTS))]
-    return [size <= max(config.FULL_ATTENTION_MAX_SIZE, sizes[-1]) for size in sizes]

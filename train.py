@@ -226,6 +226,11 @@ def configure(
     # What the model to start from requires.
     required = None
     if init_model:
+        if init_model.channels not in (1, 3, 4):
+            reason = f"is of {init_model.channels} channels, but image files have 1, 3 or 4"
+            raise UserError(
+                f"{request.init_from} {reason}. Train it from Python: docs/extending.md"
+            )
         # The model's own size, unless another is named.
         image_size = request.setting("IMAGE_SIZE", {"IMAGE_SIZE": init_model.image_size})
         required = network_settings(init_model.architecture, image_size)

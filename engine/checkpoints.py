@@ -307,8 +307,8 @@ def run_exists(run_name: str) -> bool:
 
 
 def is_run_name(name: str) -> bool:
-    """Whether a name is that of a folder below CHECKPOINT_DIR."""
-    if "\0" in name:
+    """Whether a name is that of a folder below CHECKPOINT_DIR, and not of a file or "newest"."""
+    if "\0" in name or name == "newest" or Path(name).suffix in (".pt", ".safetensors"):
         return False
     return CHECKPOINT_DIR.resolve() in (CHECKPOINT_DIR / name).resolve().parents
 

@@ -105,7 +105,7 @@ def check_stored(dataset: str, data_dir: Path) -> None:
 def check_channels(dataset: str, channels: int) -> None:
     """Raises UserError for channels that a data set cannot be read with; 0: its own."""
     if channels not in (0, 3) and dataset in (*ARCHIVES, "shapes"):
-        raise UserError(f"--channels {channels} is for folders and hf:NAME, but {dataset} is RGB")
+        raise UserError(f"{channels} channels are for folders and hf:NAME, but {dataset} is RGB")
 
 
 def load_dataset(

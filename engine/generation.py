@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import operator
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +10,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from denoising_diffusion_pytorch import GaussianDiffusion
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from engine.samplers import CONSISTENCY_LEVELS, SAMPLERS, SPACINGS, SeededNoise
 SamplerChoice = str | Callable | None  # a name, a sampler function, or the default
 Seeds = int | Sequence[int] | None  # the first of consecutive seeds, one per image, or random
 Labels = int | Sequence[int] | Tensor | None  # of all images or of each; -1: no label
+MAX_IMAGE_VALUE = 16  # above it an image is not in [0, 1], but in [0, 255]
 State = tuple[int, Tensor, Tensor]  # t, x_t and the predicted x_0, in [-1, 1]
 
 
@@ -188,6 +191,7 @@ class GenerationMixin:
         if resamples < 1:
             raise UserError(f"resamples is {resamples}, but must be at least 1")
         shape = self.image_shape[1:]
+        mask = torch.as_tensor(mask)
         if tuple(mask.shape[-2:]) != shape or mask.numel() != math.prod(shape):
             raise UserError(f"the mask is {tuple(mask.shape)}, but must be {shape}")
         is_known = (mask.reshape(shape) == 0).to(self.device)
@@ -235,9 +239,8 @@ class GenerationMixin:
         steps than the process has.
         """
         # The sampler and the number of steps.
-        sampler, steps, spacing, levels = self.fill_sampler_defaults(
-            sampler, steps, spacing, noise_levels
-        )
+        chosen = self.fill_sampler_defaults(sampler, steps, spacing, noise_levels)
+        sampler, steps, spacing, levels = chosen
         if isinstance(sampler, str):  # still a name: none of this model's samplers
             is_known = sampler in (*SAMPLERS, *samplers.CONSISTENCY_SAMPLERS)
             reason = "this model has no" if is_known else "unknown"
@@ -282,10 +285,7 @@ class GenerationMixin:
         self, sampler: Callable, timesteps: Sequence[int], guidance: float | None = None,
         **options: Any,
     ) -> int:  # fmt: skip
-        """Returns the NFE of a sample: all network evaluations, those of guidance included.
-
-        options: the other GUIDANCE_OPTIONS.
-        """
+        """Returns the NFE of a sample, guidance's included. options: the other GUIDANCE_OPTIONS."""
         labels = torch.zeros(1, dtype=torch.long) if self.class_names else None
         denoiser = self.denoiser(guidance=guidance, labels=labels, **options)
         counter = NFECounter(denoiser)
@@ -308,7 +308,11 @@ class GenerationMixin:
         num_classes = len(self.class_names)
         if not num_classes:
             raise UserError(UNCONDITIONAL_ERROR)
-        labels = torch.as_tensor(labels, device=self.device)
+        try:
+            labels = torch.as_tensor(labels, device=self.device)
+        except (TypeError, ValueError):
+            advice = "Use class_names.index(name)"
+            raise UserError(f"labels are {labels!r}, but must be numbers. {advice}") from None
         if labels.ndim == 0:
             labels = labels.expand(count)
         if len(labels) != count:
@@ -324,7 +328,10 @@ class GenerationMixin:
         return labels.long()
 
     def prepare_image(self, image: Tensor) -> Tensor:
-        """Returns an image as (C, H, W) on the model's device; UserError for another size."""
+        """Returns an image as (C, H, W) on the model's device; UserError for a wrong one."""
+        image = torch.as_tensor(image)
+        if not image.is_floating_point() or image.abs().max() > MAX_IMAGE_VALUE:
+            raise UserError("the image must have floats in [0, 1]. Divide one of 0 to 255 by 255")
         shape = self.image_shape
         if tuple(image.shape[-3:]) != shape or image.numel() != math.prod(shape):
             raise UserError(f"the image is {tuple(image.shape)}, but must be {shape}")
@@ -338,7 +345,10 @@ def run_sampler(
     """Yields what a sampler does; raises UserError if a user's does something else."""
     name = getattr(sampler, "__name__", sampler)
     error = UserError(f"the sampler {name} must yield (x_s, x_0), once for each interval")
-    outputs = sampler(denoiser, x, timesteps, randn, **options)
+    try:
+        outputs = sampler(denoiser, x, timesteps, randn, **options)
+    except TypeError as reason:  # of an option that it does not take
+        raise UserError(f"the sampler {name} cannot run ({reason})") from reason
     if not isinstance(outputs, Iterator):
         raise error
     remaining = len(timesteps) - 1
@@ -371,9 +381,15 @@ def expand_seeds(seed: Seeds, count: int) -> list[int]:
     """Returns `count` seeds; raises UserError if another number of them is given."""
     if seed is None:
         seed = random.SystemRandom().randrange(2**31)
-    seeds = list(range(seed, seed + count)) if isinstance(seed, int) else list(seed)
+    try:
+        seeds = range(seed, seed + count) if np.ndim(seed) == 0 else seed
+        seeds = [operator.index(each) for each in seeds]
+    except TypeError:
+        raise UserError(f"seed is {seed}, but must be an integer or a list of integers") from None
     if len(seeds) != count:
         raise UserError(f"there are {len(seeds)} seeds for {count} images")
+    if any(not -(2**63) <= each < 2**63 for each in seeds):
+        raise UserError("a seed has more than 64 bits")
     return seeds
 
 

@@ -89,6 +89,8 @@ class OomBatcher:
     """
 
     def __init__(self, size: int, advice: str = SAMPLING_ADVICE):
+        if size < 1:
+            raise UserError(f"batch_size is {size}, but must be at least 1")
         self.size = size
         self.advice = advice
 

@@ -102,6 +102,8 @@ class InferenceJob:
         """
         # A seed, whose image is sampled.
         source = self.settings[name]
+        if not source:
+            raise UserError(f"--{name} is empty. Name a file, a seed or data:INDEX")
         if source.isdecimal():
             labels = None if label is None else [label]
             images = self.run_batched(self.model.sample, parse_seeds(source), labels=labels)

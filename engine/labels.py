@@ -77,7 +77,8 @@ def _parse_range(text: str, class_names: Sequence[str]) -> Sequence[int]:
     def label_of(name: str) -> int | None:
         if name in class_names:
             return class_names.index(name)
-        return int(name) if name.isdecimal() and int(name) < len(class_names) else None
+        is_number = name.isdecimal() and len(name) < 9
+        return int(name) if is_number and int(name) < len(class_names) else None
 
     label = label_of(text)
     if label is not None:
@@ -102,7 +103,8 @@ def check_class_counts(class_counts: Mapping[str, int]) -> None:
         raise UserError("none of the model's classes has an image")
     for name, count in class_counts.items():
         is_folder = 0 < len(os.fsencode(name)) < 256 and not set(name) & set("/\\\0")
-        if name in (".", "..") or not is_folder or not isinstance(count, int) or count < 0:
+        is_count = isinstance(count, (int, np.integer)) and count >= 0
+        if name in (".", "..") or not is_folder or not is_count:
             needed = "names that a folder can have, with numbers of images"
             shown = textwrap.shorten(repr(name), 60)
             raise UserError(f"the model has the class {shown}: {count!r}, but must have {needed}")

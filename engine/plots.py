@@ -35,6 +35,12 @@ def to_bytes(images: Tensor) -> np.ndarray:
     return (images.detach().cpu().float().clamp(0, 1) * 255).round().byte().movedim(-3, -1).numpy()
 
 
+def check_channels(channels: int) -> None:
+    """Raises UserError for a number of channels that no image file has."""
+    if channels not in (1, 3, 4):
+        raise UserError(f"no image file has {channels} channels. Use --mode batch --format npz")
+
+
 def to_image(image: Tensor) -> Image.Image:
     """A tensor (1, 3 or 4, H, W) in [0, 1] as a Pillow image: gray, RGB or RGBA.
 
@@ -42,8 +48,7 @@ def to_image(image: Tensor) -> Image.Image:
     """
     pixels = to_bytes(image)
     channels = pixels.shape[2]
-    if channels not in (1, 3, 4):
-        raise UserError(f"no image file has {channels} channels. Use --mode batch --format npz")
+    check_channels(channels)
     return Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
 
 

@@ -207,6 +207,9 @@ class Run:
         if math.isnan(self.validation_loss):  # the last session ended after its last step
             self.validate()
         self.save_at_the_end("final.pt")
+        if not math.isfinite(self.validation_loss):
+            advice = "Start again with a lower --learning_rate"
+            raise UserError(f"the validation loss is {self.validation_loss}. {advice}", exit_code=1)
         published = checkpoints.CHECKPOINT_DIR / "ddpm_final.pt"
         for path in (self.folder / "last.pt", published):
             checkpoints.link_or_copy(self.folder / "final.pt", path)

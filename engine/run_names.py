@@ -25,7 +25,8 @@ def new_run_name(config: Any) -> str:
         return create_run_folder(base)
     if not checkpoints.is_run_name(name):
         expected = f"name a folder below {checkpoints.CHECKPOINT_DIR}/"
-        raise UserError(f"--run_name is {name}, but must {expected}")
+        others = "newest, and names that end in .pt or .safetensors, mean something else"
+        raise UserError(f"--run_name is {name}, but must {expected} ({others})")
     # A run that ended before it saved anything may start again.
     can_resume = checkpoints.run_exists(name)
     if can_resume or (SAMPLES_DIR / name / "final.png").exists():

@@ -91,10 +91,15 @@ class Setting:
 
 
 class Settings:
-    """Base class of groups of settings. An instance holds a value of each."""
+    """Base class of groups of settings. An instance holds a valid value of each."""
 
     def __init__(self, **values: Any):
-        for name, value in (self.values() | values).items():
+        defaults = {name: setting.default for name, setting in self.settings().items()}
+        values = self.values() | values
+        # Not defaults, which may mean something else.
+        given = {k: v for k, v in values.items() if k not in defaults or v is not defaults[k]}
+        checked = self.check(given, type(self).__name__)
+        for name, value in (defaults | checked).items():
             setattr(self, name, value)
 
     def as_dict(self) -> dict[str, Any]:

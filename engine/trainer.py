@@ -115,6 +115,8 @@ def set_up(
         raise UserError(f"the images are {data.images.dtype}, but must be uint8, 0 to 255")
     if data.images.shape[1:] != shape:
         raise UserError(f"the images are {data.images.shape[1:]}, but the model's must be {shape}")
+    if getattr(model, "class_names", ()) and data.labels is None:
+        raise UserError("the model has classes, but the images have no labels")
     effective_batch = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
     loader = BatchLoader(
         data, effective_batch, config.SEED, device, config.NUM_WORKERS, rank, world_size

@@ -155,9 +155,17 @@ class FastUnet(Unet):
 
 
 def per_level(values: int | Sequence[int], dim_mults: Sequence[int]) -> list[int]:
-    """Returns a value for each level from one value or one a level."""
+    """Returns a value for each level from one value or one a level; UserError for other numbers."""
     values = [values] if isinstance(values, int) else list(values)
+    if len(values) not in (1, len(dim_mults)):
+        raise UserError(f"{values} has {len(values)} values, but dim_mults has {len(dim_mults)}")
     return values if len(values) > 1 else values * len(dim_mults)
+
+
+def full_attention_levels(image_size: int, dim_mults: Sequence[int], max_size: int) -> list[bool]:
+    """Returns whether each level has full attention: the lowest, and others up to max_size."""
+    sizes = [image_size // 2**level for level in range(len(dim_mults))]
+    return [size <= max(max_size, sizes[-1]) for size in sizes]
 
 
 def check_upstream(network: Unet) -> None:

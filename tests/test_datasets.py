@@ -405,7 +405,7 @@ def test_load_dataset_takes_the_size_that_all_images_have(load):
 def test_channels_are_for_folders(load, monkeypatch):
     save_gray(load.data / "a.png", 1)
     assert load(options=ReadOptions(channels=4)).shape == (1, 4, 4, 4)
-    refusal = "--channels 1 is for folders and hf:NAME, but shapes is RGB"
+    refusal = "1 channels are for folders and hf:NAME, but shapes is RGB"
     with pytest.raises(UserError, match=refusal):
         load("shapes", options=ReadOptions(channels=1))
     with pytest.raises(UserError, match=refusal):

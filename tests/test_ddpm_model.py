@@ -1,5 +1,6 @@
 """DDPMModel: defaults, loss against upstream's, files of every version."""
 
+import math
 import os
 import pickle
 import random
@@ -79,11 +80,21 @@ def test_from_config_passes_every_setting():
     [
         ({"image_size": 30}, "image_size 30 is not a multiple of 8"),
         ({"timesteps": 10, "sampling_timesteps": 20}, "sampling_timesteps is 20"),
+        ({"image_size": 0}, "IMAGE_SIZE is 0"),
+        ({"dim": 7}, "DIM is 7, but must be at least 8"),
+        ({"loss_weighting": "x"}, "LOSS_WEIGHTING is 'x'; choose from"),
+        ({"guidance": math.nan}, "GUIDANCE is nan"),
+        ({"attn_heads": (4, 4, 4)}, "has 3 values, but dim_mults has 4"),
     ],
 )
 def test_wrong_arguments_raise_user_errors(arguments, message):
     with pytest.raises(UserError, match=message):
         DDPMModel(**arguments)
+
+
+def test_model_in_half_precision_is_not_saved(tmp_path):
+    with pytest.raises(UserError, match="the noise schedule is rounded"):
+        small().half().save_model(tmp_path / "half.safetensors")
 
 
 def test_former_names_work_with_a_warning():

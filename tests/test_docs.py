@@ -285,12 +285,13 @@ def test_high_resolution_settings_are_those_of_their_page():
     rows = {name: cells[0] for name, cells in table("high_resolution.md", "setting").items()}
     for size in (64, 96, 128):
         config = resolve("folder", LARGE_TIER, flags={"IMAGE_SIZE": size})
-        for name in ("schedule_base_size", "full_attention_max_size", "dropout"):
+        for name in ("schedule_base_size", "full_attention_max_size", "dropout", "weight_decay"):
             assert float(rows[f"--{name}"]) == getattr(config, name.upper())
         guide = f"{config.GUIDE_FRACTION}, {config.GUIDANCE:g}"
         assert rows["--guide_fraction, --guidance"] == guide
-        interval = f"{config.GUIDANCE_MAX_SIGMA:g}, {config.SAMPLING_TIMESTEPS}"
-        assert rows["--guidance_max_sigma, --sampling_timesteps"] == interval
+        interval = f"{config.GUIDANCE_MIN_SIGMA:g}, {config.GUIDANCE_MAX_SIGMA:g}"
+        names = "--guidance_min_sigma, --guidance_max_sigma, --sampling_timesteps"
+        assert rows[names] == f"{interval}, {config.SAMPLING_TIMESTEPS}"
         flags = {"IMAGE_SIZE": size, "CLASS_CONDITIONAL": True}
         labeled = resolve("folder", LARGE_TIER, flags=flags)
         guidance = f"{labeled.GUIDANCE_MODE}, {labeled.GUIDANCE:g}"

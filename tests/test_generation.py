@@ -3,6 +3,7 @@
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -161,6 +162,11 @@ def test_noise_levels_decide_the_timesteps(base_size):
             "once for each interv",
         ),
         (lambda m, x: m.sample(1, sampler=partial(ddim, eta=2)), "eta is 2, but must be between 0"),
+        (lambda m, x: m.sample(1, eta=0.5), "the sampler unipc cannot run .*'eta'"),
+        (lambda m, x: m.sample(1, seed=3.5), "seed is 3.5, but must be an integer"),
+        (lambda m, x: m.sample(1, seed=2**64), "a seed has more than 64 bits"),
+        (lambda m, x: m.vary((x * 255).byte()), r"must have floats in \[0, 1\]"),
+        (lambda m, x: m.vary(x * 255), r"must have floats in \[0, 1\]"),
         (lambda m, x: m.sample(2, seed=[1]), "there are 1 seeds for 2 images"),
         (lambda m, x: m.vary(x, strength=0), "strength is 0"),
         (lambda m, x: m.vary(x[:, :4]), "the image is .* but must be"),
@@ -174,6 +180,13 @@ def test_noise_levels_decide_the_timesteps(base_size):
 def test_generation_rejects_wrong_arguments(call, message):
     with pytest.raises(UserError, match=message):
         call(small(), torch.rand(3, 8, 8))
+
+
+def test_seeds_may_be_integers_of_numpy_and_torch():
+    model = small()
+    expected = model.sample(2, seed=[1, 2])
+    for seed in (np.int64(1), np.array([1, 2]), torch.tensor([1, 2]), range(1, 3)):
+        assert torch.equal(model.sample(2, seed=seed), expected)
 
 
 def test_interpolate_disables_guidance():

@@ -14,6 +14,7 @@ from PIL import Image
 import inference
 from ddpm_model import DDPMModel
 from engine import plots
+from engine.errors import UserError
 from engine.shapes import SHAPE_KINDS
 from tests.helpers import ROOT
 from tests.small_models import NARROW, SMALL, only
@@ -62,6 +63,13 @@ def test_batch_generate_takes_labels(conditional):
     images = inference.batch_generate(conditional, 5, 2, labels=[0, 1, 2, 1, 0])
     expected = conditional.sample(5, seed=0, labels=[0, 1, 2, 1, 0])
     torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+
+
+def test_batch_generate_refuses_wrong_numbers(conditional):
+    with pytest.raises(UserError, match="there are 2 labels for 5 images"):
+        inference.batch_generate(conditional, 5, 2, labels=[0, 1])
+    with pytest.raises(UserError, match="batch_size is 0, but must be at least 1"):
+        inference.batch_generate(conditional, 5, 0)
 
 
 def test_ranks_sample_their_images_with_their_labels(conditional, monkeypatch):

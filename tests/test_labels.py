@@ -209,6 +209,7 @@ def test_interpolate_goes_between_two_classes():
         ([0, 1, 1], "there are 3 labels for 2 images"),
         ([[0], [1]], r"labels have the shape \(2, 1\), but must have \(2,\)"),
         (torch.ones(2, 3), r"the shape \(2, 3\), but must have \(2, 2\)"),
+        (["a", "b"], "must be numbers. Use class_names.index"),
         ([0.0, 1.0], r"the shape \(2,\), but must have \(2, 2\)"),
     ],
 )

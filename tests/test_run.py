@@ -224,6 +224,13 @@ def test_checkpoint_bytes_is_the_size_of_a_file(tmp_path):
     assert 0.7 < expected / (tmp_path / "last.pt").stat().st_size < 1  # names add most
 
 
+def test_run_whose_weights_are_useless_is_not_published(made_run):
+    made_run.validation_loss = math.inf
+    with pytest.raises(UserError, match=r"the validation loss is inf\. Start again with a lower"):
+        made_run.on_finish()
+    assert made_run.files == ["final.pt"] and not Path("checkpoints/ddpm_final.pt").exists()
+
+
 @pytest.mark.parametrize("end, file", [("on_finish", "final.pt"), ("on_interrupt", "last.pt")])
 def test_run_whose_last_checkpoint_does_not_fit_saves_its_weights(
     end, file, made_run, monkeypatch, capsys

@@ -25,7 +25,7 @@ def test_new_run_name_is_unused_even_if_two_runs_start_in_the_same_second(tmp_pa
     os.close(handle)
 
 
-@pytest.mark.parametrize("name", ["../mine", "/mine", "a/../../b", "."])
+@pytest.mark.parametrize("name", ["../mine", "/mine", "a/../../b", ".", "newest", "a/b.pt"])
 def test_new_run_name_must_be_a_folder_below_the_checkpoints(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="must name a folder below checkpoints/"):

@@ -29,6 +29,19 @@ def test_setting_reads_as_its_default_on_class_and_instance():
     assert Base(NAME="b").as_dict() == {"WIDTH": 8, "NAME": "b", "WEIGHT": None}
 
 
+def test_instance_refuses_invalid_values_and_unknown_names():
+    with pytest.raises(UserError, match="WIDTH is 1, but must be at least 2"):
+        Base(WIDTH=1)
+    with pytest.raises(UserError, match="Base sets WIDHT, which does not exist; did you mean W"):
+        Base(WIDHT=9)
+
+    class Wrong(Base):
+        WIDTH = "wide"
+
+    with pytest.raises(UserError, match="WIDTH is 'wide', but must be an integer"):
+        Wrong()
+
+
 def test_settings_are_inherited_and_overridden_by_plain_values():
     assert list(Derived.settings()) == ["WIDTH", "NAME", "WEIGHT"]
     assert Derived.values() == {"WIDTH": 16, "NAME": "a", "WEIGHT": None}

@@ -76,6 +76,9 @@ def test_train_refuses_images_that_do_not_fit_the_model(tmp_path, monkeypatch):
             train(model, images, config)
     with pytest.raises(UserError, match="the images are float32, but must be uint8"):
         train(model, random_images(40, 8) / np.float32(255), config)
+    labeled = DDPMModel.from_config(config, {"cat": 1, "dog": 1})
+    with pytest.raises(UserError, match="the model has classes, but the images have no labels"):
+        train(labeled, random_images(40, 8), config)
     assert not Path("checkpoints").exists()
 
 
