@@ -21,6 +21,10 @@ FORMATS = ("parquet", "arrow", "imagefolder", "webdataset")
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp")  # of columns of encoded images
 LABEL_NAMES = ("label", "labels", "class", "cls")  # of columns of integers or strings
 LABEL_TYPES = ("bool", "int", "uint", "string", "large_string")
+REQUIREMENTS = (
+    "It must be user/name of the Hub or a folder, of one configuration, with a split train or a "
+    "single one"
+)
 HOW_TO_NAME = "Name it: --dataset hf:NAME,IMAGE_COLUMN or hf:NAME,IMAGE_COLUMN,LABEL_COLUMN"
 
 
@@ -32,71 +36,93 @@ def hf_source(dataset: str, options: ReadOptions, use_labels: bool) -> Source:
     is executed. options: channels 0 are RGB; images with more than 8 bits need a value_range.
     Raises UserError if it cannot be read, or if a column is not clear.
     """
-    # The table, its columns and its classes.
     name, image_column, label_column = parse_reference(dataset)
     location, fingerprint, count, table = open_table(name)
     image_column = find_image_column(table.features, image_column, name)
     class_names: Sequence[str] | None = None
-    columns = [image_column]
     if use_labels:
         label_column = find_label_column(table.features, label_column, name)
         class_names = getattr(table.features[label_column], "names", None)
-        check_num_classes(class_names if class_names is not None else ("?", "?"), location)
-        columns.append(label_column)
-    rows = table.select_columns(columns)
-    values: list[Any] = []  # of the label column, as far as it was streamed
-    used: set[str] = set()  # options that are for images like some that were read
-    channels = options.channels or 3
-    value_range = parse_range(options.value_range)
-    all_frames = options.frames == "all"
+        if class_names is not None:  # else the column's values are the classes
+            check_num_classes(class_names, location)
+    else:
+        label_column = ""
+    reader = TableReader(table, location, image_column, label_column, options)
+    return Source(
+        location, fingerprint, count, reader.read, lambda: reader.channels, reader.sample_sizes,
+        stream=reader.stream, cache_key=reader.key_of(options), chosen=reader.chosen,
+        key_of=reader.key_of,
+        labels=(lambda: to_labels(reader.label_values, class_names)) if use_labels else None,
+    )  # fmt: skip
 
-    # How the cache reads it: rows in blocks, images of a block, some sizes.
-    def stream() -> Iterator[list[tuple[int, Any]]]:
-        values.clear()
-        iterator = enumerate(rows)
+
+class TableReader:
+    """Reads a streamed table for a Source: blocks of rows, images of a block, labels.
+
+    label_column: "" for none. label_values: its values, as far as the table was streamed.
+    """
+
+    def __init__(
+        self, table: Any, location: str, image_column: str, label_column: str, options: ReadOptions
+    ):  # fmt: skip
+        self.location = location
+        self.image_column = image_column
+        self.label_column = label_column
+        self.columns = [column for column in (image_column, label_column) if column]
+        self.rows = table.select_columns(self.columns)
+        self.options = options
+        self.channels = options.channels or 3
+        self.value_range = parse_range(options.value_range)
+        self.used: set[str] = set()  # options that changed how an image was read
+        self.label_values: list[Any] = []
+
+    def stream(self) -> Iterator[list[tuple[int, Any]]]:
+        """Yields blocks of numbered encoded images, from the first; collects their labels."""
+        self.label_values.clear()
+        rows = enumerate(self.rows)
         try:
-            while block := list(islice(iterator, BLOCK)):
-                values.extend(row.get(label_column) for _, row in block)
-                yield [(index, row[image_column]) for index, row in block]
+            while block := list(islice(rows, BLOCK)):
+                self.label_values += [row.get(self.label_column) for _, row in block]
+                yield [(index, row[self.image_column]) for index, row in block]
         except Exception as error:  # of HTTP, of the file's format
-            reason = f"{location} stops after {len(values)} images ({type_and_message(error)})"
+            count = len(self.label_values)
+            reason = f"{self.location} stops after {count} images ({type_and_message(error)})"
             raise UserError(f"{reason}. Start again, or get its files again") from error
 
-    def read(block: Sequence[tuple[int, Any]], size: int) -> list[np.ndarray | str]:
-        results: list[np.ndarray | str] = []
-        for index, value in block:
-            try:
-                with open_image(value) as image:
-                    if is_deep(image.mode):
-                        if not value_range:
-                            raise ValueError("has more than 8 bits. Set --value_range LOW,HIGH")
-                        used.add("value_range")
-                    frames = read_pixels(image, size, channels, value_range, all_frames)
-                    if len(frames) > 1:
-                        used.add("frames")
-                    results.append(frames)
-            except Exception as error:  # Pillow raises nearly anything on a broken file
-                results.append(f"image {index}: {error!r}")
-        return results
+    def read(self, block: Sequence[tuple[int, Any]], size: int) -> list[np.ndarray | str]:
+        """Returns the frames of each image of a block, or why it cannot be read."""
+        return [self.read_image(index, value, size) for index, value in block]
 
-    def sample_sizes() -> Iterator[int]:
-        for _, value in next(stream(), []):
+    def read_image(self, index: int, value: Any, size: int) -> np.ndarray | str:
+        """Returns an image's frames, uint8 (N, C, size, size), or why it cannot be read."""
+        all_frames = self.options.frames == "all"
+        try:
+            with open_image(value) as image:
+                if is_deep(image.mode):
+                    if not self.value_range:
+                        raise ValueError("has more than 8 bits. Set --value_range LOW,HIGH")
+                    self.used.add("value_range")
+                frames = read_pixels(image, size, self.channels, self.value_range, all_frames)
+        except Exception as error:  # Pillow raises nearly anything on a broken file
+            return f"image {index}: {error!r}"
+        if len(frames) > 1:
+            self.used.add("frames")
+        return frames
+
+    def sample_sizes(self) -> Iterator[int]:
+        """Yields the smaller side of each of the first images; before all are read."""
+        for _, value in next(self.stream(), []):
             with suppress(Exception), open_image(value) as image:
                 yield min(image.size)
 
-    def chosen() -> ReadOptions:
-        needed = {name: getattr(options, name) for name in used}
-        return ReadOptions(channels, **needed)
+    def chosen(self) -> ReadOptions:
+        """Returns the options that the images were read with."""
+        return ReadOptions(self.channels, **{n: getattr(self.options, n) for n in self.used})
 
-    def key_of(options: ReadOptions) -> str:
+    def key_of(self, options: ReadOptions) -> str:
+        """Returns what tells the caches of these options from those of others."""
         is_default = not options.value_range and options.frames == ReadOptions.frames
-        return f"\n{','.join(columns)} {channels if is_default else options}"
-
-    return Source(
-        location, fingerprint, count, read, lambda: channels, sample_sizes, stream=stream,
-        cache_key=key_of(options), chosen=chosen, key_of=key_of,
-        labels=(lambda: to_labels(values, class_names)) if use_labels else None,
-    )  # fmt: skip
+        return f"\n{','.join(self.columns)} {self.channels if is_default else options}"
 
 
 def parse_reference(dataset: str) -> tuple[str, str, str]:
@@ -127,9 +153,8 @@ def open_table(name: str) -> tuple[str, str, int, Any]:
             if isinstance(feature, datasets.Image):  # encoded: bytes, or a dict of bytes or path
                 table = table.cast_column(column, datasets.Image(decode=False))
     except Exception as error:  # of HTTP, of the Hub, of the files
-        advice = "It must be user/name of the Hub or a folder, of one configuration, with a split "
         reason = f"--dataset hf:{name} cannot be read ({short_reason(error)})"
-        raise UserError(f"{reason}. {advice}train or a single one") from error
+        raise UserError(f"{reason}. {REQUIREMENTS}") from error
     if format_ not in FORMATS:
         raise UserError(f"hf:{name} has {format_} files, but must have {', '.join(FORMATS)}")
 
