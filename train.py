@@ -94,9 +94,11 @@ def main(
             config.split_batch(find_micro_batch(model, config, data.images))
         if dist.is_main_process:
             names = [*model.state_dict(), *(checkpoint.state["ema"] if checkpoint else ())]
-            has_guide = any(name.startswith(("guide.", "teacher.")) for name in names)
-            arguments = request.explicit, config, is_cuda, dist.num_processes, has_guide
-            warn_of_unused(*arguments, is_tuning=tuning is not None)
+            has_weaker = any(name.startswith(("guide.", "teacher.")) for name in names)
+            warn_of_unused(
+                request.explicit, config, is_cuda, dist.num_processes,
+                has_weaker=has_weaker, is_tuning=tuning is not None,
+            )  # fmt: skip
         if not request.dry_run:
             train(model, data, config, checkpoint)
         elif dist.is_main_process:
@@ -200,7 +202,7 @@ def configure(
     request: TrainingRequest, checkpoint: TrainingCheckpoint | None,
     init_model: DDPMModel | None = None,
 ) -> Config:  # fmt: skip
-    """Resolves the configuration here; caps GPU memory and chooses a data set.
+    """Resolves the configuration; also caps the GPU's memory, and looks for data sets on the disk.
 
     init_model: the model of --init_from, whose network and noise schedule the new run has. A
     tuning run has all other settings of that model's run, too.
@@ -209,8 +211,10 @@ def configure(
     is_tuning = request.tuning is not None
     earlier_run = checkpoint.state["config"] if checkpoint else None
     if checkpoint and checkpoint.state["architecture"].get("consistency", False) != is_tuning:
-        script = "that, or tune it with --checkpoint" if is_tuning else "train_consistency.py"
-        raise UserError(f"{checkpoint.path} is of another script. Resume it with {script}")
+        advice = "Resume it with train_consistency.py"
+        if is_tuning:
+            advice = "Resume it with the script that trained it, or tune it with --checkpoint"
+        raise UserError(f"{checkpoint.path} was not written by this script. {advice}")
     if init_model and is_tuning:
         if init_model.is_consistency_tuned:
             advice = "Name the model to tune with --checkpoint, or continue with --resume"
@@ -274,14 +278,14 @@ def choose_dataset(
 
 def warn_of_unused(
     explicit: Mapping[str, Any], config: DDPMConfig, is_cuda: bool, num_processes: int,
-    has_guide: bool = False, is_tuning: bool = False,
+    has_weaker: bool = False, is_tuning: bool = False,
 ) -> None:  # fmt: skip
     """Warns of explicit settings that have no effect in this run.
 
-    has_guide: whether the run to resume has a guide already, or a run that tunes a teacher.
+    has_weaker: whether there is a guide already, or in a tuning run a teacher.
     """
-    will_have_weaker = 0 < config.GUIDE_FRACTION < 1 or config.GUIDANCE_MODE == "cfg"
-    has_weaker = has_guide or (will_have_weaker and not is_tuning)
+    if not is_tuning:
+        has_weaker |= 0 < config.GUIDE_FRACTION < 1 or config.GUIDANCE_MODE == "cfg"
     has_files = config.DATASET.startswith(("folder", "hf:"))
     has_frames = has_files and config.FRAMES == explicit.get("FRAMES")
     needs_weaker = "is for guide_fraction between 0 and 1, or guidance_mode cfg"

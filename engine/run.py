@@ -29,7 +29,7 @@ from engine.train_step import TrainStep
 VERSION = 2  # of the layout of a checkpoint
 ALWAYS_VALIDATE_EPOCHS = 5
 VALIDATION_TIME_FRACTION = 0.02  # of the time, after those epochs
-GRID_TIME_FRACTION = 0.1  # of the time of a run in minutes; on a CPU a grid may take half a minute
+GRID_TIME_FRACTION = 0.1  # of the time of a --minutes run; on a CPU a grid may take half a minute
 
 
 class MetricsLog:

@@ -152,10 +152,10 @@ def test_guidance_without_a_guide_and_keep_beside_an_interval_are_named():
     names = ["guidance", "guidance_mode", "guidance_min_sigma", "guidance_max_sigma"]
     assert warnings_of(*guided, "both") == names
     assert warnings_of("--guidance", "1") == warnings_of(*guided, "cfg") == []
-    assert warnings_of(*guided, "both", has_guide=True) == []
+    assert warnings_of(*guided, "both", has_weaker=True) == []
     assert warnings_of(*guided, "both", "--guide_fraction", "0.2") == []
     assert warnings_of(*guided, "cfg", is_tuning=True) == names
-    assert warnings_of(*guided, "both", has_guide=True, is_tuning=True) == []
+    assert warnings_of(*guided, "both", has_weaker=True, is_tuning=True) == []
     weighting = warnings_of("--loss_weighting", "min_snr", is_tuning=True)
     assert weighting == ["loss_weighting is not for tuning; continuing without it"]
     assert warnings_of("--keep", "2") == warnings_of("--checkpoint_every", "3") == []
