@@ -34,7 +34,7 @@ class DDPMConfig(Settings):
     # Data.
     DATASET = Setting("auto", "what to train on", choices=DATASETS)
     DATA_DIR = Setting("data", "folder of data sets; with --dataset folder, the images")
-    IMAGE_SIZE = Setting(32, "side of the square images, px", min=2, max=1024, alias="TARGET_SIZE")
+    IMAGE_SIZE = Setting(32, "side of the square images, px", min=4, max=1024, alias="TARGET_SIZE")
     CHANNELS = Setting(
         0, "channels of an image: gray, RGB or RGBA; 0: what the images have", choices=(0, 1, 3, 4))
     VALUE_RANGE = Setting(

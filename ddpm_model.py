@@ -33,7 +33,7 @@ from engine.denoiser import (
 from engine.errors import RenamedWarning, UserError, warn_fallback
 from engine.generation import GenerationMixin, eval_mode, expand_seeds, unnormalize  # noqa: F401
 from engine.hub import HubMixin
-from engine.labels import check_class_counts
+from engine.labels import as_class_counts
 from engine.noise_schedule import EDM_P_MEAN, edm_weighting, shift_log_snr, shift_sigma
 from engine.unet import FastUnet, full_attention_levels, per_level
 
@@ -84,8 +84,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
             warnings.warn("classes is now class_counts", RenamedWarning, stacklevel=2)
             class_counts = unet_kwargs.pop("classes")
         factor = 2 ** (len(dim_mults) - 1)
-        if image_size % factor:
-            raise UserError(f"image_size {image_size} is not a multiple of {factor}")
+        if image_size < 1 or image_size % factor:
+            raise UserError(f"image_size {image_size} is not a positive multiple of {factor}")
         if sampling_timesteps > timesteps:
             raise UserError(f"sampling_timesteps is {sampling_timesteps} of only {timesteps}")
         if full_attn is None:
@@ -101,13 +101,12 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
             "schedule_base_size": schedule_base_size, "guidance": guidance, "dropout": dropout,
             "full_attn": list(full_attn), "attn_heads": per_level(attn_heads, dim_mults),
             "attn_dim_head": per_level(attn_dim_head, dim_mults),
-            "class_counts": dict(class_counts or {}), "guidance_mode": guidance_mode,
+            "class_counts": as_class_counts(class_counts or {}), "guidance_mode": guidance_mode,
             "guidance_min_sigma": guidance_min_sigma, "guidance_max_sigma": guidance_max_sigma,
             "consistency": consistency, **unet_kwargs,
         }  # fmt: skip
-        checked = DDPMConfig.settings().keys() - {"CHANNELS"}  # which are of image files there
-        values = {k.upper(): v for k, v in self.architecture.items() if k.upper() in checked}
-        DDPMConfig.check(values, "DDPMModel")
+        for name in ("objective", "beta_schedule", "loss_weighting", "guidance_mode"):
+            DDPMConfig.settings()[name.upper()].check(name, self.architecture[name])
         self.training_info: dict[str, dict[str, Any]] = {"config": {}, "progress": {}}
         self.graph_cache = GraphCache()
         self._build(**self.architecture)
@@ -129,7 +128,6 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         self.sampling_timesteps = sampling_timesteps
         self.guidance = guidance
         self.is_consistency_tuned = consistency
-        check_class_counts(class_counts)
         self.class_names = tuple(class_counts)
         self.class_counts = dict(class_counts)
         self.guidance_mode = guidance_mode if class_counts else "autoguidance"
@@ -360,8 +358,8 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
     def save_model(self, path: str | Path, compressed: bool = False) -> None:
         """Writes weights and architecture as .safetensors or .pt; compressed: in 8 and 16 bits."""
         path = Path(path)
-        if self.diffusion.betas.dtype != torch.float32:
-            raise UserError("the noise schedule is rounded. Save the float32 model, or compressed")
+        if torch.finfo(self.diffusion.betas.dtype).bits < 32:
+            raise UserError("the model's noise schedule is rounded. Save the model in float32")
         state = without_teacher(self.state_dict())
         state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
         state = compress(state) if compressed else state

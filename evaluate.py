@@ -86,13 +86,17 @@ def load_feature_networks(weights: str | None, device: torch.device) -> list[nn.
 
 
 def load_checkpoint(
-    path: Path, sha256: str, settings: EvaluationSettings, device: torch.device
-) -> DDPMModel:
-    """Loads a model. Raises UserError if its file no longer has this SHA-256."""
+    path: Path, settings: EvaluationSettings, device: torch.device
+) -> tuple[DDPMModel, str]:
+    """Returns a model and the SHA-256 of its file, the same on all ranks. Every rank calls this.
+
+    Raises UserError if the file is replaced meanwhile, by a run that goes on.
+    """
+    sha256 = distributed.from_rank0(f"sha256 of {path}", lambda: checkpoints.sha256(path))
     model = load_model(path, settings.image_size).to(device)
-    if checkpoints.sha256(path) != sha256:  # of a run that goes on, say
-        raise UserError(f"{path} has been replaced since the evaluation began. Evaluate a copy")
-    return model
+    if checkpoints.sha256(path) != sha256:
+        raise UserError(f"{path} was replaced while it was read. Start again, or evaluate a copy")
+    return model, sha256
 
 
 def choose_plan(
@@ -213,16 +217,11 @@ def validation_batch(model: DDPMModel) -> Batch | None:
     return as_batch(data[train_val_split(len(data))[1]])
 
 
-def evaluate(
-    settings: EvaluationSettings, inputs: dict[Path, str], device: torch.device
-) -> None:  # fmt: skip
-    """Evaluates checkpoints or images; writes table, JSON and figures.
-
-    inputs: the SHA-256 of each file, "" for a folder.
-    """
+def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.device) -> None:
+    """Evaluates checkpoints or images; writes table, JSON and figures."""
     # What to evaluate.
     start = time.perf_counter()
-    path, *others = inputs
+    path, *others = paths
     model = None
     config: dict[str, Any] = {}
     class_names: tuple[str, ...] = ()
@@ -230,7 +229,7 @@ def evaluate(
         images = load_dataset("folder", settings.image_size, path, options=RGB).images
         shape = images.shape[1:]
     else:
-        model = load_checkpoint(path, inputs[path], settings, device)
+        model, sha256 = load_checkpoint(path, settings, device)
         config = model.training_info["config"]
         shape = model.image_shape
         class_names = model.class_names
@@ -250,18 +249,18 @@ def evaluate(
         reference["class accuracy"] = by_class.real_accuracy
     validation = validation_batch(model) if config else None
     results: list[Evaluation] = []
-    report = describe_comparison(settings, inputs, reference, networks, device)
+    report = describe_comparison(settings, paths, reference, networks, device)
     report["evaluations"] = results
 
     # Sample and score; the report is saved after each.
     losses: dict[str, tuple[list[int], list[float]]] = {}
     try:
-        for path, sha256 in inputs.items():
+        for path in paths:
             path_start = time.perf_counter()
             result: Evaluation = {"name": path.stem, "images": str(path)}
             if model:
                 if results:  # the first is loaded already
-                    model = load_checkpoint(path, sha256, settings, device)
+                    model, sha256 = load_checkpoint(path, settings, device)
                 images, result = sample_images(model, path, settings, labels)
                 result["sha256"] = sha256
                 if result["name"] in {other["name"] for other in results}:
@@ -292,14 +291,14 @@ def evaluate(
 
 
 def describe_comparison(
-    settings: EvaluationSettings, inputs: dict[Path, str], reference: dict[str, Any],
+    settings: EvaluationSettings, paths: list[Path], reference: dict[str, Any],
     networks: list[nn.Module], device: torch.device,
 ) -> dict[str, Any]:  # fmt: skip
     """Returns a report's entries on inputs, reference, feature networks and machine."""
     sampling = ("sampler", "steps", "spacing", "noise_levels", *GUIDANCE_OPTIONS)
     return {
-        "inputs": [str(path) for path in inputs], "use_amp": settings.use_amp,
-        "sha256": [sha256 for sha256 in inputs.values() if sha256],
+        "inputs": [str(path) for path in paths], "use_amp": settings.use_amp,
+        "sha256": [checkpoints.sha256(path) for path in paths if path.is_file()],
         "sampling": {name: getattr(settings, name) for name in sampling},  # None: the model's own
         "reference": reference, "networks": [network.name for network in networks],
         "device": device_name(device),
@@ -361,14 +360,14 @@ def save_nearest(
     plots.save_image(figure, stem.with_name(f"{stem.name}-nearest.png"))
 
 
-def find_inputs(settings: EvaluationSettings, references: list[str] | None) -> str:
-    """Returns the SHA-256 of each file to evaluate by its path, "" for a folder, as JSON.
+def find_paths(settings: EvaluationSettings, references: list[str] | None) -> str:
+    """Returns the paths to evaluate, each once, as JSON.
 
     references: what --checkpoint names; None: the newest.
     """
     found = map(checkpoints.resolve_checkpoint, references or [None])
-    paths = [Path(settings.images)] if settings.images else [*found]
-    return json.dumps({str(p): checkpoints.sha256(p) if p.is_file() else "" for p in paths})
+    paths = [settings.images] if settings.images else map(str, found)
+    return json.dumps(list(dict.fromkeys(paths)))
 
 
 def main() -> None:
@@ -385,15 +384,16 @@ def main() -> None:
             if getattr(options, name, None) is not None:
                 raise UserError(f"--images and --{name} cannot be combined. Choose one")
     with distributed.session(lambda: "Start the same command again") as dist:
-        found = distributed.from_rank0("inputs", lambda: find_inputs(settings, options.checkpoint))
-        inputs = {Path(path): sha256 for path, sha256 in json.loads(found).items()}
+        found = distributed.from_rank0("paths", lambda: find_paths(settings, options.checkpoint))
+        paths = [Path(path) for path in json.loads(found)]
         device = default_device()
         settings.num_samples = settings.num_samples or (10_000 if device.type == "cpu" else 50_000)
         if dist.is_main_process:
-            evaluate(settings, inputs, device)
+            evaluate(settings, paths, device)
         elif not settings.images:
-            for path, sha256 in inputs.items():
-                sample_images(load_checkpoint(path, sha256, settings, device), path, settings)
+            for path in paths:
+                model, _ = load_checkpoint(path, settings, device)
+                sample_images(model, path, settings)
 
 
 if __name__ == "__main__":

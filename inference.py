@@ -73,8 +73,9 @@ def batch_generate(
     seeds = range(seed, seed + total_samples)[rank_part]
     options |= {"sampler": sampler, "steps": steps}
     if labels is not None:
-        if np.size(labels) not in (1, total_samples):
-            raise UserError(f"there are {np.size(labels)} labels for {total_samples} images")
+        labels = torch.as_tensor(labels).cpu().numpy()
+        if labels.size not in (1, total_samples):
+            raise UserError(f"there are {labels.size} labels for {total_samples} images")
         options["labels"] = np.broadcast_to(labels, total_samples)[rank_part].tolist()
 
     # All images on all ranks.

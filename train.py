@@ -232,9 +232,7 @@ def configure(
     if init_model:
         if init_model.channels not in (1, 3, 4):
             reason = f"is of {init_model.channels} channels, but image files have 1, 3 or 4"
-            raise UserError(
-                f"{request.init_from} {reason}. Train it from Python: docs/extending.md"
-            )
+            raise UserError(f"{request.init_from} {reason}. Use another model")
         # The model's own size, unless another is named.
         image_size = request.setting("IMAGE_SIZE", {"IMAGE_SIZE": init_model.image_size})
         required = network_settings(init_model.architecture, image_size)

@@ -242,16 +242,16 @@ def load_model_file(path: Path, image_size: int | None) -> ModelFile:
 
 def step_of(path: Path) -> int:
     """Returns a checkpoint's step without reading its weights, -1 if unreadable."""
+    return _read_step(path, path.stat().st_mtime_ns) if path.exists() else -1
+
+
+@functools.cache  # the page asks every few seconds
+def _read_step(path: Path, modified: int) -> int:
     try:
-        return _read_step(path, path.stat().st_mtime_ns)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return int(state["progress"]["step"])
     except Exception:  # torch raises nearly anything on a damaged file
         return -1
-
-
-@functools.lru_cache  # the page asks every few seconds
-def _read_step(path: Path, modified: int) -> int:
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return int(state["progress"]["step"])
 
 
 def resolve_checkpoint(reference: str | None, flag: str = "--checkpoint") -> Path:
@@ -307,8 +307,8 @@ def run_exists(run_name: str) -> bool:
 
 
 def is_run_name(name: str) -> bool:
-    """Whether a name is that of a folder below CHECKPOINT_DIR, and not of a file or "newest"."""
-    if "\0" in name or name == "newest" or Path(name).suffix in (".pt", ".safetensors"):
+    """Whether a name is that of a folder below CHECKPOINT_DIR."""
+    if "\0" in name:
         return False
     return CHECKPOINT_DIR.resolve() in (CHECKPOINT_DIR / name).resolve().parents
 

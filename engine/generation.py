@@ -330,11 +330,11 @@ class GenerationMixin:
     def prepare_image(self, image: Tensor) -> Tensor:
         """Returns an image as (C, H, W) on the model's device; UserError for a wrong one."""
         image = torch.as_tensor(image)
-        if not image.is_floating_point() or image.abs().max() > MAX_IMAGE_VALUE:
-            raise UserError("the image must have floats in [0, 1]. Divide one of 0 to 255 by 255")
         shape = self.image_shape
         if tuple(image.shape[-3:]) != shape or image.numel() != math.prod(shape):
             raise UserError(f"the image is {tuple(image.shape)}, but must be {shape}")
+        if not image.is_floating_point() or not (image.abs() <= MAX_IMAGE_VALUE).all():
+            raise UserError("the image must have floats in [0, 1]. Divide one of 0 to 255 by 255")
         return image.reshape(shape).to(self.device)
 
 
@@ -382,13 +382,14 @@ def expand_seeds(seed: Seeds, count: int) -> list[int]:
     if seed is None:
         seed = random.SystemRandom().randrange(2**31)
     try:
-        seeds = range(seed, seed + count) if np.ndim(seed) == 0 else seed
+        is_first = hasattr(seed, "__index__") and np.ndim(seed) == 0
+        seeds = range(seed, seed + count) if is_first else seed
         seeds = [operator.index(each) for each in seeds]
     except TypeError:
         raise UserError(f"seed is {seed}, but must be an integer or a list of integers") from None
     if len(seeds) != count:
         raise UserError(f"there are {len(seeds)} seeds for {count} images")
-    if any(not -(2**63) <= each < 2**63 for each in seeds):
+    if any(not -(2**63) <= each < 2**64 for each in seeds):
         raise UserError("a seed has more than 64 bits")
     return seeds
 

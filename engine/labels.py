@@ -97,10 +97,11 @@ def _parse_range(text: str, class_names: Sequence[str]) -> Sequence[int]:
     raise UserError(f"unknown class {text!r}; choose from {known}, or by number{closest}")
 
 
-def check_class_counts(class_counts: Mapping[str, int]) -> None:
-    """Raises UserError for invalid class names or counts; a name must suit a folder."""
-    if class_counts and not any(class_counts.values()):
-        raise UserError("none of the model's classes has an image")
+def as_class_counts(class_counts: Mapping[str, int]) -> dict[str, int]:
+    """Returns numbers of images by class name; UserError for invalid ones.
+
+    A name must suit a folder.
+    """
     for name, count in class_counts.items():
         is_folder = 0 < len(os.fsencode(name)) < 256 and not set(name) & set("/\\\0")
         is_count = isinstance(count, (int, np.integer)) and count >= 0
@@ -108,6 +109,7 @@ def check_class_counts(class_counts: Mapping[str, int]) -> None:
             needed = "names that a folder can have, with numbers of images"
             shown = textwrap.shorten(repr(name), 60)
             raise UserError(f"the model has the class {shown}: {count!r}, but must have {needed}")
+    return {str(name): int(count) for name, count in class_counts.items()}
 
 
 def check_classes_on_resume(
@@ -137,8 +139,10 @@ def labels_in_proportion(seeds: Iterable[int], counts: Iterable[int]) -> np.ndar
     """Returns a label for each seed, int64 (N,), in proportion to the counts.
 
     Consecutive seeds spread evenly: a seed's place in [0, 1) is the fractional part of its
-    quotient by the golden ratio.
+    quotient by the golden ratio. Raises UserError if all counts are 0.
     """
     places = [(seed * INVERSE_GOLDEN_RATIO % 2**64 >> 11) / 2**53 for seed in seeds]
     bounds = np.cumsum(list(counts))
+    if not bounds[-1]:
+        raise UserError("no class has an image, so labels must be named")
     return np.searchsorted(bounds / bounds[-1], places, side="right")

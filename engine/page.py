@@ -271,8 +271,9 @@ class Session:
         return self.requests[task]
 
     def choose(self, image: PageImage) -> None:
-        """Makes an image the newest of the two that are chosen."""
-        self.chosen = [image, *self.chosen[:1]]
+        """Makes an image the newest of the two that are chosen; both have its shape."""
+        older = [each for each in self.chosen[:1] if each.image.shape == image.image.shape]
+        self.chosen = [image, *older]
         self.mask = None
 
     def what_to_choose(self, model: nn.Module) -> str:

@@ -23,7 +23,8 @@ def new_run_name(config: Any) -> str:
     if not name:
         base = f"{file_slug(config.DATASET)}-{config.IMAGE_SIZE}px-{datetime.now():%Y%m%d-%H%M%S}"
         return create_run_folder(base)
-    if not checkpoints.is_run_name(name):
+    is_reserved = name == "newest" or Path(name).suffix in (".pt", ".safetensors")
+    if is_reserved or not checkpoints.is_run_name(name):
         expected = f"name a folder below {checkpoints.CHECKPOINT_DIR}/"
         others = "newest, and names that end in .pt or .safetensors, mean something else"
         raise UserError(f"--run_name is {name}, but must {expected} ({others})")

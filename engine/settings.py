@@ -10,6 +10,7 @@ flag of each setting, and `check` validates values from any source.
 import argparse
 import difflib
 import math
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -65,6 +66,10 @@ class Setting:
 
     def check(self, name: str, value: Any) -> Any:
         """Returns the value in its type; raises UserError if it is not allowed."""
+        if hasattr(value, "tolist"):  # a number or array of NumPy or PyTorch
+            value = value.tolist()
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
         self.check_type(name, value)
         if value is None:
             return None

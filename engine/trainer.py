@@ -116,7 +116,8 @@ def set_up(
     if data.images.shape[1:] != shape:
         raise UserError(f"the images are {data.images.shape[1:]}, but the model's must be {shape}")
     if getattr(model, "class_names", ()) and data.labels is None:
-        raise UserError("the model has classes, but the images have no labels")
+        reason = "the model has classes, but the images have no labels"
+        warnings.warn(f"{reason}; continuing without labels", FallbackWarning, stacklevel=3)
     effective_batch = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
     loader = BatchLoader(
         data, effective_batch, config.SEED, device, config.NUM_WORKERS, rank, world_size

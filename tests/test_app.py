@@ -198,6 +198,8 @@ def test_chosen_images_of_another_size_are_named(served):
     shown.panels = {"Vary": ("output", pytest.fail)}
     session = Session(chosen=[PageImage(torch.rand(3, 16, 16), "seed 0", {})])
     assert "another image size" in shown.show_panel(session, 0.8)["output"]
+    session.choose(PageImage(torch.rand(3, 8, 8), "seed 1", {}))  # the other is dropped
+    assert session.what_to_choose(served.model) == "" and len(session.chosen) == 1
 
 
 def test_start_passes_on_the_address_and_limits_uploads(served, monkeypatch):

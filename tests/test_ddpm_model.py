@@ -1,6 +1,5 @@
 """DDPMModel: defaults, loss against upstream's, files of every version."""
 
-import math
 import os
 import pickle
 import random
@@ -78,12 +77,10 @@ def test_from_config_passes_every_setting():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"image_size": 30}, "image_size 30 is not a multiple of 8"),
+        ({"image_size": 30}, "image_size 30 is not a positive multiple of 8"),
         ({"timesteps": 10, "sampling_timesteps": 20}, "sampling_timesteps is 20"),
-        ({"image_size": 0}, "IMAGE_SIZE is 0"),
-        ({"dim": 7}, "DIM is 7, but must be at least 8"),
-        ({"loss_weighting": "x"}, "LOSS_WEIGHTING is 'x'; choose from"),
-        ({"guidance": math.nan}, "GUIDANCE is nan"),
+        ({"image_size": 0}, "image_size 0 is not a positive multiple of 8"),
+        ({"loss_weighting": "x"}, "loss_weighting is 'x'; choose from"),
         ({"attn_heads": (4, 4, 4)}, "has 3 values, but dim_mults has 4"),
     ],
 )
@@ -93,7 +90,7 @@ def test_wrong_arguments_raise_user_errors(arguments, message):
 
 
 def test_model_in_half_precision_is_not_saved(tmp_path):
-    with pytest.raises(UserError, match="the noise schedule is rounded"):
+    with pytest.raises(UserError, match="noise schedule is rounded"):
         small().half().save_model(tmp_path / "half.safetensors")
 
 

@@ -471,20 +471,33 @@ def test_score_images_compares_features_with_each_networks_reference(monkeypatch
     np.testing.assert_array_equal(scores["real"], features + 1)
 
 
-def test_checkpoint_that_is_replaced_before_its_turn_is_an_error(folder, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "load_feature_networks", lambda *_: [MeanColors()])
-    paths = ["checkpoints/run/late.pt", "checkpoints/run/early.pt"]
+def test_checkpoint_that_is_replaced_before_its_turn_is_evaluated_as_it_is_then(
+    evaluate_colors, monkeypatch
+):
+    early = Path("checkpoints/run/early.pt")
     sample = evaluate.sample_images
 
     def go_on(*arguments):
-        checkpoints.link_or_copy(Path(paths[0]), Path(paths[1]))
+        checkpoints.link_or_copy(early.with_name("late.pt"), early)
         return sample(*arguments)
 
     monkeypatch.setattr(evaluate, "sample_images", go_on)
-    assert run_evaluate(monkeypatch, "--num_samples", "2", "--checkpoint", *paths) == 2
-    printed = capsys.readouterr()
-    assert f"error: {paths[1]} has been replaced since the evaluation began" in printed.err
-    assert "run-late " in printed.out
+    late, replaced = evaluate_colors()["evaluations"]
+    assert replaced["sha256"] == late["sha256"] and replaced["scores"] == late["scores"]
+
+
+def test_checkpoint_that_is_replaced_while_it_is_read_is_an_error(folder, monkeypatch, capsys):
+    early = Path("checkpoints/run/early.pt")
+    load = evaluate.load_model
+
+    def go_on(*arguments):
+        model = load(*arguments)
+        checkpoints.link_or_copy(early.with_name("late.pt"), early)
+        return model
+
+    monkeypatch.setattr(evaluate, "load_model", go_on)
+    assert run_evaluate(monkeypatch, "--num_samples", "2", "--checkpoint", str(early)) == 2
+    assert f"error: {early} was replaced while it was read" in capsys.readouterr().err
 
 
 def test_checkpoint_that_is_named_twice_is_evaluated_once(evaluate_colors):

@@ -185,7 +185,7 @@ def test_generation_rejects_wrong_arguments(call, message):
 def test_seeds_may_be_integers_of_numpy_and_torch():
     model = small()
     expected = model.sample(2, seed=[1, 2])
-    for seed in (np.int64(1), np.array([1, 2]), torch.tensor([1, 2]), range(1, 3)):
+    for seed in (np.int64(1), np.array([1, 2]), torch.tensor([1, 2]), range(1, 3), iter([1, 2])):
         assert torch.equal(model.sample(2, seed=seed), expected)
 
 

@@ -72,6 +72,14 @@ def test_batch_generate_refuses_wrong_numbers(conditional):
         inference.batch_generate(conditional, 5, 0)
 
 
+def test_batch_generate_takes_labels_of_torch(conditional):
+    labels = torch.tensor([0, 1, 1])
+    images = inference.batch_generate(conditional, 3, 2, labels=labels)
+    torch.testing.assert_close(
+        images, conditional.sample(3, seed=0, labels=labels), atol=1e-5, rtol=0
+    )
+
+
 def test_ranks_sample_their_images_with_their_labels(conditional, monkeypatch):
     labels = [0, 1, 2, 1, 0]
     expected = conditional.sample(5, seed=0, labels=labels)

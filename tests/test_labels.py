@@ -164,9 +164,19 @@ def test_class_names_from_a_file_cannot_leave_a_folder(classes):
         DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), class_counts=classes)
 
 
-def test_classes_without_any_image_are_refused():
-    with pytest.raises(UserError, match="none of the model's classes has an image"):
-        DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), class_counts={"cat": 0, "dog": 0})
+def test_classes_without_any_image_have_no_labels_by_default():
+    model = DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), class_counts={"cat": 0, "dog": 0})
+    assert len(model.sample(2, labels=[0, 1], steps=1)) == 2
+    with pytest.raises(UserError, match="no class has an image, so labels must be named"):
+        model.sample(2)
+
+
+def test_class_counts_of_numpy_are_stored_as_integers(tmp_path):
+    counts = dict(zip(*np.unique(["cat", "dog", "dog"], return_counts=True), strict=True))
+    model = DDPMModel(image_size=8, dim=8, dim_mults=(1, 2), class_counts=counts)
+    for name in ("model.safetensors", "model.pt"):
+        model.save_model(tmp_path / name)
+        assert DDPMModel.from_file(tmp_path / name).class_counts == {"cat": 1, "dog": 2}
 
 
 def test_unconditional_weights_fit_a_conditional_model():

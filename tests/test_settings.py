@@ -1,7 +1,9 @@
 """Settings: declaration, inheritance, checks, flags."""
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import train
@@ -22,6 +24,12 @@ class Base(Settings):
 
 class Derived(Base):
     WIDTH = 16
+
+
+def test_numbers_of_numpy_and_paths_are_accepted():
+    config = DDPMConfig(LEARNING_RATE=np.float64(1e-3), DIM=np.int64(8), DIM_MULTS=np.array([1, 2]))
+    assert (config.LEARNING_RATE, config.DIM, config.DIM_MULTS) == (1e-3, 8, (1, 2))
+    assert DDPMConfig(DATA_DIR=Path("x")).DATA_DIR == "x"
 
 
 def test_setting_reads_as_its_default_on_class_and_instance():

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -76,10 +77,14 @@ def test_train_refuses_images_that_do_not_fit_the_model(tmp_path, monkeypatch):
             train(model, images, config)
     with pytest.raises(UserError, match="the images are float32, but must be uint8"):
         train(model, random_images(40, 8) / np.float32(255), config)
-    labeled = DDPMModel.from_config(config, {"cat": 1, "dog": 1})
-    with pytest.raises(UserError, match="the model has classes, but the images have no labels"):
-        train(labeled, random_images(40, 8), config)
     assert not Path("checkpoints").exists()
+
+
+def test_train_warns_of_images_without_labels_for_a_model_with_classes():
+    config = configure(MAX_STEPS=1)
+    model = DDPMModel.from_config(config, {"cat": 1, "dog": 1})
+    with pytest.warns(FallbackWarning, match="has classes, but the images have no labels; contin"):
+        trainer.set_up(model, ImageDataset(random_images(40, 8)), config, PartialState())
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
