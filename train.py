@@ -19,7 +19,7 @@ from engine.cli import Parser, import_from_file, run_script  # first: sets what 
 
 from config import Config, DDPMConfig, detect_tier, estimate_memory_gib, resolve, subclass_overrides
 from ddpm_model import DDPMModel
-from engine import checkpoints, distributed
+from engine import checkpoints, distributed, plots
 from engine.checkpoints import TrainingCheckpoint
 from engine.datasets import check_stored, choose_default_dataset, load_dataset, placeholder
 from engine.denoiser import GUIDANCE_OPTIONS
@@ -230,7 +230,7 @@ def configure(
     # What the model to start from requires.
     required = None
     if init_model:
-        if init_model.channels not in (1, 3, 4):
+        if init_model.channels not in plots.FILE_CHANNELS:
             reason = f"is of {init_model.channels} channels, but image files have 1, 3 or 4"
             raise UserError(f"{request.init_from} {reason}. Use another model")
         # The model's own size, unless another is named.

@@ -117,7 +117,8 @@ class HubMixin:
 
         self.save_model(folder / WEIGHTS_FILE)
         checkpoints.write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
-        plots.save_image(plots.grid(images.cpu()), folder / GRID_FILE)
+        shown = images if self.channels in plots.FILE_CHANNELS else images[:, :1]  # as gray
+        plots.save_image(plots.grid(shown.cpu()), folder / GRID_FILE)
         text = CARD.format(
             license=license, name=name, last_seed=GRID_IMAGES - 1, grid_file=GRID_FILE,
             size=self.image_size, shape=tuple(images.shape),

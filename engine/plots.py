@@ -27,6 +27,7 @@ PNG_METADATA_KEY = "ddpm"  # of the PNG text chunk that stores how an image was 
 MIN_TILE = 64  # pixels; grids enlarge smaller images
 POINTS = {"marker": "o", "markersize": 3}
 Curves = Mapping[str, Sequence[float]]  # values by name
+FILE_CHANNELS = (1, 3, 4)  # gray, RGB, RGBA
 Line = tuple[Sequence[float], Sequence[float], dict[str, Any]]  # x, y, style
 
 
@@ -37,7 +38,7 @@ def to_bytes(images: Tensor) -> np.ndarray:
 
 def check_channels(channels: int) -> None:
     """Raises UserError for a number of channels that no image file has."""
-    if channels not in (1, 3, 4):
+    if channels not in FILE_CHANNELS:
         raise UserError(f"no image file has {channels} channels. Use --mode batch --format npz")
 
 

@@ -86,6 +86,14 @@ def test_model_without_a_run_has_a_card_too(tmp_path):
     assert "None were measured." in card and re.search(r"^dim +8$", card, re.M)
 
 
+def test_model_of_two_channels_is_shown_by_its_first(tmp_path):
+    model = DDPMModel(8, dim=8, dim_mults=(1, 2), channels=2, sampling_timesteps=2)
+    model.save_pretrained(tmp_path / "two")
+    assert Image.open(tmp_path / "two/samples.png").mode == "L"
+    same = DDPMModel.from_pretrained(tmp_path / "two")
+    assert torch.equal(same.sample(1, seed=0), model.sample(1, seed=0))
+
+
 def test_folder_is_loaded_and_not_a_file_of_its_name(model, tmp_path):
     model.save_pretrained(tmp_path / "mine")
     for weight in model.parameters():
