@@ -60,7 +60,7 @@ class BenchmarkSettings(Settings):
 
     PRESET = Setting("", "preset", choices=tuple(DATASET_PRESETS), auto="cifar10; shapes on a CPU")
     IMAGE_SIZE, DIM, DIM_MULTS, FULL_ATTENTION_MAX_SIZE = map(DDPMConfig.settings().get, NETWORK)
-    BATCH = Setting((), "batches of a training step; upstream's has the first and the last", min=1,
+    BATCH = Setting((), "batches of a training step; upstream has the first and the last", min=1,
         auto="128,256,512; at 64 px and above, or on a CPU, the preset's")  # fmt: skip
     THREADS = Setting(0, "CPU threads; 0 leaves the choice to PyTorch", min=0, max=1024)
     QUICK = Setting(False, "fewer variants and steps")

@@ -304,8 +304,8 @@ def presets_for(
     for values in (script, by_dataset, for_cpu, explicit):
         size = values.get("IMAGE_SIZE", size)
         is_conditional = values.get("CLASS_CONDITIONAL", is_conditional)
-    # A wrong type is reported when the layer that sets it is checked.
-    preset_size = max((s for s in SIZE_PRESETS if isinstance(size, int) and s <= size), default=0)
+    known = size if hasattr(size, "__index__") else 0  # a wrong type is reported by its layer
+    preset_size = max((s for s in SIZE_PRESETS if s <= known), default=0)
     return [
         (f"preset {dataset}", by_dataset),
         (f"preset {preset_size} px", SIZE_PRESETS.get(preset_size, {})),

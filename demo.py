@@ -60,7 +60,7 @@ def check_close(a: Tensor, b: Tensor, tolerance: float, name: str) -> None:
 
 
 def check_data(demo: SimpleNamespace) -> str:
-    """An epoch has every training image once; seed and epoch alone determine their order."""
+    """An epoch has no training image twice; seed and epoch alone determine their order."""
     demo.data = load_dataset("shapes", 16, Path("data"), progress=False)[:NUM_IMAGES]
     images = demo.data.images
     check(images.shape == (NUM_IMAGES, 3, 16, 16), f"shape {images.shape}")
@@ -261,6 +261,8 @@ def main() -> None:
     os.chdir(OUTPUT_DIR)
     for folder in ("checkpoints", "samples"):
         shutil.rmtree(folder, ignore_errors=True)
+    for file in ("report.html", *FIGURES):
+        Path(file).unlink(missing_ok=True)
     demo = SimpleNamespace(device=default_device())
     lines = [f"torch {torch.__version__}, {device_name(demo.device)}"]
     print(lines[0])

@@ -84,7 +84,7 @@ def batch_generate(
         batcher = OomBatcher(batch_size)
         images[rank_part] = jobs.run_batched(model.sample, seeds, batcher, "sampling", **options)
     if dist.num_processes > 1:
-        for part in images.split(1024):  # small enough for the GPU; images of other ranks are 0
+        for part in images.split(1024):  # images of other ranks are 0
             on_device = part.to(model.device)
             distributed.all_reduce(on_device)
             part.copy_(on_device)
@@ -109,7 +109,7 @@ class InferenceSettings(SamplingSettings):
     )
     num_samples = Setting(
         16, "number of images; in mode samples: of each class, by default fewer, so that all "
-        "classes together have at most 64", min=1, max=10_000_000,
+        "classes together have at most 64 or one each", min=1, max=10_000_000,
     )  # fmt: skip
     eta = Setting(0.0, "noise that ddim adds: 0 none, 1 as much as ddpm", min=0, max=1)
     image = Setting(None, f"for vary and inpaint: {INPUT}", type_=str, auto="the first seed")
@@ -121,7 +121,7 @@ class InferenceSettings(SamplingSettings):
     resamples = Setting(5, "times that inpaint repeats each step", min=1, max=100)
     format = Setting("png", "files of batch", choices=("png", "npz"))
     compile_model = Setting(False, "compile the network; pays off for thousands of images")
-    tile = Setting(plots.MIN_TILE, "size to which figures enlarge smaller images, pixels", 1, 4096)
+    tile = Setting(plots.MIN_TILE, "size up to which figures enlarge images, pixels", 1, 4096)
     columns = Setting(10, "images in a row of progressive and interpolate", 1, 1000)
 
 
@@ -144,17 +144,17 @@ def settings_from_command_line(
 
     # Settings of an existing image, or of the command line.
     if options.from_png:
-        for name in given.keys() - {"sampler"}:
+        for name in sorted(given.keys() - {"sampler"}):
             raise UserError(f"--from_png takes all settings from the image. Drop --{name}")
         settings = jobs.settings_from_png(options.from_png, InferenceSettings, given.get("sampler"))
         return settings, options.output_dir, True
     settings = InferenceSettings(**{**defaults, **given}).as_dict()
     if settings["mode"] == "compare":
-        for name in given.keys() & {"steps", "noise_levels", "sampler"}:
+        for name in sorted(given.keys() & {"steps", "noise_levels", "sampler"}):
             if ":" not in str(given[name]):  # a sampler of the user's is compared, too
                 reason = "compare tries every sampler of the model at several numbers of steps"
                 raise UserError(f"--{name} has no effect: {reason}. Drop it")
-    for name in given.keys() & MODES_OF_FLAGS.keys():
+    for name in sorted(given.keys() & MODES_OF_FLAGS.keys()):
         modes = MODES_OF_FLAGS[name]
         if settings["mode"] not in (*modes, "all"):
             named = " and ".join(modes)
@@ -166,6 +166,8 @@ def settings_from_command_line(
                 distributed.print0(f"note: --{name} {use}; interpolate itself ignores it")
 
     # Seeds and checkpoints.
+    if "seeds" in given and "num_samples" in given:
+        raise UserError("--seeds names the images, so --num_samples has no effect. Drop one")
     count = settings.pop("num_samples")
     settings["seeds"] = jobs.parse_seeds(settings["seeds"] or f"0-{count - 1}")
     path = checkpoints.resolve_checkpoint(settings["checkpoint"])

@@ -1,6 +1,6 @@
 """Measures how training scales over the GPUs of this machine.
 
-    python scaling.py                              on 1, 2, 4 and 8 GPUs, as far as there are
+    python scaling.py                          on 1, 2, 4 and 8 GPUs, as far as there are
     python scaling.py --ranks 1,8 --steps 0    speed only, on 1 and on 8
     python scaling.py --dim 8 --image_size 16 --batches 8 --large_batch 4 --effective_batch 16 \\
         --steps 20 --seconds 0.2                   runs everything, also without a GPU
@@ -77,6 +77,8 @@ def main() -> None:
     # Numbers of ranks.
     gpus = torch.cuda.device_count()
     counts = sorted(settings.RANKS or [n for n in (1, 2, 4, 8) if n <= (gpus or 2)])
+    if 1 not in counts:
+        print("note: without 1 in --ranks there is no efficiency, and no loss to compare with")
     for count in counts:
         if (batch := settings.EFFECTIVE_BATCH) % count:
             raise UserError(f"--effective_batch {batch} cannot be divided by {count} ranks")

@@ -76,10 +76,13 @@ def run_job(job: BenchmarkJob) -> Row:
             dead = next(process for process in ranks if process.sentinel in ended)
             dead.join(10)
             result = {"failed": f"the process died (exit code {dead.exitcode})"}
+    except Exception as error:  # of starting a process, or of what one sent
+        result = {"failed": type_and_message(error)}
     finally:
         for process in ranks:
-            process.kill()
-            process.join()
+            if process.pid is not None:
+                process.kill()
+                process.join()
     return job.row | result
 
 
@@ -112,7 +115,7 @@ def time_steps(
     batch: images in a step, of all ranks.
     """
     timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
-    # Each call takes two steps before it measures: kernels are chosen, graphs are captured.
+    # Each call first takes two steps or more: kernels are chosen, graphs are captured.
     count = distributed.broadcast_object(max(1, round(round_seconds / timer.timeit(1).mean)))
     rates = [batch / timer.timeit(count).mean for _ in range(ROUNDS)]
     rate = statistics.median(rates)

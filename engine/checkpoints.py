@@ -31,11 +31,11 @@ TRAINING_KEYS = {
     "progress": dict, "model": dict, "ema": dict, "optimizer": dict, "rng": dict,
 }  # fmt: skip
 MAX_WEIGHT = 1e6  # above any that training leads to
-UNSET_SHA256 = "0" * 64  # stands for the checksum in what it is computed of
+UNSET_SHA256 = "0" * 64  # in place of the checksum, in the bytes that it covers
 
 
 class ModelFile(NamedTuple):
-    """What a file says of a model. training_info: `config`, `progress`, `data` of a run, if any."""
+    """A model as read from a file. training_info: `config`, `progress`, `data` of a run, if any."""
 
     path: Path
     architecture: dict[str, Any]
@@ -104,10 +104,12 @@ def link_or_copy(source: Path, target: Path) -> None:
     temporary = source.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         os.link(source, temporary)
-    except OSError:
+        os.replace(temporary, target)
+    except OSError:  # also of another file system
         with open(source, "rb") as file:
-            write_atomically(temporary, lambda copy: shutil.copyfileobj(file, copy))
-    os.replace(temporary, target)
+            write_atomically(target, lambda copy: shutil.copyfileobj(file, copy))
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _check_file(path: Path) -> None:
@@ -287,10 +289,7 @@ def _run_files() -> list[Path]:
 
 
 def newest_checkpoint(notify: bool = True) -> Path:
-    """Returns the newest checkpoint of any run, or the pretrained weights.
-
-    notify: whether to print that there is no checkpoint yet.
-    """
+    """Returns the newest checkpoint of any run, or the pretrained one; notify: and says so."""
     found = [*CHECKPOINT_DIR.rglob("[!.]*.pt"), *CHECKPOINT_DIR.rglob("[!.]*.safetensors")]
     if not found:
         file = PRETRAINED_DIR / "cifar10.safetensors"

@@ -77,7 +77,7 @@ def load_cached(
 
 def _remove_others(files: CacheFiles) -> None:
     """Removes earlier versions of a cached source, and files of killed builds; under its lock."""
-    builds = tuple(f".{file.name}." for file in files[1:])  # not those of an evaluation
+    builds = tuple(f".{file.name}." for file in files[1:])  # an evaluation writes others
     for file in files.images.parent.glob(f"*{files.prefix}_*"):
         if file.name.startswith(builds) or not file.name.lstrip(".").startswith(files.images.stem):
             with suppress(OSError):  # on Windows, a file in use

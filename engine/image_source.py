@@ -256,7 +256,7 @@ class Survey:
             self.highest = max(self.highest, float(values.max()))
 
     def channels(self) -> int:
-        """Returns the option; by default 1 if all are gray, 4 if all use alpha, else 3."""
+        """Returns the option; by default 1 for gray, 4 if all have alpha and any uses it, or 3."""
         if self.options.channels or len(self.kinds) != 1:
             return self.options.channels or 3
         if "gray" in self.kinds:

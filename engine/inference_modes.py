@@ -257,7 +257,8 @@ def compare_samplers(job: InferenceJob) -> str:
     seeds = job.settings["seeds"][:MAX_FIGURE_SEEDS]
     samplers = [*model.supported_samplers, *([job.sampler] if callable(job.sampler) else [])]
     compared = CONSISTENCY_STEPS if model.is_consistency_tuned else COMPARED_STEPS
-    step_counts = [count for count in compared if count <= model.num_timesteps]
+    counts = [count for count in compared if count <= model.num_timesteps]
+    step_counts = counts or [model.num_timesteps]
     sampling = {"spacing": job.settings["spacing"], "guidance": guidance_kwargs(job.settings)}
     path = Path(job.settings["checkpoint"])
     candidates = [Candidate(model, path, job.labels_of(seeds), samplers, step_counts, **sampling)]

@@ -73,16 +73,16 @@ def scale(values: np.ndarray, value_range: Range) -> np.ndarray:
 
 
 def convert(image: Image.Image, channels: int, value_range: Range | None = None) -> Image.Image:
-    """Converts a Pillow image to gray, RGB or RGBA; without alpha it is put on white.
+    """Converts a Pillow image to gray, RGB or RGBA; in gray and RGB, transparency is on white.
 
     channels: 1, 3 or 4. value_range: of images with more than 8 bits; None: found from this one.
     Raises ValueError for values that are not finite and for what Pillow cannot convert.
     """
     if is_deep(image.mode):
         values = np.asarray(image)
-        if not value_range:
+        if not value_range and np.isfinite(values).all():  # else scale says so
             value_range = find_range(float(values.min()), float(values.max()), image.mode == "F")
-        gray = Image.fromarray(scale(values, value_range))
+        gray = Image.fromarray(scale(values, value_range or (0, 1)))
         if image.has_transparency_data:
             is_opaque = values != image.info["transparency"]
             gray.putalpha(Image.fromarray(np.where(is_opaque, 255, 0).astype(np.uint8)))

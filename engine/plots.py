@@ -92,7 +92,7 @@ def on_white(images: Tensor) -> Tensor:
 
 
 def enlarge(images: Tensor, smallest: int = MIN_TILE) -> Tensor:
-    """Enlarges images (..., H, W) by an integer factor, to about `smallest` pixels."""
+    """Enlarges images (..., H, W) by the largest integer factor up to `smallest` pixels."""
     factor = max(1, smallest // images.shape[-1])
     return images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
 

@@ -30,7 +30,7 @@ class Setting:
 
     type_: bool, int, float, str or tuple (of positive integers); that of the default unless given.
     With a default of None it must be given, and `auto` says in the help what an unset value means.
-    alias: a second name with the same meaning. old_name: a former name, which works but warns.
+    alias: a second name of the flag. old_name: a former name, which works but warns.
     """
 
     default: Any
@@ -87,9 +87,9 @@ class Setting:
         for part in value if self.value_type is tuple else (value,):
             # Written as `not >=` so that NaN is rejected too.
             if self.min is not None and not part >= self.min:
-                raise UserError(f"{name} is {value}, but must be at least {self.min:g}")
+                raise UserError(f"{name} is {value}, but must be at least {self.min}")
             if self.max is not None and not part <= self.max:
-                raise UserError(f"{name} is {value}, but must be at most {self.max:g}")
+                raise UserError(f"{name} is {value}, but must be at most {self.max}")
         if self.value_type is float and not math.isfinite(value):
             raise UserError(f"{name} is {value}, but must be finite")
         return value

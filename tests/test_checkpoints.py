@@ -85,15 +85,27 @@ def test_newest_falls_back_to_the_pretrained_weights(tmp_path, monkeypatch, caps
     assert "using the pretrained" in capsys.readouterr().out
 
 
-def test_link_or_copy_replaces_the_target_without_links(tmp_path, monkeypatch):
-    def no_links(*_):
+def test_link_or_copy_replaces_the_target(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def fail(*_):
         raise OSError
 
-    monkeypatch.setattr(os, "link", no_links)
-    (tmp_path / "a").write_bytes(b"new")
-    (tmp_path / "b").write_bytes(b"old")
-    checkpoints.link_or_copy(tmp_path / "a", tmp_path / "b")
-    assert (tmp_path / "b").read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 2
+    def replace_in_a_folder(source, target):  # as between two file systems
+        replace(source, target) if Path(source).parent == Path(target).parent else fail()
+
+    (tmp_path / "run").mkdir()
+    source, target = tmp_path / "run/a", tmp_path / "b"
+    for name, function in (("stat", os.stat), ("link", fail), ("replace", replace_in_a_folder)):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, function)
+            source.write_bytes(name.encode())
+            target.write_bytes(b"old")
+            checkpoints.link_or_copy(source, target)
+            checkpoints.link_or_copy(source, target)  # which is a link already
+        assert target.read_bytes() == name.encode()
+        assert [*tmp_path.rglob(".*")] == []
+        target.unlink()
 
 
 def small() -> DDPMModel:

@@ -1,5 +1,6 @@
 """config.py: which layer wins, which tier is chosen, and what a resumed run keeps."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,6 +64,8 @@ def test_tier_caps_the_width_and_keeps_the_effective_batch(dataset, memory):
         ("folder", {"IMAGE_SIZE": 128},
          (128, 128, (1, 1, 2, 2, 2), 64, (False, False, False, True, True))),
         ("cifar10", {"IMAGE_SIZE": 64}, (64, 128, (1, 2, 2, 2), 128, (False, False, True, True))),
+        ("folder", {"IMAGE_SIZE": np.int64(64)},
+         (64, 128, (1, 2, 2, 2), 128, (False, False, True, True))),
         ("cifar10", {}, (32, 128, (1, 2, 2, 2), 256, (False, True, True, True))),
     ],
 )  # fmt: skip

@@ -20,7 +20,10 @@ def test_main_reports_failed_checks_and_runs_the_others(tmp_path, monkeypatch, c
     monkeypatch.setattr(sys, "argv", ["demo.py"])
     checks = {"broken": lambda _: 1 / 0, "mathematics": demo.check_mathematics}
     monkeypatch.setattr(demo, "CHECKS", checks)
-    assert exit_code(demo.main) == 1
+    earlier = tmp_path / "demo_results" / "interpolation.png"
+    earlier.parent.mkdir()
+    earlier.touch()  # of a run before, whose figures are not this one's
+    assert exit_code(demo.main) == 1 and not earlier.exists()
     printed = capsys.readouterr()
     assert "1/2  broken         failed" in printed.out
     assert "2/2  mathematics    passed" in printed.out

@@ -129,6 +129,7 @@ def test_high_res_figures_are_larger(folder, monkeypatch, capsys):
         (["--guidance", "11"], "guidance is 11.0, but must be at most 10"),
         (["--seeds", "9-3"], "seeds has the reversed range 9-3. Write 3-9"),
         (["--seeds", "a-3"], "seeds is 'a-3', but must look like"),
+        (["--seeds", "0-3", "--num_samples", "9"], "so --num_samples has no effect. Drop one"),
         (["--seeds", "9" * 23], "at most 18 digits"),
         (["--seeds", "0-99999999999"], "at most 10,000,000 images"),
         (["--output_dir", "a.png"], "Choose a folder that can be written to"),

@@ -126,6 +126,11 @@ def test_compare_samples_with_every_sampler_and_the_given_guidance(guided, infer
     assert calls[1:] == expected  # after the warm-up
 
 
+def test_compare_takes_all_steps_of_a_model_with_few(folder, infer):
+    DDPMModel(8, dim=8, dim_mults=(1, 2), timesteps=3, sampling_timesteps=3).save_model("few.pt")
+    assert infer("--checkpoint", "few.pt", "--mode", "compare", "--seeds", "0") == 0
+
+
 def test_compare_counts_the_nfe_of_the_given_spacing():
     model = guided_model()
     counts = []

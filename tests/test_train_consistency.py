@@ -173,7 +173,7 @@ def test_script_tunes_with_the_settings_of_the_run(tmp_path, monkeypatch):
         "", {}, ["--resume", "mine", "--dataset", "auto"], TUNING
     )
     checkpoint = checkpoints.load_training(request.resume)
-    with pytest.raises(UserError, match="Resume it with that, or tune it with --checkpoint"):
+    with pytest.raises(UserError, match="the script that trained it, or tune it with"):
         train_script.configure(request, checkpoint)
     checkpoint.state["architecture"]["consistency"] = True
     assert train_script.configure(request, checkpoint).DATASET
