@@ -118,6 +118,8 @@ def set_up(
     if getattr(model, "class_names", ()) and data.labels is None:
         reason = "the model has classes, but the images have no labels"
         warnings.warn(f"{reason}; continuing without labels", FallbackWarning, stacklevel=3)
+    if not (config.MINUTES or config.MAX_STEPS or config.EPOCHS):
+        raise UserError("the run has no length. Set EPOCHS, MAX_STEPS or MINUTES")
     effective_batch = config.BATCH_SIZE * config.GRADIENT_ACCUMULATION
     loader = BatchLoader(
         data, effective_batch, config.SEED, device, config.NUM_WORKERS, rank, world_size

@@ -12,7 +12,6 @@ from torch.distributed import ReduceOp
 from config import resolve
 from engine import progress as progress_module
 from engine.distributed import RankLostError
-from engine.errors import UserError
 from engine.progress import LOG_EVERY, Progress, StopSignal, format_duration
 from tests.forked_script import ForkedScript
 from tests.helpers import ALONE, CPU, CPU_TIER, FakeTime
@@ -45,13 +44,6 @@ def test_progress_continues_with_the_seconds_of_earlier_sessions(clock):
     clock.now += 0.2
     progress.advance(16)
     assert progress.is_finished
-
-
-def test_run_without_a_length_is_refused():
-    config = resolve("folder", CPU_TIER)
-    config.EPOCHS = config.MAX_STEPS = config.MINUTES = 0
-    with pytest.raises(UserError, match=r"the run has no length\. Set EPOCHS, MAX_STEPS or MIN"):
-        Progress(config, 4, ALONE)
 
 
 def test_progress_of_several_ranks_has_the_clock_of_rank_0(clock, monkeypatch):

@@ -77,6 +77,9 @@ def test_train_refuses_images_that_do_not_fit_the_model(tmp_path, monkeypatch):
             train(model, images, config)
     with pytest.raises(UserError, match="the images are float32, but must be uint8"):
         train(model, random_images(40, 8) / np.float32(255), config)
+    config.EPOCHS = config.MAX_STEPS = config.MINUTES = 0
+    with pytest.raises(UserError, match=r"the run has no length\. Set EPOCHS, MAX_STEPS or MIN"):
+        train(model, random_images(40, 8), config)
     assert not Path("checkpoints").exists()
 
 
