@@ -43,7 +43,6 @@ from inference import batch_generate, load_model, note_unguided
 
 RGB = ReadOptions(channels=3)
 NEAREST_SAMPLES = 16  # in the figure of nearest training images
-FEW_IMAGES = 2048  # Inception's features; of fewer images, the covariance is singular
 
 
 class EvaluationSettings(SamplingSettings):
@@ -241,11 +240,8 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
     networks = load_feature_networks(settings.inception_weights, device)
     data, reference = load_real_images(settings, config, shape, path, class_names)
     references = {net: metrics.load_reference(net, data.images, device) for net in networks}
-    labels = by_class = None
-    if data.labels is not None:
-        labels = labels_as_in(data.labels, settings, len(class_names))
-        network = networks[-1]  # Lite0, or Inception without it
-        by_class = ClassMetrics(network, references[network], data.labels, class_names)
+    labels, by_class = compare_classes(data, settings, references, class_names)
+    if by_class:
         reference["class accuracy"] = by_class.real_accuracy
     validation = validation_batch(model) if config else None
     results: list[Evaluation] = []
@@ -275,17 +271,12 @@ def evaluate(settings: EvaluationSettings, paths: list[Path], device: torch.devi
             stem = reporting.without_other_report(stem, report)
             checkpoints.write_text(Path(f"{stem}.json"), json.dumps(report, indent=2) + "\n")
     finally:  # also of those before one that fails, or on a full disk
-        if results:
-            print(reporting.format_table(results))
-        if results and by_class:
-            title = by_class.network.title
-            print(reporting.format_classes(results, title, by_class.real_accuracy))
+        reporting.print_tables(results, by_class)
 
     # Figures.
-    if images.shape[1:] == data.images.shape[1:]:
-        save_nearest(settings, images, data.images, references, stem)
+    save_nearest(settings, images, data.images, references, stem)
     reporting.save_curves(results, losses, [network.title for network in networks], stem)
-    note_few_images(min(len(images), len(data)))
+    reporting.note_few_images(min(len(images), len(data)))
     about = f"{len(data)} real images of {reference['dataset']} ({reference['data_dir']})"
     print(f"{about}; results: {stem}*")
 
@@ -327,10 +318,16 @@ def score_images(
     return {"num_samples": len(images), "scores": scores, **by_class_rows}
 
 
-def note_few_images(count: int) -> None:
-    """Prints that a Fréchet distance needs more images, if it does."""
-    if count < FEW_IMAGES:
-        print(f"note: of {count} images, Fréchet distances are too high and vary; compare KID")
+def compare_classes(
+    data: ImageDataset, settings: EvaluationSettings, references: References,
+    class_names: tuple[str, ...],
+) -> tuple[np.ndarray | None, ClassMetrics | None]:  # fmt: skip
+    """Returns the label of each sample and what scores them; None of each without classes."""
+    if data.labels is None:
+        return None, None
+    labels = labels_as_in(data.labels, settings, len(class_names))
+    network, statistics = [*references.items()][-1]  # Lite0, or Inception without it
+    return labels, ClassMetrics(network, statistics, data.labels, class_names)
 
 
 def check_others(
@@ -352,7 +349,9 @@ def save_nearest(
     settings: EvaluationSettings, images: np.ndarray, real: np.ndarray, references: References,
     stem: Path,
 ) -> None:  # fmt: skip
-    """Writes the figure of the first images and the real ones nearest to them."""
+    """Writes the figure of the first images and the real ones nearest to them, if of one shape."""
+    if images.shape[1:] != real.shape[1:]:
+        return
     kind = "image" if settings.images else "seed"
     samples = images[:NEAREST_SAMPLES]
     captions = [f"{kind} {settings.seed + i}" for i in range(len(samples))]

@@ -21,6 +21,7 @@ from config import Config, DDPMConfig, detect_tier, estimate_memory_gib, resolve
 from ddpm_model import DDPMModel
 from engine import checkpoints, distributed, plots
 from engine.checkpoints import TrainingCheckpoint
+from engine.dataloader import ImageDataset
 from engine.datasets import check_stored, choose_default_dataset, load_dataset, placeholder
 from engine.denoiser import GUIDANCE_OPTIONS
 from engine.errors import FallbackWarning, UserError
@@ -61,20 +62,8 @@ def main(
     config = configure(request, checkpoint, init_model)
     check_installed(config.LOG_WITH)
 
-    # Data: rank 0 fetches and decodes before the process group exists, the others read the cache.
-    data = None
-    if request.dry_run:
-        data = placeholder(
-            config.DATASET, config.IMAGE_SIZE, config.CLASS_CONDITIONAL, config.CHANNELS
-        )
-    if data is None:
-        data = distributed.rank0_first("data", lambda: load_dataset(
-            config.DATASET, config.IMAGE_SIZE, Path(config.DATA_DIR), workers=config.NUM_WORKERS,
-            progress=distributed.launched_rank() == 0, upsampling=config.USE_UPSAMPLING,
-            options=ReadOptions.from_config(config.as_dict()),
-            use_labels=config.CLASS_CONDITIONAL,
-        ))  # fmt: skip
-    # What was found in the images, for a resumed run and for input images.
+    # Data, and what was found in the images, for a resumed run and for input images.
+    data = load_training_data(config, request.dry_run)
     found = {"CHANNELS": data.images.shape[1], **data.read_as}
     config.override({k: v for k, v in found.items() if v != getattr(config, k)}, "data")
     if tuning is not None:
@@ -108,6 +97,21 @@ def main(
                 config.DIM, config.IMAGE_SIZE, config.BATCH_SIZE, parameters, config.USE_AMP
             )
             print(f"{config.table()}\n\n{estimate(model, len(data), config, memory)}")
+
+
+def load_training_data(config: Config, dry_run: bool) -> ImageDataset:
+    """Loads a configuration's data set; in a dry run only its numbers, where these are known.
+
+    Rank 0 fetches and decodes before the process group exists; the others read the cache.
+    """
+    known = (config.DATASET, config.IMAGE_SIZE, config.CLASS_CONDITIONAL, config.CHANNELS)
+    if dry_run and (data := placeholder(*known)) is not None:
+        return data
+    return distributed.rank0_first("data", lambda: load_dataset(
+        config.DATASET, config.IMAGE_SIZE, Path(config.DATA_DIR), workers=config.NUM_WORKERS,
+        progress=distributed.launched_rank() == 0, upsampling=config.USE_UPSAMPLING,
+        options=ReadOptions.from_config(config.as_dict()), use_labels=config.CLASS_CONDITIONAL,
+    ))  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,12 @@ import torch
 from PIL import Image
 
 from engine import plots
-from engine.class_metrics import ClassRow
+from engine.class_metrics import ClassMetrics, ClassRow
 from engine.inference_jobs import numbered
 from engine.metrics import References, Scores, extract_features, nearest_neighbors
 from engine.sampling_settings import sampling_name
+
+FEW_IMAGES = 2048  # Inception's features; of fewer images, the covariance is singular
 
 
 class Evaluation(TypedDict, total=False):
@@ -72,6 +74,21 @@ def format_classes(results: list[Evaluation], distance: str, real_accuracy: floa
     if real_accuracy is not None:
         lines.append(f"class accuracy of real validation images: {real_accuracy:.4g}")
     return "\n".join(lines)
+
+
+def print_tables(results: list[Evaluation], by_class: ClassMetrics | None) -> None:
+    """Prints the scores, and those of each class, if there are any."""
+    if results:
+        print(format_table(results))
+    if results and by_class:
+        title = by_class.network.title
+        print(format_classes(results, title, by_class.real_accuracy))
+
+
+def note_few_images(count: int) -> None:
+    """Prints that a Fréchet distance needs more images, if it does."""
+    if count < FEW_IMAGES:
+        print(f"note: of {count} images, Fréchet distances are too high and vary; compare KID")
 
 
 def result_name(first: Evaluation, num_others: int, reference: dict[str, Any]) -> str:

@@ -122,7 +122,7 @@ def generate_batch(job: InferenceJob) -> str:
     seeds = job.settings["seeds"]
     is_npz = job.settings["format"] == "npz"
     if not is_npz:
-        plots.check_channels(job.model.channels)
+        plots.check_file_channels(job.model.channels)
     folder = job.folder / ("parts" if is_npz else "images")
     chunks = batched(seeds, CHUNK_IMAGES)
 

@@ -36,7 +36,7 @@ def to_bytes(images: Tensor) -> np.ndarray:
     return (images.detach().cpu().float().clamp(0, 1) * 255).round().byte().movedim(-3, -1).numpy()
 
 
-def check_channels(channels: int) -> None:
+def check_file_channels(channels: int) -> None:
     """Raises UserError for a number of channels that no image file has."""
     if channels not in FILE_CHANNELS:
         raise UserError(f"no image file has {channels} channels. Use --mode batch --format npz")
@@ -49,7 +49,7 @@ def to_image(image: Tensor) -> Image.Image:
     """
     pixels = to_bytes(image)
     channels = pixels.shape[2]
-    check_channels(channels)
+    check_file_channels(channels)
     return Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
 
 
