@@ -29,7 +29,7 @@ MAX_IMAGE_VALUE = 16  # above it an image is not in [0, 1], but in [0, 255]
 State = tuple[int, Tensor, Tensor]  # t, x_t and the predicted x_0, in [-1, 1]
 
 
-class SamplerSettings(NamedTuple):
+class ResolvedSampler(NamedTuple):
     """How to sample. Timesteps follow from noise_levels, one a step, or else from spacing."""
 
     sampler: str | Callable
@@ -262,7 +262,7 @@ class GenerationMixin:
     def fill_sampler_defaults(
         self, sampler: SamplerChoice, steps: int | None, spacing: str | None,
         noise_levels: Sequence[float] | None,
-    ) -> SamplerSettings:  # fmt: skip
+    ) -> ResolvedSampler:  # fmt: skip
         """Fills in what is None, by the model and the sampler.
 
         A name of one of this model's samplers becomes its function; any other stays. Only the
@@ -275,11 +275,11 @@ class GenerationMixin:
         sampler = self.supported_samplers.get(sampler, sampler)
         if noise_levels is not None:
             samplers.check_noise_levels(noise_levels, sampler, steps)
-            return SamplerSettings(sampler, len(noise_levels), None, noise_levels)
+            return ResolvedSampler(sampler, len(noise_levels), None, noise_levels)
         steps = self.sampling_timesteps if steps is None else steps
         if spacing is None and sampler is samplers.consistency and steps in CONSISTENCY_LEVELS:
-            return SamplerSettings(sampler, steps, None, CONSISTENCY_LEVELS[steps])
-        return SamplerSettings(sampler, steps, spacing or samplers.DEFAULT_SPACING, None)
+            return ResolvedSampler(sampler, steps, None, CONSISTENCY_LEVELS[steps])
+        return ResolvedSampler(sampler, steps, spacing or samplers.DEFAULT_SPACING, None)
 
     def count_nfe(
         self, sampler: Callable, timesteps: Sequence[int], guidance: float | None = None,

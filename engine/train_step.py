@@ -286,7 +286,7 @@ class TrainStep:
             is_growing = (self.finite_streak % LOSS_SCALE_GROWTH_STEPS == 0) & (is_finite > 0)
             kept_or_halved = torch.where(is_finite > 0, 1.0, 0.5)
             self.loss_scale.mul_(torch.where(is_growing, 2.0, kept_or_halved))
-        # Muon's updates have a fixed RMS: they would change weights that grow less and less.
+        # Muon's updates have a fixed RMS: growing weights would be turned less and less.
         if self.config.WEIGHT_DECAY:
             self.matrices.mul_(1 - self.config.WEIGHT_DECAY * self.lr * is_finite)
         for optimizer, part in self.optimizers.values():
