@@ -21,6 +21,8 @@ from PIL import Image
 from engine.distributed import print0
 from engine.errors import FallbackWarning, UserError
 
+Image.preinit()  # its common formats are tried first; registered_extensions would add them last
+
 # What this project writes, in the current folder.
 OUTPUT_DIRS = (
     "checkpoints", "samples", "inference_results", "demo_results", "results", "data/cache",
