@@ -44,8 +44,7 @@ class DDPMConfig(Settings):
     USE_UPSAMPLING = Setting(False, "train even if most images are smaller than image_size")
     HORIZONTAL_FLIP = Setting(True, "mirror half of the training images")
     CLASS_CONDITIONAL = Setting(False, "train with the class labels of the data")
-    LABEL_DROPOUT = Setting(
-        0.1, "fraction of labels dropped, to train without them, too", min=0, max=1)
+    LABEL_DROPOUT = Setting(0.1, "fraction of labels dropped in training", min=0, max=1)
     NUM_WORKERS = Setting(8, "threads that decode and load images; 0: none", min=0, max=256)
 
     # Model.
@@ -60,7 +59,7 @@ class DDPMConfig(Settings):
     TIMESTEPS = Setting(1000, "timesteps of the diffusion process", min=2, max=100_000)
     SAMPLING_TIMESTEPS = Setting(
         16, "network evaluations per sample, without guidance's", min=1, max=100_000)
-    GUIDANCE = Setting(2.0, "weight of guidance (arXiv:2406.02507); 1 disables it", min=1, max=10)
+    GUIDANCE = Setting(2.25, "weight of guidance (arXiv:2406.02507); 1 disables it", min=1, max=10)
     GUIDANCE_MIN_SIGMA = Setting(0.1, "lowest noise level to guide (arXiv:2404.07724)", min=0)
     GUIDANCE_MAX_SIGMA = Setting(2.0, "highest noise level to guide", min=0)
     GUIDANCE_MODE = Setting(
@@ -79,6 +78,7 @@ class DDPMConfig(Settings):
     LOSS_WEIGHTING = Setting(
         "edm", "min_snr (arXiv:2303.09556), or edm's weights and timesteps (arXiv:2206.00364)",
         choices=("min_snr", "edm"))
+    P_MEAN = Setting(-0.8, "mean of log(sigma) at edm's timesteps; EDM has -1.2", min=-10, max=10)
     MIN_SNR_GAMMA = Setting(5.0, "upper limit of min_snr's SNR; 0 disables", min=0)
 
     # Length: a layer may set one of the three, which replaces what earlier layers set.
@@ -92,7 +92,7 @@ class DDPMConfig(Settings):
         "the batch of an update, over all GPUs", min=1)
     GRADIENT_ACCUMULATION = Setting(1, "micro-batches in the batch of an update", min=1)
     OPTIMIZER = Setting("muon", "Adam, or Muon for the inner matrices", choices=("adam", "muon"))
-    LEARNING_RATE = Setting(2e-3, "peak learning rate, after warm-up", min=1e-8, max=1.0)
+    LEARNING_RATE = Setting(1e-3, "peak learning rate, after warm-up", min=1e-8, max=1.0)
     LR_SCHEDULE = Setting("cosine", "learning rate over the run", choices=("cosine", "constant"))
     WARMUP_STEPS = Setting(500, "steps of linear learning-rate warm-up", min=0)
     WEIGHT_DECAY = Setting(
@@ -135,25 +135,25 @@ DATASET_PRESETS: dict[str, dict[str, Any]] = {
     "stl10": {"IMAGE_SIZE": 96},
     "shapes": {"IMAGE_SIZE": 32, "HORIZONTAL_FLIP": False, "EPOCHS": 20},
 }
-# Of runs that store none, and of the presets that were measured with it.
-FORMER_GUIDANCE_INTERVAL = {"GUIDANCE_MIN_SIGMA": 0.2, "GUIDANCE_MAX_SIGMA": 5.0}
+# Of runs that store none, and of the presets that were measured with them.
+FORMER_DEFAULTS = {"GUIDANCE_MIN_SIGMA": 0.2, "GUIDANCE_MAX_SIGMA": 5.0, "P_MEAN": -1.2}
 # At 64 px and above, noise is shifted, as it hides less of a larger image; full attention grows
 # with the fourth power of the side; after an eighth of the few steps a guide would know too little.
 HIGH_RES_SETTINGS: dict[str, Any] = {
     "SCHEDULE_BASE_SIZE": 32, "FULL_ATTENTION_MAX_SIZE": 24, "DROPOUT": 0.1, "WEIGHT_DECAY": 0.1,
-    "GUIDANCE": 3.0, "GUIDE_FRACTION": 0.5, "SAMPLING_TIMESTEPS": 14, **FORMER_GUIDANCE_INTERVAL,
+    "GUIDANCE": 3.0, "GUIDE_FRACTION": 0.5, "SAMPLING_TIMESTEPS": 14, **FORMER_DEFAULTS,
 }  # fmt: skip
 HIGH_RES_GUIDANCE = {"GUIDANCE_MODE": "both", "GUIDANCE": 2.5}  # with class labels
 # By the smallest image size that each is for, px.
 SIZE_PRESETS: dict[int, dict[str, Any]] = {
-    64: HIGH_RES_SETTINGS | {"BATCH_SIZE": 128},
-    96: HIGH_RES_SETTINGS | {"BATCH_SIZE": 64, "LEARNING_RATE": 1e-3},
+    64: HIGH_RES_SETTINGS | {"BATCH_SIZE": 128, "LEARNING_RATE": 2e-3},
+    96: HIGH_RES_SETTINGS | {"BATCH_SIZE": 64},
 }
 # An extra level on top, no wider than the next: at full resolution it costs the most.
 SIZE_PRESETS[128] = SIZE_PRESETS[96] | {"DIM_MULTS": (1, 1, 2, 2, 2)}
 # Small enough for recognizable shapes after five minutes on two cores.
 CPU_PRESETS: dict[str, dict[str, Any]] = {
-    "shapes": FORMER_GUIDANCE_INTERVAL | {
+    "shapes": FORMER_DEFAULTS | {
         "CLASS_CONDITIONAL": True, "IMAGE_SIZE": 16, "DIM": 32, "DIM_MULTS": (1, 2, 2),
         "ATTENTION_HEADS": (1, 1, 4), "ATTENTION_DIM": (8, 16, 32), "FULL_ATTENTION_MAX_SIZE": 0,
         "BATCH_SIZE": 32, "LEARNING_RATE": 5e-3, "WEIGHT_DECAY": 0.1, "LOSS_WEIGHTING": "min_snr",
@@ -245,7 +245,7 @@ def resolve(
     explicit_layers.append(("flag", DDPMConfig.current_names(flags or {}, warn=True)))
     explicit = {name: value for _, values in explicit_layers for name, value in values.items()}
     if checkpoint:
-        former = {"CHANNELS": 3, "WEIGHT_DECAY": 0.0, **FORMER_GUIDANCE_INTERVAL}  # if not saved
+        former = {"CHANNELS": 3, "WEIGHT_DECAY": 0.0, **FORMER_DEFAULTS}  # if not saved
         saved = former | DDPMConfig.current_names(checkpoint)
         if isinstance(saved.get("GUIDANCE"), float):  # which they allowed to be less than 1
             saved["GUIDANCE"] = max(1.0, saved["GUIDANCE"])

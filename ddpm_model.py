@@ -34,7 +34,7 @@ from engine.errors import RenamedWarning, UserError, warn_fallback
 from engine.generation import GenerationMixin, eval_mode, expand_seeds, unnormalize  # noqa: F401
 from engine.hub import HubMixin
 from engine.labels import as_class_counts
-from engine.noise_schedule import EDM_P_MEAN, edm_weighting, shift_log_snr, shift_sigma
+from engine.noise_schedule import edm_weighting, shift_log_snr, shift_sigma
 from engine.unet import FastUnet, full_attention_levels, per_level
 
 RENAMED = {
@@ -65,7 +65,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         sampling_timesteps: int = DDPMConfig.SAMPLING_TIMESTEPS,
         objective: str = DDPMConfig.OBJECTIVE, beta_schedule: str = DDPMConfig.BETA_SCHEDULE,
         loss_weighting: str = DDPMConfig.LOSS_WEIGHTING,
-        min_snr_gamma: float = DDPMConfig.MIN_SNR_GAMMA,
+        min_snr_gamma: float = DDPMConfig.MIN_SNR_GAMMA, p_mean: float = DDPMConfig.P_MEAN,
         schedule_base_size: int = DDPMConfig.SCHEDULE_BASE_SIZE,
         guidance: float = DDPMConfig.GUIDANCE, dropout: float = DDPMConfig.DROPOUT,
         full_attn: Sequence[bool] | None = None,
@@ -98,8 +98,9 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
             "channels": channels, "timesteps": timesteps, "sampling_timesteps": sampling_timesteps,
             "objective": objective, "beta_schedule": beta_schedule,
             "loss_weighting": loss_weighting, "min_snr_gamma": min_snr_gamma,
-            "schedule_base_size": schedule_base_size, "guidance": guidance, "dropout": dropout,
-            "full_attn": list(full_attn), "attn_heads": per_level(attn_heads, dim_mults),
+            "p_mean": p_mean, "schedule_base_size": schedule_base_size, "guidance": guidance,
+            "dropout": dropout, "full_attn": list(full_attn),
+            "attn_heads": per_level(attn_heads, dim_mults),
             "attn_dim_head": per_level(attn_dim_head, dim_mults),
             "class_counts": as_class_counts(class_counts or {}), "guidance_mode": guidance_mode,
             "guidance_min_sigma": guidance_min_sigma, "guidance_max_sigma": guidance_max_sigma,
@@ -114,7 +115,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
     def _build(
         self, image_size: int, channels: int, timesteps: int, sampling_timesteps: int,
         objective: str, beta_schedule: str, loss_weighting: str, min_snr_gamma: float,
-        schedule_base_size: int, guidance: float, class_counts: Mapping[str, int],
+        p_mean: float, schedule_base_size: int, guidance: float, class_counts: Mapping[str, int],
         guidance_mode: str, guidance_min_sigma: float, guidance_max_sigma: float,
         consistency: bool, **unet_kwargs: Any,
     ) -> None:  # fmt: skip
@@ -152,7 +153,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         # The distribution of the timesteps in training: uniform, or EDM's.
         timestep_cdf = torch.arange(1, timesteps + 1).double() / timesteps
         if loss_weighting == "edm":
-            probabilities, weight = edm_weighting(self.diffusion, EDM_P_MEAN - shift / 2)
+            probabilities, weight = edm_weighting(self.diffusion, p_mean - shift / 2)
             self.diffusion.loss_weight.copy_(weight)
             timestep_cdf = probabilities.cumsum(0)
         self.register_buffer("timestep_cdf", timestep_cdf.float(), persistent=False)
@@ -170,8 +171,9 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
             config.IMAGE_SIZE, config.DIM, config.DIM_MULTS, config.CHANNELS or 3, config.TIMESTEPS,
             sampling_timesteps=config.SAMPLING_TIMESTEPS, objective=config.OBJECTIVE,
             beta_schedule=config.BETA_SCHEDULE, loss_weighting=config.LOSS_WEIGHTING,
-            min_snr_gamma=config.MIN_SNR_GAMMA, schedule_base_size=config.SCHEDULE_BASE_SIZE,
-            dropout=config.DROPOUT, full_attn=full_attn, attn_heads=config.ATTENTION_HEADS,
+            min_snr_gamma=config.MIN_SNR_GAMMA, p_mean=config.P_MEAN,
+            schedule_base_size=config.SCHEDULE_BASE_SIZE, dropout=config.DROPOUT,
+            full_attn=full_attn, attn_heads=config.ATTENTION_HEADS,
             attn_dim_head=config.ATTENTION_DIM, class_counts=class_counts,
             **{name: getattr(config, name.upper()) for name in GUIDANCE_OPTIONS},
         )  # fmt: skip
@@ -183,7 +185,7 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         """Returns an architecture read from a file of any version in today's names."""
         levels = len(architecture["dim_mults"])
         former_defaults = {
-            "loss_weighting": "min_snr", "guidance": 1.0, "class_counts": {},
+            "loss_weighting": "min_snr", "p_mean": -1.2, "guidance": 1.0, "class_counts": {},
             "guidance_mode": "autoguidance", "guidance_min_sigma": 0.2, "guidance_max_sigma": 5.0,
             "consistency": False, "dropout": 0.0, "schedule_base_size": 0,
             "full_attn": [False] * (levels - 1) + [True], "attn_heads": [4] * levels,

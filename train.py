@@ -36,7 +36,7 @@ from engine.trainer import estimate, train
 # another meaning, except the classes, whose embedding starts anew.
 MUTABLE_ON_INIT = {
     *GUIDANCE_OPTIONS, "image_size", "sampling_timesteps", "loss_weighting", "min_snr_gamma",
-    "schedule_base_size", "dropout", "class_counts", "consistency",
+    "p_mean", "schedule_base_size", "dropout", "class_counts", "consistency",
 }  # fmt: skip
 DEFAULTS_NOTE = (
     "Defaults shown are those before presets and the GPU's tier; --dry_run shows what a run gets."
@@ -302,6 +302,8 @@ def warn_of_unused(
         ("GUIDE_FRACTION", not is_tuning, "is not for tuning"),
         ("DATA_DIR", has_data_dir, "is not for shapes, which are drawn, nor for hf: data sets"),
         ("MIN_SNR_GAMMA", config.LOSS_WEIGHTING == "min_snr", "is for loss_weighting min_snr"),
+        ("P_MEAN", config.LOSS_WEIGHTING == "edm", "is for loss_weighting edm"),
+        ("P_MEAN", not is_tuning, "is not for tuning"),
         ("VALUE_RANGE", has_files and config.VALUE_RANGE, "is for images of more than 8 bits"),
         ("FRAMES", has_frames, "is for files of several frames"),
         ("KEEP", config.CHECKPOINT_EVERY is None, "is for runs without checkpoint_every"),

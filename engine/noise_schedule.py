@@ -10,9 +10,7 @@ from torch import Tensor
 OBJECTIVES = ("pred_v", "pred_noise", "pred_x0")
 BETA_SCHEDULES = ("cosine", "linear", "sigmoid")
 
-# Of EDM, Karras et al. (arXiv:2206.00364), table 1: log(sigma) ~ N(EDM_P_MEAN, EDM_P_STD^2).
-EDM_P_MEAN = -1.2
-EDM_P_STD = 1.2
+EDM_P_STD = 1.2  # of log(sigma) in training; EDM, Karras et al. (arXiv:2206.00364), table 1
 SIGMA_DATA = 0.5
 SIGMA_MAX = 80.0  # above it an image is noise alone
 
@@ -88,7 +86,7 @@ def timestep_probabilities(process: GaussianDiffusion, mean: float, std: float) 
     return probabilities / probabilities.sum()
 
 
-def edm_weighting(process: GaussianDiffusion, mean: float = EDM_P_MEAN) -> tuple[Tensor, Tensor]:
+def edm_weighting(process: GaussianDiffusion, mean: float) -> tuple[Tensor, Tensor]:
     """Returns EDM's probabilities of the training timesteps and its loss weights, both (T,).
 
     log(sigma) is normal around `mean`. EDM weighs the squared error of x_0, for images in [-1, 1],

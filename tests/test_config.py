@@ -99,8 +99,8 @@ def test_classes_are_on_where_they_measured_better():
 @pytest.mark.parametrize(
     ("dataset", "flags", "mode", "weight"),
     [
-        ("folder", {}, "autoguidance", 2.0),
-        ("folder", {"CLASS_CONDITIONAL": True}, "autoguidance", 2.0),
+        ("folder", {}, "autoguidance", 2.25),
+        ("folder", {"CLASS_CONDITIONAL": True}, "autoguidance", 2.25),
         ("celeba", {}, "autoguidance", 3.0),
         ("stl10", {"CLASS_CONDITIONAL": True}, "both", 2.5),
         ("cifar10", {"IMAGE_SIZE": 64}, "both", 2.5),
@@ -113,16 +113,19 @@ def test_preset_guides_large_images_with_classes_by_both(dataset, flags, mode, w
     assert (config.GUIDANCE_MODE, config.GUIDANCE) == (mode, weight)
 
 
-def test_presets_have_the_weight_decay_and_guidance_they_were_measured_with():
-    def measured(dataset: str, tier: Tier, **flags) -> tuple[float, ...]:
+def test_presets_have_the_optimization_and_guidance_they_were_measured_with():
+    def measured(dataset: str, tier: Tier, **flags) -> tuple[tuple[float, ...], ...]:
         config = resolve(dataset, tier, flags=flags)
         interval = config.GUIDANCE_MIN_SIGMA, config.GUIDANCE_MAX_SIGMA
-        return config.WEIGHT_DECAY, config.GUIDANCE, interval, config.SAMPLING_TIMESTEPS
+        training = config.LEARNING_RATE, config.WEIGHT_DECAY, config.P_MEAN
+        return training, (config.GUIDANCE, *interval, config.SAMPLING_TIMESTEPS)
 
-    small = measured("cifar10", LARGE_TIER)
-    assert small == measured("folder", CPU_TIER) == (0.3, 2.0, (0.1, 2.0), 16)
-    assert measured("folder", LARGE_TIER, IMAGE_SIZE=64) == (0.1, 3.0, (0.2, 5.0), 14)
-    assert measured("shapes", CPU_TIER) == (0.1, 1.5, (0.2, 5.0), 14)
+    small = (1e-3, 0.3, -0.8), (2.25, 0.1, 2.0, 16)
+    assert measured("cifar10", LARGE_TIER) == measured("folder", CPU_TIER) == small
+    for size, learning_rate in ((64, 2e-3), (96, 1e-3), (128, 1e-3)):
+        large = (learning_rate, 0.1, -1.2), (3.0, 0.2, 5.0, 14)
+        assert measured("folder", LARGE_TIER, IMAGE_SIZE=size) == large
+    assert measured("shapes", CPU_TIER) == ((5e-3, 0.1, -1.2), (1.5, 0.2, 5.0, 14))
 
 
 def test_high_res_script_takes_the_larger_of_its_size_and_the_data_sets():
@@ -270,7 +273,10 @@ def test_size_that_the_levels_cannot_halve_gets_advice_that_works(size, mults, a
 
 
 def test_resume_of_an_earlier_version_has_the_defaults_of_its_time(saved_run):
-    former = {"CHANNELS": 3, "WEIGHT_DECAY": 0, "GUIDANCE_MIN_SIGMA": 0.2, "GUIDANCE_MAX_SIGMA": 5}
+    former = {
+        "CHANNELS": 3, "WEIGHT_DECAY": 0, "GUIDANCE_MIN_SIGMA": 0.2, "GUIDANCE_MAX_SIGMA": 5,
+        "P_MEAN": -1.2,
+    }  # fmt: skip
     for name in former:
         del saved_run[name]
     resumed = resolve("folder", CPU_TIER, checkpoint=saved_run)

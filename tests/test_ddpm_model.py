@@ -56,7 +56,7 @@ def test_from_config_passes_every_setting():
         "GUIDANCE": 1.7, "ATTENTION_HEADS": (1, 2, 3), "ATTENTION_DIM": (8, 16, 24),
         "FULL_ATTENTION_MAX_SIZE": 8, "GRADIENT_CHECKPOINTING": True, "SEED": 5, "CHANNELS": 4,
         "GUIDANCE_MODE": "both", "GUIDANCE_MIN_SIGMA": 0.1, "GUIDANCE_MAX_SIGMA": 3.0,
-        "CLASS_CONDITIONAL": True,
+        "CLASS_CONDITIONAL": True, "P_MEAN": -0.5,
     }  # fmt: skip
     config = resolve("folder", CPU_TIER, flags=flags)
     model = DDPMModel.from_config(config, {"a": 2, "b": 3})
@@ -67,7 +67,7 @@ def test_from_config_passes_every_setting():
         "guidance": 1.7, "dropout": 0.3, "full_attn": [False, True, True],
         "attn_heads": [1, 2, 3], "attn_dim_head": [8, 16, 24], "class_counts": {"a": 2, "b": 3},
         "guidance_mode": "both", "guidance_min_sigma": 0.1, "guidance_max_sigma": 3.0,
-        "consistency": False,
+        "consistency": False, "p_mean": -0.5,
     }  # fmt: skip
     assert model.unet.checkpointing
     same = DDPMModel.from_config(config, {"a": 2, "b": 3})
@@ -262,13 +262,13 @@ def test_load_model_reads_architectures_of_earlier_versions(tmp_path):
     model = small(
         image_size=32, schedule_base_size=64, loss_weighting="min_snr", guidance=1.0,
         guidance_min_sigma=0.2, guidance_max_sigma=5.0, full_attn=(False, True),
-        class_counts={"a": 2, "b": 3},
+        class_counts={"a": 2, "b": 3}, p_mean=-1.2,
     )  # fmt: skip
     path = tmp_path / "old.pt"
     old = dict(model.architecture)
     for name in (
         "loss_weighting", "guidance", "guidance_min_sigma", "guidance_max_sigma", "full_attn",
-        "dropout", "attn_heads",
+        "dropout", "attn_heads", "p_mean",
     ):  # fmt: skip
         del old[name]
     old["schedule_size"] = old.pop("schedule_base_size")

@@ -111,16 +111,18 @@ def test_step_in_bf16_follows_full_precision(monkeypatch):
     assert losses_of(make_step(USE_AMP=True)) == pytest.approx(expected, rel=0.03)
 
 
-def test_kernels_match_upstream(monkeypatch):
+def test_kernels_match_upstream():
     assert unet.triton_kernels
-    for flags in (torch.backends.cudnn, torch.backends.cuda.matmul):
-        monkeypatch.setattr(flags, "allow_tf32", False)
+    assert torch.get_float32_matmul_precision() == "highest"
     for architecture in (dict(dim=64), UNET_ARCHITECTURES[1]):
         upstream, fast = unet_pair("cuda", **architecture)
-        for a, b in zip(outputs_and_gradients(fast), outputs_and_gradients(upstream), strict=True):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            ours, theirs = map(outputs_and_gradients, (fast, upstream))
+        for a, b in zip(ours, theirs, strict=True):
             assert relative_error(a, b) < 2e-5
     upstream, fast = unet_pair("cuda", dim=64)
-    exact = outputs_and_gradients(upstream)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        exact = outputs_and_gradients(upstream)
     for network in (upstream, fast):
         network.zero_grad()
     ours, theirs = (outputs_and_gradients(network, autocast=True) for network in (fast, upstream))
