@@ -96,7 +96,17 @@ class Setting:
 
 
 class Settings:
-    """Base class of groups of settings. An instance holds a valid value of each."""
+    """Base class of groups of settings. An instance holds a valid value of each.
+
+    Raises UserError for a subclass that writes the name of a setting in lower case.
+    """
+
+    def __init_subclass__(cls) -> None:
+        settings = cls.settings()
+        for name in vars(cls).keys() - settings.keys():
+            if name.upper() in settings:
+                closest = f"; did you mean {name.upper()}?"
+                raise UserError(f"{cls.__name__} sets {name}, which does not exist{closest}")
 
     def __init__(self, **values: Any):
         defaults = {name: setting.default for name, setting in self.settings().items()}
@@ -170,8 +180,9 @@ class Settings:
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """Returns `; did you mean X?` for the most similar known name, or nothing."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]}?" if match else ""
+    in_lower_case = {each.lower(): each for each in known}
+    match = difflib.get_close_matches(name.lower(), in_lower_case, n=1, cutoff=0.5)
+    return f"; did you mean {in_lower_case[match[0]]}?" if match else ""
 
 
 def int_tuple(text: str) -> tuple[int, ...]:

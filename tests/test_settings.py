@@ -48,6 +48,10 @@ def test_instance_refuses_invalid_values_and_unknown_names():
 
     with pytest.raises(UserError, match="WIDTH is 'wide', but must be an integer"):
         Wrong()
+    with pytest.raises(UserError, match="Lower sets width, which does not exist; did you mean W"):
+
+        class Lower(Base):
+            width = 9
 
 
 def test_settings_are_inherited_and_overridden_by_plain_values():
@@ -85,6 +89,7 @@ def test_current_names_translate_old_ones():
 
 def test_suggest_names_the_closest_only_if_it_is_close():
     assert suggest("stpes", ["steps", "seeds"]) == "; did you mean steps?"
+    assert suggest("dim", ["DIM", "SEED"]) == "; did you mean DIM?"
     assert suggest("xyz", ["steps", "seeds"]) == ""
 
 
