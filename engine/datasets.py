@@ -24,7 +24,15 @@ from engine.distributed import print0
 from engine.errors import FallbackWarning, UserError
 from engine.image_cache import load_cached
 from engine.image_files import file_fingerprint
-from engine.image_source import DEFAULT_OPTIONS, ReadOptions, Source, image_source, path_source
+from engine.image_source import (
+    DEFAULT_OPTIONS,
+    ReadOptions,
+    Source,
+    image_source,
+    is_array_file,
+    load_array_labels,
+    path_source,
+)
 from engine.labels import NO_LABEL, check_distinct, check_num_classes, labels_from_folders
 from engine.shapes import SHAPE_KINDS, draw_shapes, kind_of
 
@@ -232,7 +240,9 @@ def open_source(
     if not use_labels:
         return source
 
-    if dataset == "folder":
+    if dataset == "folder" and is_array_file(data_dir):
+        labels, names = load_array_labels(data_dir, source.count)
+    elif dataset == "folder":
         labels, names = labels_from_folders(source.names, source.location)
     elif dataset == "shapes":
         labels = kind_of(np.arange(SHAPES_COUNT)).astype(np.int64)

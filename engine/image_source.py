@@ -17,6 +17,7 @@ from engine import pixels
 from engine.distributed import print0
 from engine.errors import UserError
 from engine.image_files import file_fingerprint, find_images
+from engine.labels import NO_LABEL
 from engine.pixels import Range
 
 BLOCK = 64  # images that a thread decodes at a time
@@ -90,7 +91,7 @@ def path_source(path: Path, options: ReadOptions | None) -> Source:
     options: None for a folder of single RGB images, whose headers need not be read. Raises
     UserError if there are none, or if the file is of another kind.
     """
-    if path.suffix.lower() in ARRAY_FILES and path.is_file():
+    if is_array_file(path):
         return array_source(path, options)
     files = find_images(path)
 
@@ -99,6 +100,11 @@ def path_source(path: Path, options: ReadOptions | None) -> Source:
 
     source = image_source(path, files.fingerprint, files.names, open_image, options)
     return replace(source, names=files.names)
+
+
+def is_array_file(path: Path) -> bool:
+    """Whether a path is an .npz or .npy."""
+    return path.suffix.lower() in ARRAY_FILES and path.is_file()
 
 
 def array_source(path: Path, options: ReadOptions) -> Source:
@@ -158,6 +164,35 @@ def load_array(path: Path) -> np.ndarray:
         found.append(f"{array.dtype} {array.shape}")
     expected = "images (N, H, W), or (N, H, W, C) with 1, 3 or 4 channels"
     raise UserError(f"{path} holds {', '.join(found) or 'nothing'}, but should hold {expected}")
+
+
+def load_array_labels(path: Path, count: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Returns the labels (count,) and class names of an .npz or .npy; none for an .npy.
+
+    They are its arrays `labels`, integers of which -1 is no label, and `class_names`. Without the
+    latter, the classes are the numbers that occur. Raises UserError if these do not fit.
+    """
+    try:
+        file = np.load(path, allow_pickle=False, mmap_mode="r")
+        stored = () if isinstance(file, np.ndarray) else file.files
+        found = {name: file[name] for name in ("labels", "class_names") if name in stored}
+    except Exception as error:  # numpy and zipfile each raise their own
+        raise UserError(f"{path} is damaged or not an array file of numbers") from error
+    if "labels" not in found:
+        return np.full(count, NO_LABEL), ()
+    labels = found["labels"]
+    if labels.dtype.kind not in "iu" or labels.size != count:
+        shown = f"{labels.dtype} {labels.shape}"
+        raise UserError(f"{path} has labels {shown}, but should have {count} integers")
+    labels = labels.ravel().astype(np.int64)
+    names = found.get("class_names")
+    if names is None:
+        names = np.unique(labels[labels != NO_LABEL])
+        labels = np.where(labels == NO_LABEL, NO_LABEL, np.searchsorted(names, labels))
+    if labels.min() < NO_LABEL or labels.max() >= len(names):
+        known = f"from 0 to {len(names) - 1}, or {NO_LABEL}"
+        raise UserError(f"{path} has labels of no class in its class_names. They must be {known}")
+    return labels, tuple(map(str, names))
 
 
 def image_source(

@@ -165,6 +165,7 @@ def generate_batch(job: InferenceJob) -> str:
             arrays = {"images": np.concatenate(parts), "seeds": np.array(seeds)}
             if job.model.class_names:
                 arrays["labels"] = np.array(job.labels_of(seeds))
+                arrays["class_names"] = np.array(job.model.class_names)
             save = partial(np.savez, **arrays)
             checkpoints.write_atomically(job.folder / "images.npz", save)
     job.results = {"processes": dist.num_processes}

@@ -329,6 +329,27 @@ def test_array_of_bytes_is_read_as_it_is(load, tmp_path, channels):
     np.testing.assert_array_equal(load("named_otherwise.npy", 6), images)
 
 
+def test_array_has_labels_and_their_names(load, tmp_path):
+    def load_labels(**arrays) -> tuple[list[int], tuple[str, ...]]:
+        np.savez(tmp_path / "a.npz", images=np.zeros((4, 4, 4, 1), np.uint8), **arrays)
+        data = load_dataset("folder", 4, tmp_path / "a.npz", load.cache, use_labels=True)
+        return data.labels.tolist(), data.class_names
+
+    labels = np.array([[7], [3], [-1], [7]], np.int16)
+    assert load_labels(labels=labels) == ([1, 0, -1, 1], ("3", "7"))
+    named = {"labels": np.array([1, 0, -1, 1]), "class_names": np.array(["cat", "dog", "cow"])}
+    assert load_labels(**named) == ([1, 0, -1, 1], ("cat", "dog", "cow"))
+    for arrays, message in (
+        ({}, "has no labels"),
+        (named | {"labels": labels}, "labels of no class in its class_names"),
+        (named | {"labels": np.zeros(3, int)}, r"labels int64 \(3,\), but should have 4 integers"),
+        ({"labels": np.zeros(4)}, r"labels float64 \(4,\), but should have 4 integers"),
+        ({"labels": np.array([None] * 4)}, "is damaged or not an array file"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            load_labels(**arrays)
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [

@@ -354,6 +354,7 @@ def test_batch_samples_classes_in_proportion_by_seed(conditional, infer):
     assert infer(*flags, "--format", "npz", "--output_dir", "npz") == 0
     with np.load(only("*/images.npz", "npz")) as file:
         assert file["labels"].tolist() == labels.tolist()
+        assert tuple(file["class_names"]) == conditional.class_names
         assert np.abs(file["images"].astype(int) - expected).max() <= 1
     for _ in range(2):  # the second time, all are there
         assert infer(*flags, "--output_dir", "png") == 0
