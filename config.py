@@ -135,7 +135,7 @@ DATASET_PRESETS: dict[str, dict[str, Any]] = {
     "stl10": {"IMAGE_SIZE": 96},
     "shapes": {"IMAGE_SIZE": 32, "HORIZONTAL_FLIP": False, "EPOCHS": 20},
 }
-# Of runs that store none, and of the presets that were measured with them.
+# Of runs that do not store them, and of presets that were measured with them.
 FORMER_DEFAULTS = {"GUIDANCE_MIN_SIGMA": 0.2, "GUIDANCE_MAX_SIGMA": 5.0, "P_MEAN": -1.2}
 # At 64 px and above, noise is shifted, as it hides less of a larger image; full attention grows
 # with the fourth power of the side; after an eighth of the few steps a guide would know too little.

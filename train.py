@@ -38,6 +38,9 @@ MUTABLE_ON_INIT = {
     *GUIDANCE_OPTIONS, "image_size", "sampling_timesteps", "loss_weighting", "min_snr_gamma",
     "p_mean", "schedule_base_size", "dropout", "class_counts", "consistency",
 }  # fmt: skip
+KEPT_IN_TUNING = (
+    *GUIDANCE_OPTIONS, "schedule_base_size", "loss_weighting", "min_snr_gamma", "p_mean",
+)  # fmt: skip
 DEFAULTS_NOTE = (
     "Defaults shown are those before presets and the GPU's tier; --dry_run shows what a run gets."
 )
@@ -242,9 +245,8 @@ def configure(
         required = network_settings(init_model.architecture, image_size)
         if is_tuning:
             required |= {
-                **{name.upper(): init_model.architecture[name] for name in GUIDANCE_OPTIONS},
+                **{name.upper(): init_model.architecture[name] for name in KEPT_IN_TUNING},
                 "GUIDANCE_MODE": init_model.guidance_mode,
-                "SCHEDULE_BASE_SIZE": init_model.architecture["schedule_base_size"],
                 "CLASS_CONDITIONAL": bool(init_model.class_names), **request.tuning,
             }  # fmt: skip
     return resolve(
@@ -302,7 +304,7 @@ def warn_of_unused(
         ("GUIDE_FRACTION", not is_tuning, "is not for tuning"),
         ("DATA_DIR", has_data_dir, "is not for shapes, which are drawn, nor for hf: data sets"),
         ("MIN_SNR_GAMMA", config.LOSS_WEIGHTING == "min_snr", "is for loss_weighting min_snr"),
-        ("P_MEAN", config.LOSS_WEIGHTING == "edm", "is for loss_weighting edm"),
+        ("P_MEAN", is_tuning or config.LOSS_WEIGHTING == "edm", "is for loss_weighting edm"),
         ("P_MEAN", not is_tuning, "is not for tuning"),
         ("VALUE_RANGE", has_files and config.VALUE_RANGE, "is for images of more than 8 bits"),
         ("FRAMES", has_frames, "is for files of several frames"),

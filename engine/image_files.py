@@ -21,7 +21,7 @@ from PIL import Image
 from engine.distributed import print0
 from engine.errors import FallbackWarning, UserError
 
-Image.preinit()  # its common formats are tried first; registered_extensions would add them last
+Image.preinit()  # tries common formats first; else all are tried in the order of their names
 
 # What this project writes, in the current folder.
 OUTPUT_DIRS = (

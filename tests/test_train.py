@@ -156,6 +156,10 @@ def test_guidance_without_a_guide_and_keep_beside_an_interval_are_named():
     assert warnings_of(*guided, "both", "--guide_fraction", "0.2") == []
     assert warnings_of(*guided, "cfg", is_tuning=True) == names
     assert warnings_of(*guided, "both", has_weaker=True, is_tuning=True) == []
+    assert warnings_of("--p_mean", "-1") == []
+    assert warnings_of("--p_mean", "-1", "--loss_weighting", "min_snr") == ["p_mean"]
+    mean = warnings_of("--p_mean", "-1", "--loss_weighting", "edm", is_tuning=True)
+    assert mean[1:] == ["p_mean is not for tuning; continuing without it"]
     weighting = warnings_of("--loss_weighting", "min_snr", is_tuning=True)
     assert weighting == ["loss_weighting is not for tuning; continuing without it"]
     assert warnings_of("--keep", "2") == warnings_of("--checkpoint_every", "3") == []
@@ -423,7 +427,7 @@ def test_init_from_starts_a_new_run_from_ema_weights(trained_by_api, tmp_path, m
         {"image_size": 16}, {"sampling_timesteps": 3}, {"loss_weighting": "min_snr"},
         {"min_snr_gamma": 2.0}, {"schedule_base_size": 16}, {"guidance": 1.5}, {"dropout": 0.2},
         {"guidance_mode": "cfg"}, {"class_counts": {"a": 1, "b": 1}}, {"consistency": True},
-        {"guidance_min_sigma": 0.1}, {"guidance_max_sigma": 3.0},
+        {"guidance_min_sigma": 0.1}, {"guidance_max_sigma": 3.0}, {"p_mean": 0.5},
     ],
 )  # fmt: skip
 def test_init_weights_ignores_settings_that_are_no_weights(change):

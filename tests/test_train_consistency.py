@@ -190,13 +190,13 @@ def test_script_knows_the_images_of_the_pretrained_model_alone(tmp_path, monkeyp
         config = configure_script(*flags)
         assert (config.DATASET, config.IMAGE_SIZE, config.DIM) == ("cifar10", 8, 8)
         assert config.CLASS_CONDITIONAL and config.GUIDANCE_MODE == "both"
-    guidance = {"guidance": 2.25, "guidance_min_sigma": 0.1, "guidance_max_sigma": 3.0}
-    DDPMModel(**SMALL, **guidance, schedule_base_size=16).save_model("other.safetensors")
+    kept = {"guidance": 2.5, "guidance_min_sigma": 0.2, "guidance_max_sigma": 3.0, "p_mean": -0.5}
+    DDPMModel(**SMALL, **kept, schedule_base_size=16).save_model("other.safetensors")
     with pytest.raises(UserError, match="does not name its training images"):
         configure_script("--checkpoint", "other.safetensors")
     config = configure_script("--checkpoint", "other.safetensors", "--dataset", "shapes")
     # The teacher is guided as samples are.
-    assert guidance == {name: getattr(config, name.upper()) for name in guidance}
+    assert kept == {name: getattr(config, name.upper()) for name in kept}
     assert (config.DIM, config.SCHEDULE_BASE_SIZE) == (8, 16)
     assert not config.CLASS_CONDITIONAL
 
