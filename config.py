@@ -103,8 +103,7 @@ class DDPMConfig(Settings):
     USE_AMP = Setting(False, "mixed precision: bf16, or fp16 on GPUs without bf16")
     COMPILE_MODEL = Setting(False, "compile the training step with torch.compile")
     CUDA_GRAPH = Setting(False, "launch the kernels of a step as CUDA graphs")
-    GRADIENT_CHECKPOINTING = Setting(
-        False, "recompute activations in the backward pass to save memory")
+    GRADIENT_CHECKPOINTING = Setting(False, "recompute activations to save memory")
     AUTO_MICRO_BATCH = Setting(False, "find the largest micro-batch (1 GPU)", old_name="FIT_MEMORY")
     MAX_MEMORY_GIB = Setting(
         0.0, "GPU memory to use at most, GiB; 0: all of it", min=0, old_name="MEMORY_GIB")
@@ -144,23 +143,24 @@ HIGH_RES_SETTINGS: dict[str, Any] = {
     "GUIDANCE": 3.0, "GUIDE_FRACTION": 0.5, "SAMPLING_TIMESTEPS": 14, **FORMER_DEFAULTS,
 }  # fmt: skip
 HIGH_RES_GUIDANCE = {"GUIDANCE_MODE": "both", "GUIDANCE": 2.5}  # with class labels
-# By the smallest image size that each is for, px.
-SIZE_PRESETS: dict[int, dict[str, Any]] = {
+SIZE_PRESETS: dict[int, dict[str, Any]] = {  # by the smallest image size that each is for, px
     64: HIGH_RES_SETTINGS | {"BATCH_SIZE": 128, "LEARNING_RATE": 2e-3},
     96: HIGH_RES_SETTINGS | {"BATCH_SIZE": 64},
 }
 # An extra level on top, no wider than the next: at full resolution it costs the most.
 SIZE_PRESETS[128] = SIZE_PRESETS[96] | {"DIM_MULTS": (1, 1, 2, 2, 2)}
-# Small enough for recognizable shapes after five minutes on two cores.
-CPU_PRESETS: dict[str, dict[str, Any]] = {
-    "shapes": FORMER_DEFAULTS | {
-        "CLASS_CONDITIONAL": True, "IMAGE_SIZE": 16, "DIM": 32, "DIM_MULTS": (1, 2, 2),
-        "ATTENTION_HEADS": (1, 1, 4), "ATTENTION_DIM": (8, 16, 32), "FULL_ATTENTION_MAX_SIZE": 0,
-        "BATCH_SIZE": 32, "LEARNING_RATE": 5e-3, "WEIGHT_DECAY": 0.1, "LOSS_WEIGHTING": "min_snr",
-        "WARMUP_STEPS": 100, "EMA_DECAY": 0.998, "GUIDE_FRACTION": 0.25, "GUIDANCE": 1.5,
-        "SAMPLING_TIMESTEPS": 14, "MINUTES": 4.75, "NUM_SAMPLE_GRIDS": 5, "GRID_IMAGES": 36,
-    },
+# Without a GPU: many small steps, and attention narrow where there are many pixels.
+CPU_SETTINGS: dict[str, Any] = FORMER_DEFAULTS | {
+    "ATTENTION_HEADS": (1, 1, 4, 4), "ATTENTION_DIM": (8, 16, 32, 32), "FULL_ATTENTION_MAX_SIZE": 0,
+    "BATCH_SIZE": 32, "LEARNING_RATE": 5e-3, "WARMUP_STEPS": 100, "WEIGHT_DECAY": 0.1,
+    "DROPOUT": 0.0, "EMA_DECAY": 0.998, "GUIDE_FRACTION": 0.25, "GUIDANCE": 1.5,
+    "SAMPLING_TIMESTEPS": 14,
 }  # fmt: skip
+CPU_PRESETS = {"shapes": CPU_SETTINGS | {  # recognizable after five minutes on two cores
+    "CLASS_CONDITIONAL": True, "IMAGE_SIZE": 16, "DIM": 32, "DIM_MULTS": (1, 2, 2),
+    "ATTENTION_HEADS": (1, 1, 4), "ATTENTION_DIM": (8, 16, 32), "LOSS_WEIGHTING": "min_snr",
+    "MINUTES": 4.75, "NUM_SAMPLE_GRIDS": 5, "GRID_IMAGES": 36,
+}}  # fmt: skip
 GPU_SWITCHES = ("USE_AMP", "COMPILE_MODEL", "CUDA_GRAPH", "AUTO_MICRO_BATCH")  # off on a CPU
 
 
@@ -293,7 +293,7 @@ def presets_for(
     is explicit.
     """
     by_dataset = dict(DATASET_PRESETS.get(dataset, {}))
-    for_cpu = dict(CPU_PRESETS.get(dataset, {})) if tier.name == "CPU" else {}
+    for_cpu = dict(CPU_PRESETS.get(dataset, CPU_SETTINGS)) if tier.name == "CPU" else {}
     script_size = script.get("IMAGE_SIZE", 0)
     for preset in (by_dataset, for_cpu):
         if preset.get("IMAGE_SIZE", script_size) < script_size:

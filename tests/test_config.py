@@ -121,11 +121,21 @@ def test_presets_have_the_optimization_and_guidance_they_were_measured_with():
         return training, (config.GUIDANCE, *interval, config.SAMPLING_TIMESTEPS)
 
     small = (1e-3, 0.3, -0.8), (2.25, 0.1, 2.0, 16)
-    assert measured("cifar10", LARGE_TIER) == measured("folder", CPU_TIER) == small
+    assert measured("cifar10", LARGE_TIER) == measured("folder", LARGE_TIER) == small
     for size, learning_rate in ((64, 2e-3), (96, 1e-3), (128, 1e-3)):
         large = (learning_rate, 0.1, -1.2), (3.0, 0.2, 5.0, 14)
         assert measured("folder", LARGE_TIER, IMAGE_SIZE=size) == large
-    assert measured("shapes", CPU_TIER) == ((5e-3, 0.1, -1.2), (1.5, 0.2, 5.0, 14))
+    without_gpu = (5e-3, 0.1, -1.2), (1.5, 0.2, 5.0, 14)
+    for dataset, size in (("shapes", 16), ("folder", 32), ("celeba", 64)):
+        assert measured(dataset, CPU_TIER, IMAGE_SIZE=size) == without_gpu
+
+
+def test_preset_without_a_gpu_makes_small_steps_of_any_size():
+    for size, heads in ((32, (1, 1, 4, 4)), (64, (1, 1, 4, 4)), (128, (4,))):  # 5 levels have one
+        config = resolve("folder", CPU_TIER, flags={"IMAGE_SIZE": size})
+        assert (config.BATCH_SIZE, config.WARMUP_STEPS, config.DROPOUT) == (32, 100, 0)
+        assert config.ATTENTION_HEADS == heads and config.FULL_ATTENTION_MAX_SIZE == 0
+    assert resolve("folder", CPU_TIER, flags={"BATCH_SIZE": 64}).BATCH_SIZE == 64
 
 
 def test_high_res_script_takes_the_larger_of_its_size_and_the_data_sets():

@@ -58,6 +58,7 @@ def configure(**changes):
     flags = {
         "IMAGE_SIZE": 8, "DIM": 8, "DIM_MULTS": (1, 2), "BATCH_SIZE": 16, "GRID_IMAGES": 4,
         "WARMUP_STEPS": 2, "KEEP": 0, "MAX_STEPS": 6, "NUM_SAMPLE_GRIDS": 1, "NUM_WORKERS": 0,
+        "FULL_ATTENTION_MAX_SIZE": 16,
     }  # fmt: skip
     tuning = {name: value for name, value in TUNING.items() if name != "MINUTES"}
     return resolve("folder", CPU_TIER, flags=flags | tuning | changes)
