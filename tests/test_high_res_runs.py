@@ -61,7 +61,7 @@ def test_stl10_run_from_its_archive(run_training, tmp_path, monkeypatch):
     write_tar(archive, dict(zip(STL10_NAMES, parts, strict=True)) | labels)
     counts = dict(zip(STL10_NAMES, (4, 12), strict=True))
     change_archive(monkeypatch, "stl10", contents=counts, md5=calculate_md5(archive))
-    final = run_training(train_stl10_optimized, "--gradient_checkpointing")
+    final = run_training(train_stl10_optimized, "--gradient_checkpointing", "--dropout", "0.1")
     data = {"dataset": "stl10", "images": 16, "shape": [3, 96, 96]}
     assert final["data"].items() >= data.items()
     assert final["architecture"]["schedule_base_size"] == 32
