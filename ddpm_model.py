@@ -17,7 +17,7 @@ import torch
 from denoising_diffusion_pytorch import GaussianDiffusion
 from torch import Tensor, nn
 
-from config import DDPMConfig
+from config import FORMER_DEFAULTS, DDPMConfig
 from engine import checkpoints
 from engine.compression import compress, decompress
 from engine.consistency import without_teacher
@@ -185,9 +185,10 @@ class DDPMModel(GenerationMixin, HubMixin, nn.Module):
         """Returns an architecture read from a file of any version in today's names."""
         levels = len(architecture["dim_mults"])
         former_defaults = {
-            "loss_weighting": "min_snr", "p_mean": -1.2, "guidance": 1.0, "class_counts": {},
-            "guidance_mode": "autoguidance", "guidance_min_sigma": 0.2, "guidance_max_sigma": 5.0,
-            "consistency": False, "dropout": 0.0, "schedule_base_size": 0,
+            **{name.lower(): value for name, value in FORMER_DEFAULTS.items()},
+            "loss_weighting": "min_snr", "guidance": 1.0, "class_counts": {},
+            "guidance_mode": "autoguidance", "consistency": False, "dropout": 0.0,
+            "schedule_base_size": 0,
             "full_attn": [False] * (levels - 1) + [True], "attn_heads": [4] * levels,
             "attn_dim_head": [32] * levels,
         }  # fmt: skip

@@ -149,13 +149,8 @@ def array_source(path: Path, options: ReadOptions) -> Source:
 
 def load_array(path: Path) -> np.ndarray:
     """Returns the first array of images in an .npz or .npy, (N, H, W, 1, 3 or 4)."""
-    try:
-        file = np.load(path, allow_pickle=False, mmap_mode="r")
-        arrays = [file] if isinstance(file, np.ndarray) else [file[name] for name in file.files]
-    except Exception as error:  # numpy and zipfile each raise their own
-        raise UserError(f"{path} is damaged or not an array file of numbers") from error
     found = []
-    for array in arrays:
+    for array in read_arrays(path).values():
         if array.ndim == 3 and array.shape[2] > 4:
             array = array[..., None]
         is_number = array.dtype.kind in "biuf"
@@ -166,18 +161,23 @@ def load_array(path: Path) -> np.ndarray:
     raise UserError(f"{path} holds {', '.join(found) or 'nothing'}, but should hold {expected}")
 
 
+def read_arrays(path: Path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """Returns the arrays of an .npz by name, all or some; that of an .npy has the name ""."""
+    try:
+        file = np.load(path, allow_pickle=False, mmap_mode="r")
+        stored = {"": file} if isinstance(file, np.ndarray) else file
+        return {name: stored[name] for name in stored if names is None or name in names}
+    except Exception as error:  # numpy and zipfile each raise their own
+        raise UserError(f"{path} is damaged or not an array file of numbers") from error
+
+
 def load_array_labels(path: Path, count: int) -> tuple[np.ndarray, tuple[str, ...]]:
     """Returns the labels (count,) and class names of an .npz or .npy; none for an .npy.
 
     They are its arrays `labels`, integers of which -1 is no label, and `class_names`. Without the
     latter, the classes are the numbers that occur. Raises UserError if these do not fit.
     """
-    try:
-        file = np.load(path, allow_pickle=False, mmap_mode="r")
-        stored = () if isinstance(file, np.ndarray) else file.files
-        found = {name: file[name] for name in ("labels", "class_names") if name in stored}
-    except Exception as error:  # numpy and zipfile each raise their own
-        raise UserError(f"{path} is damaged or not an array file of numbers") from error
+    found = read_arrays(path, ("labels", "class_names"))
     if "labels" not in found:
         return np.full(count, NO_LABEL), ()
     labels = found["labels"]

@@ -103,10 +103,9 @@ class Settings:
 
     def __init_subclass__(cls) -> None:
         settings = cls.settings()
-        for name in vars(cls).keys() - settings.keys():
-            if name.upper() in settings:
-                closest = f"; did you mean {name.upper()}?"
-                raise UserError(f"{cls.__name__} sets {name}, which does not exist{closest}")
+        for name, value in vars(cls).items():
+            if name not in settings and name.upper() in settings:
+                cls.check({name: value}, cls.__name__)  # refuses the name
 
     def __init__(self, **values: Any):
         defaults = {name: setting.default for name, setting in self.settings().items()}
