@@ -201,7 +201,7 @@ def learning_curve(config: Config, device: torch.device, steps: int, seed: int) 
     return {"losses": losses, "validation_loss": results[-1][0].validate(validation)}
 
 
-def make_jobs(
+def jobs_of_section(
     section: str, config: Config, batches: Sequence[int], quick: bool, is_gpu: bool
 ) -> list[BenchmarkJob]:
     """Returns the jobs of a section, the most important first."""
@@ -281,7 +281,7 @@ def main() -> None:
     about["parameters"] = sum(p.numel() for p in upstream_diffusion(config).parameters())
 
     for section in sections:
-        jobs = make_jobs(section, config, batches, settings.QUICK, is_gpu)
+        jobs = jobs_of_section(section, config, batches, settings.QUICK, is_gpu)
         run_section("benchmark", network, section, about, jobs, "speedup")
 
 

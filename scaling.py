@@ -40,7 +40,7 @@ class ScalingSettings(Settings):
     IMAGE_SIZE = Setting(0, "image size of both; 0: the presets'", min=0, max=1024)
 
 
-def make_jobs(settings: ScalingSettings, ranks: int) -> list[BenchmarkJob]:
+def jobs_on_ranks(settings: ScalingSettings, ranks: int) -> list[BenchmarkJob]:
     """Returns what is measured on a number of ranks."""
     # Speed, and validation losses of three seeds on one GPU: (kind, preset, local batch, seed).
     local_batch = settings.EFFECTIVE_BATCH // ranks
@@ -85,7 +85,7 @@ def main() -> None:
         if gpus and count > gpus:
             raise UserError(f"--ranks asks for {count}, but there are {gpus} GPUs")
 
-    jobs = [job for count in counts for job in make_jobs(settings, count)]
+    jobs = [job for count in counts for job in jobs_on_ranks(settings, count)]
     rows = run_section("scaling", "", "scaling", {}, jobs, "efficiency")
     if failed := sum("failed" in row for row in rows):
         raise UserError(f"{failed} of {len(rows)} rows have no result", 1)

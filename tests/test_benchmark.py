@@ -272,7 +272,7 @@ def test_upstream_network_has_our_parameters():
 @pytest.mark.parametrize("is_gpu", [False, True])
 @pytest.mark.parametrize("quick", [False, True])
 def test_training_jobs_do_what_their_rows_say(quick, is_gpu):
-    jobs = benchmark.make_jobs("training", tiny_config(), (4, 6, 8), quick, is_gpu)
+    jobs = benchmark.jobs_of_section("training", tiny_config(), (4, 6, 8), quick, is_gpu)
     for job in jobs:
         what, (config,) = job.row["what"], job.measure.args
         measures = {"luci": benchmark.measure_upstream_training, "ours": benchmark.measure_training}
@@ -286,21 +286,21 @@ def test_training_jobs_do_what_their_rows_say(quick, is_gpu):
 
 def test_training_jobs_begin_with_upstream_and_the_fast_path():
     config = resolve("cifar10", LARGE_TIER, flags=WIDE)
-    jobs = benchmark.make_jobs("training", config, (128, 256, 512), False, True)
+    jobs = benchmark.jobs_of_section("training", config, (128, 256, 512), False, True)
     rows = [(job.row["what"], job.row["batch"]) for job in jobs]
     upstream, fast = "lucidrains' Trainer, fp32", "ours, bf16, CUDA graph"
     assert rows[:2] == [(upstream, 128), (upstream, 512)]
     assert rows[2:5] == [(fast, 128), (fast, 256), (fast, 512)]
     assert [what for what, batch in rows if batch == 256] == [fast]
     assert sum("compiled" in what for what, _ in rows) == 1 and len(rows) == len(set(rows)) == 8
-    quick = benchmark.make_jobs("training", config, (128,), True, True)
+    quick = benchmark.jobs_of_section("training", config, (128,), True, True)
     assert [job.row["what"] for job in quick] == [upstream, fast, "ours, bf16"]
 
 
 @pytest.mark.parametrize("is_gpu", [False, True])
 def test_sampling_jobs_do_what_their_rows_say(is_gpu):
     config = tiny_config()
-    upstream, *ours = benchmark.make_jobs("sampling", config, (4,), False, is_gpu)
+    upstream, *ours = benchmark.jobs_of_section("sampling", config, (4,), False, is_gpu)
     assert upstream.measure.func is benchmark.measure_upstream_sampling
     for job in ours:
         variant = job.measure.args[0]
@@ -313,12 +313,12 @@ def test_sampling_jobs_do_what_their_rows_say(is_gpu):
     assert (first["sampler"], first["steps"]) == ("unipc", config.SAMPLING_TIMESTEPS)
     samplers = {(job.row["sampler"], job.row["steps"]) for job in ours}
     assert samplers == {*benchmark.SAMPLERS, ("unipc", config.SAMPLING_TIMESTEPS)}
-    assert len(benchmark.make_jobs("sampling", config, (4,), True, is_gpu)) == 2
+    assert len(benchmark.jobs_of_section("sampling", config, (4,), True, is_gpu)) == 2
 
 
 def test_curves_are_of_three_seeds_in_fp32_and_one_of_the_fast_path():
     for is_gpu in (False, True):
-        jobs = benchmark.make_jobs("curves", tiny_config(), (4, 8), False, is_gpu)
+        jobs = benchmark.jobs_of_section("curves", tiny_config(), (4, 8), False, is_gpu)
         fast = "ours, bf16, CUDA graph" if is_gpu else "ours, bf16"
         found = [(job.row["what"], job.measure.keywords["seed"]) for job in jobs]
         assert found == [("ours, fp32", 0), (fast, 0), ("ours, fp32", 1), ("ours, fp32", 2)]
@@ -329,7 +329,7 @@ def test_curves_are_of_three_seeds_in_fp32_and_one_of_the_fast_path():
 
 
 def test_data_jobs_compare_gpu_and_workers():
-    jobs = benchmark.make_jobs("data", tiny_config(), (4, 8), False, True)
+    jobs = benchmark.jobs_of_section("data", tiny_config(), (4, 8), False, True)
     found = {data_source(job): job.measure.keywords.get("on_gpu", True) for job in jobs}
     assert found == {"images on the GPU": True, "images from 8 workers": False}
     # A round is much longer than what the threads read ahead.
@@ -616,7 +616,7 @@ def test_memory_finds_the_network_and_micro_batch_under_each_cap(monkeypatch):
 def speed(what: str, batch: int, rate: float | None, **more) -> benchmarking.BenchmarkJob:
     """A job of one of benchmark.py's sections that measures a speed, or fails."""
     section = "sampling" if "sampler" in more else "training"
-    jobs = benchmark.make_jobs(section, tiny_config(), (batch,), True, True)
+    jobs = benchmark.jobs_of_section(section, tiny_config(), (batch,), True, True)
     job = next(job for job in jobs if job.row["what"].startswith(what))
     measured = {"images_per_second": rate} if rate else {"failed": "no memory"}
     return job._replace(row=job.row | {"batch": batch} | more | measured)

@@ -24,18 +24,18 @@ def settings(**values) -> ScalingSettings:
 
 
 def test_configuration_is_the_presets_with_the_local_batch():
-    configs = [job.measure.args[0] for job in scaling.make_jobs(settings(), 2)]
+    configs = [job.measure.args[0] for job in scaling.jobs_on_ranks(settings(), 2)]
     cifar10, *_, stl10, _ = configs
     assert (cifar10.BATCH_SIZE, cifar10.GRADIENT_ACCUMULATION) == (3, 1)
     assert (cifar10.DIM, cifar10.IMAGE_SIZE, cifar10.DATASET) == (8, 16, "cifar10")
     assert (stl10.BATCH_SIZE, stl10.GRADIENT_ACCUMULATION, stl10.DATASET) == (2, 4, "stl10")
-    *_, weak, _, _, _ = scaling.make_jobs(ScalingSettings(), 2)
+    *_, weak, _, _, _ = scaling.jobs_on_ranks(ScalingSettings(), 2)
     config = weak.measure.args[0]
     assert (config.BATCH_SIZE, config.DIM, config.IMAGE_SIZE) == (64, 128, 96)
 
 
 def test_parts_of_a_batch_are_equal():
-    for job in scaling.make_jobs(settings(LARGE_BATCH=4, EFFECTIVE_BATCH=18), 1):
+    for job in scaling.jobs_on_ranks(settings(LARGE_BATCH=4, EFFECTIVE_BATCH=18), 1):
         (config,) = job.measure.args
         assert config.BATCH_SIZE * config.GRADIENT_ACCUMULATION == job.row["batch"]
         assert config.BATCH_SIZE <= 4 or config.DATASET != "stl10"
@@ -44,14 +44,14 @@ def test_parts_of_a_batch_are_equal():
 @pytest.mark.parametrize("is_gpu", [True, False])
 def test_gpus_are_measured_in_mixed_precision_and_cuda_graphs(is_gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: is_gpu)
-    for job in scaling.make_jobs(settings(), 2):
+    for job in scaling.jobs_on_ranks(settings(), 2):
         (config,) = job.measure.args
         assert config.USE_AMP is config.CUDA_GRAPH is is_gpu
 
 
 def test_work_is_divided_among_ranks():
     def work(count: int, **values) -> list[tuple]:
-        jobs = scaling.make_jobs(settings(**values), count)
+        jobs = scaling.jobs_on_ranks(settings(**values), count)
         assert {job.ranks for job in jobs} == {job.row["ranks"] for job in jobs} == {count}
         keys = ("kind", "preset", "batch", "seed")
         return [tuple(job.row.get(key) for key in keys) for job in jobs]
@@ -76,7 +76,7 @@ def test_speed_is_that_of_all_ranks(monkeypatch):
         return {"images_per_second": float(images), "seconds": seconds}
 
     monkeypatch.setattr(benchmark, "time_steps", time_steps)
-    for job in scaling.make_jobs(settings(STEPS=0, TIME_LIMIT=7.0), 4):
+    for job in scaling.jobs_on_ranks(settings(STEPS=0, TIME_LIMIT=7.0), 4):
         row = job.row | job.measure(device=CPU)
         config = made[-1].config
         assert (made[-1].ranks, row["seconds"], job.limit) == ((3, 4), 6.0, 7.0)
@@ -87,7 +87,7 @@ def test_speed_is_that_of_all_ranks(monkeypatch):
 
 
 def test_loss_is_of_the_effective_batch():
-    *_, job = scaling.make_jobs(settings(), 4)
+    *_, job = scaling.jobs_on_ranks(settings(), 4)
     (config,) = job.measure.args
     assert job.measure.func is benchmark.learning_curve
     assert job.measure.keywords == {"steps": 10, "seed": 0}
